@@ -1,0 +1,271 @@
+"""What the benchmarks share: random-weight Flux pipelines, interleaved timing, tables and the last JSON line.
+
+Absolute times on a shared CPU are noise; ratios of interleaved medians are not. So everything that is compared runs
+A B C A B C ... in one process, and every figure is a ratio of medians, with the spread of the repetitions beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+warnings.filterwarnings("ignore")
+
+# name: (double blocks, single blocks, heads, head size, latent side). Tokens: (latent side / 2)^2 image + 8 text.
+SIZES = {
+    "tiny": (2, 3, 2, 16, 8),
+    "small": (2, 4, 2, 64, 16),  # about 2 M parameters
+    "large": (4, 8, 8, 64, 16),  # about 71 M parameters, a forward of some 60 to 90 ms on 2 cores
+    "long": (4, 8, 8, 64, 32),  # the same at four times the tokens
+}
+_AXES = {16: (4, 6, 6), 64: (8, 28, 28), 128: (16, 56, 56)}
+_TEXT_TOKENS, _TEXT_DIM = 8, 64
+_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = "wall"
+
+
+def now() -> float:
+    """Seconds on the clock that the command line chose."""
+    return _CLOCKS[_clock]()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A pipeline without text encoders, and the arguments of one call of it."""
+
+    pipe: Any
+    side: int  # pixels; what `height` and `width` take
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.pipe.transformer.parameters())
+
+    def conditioning(self, seed: int = 0) -> dict[str, Any]:
+        """A prompt: random embeddings."""
+        generator = torch.Generator().manual_seed(10_000 + seed)
+        kind = {"generator": generator, "dtype": self.pipe.transformer.dtype}
+        return {
+            "prompt_embeds": torch.randn(1, _TEXT_TOKENS, _TEXT_DIM, **kind),
+            "pooled_prompt_embeds": torch.randn(1, _TEXT_DIM, **kind),
+        }
+
+    def plain(self, steps: int, seed: int = 0) -> torch.Tensor:
+        """One call of the pipeline itself; gives latents."""
+        return self.pipe(
+            **self.conditioning(seed),
+            height=self.side,
+            width=self.side,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+        ).images
+
+
+def build_flux(size: str, share: Bench | None = None) -> Bench:
+    """A random-weight FluxPipeline of a named size. `share`: with the very weights of that one, in its own modules."""
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    double, single, heads, head_size, latent_side = SIZES[size]
+    config = {
+        "patch_size": 1,
+        "in_channels": 64,
+        "num_layers": double,
+        "num_single_layers": single,
+        "attention_head_dim": head_size,
+        "num_attention_heads": heads,
+        "joint_attention_dim": _TEXT_DIM,
+        "pooled_projection_dim": _TEXT_DIM,
+        "guidance_embeds": True,
+        "axes_dims_rope": _AXES[head_size],
+    }
+    torch.manual_seed(0)
+    if share is None:
+        transformer = FluxTransformer2DModel(**config)
+    else:
+        with torch.device("meta"):
+            transformer = FluxTransformer2DModel(**config)
+        transformer.load_state_dict(share.pipe.transformer.state_dict(), assign=True)
+    vae = AutoencoderKL(
+        latent_channels=16,
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
+        sample_size=2 * latent_side,
+        shift_factor=0.1,
+        scaling_factor=0.36,
+    )
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0)
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
+    pipe = FluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer.eval(), **parts)
+    pipe.set_progress_bar_config(disable=True)
+    return Bench(pipe, 2 * latent_side)
+
+
+@dataclass
+class Timing:
+    """Seconds of each repetition of one job."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread(self) -> float:
+        """(largest − smallest) / median."""
+        return (max(self.seconds) - min(self.seconds)) / self.median
+
+
+def interleaved(jobs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, Timing]:
+    """Every job once, in turn, `repeats` times; every other round backwards, so that no job always follows another."""
+    for _ in range(warmup):
+        for job in jobs.values():
+            job()
+    timings = {name: Timing() for name in jobs}
+    for round_ in range(repeats):
+        for name in list(jobs)[:: -1 if round_ % 2 else 1]:
+            begin = now()
+            jobs[name]()
+            timings[name].seconds.append(now() - begin)
+    return timings
+
+
+def paired_ratio(over: Timing, under: Timing) -> float:
+    """Median of the ratios taken round by round: what drifts over a run (a neighbour's load) cancels."""
+    return statistics.median(a / b for a, b in zip(over.seconds, under.seconds, strict=True))
+
+
+class Stopwatch:
+    """Seconds and calls per name. Nested measurements are taken out of the outer one (self time)."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.calls: dict[str, int] = {}
+        self._inner: list[float] = []
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        self._inner.append(0.0)
+        begin = now()
+        try:
+            yield
+        finally:
+            elapsed = now() - begin
+            inside = self._inner.pop()
+            if self._inner:
+                self._inner[-1] += elapsed
+            self.seconds[name] = self.seconds.get(name, 0.0) + elapsed - inside
+            self.calls[name] = self.calls.get(name, 0) + 1
+
+    @contextmanager
+    def watching(self, *targets: tuple[Any, str, str | Callable[[], str]]) -> Iterator[None]:
+        """For the duration, time `owner.attribute` under a name. A callable name is asked at each call."""
+        restore: list[Callable[[], Any]] = []
+        for owner, attribute, label in targets:
+            original = getattr(owner, attribute)
+            had = attribute in vars(owner)
+            setattr(owner, attribute, self._timed(original, label))
+            undo = (lambda o=owner, a=attribute, f=original: setattr(o, a, f)) if had else None
+            restore.append(undo or (lambda o=owner, a=attribute: delattr(o, a)))
+        try:
+            yield
+        finally:
+            for undo in reversed(restore):
+                undo()
+
+    def _timed(self, original: Callable[..., Any], label: str | Callable[[], str]) -> Callable[..., Any]:
+        @functools.wraps(original)  # diffusers looks at signatures
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self.measure(label if isinstance(label, str) else label()):
+                return original(*args, **kwargs)
+
+        return timed
+
+
+def count_block_forwards(transformer: Any, run: Callable[[], Any]) -> int:
+    """Blocks really computed during `run`, counted at each block's attention.
+
+    (Diffusers' own hooks still call a skipped block and only then decide; its attention runs only if it computes.)
+    """
+    count = 0
+
+    def note(*_: Any) -> None:
+        nonlocal count
+        count += 1
+
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    handles = [block.attn.register_forward_hook(note) for block in blocks]
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return count
+
+
+def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentParser:
+    """The options all benchmarks share."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--repeats", type=int, default=defaults.get("repeats", 5), help="interleaved rounds (default %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+    parser.add_argument(
+        "--clock",
+        choices=list(_CLOCKS),
+        default="wall",
+        help="cpu: seconds of this process; with --threads 1 it stands in for wall time on a machine that is not quiet",
+    )
+    return parser
+
+
+def begin(options: argparse.Namespace) -> dict[str, Any]:
+    """Apply the shared options; gives what the JSON line says about the machine."""
+    global _clock
+    _clock = options.clock
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "clock": options.clock,
+        "load_1min_at_start": round(os.getloadavg()[0], 2),
+    }
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print rows under headers; floats with four significant digits."""
+    cells = [[f"{c:.4g}" if isinstance(c, float) else str(c) for c in row] for row in [headers, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(headers))]
+    for number, row in enumerate(cells):
+        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))))
+        if number == 0:
+            print("  ".join("-" * w for w in widths))
+    print(flush=True)
+
+
+def last_line(result: Mapping[str, Any]) -> None:
+    """The one JSON line that ends every benchmark."""
+    print(json.dumps(_rounded(result), default=str), flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(v) for key, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,91 @@
+"""The examples and the demo, each run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+MAX_EXAMPLE_LINES = 40
+PICTURES = {
+    "offline_generation": ["birthday_cake", "penguin", "red_apple"],
+    "mixed_requests": ["0_rocket", "1_rocket", "2_banana", "3_octopus", "4_sunflower", "5_panda_face"],
+    "magcache_on_diffusers": ["hamburger_magcache", "hamburger_plain"],
+    "async_generation": ["cat_face", "guitar"],
+}
+JSON_KEYS = [
+    "images",
+    "nfe_uncached",
+    "nfe_cached",
+    "seconds_uncached",
+    "seconds_cached",
+    "speedup",
+    "psnr_cached_db",
+    "psnr_fewer_steps_db",
+    "max_isolation_error",
+    "grid",
+]
+
+
+def run(script: str, *arguments: str) -> str:
+    """What the script writes to stdout; its stderr too where it fails."""
+    command = [sys.executable, str(ROOT / script), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{script} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_every_example_is_tested_short_and_explained() -> None:
+    found = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "examples").glob("*.py")}
+    assert set(found) == set(PICTURES)
+    for name, text in found.items():
+        assert len(text.splitlines()) <= MAX_EXAMPLE_LINES, name
+        assert text.startswith('"""'), name
+
+
+@pytest.mark.parametrize("name", sorted(PICTURES))
+def test_example_writes_its_pictures(name: str, tmp_path: Path) -> None:
+    stdout = run(f"examples/{name}.py", "--out", str(tmp_path))
+    assert "skipped" in stdout
+    assert sorted(file.stem for file in tmp_path.glob("*.png")) == PICTURES[name]
+    for file in tmp_path.glob("*.png"):
+        with Image.open(file) as picture:
+            assert picture.size == (64, 64)
+            assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 50, f"{file} is flat"
+
+
+def test_demo_draws_and_ends_with_its_json_line(tmp_path: Path) -> None:
+    result = json.loads(run("tools/demo.py", "--quick", "--out", str(tmp_path)).splitlines()[-1])
+    assert list(result) == JSON_KEYS
+    assert result["images"] == 4
+    assert result["nfe_uncached"] == 28
+    assert 0 < result["nfe_cached"] < result["nfe_uncached"]
+    assert result["max_isolation_error"] <= 1 / 255
+    assert result["psnr_cached_db"] > result["psnr_fewer_steps_db"]
+    assert result["grid"] == str(tmp_path / "grid.png")
+    for name in ("grid.png", "steps.png"):
+        with Image.open(tmp_path / name) as picture:
+            assert picture.width > 600
+
+
+def test_demo_prompts_are_captions_of_the_model() -> None:
+    sys.path.insert(0, str(ROOT / "tools"))
+    try:
+        from demo import QUICK, STEPS_OF_PROMPTS
+    finally:
+        sys.path.pop(0)
+    captions = (ROOT / "vllm_omni/assets/demo/captions.txt").read_text(encoding="utf-8").splitlines()
+    assert not {*QUICK, *STEPS_OF_PROMPTS} - set(captions)
+    assert len(STEPS_OF_PROMPTS) >= 12
+    assert min(STEPS_OF_PROMPTS.values()) == 10
+    assert max(STEPS_OF_PROMPTS.values()) == 50
+
+
+def test_demo_help_teaches() -> None:
+    stdout = run("tools/demo.py", "--help")
+    assert all(word in stdout for word in ("grid.png", "steps.png", "--quick", "--out", "max_isolation_error"))

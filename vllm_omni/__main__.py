@@ -1,0 +1,7 @@
+"""`python -m vllm_omni`."""
+
+import sys
+
+from vllm_omni.entrypoints.cli.main import main
+
+sys.exit(main())

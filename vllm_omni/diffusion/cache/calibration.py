@@ -1,0 +1,113 @@
+"""Measuring a checkpoint: computes every step of some prompts, and keeps what a profile needs.
+
+gamma_t = mean over tokens of ||r_t|| / ||r_(t-1)|| in fp32 (arXiv 2506.09045); G[s, t] = <r_s, r_t> per element,
+averaged over prompts and branches. Residuals wait on the CPU in fp32 until their request ends.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_omni.diffusion.cache.profile import CacheProfile
+from vllm_omni.diffusion.cache.request_cache import Forecast, Key
+from vllm_omni.errors import InvalidValueError
+from vllm_omni.version import __version__
+
+
+class Calibration:
+    """Collects the finished requests of one schedule and turns them into a profile."""
+
+    def __init__(self) -> None:
+        self.sigmas: tuple[float, ...] | None = None
+        self._ratios: dict[str, list[np.ndarray]] = {}
+        self._grams: list[np.ndarray] = []
+
+    def record(self, steps: int, sigmas: tuple[float, ...]) -> CalibrationRecord:
+        return CalibrationRecord(self, steps, sigmas)
+
+    @property
+    def requests(self) -> int:
+        return max(map(len, self._ratios.values()), default=0)
+
+    def add(self, branch: str, sigmas: tuple[float, ...], residuals: Sequence[torch.Tensor]) -> None:
+        """One branch of one finished request: `residuals` (rows, tokens, channels) of every step in order."""
+        if self.sigmas is None:
+            self.sigmas = sigmas
+        elif not np.allclose(self.sigmas, sigmas, atol=1e-6):
+            raise InvalidValueError("sigmas", sigmas[:3], "must be the same schedule in all prompts of a calibration")
+        norms = [r.norm(dim=-1) for r in residuals]
+        ratios = [1.0] + [(b / a.clamp_min(1e-12)).mean().item() for a, b in pairwise(norms)]
+        flat = torch.stack([r.flatten() for r in residuals]).double()
+        self._ratios.setdefault(branch, []).append(np.array(ratios))
+        self._grams.append((flat @ flat.T / flat.shape[1]).numpy())
+
+    def profile(self, name: str, transformer_class: str, fingerprint: str, **provenance: Any) -> CacheProfile:
+        """The average over everything added; InvalidValueError where nothing was."""
+        if self.sigmas is None:
+            raise InvalidValueError("calibration", 0, "needs at least one finished prompt")
+        branches = {b: tuple(np.mean(rows, axis=0).round(6).tolist()) for b, rows in self._ratios.items()}
+        spread = {b: tuple(np.std(rows, axis=0).round(6).tolist()) for b, rows in self._ratios.items()}
+        gram = np.mean(self._grams, axis=0)
+        return CacheProfile(
+            name=name,
+            transformer_class=transformer_class,
+            fingerprint=fingerprint,
+            ratios=next(iter(branches.values())),
+            sigmas=tuple(round(s, 6) for s in self.sigmas),
+            gram=tuple(tuple(float(f"{v:.9g}") for v in row) for row in gram.tolist()),
+            branches=branches,
+            provenance={
+                "kind": "calibrated",
+                "prompts": self.requests,
+                "steps": len(self.sigmas),
+                "ratio_std": spread,
+                "date": datetime.now(UTC).date().isoformat(),
+                "versions": {"vllm_omni": __version__, "torch": torch.__version__, "python": platform.python_version()},
+                **provenance,
+            },
+        )
+
+
+class CalibrationRecord:
+    """Stands where a request's cache stands, never skips, and keeps every residual."""
+
+    def __init__(self, calibration: Calibration, steps: int, sigmas: tuple[float, ...]) -> None:
+        self._calibration, self._steps, self._sigmas = calibration, steps, sigmas
+        self._kept: dict[Key, dict[int, torch.Tensor]] = {}
+        self._computed = 0
+        self.plan = None
+        self.settings: dict[str, object] = {"backend": "magcache", "calibrate": True}
+
+    def forecast(self, key: Key, step: int, rows: int) -> Forecast | None:
+        return None
+
+    def wants(self, key: Key, step: int) -> bool:
+        return True
+
+    def put(self, key: Key, step: int, residual: torch.Tensor) -> None:
+        self._kept.setdefault(key, {})[step] = residual.to(device="cpu", dtype=torch.float32)
+
+    def did(self, key: Key, step: int, computed: bool) -> None:
+        self._computed = max(self._computed, step + 1)
+        kept = self._kept.get(key, {})
+        if len(kept) == self._steps:  # this branch is complete
+            self._calibration.add(key[1], self._sigmas, [kept[s] for s in range(self._steps)])
+            del self._kept[key]
+
+    def drop(self) -> None:
+        self._kept.clear()
+
+    @property
+    def computed_steps(self) -> int:
+        return self._computed
+
+    @property
+    def skipped_steps(self) -> int:
+        return 0

@@ -1,0 +1,68 @@
+"""Applying decisions to one forward that several requests share: the only place where residuals meet a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vllm_omni.diffusion.cache.request_cache import CachePlan, Forecast, Key
+from vllm_omni.diffusion.hooks.block_stack import BlockStack
+
+
+class Record(Protocol):
+    """What a request's cache is to a forward: `RequestCache`, or the calibration that keeps everything."""
+
+    @property
+    def settings(self) -> dict[str, object]: ...
+    @property
+    def plan(self) -> CachePlan | None: ...
+    @property
+    def computed_steps(self) -> int: ...
+    @property
+    def skipped_steps(self) -> int: ...
+
+    def forecast(self, key: Key, step: int, rows: int) -> Forecast | None: ...
+    def wants(self, key: Key, step: int) -> bool: ...
+    def put(self, key: Key, step: int, residual: torch.Tensor) -> None: ...
+    def did(self, key: Key, step: int, computed: bool) -> None: ...
+    def drop(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Member:
+    """One request's rows in a forward, and where it stands."""
+
+    cache: Record
+    key: Key
+    step: int
+    rows: slice
+
+    @property
+    def wants(self) -> bool:
+        return self.cache.wants(self.key, self.step)
+
+
+def correction(forecasts: Sequence[tuple[slice, Forecast]], hidden_states: torch.Tensor) -> torch.Tensor:
+    """x + sum_j w_j r_j, row by row; x of shape (rows, tokens, channels) is not changed."""
+    out = hidden_states.clone()
+    for rows, terms in forecasts:
+        part = out[rows]
+        for residual, weight in terms:
+            part.add_(residual, alpha=weight)
+    return out
+
+
+def note_computed(stack: BlockStack | None, members: Sequence[Member]) -> None:
+    """After a computed forward: every member that will need its residual gets it, its own rows alone."""
+    for member in members:
+        if stack is not None and member.wants and (residual := stack.residual(member.rows)) is not None:
+            member.cache.put(member.key, member.step, residual)
+        member.cache.did(member.key, member.step, computed=True)
+
+
+def note_skipped(members: Sequence[Member]) -> None:
+    for member in members:
+        member.cache.did(member.key, member.step, computed=False)

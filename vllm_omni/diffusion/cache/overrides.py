@@ -1,0 +1,60 @@
+"""The `cache` of a request: None, "off", a preset's name, or a dict of overrides, over the engine's own setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_omni.diffusion.cache.selector import canonical_name
+from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.errors import InvalidValueError, check_keys
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "high": {"mag_threshold": 0.06, "mag_max_skip_steps": 1, "mag_retention_ratio": 0.2},
+    "balanced": {"mag_threshold": 0.12, "mag_max_skip_steps": 2, "mag_retention_ratio": 0.15},
+    "fast": {"mag_threshold": 0.24, "mag_max_skip_steps": 5, "mag_retention_ratio": 0.1},
+    "paper": {
+        "mag_threshold": 0.24,
+        "mag_max_skip_steps": 5,
+        "mag_retention_ratio": 0.1,
+        "predictor": "reuse",
+        "compute_last_step": False,
+        "curve_resampling": "nearest",
+    },
+}
+_SHORT = {
+    "threshold": "mag_threshold",
+    "max_skip_steps": "mag_max_skip_steps",
+    "retention_ratio": "mag_retention_ratio",
+}
+_OF_THE_ENGINE = {"memory_budget_mb", "mag_calibrate"}
+_FIELDS = set(DiffusionCacheConfig.model_fields) - _OF_THE_ENGINE
+
+Choice = tuple[str, DiffusionCacheConfig] | None  # backend and settings, or no cache
+
+
+def request_choice(asked: Any, engine: Choice) -> Choice:
+    """What a request gets. `InvalidValueError` or `UnknownKeyError` for what makes no sense."""
+    if asked is None:
+        return engine
+    if isinstance(asked, str):
+        if asked in ("off", "none"):
+            return None
+        if asked not in PRESETS:
+            raise InvalidValueError("cache", asked, f"must be 'off', a dict, or one of {', '.join(map(repr, PRESETS))}")
+        asked = {"preset": asked}
+    if not isinstance(asked, Mapping):
+        raise InvalidValueError("cache", asked, "must be None, 'off', a preset's name or a dict of overrides")
+    check_keys("cache", asked, {"enabled", "backend", "preset", *_SHORT, *_FIELDS})
+    if asked.get("enabled", True) is False or asked.get("backend") in ("none", "off"):
+        return None
+    values = engine[1].model_dump() if engine else {}
+    if (preset := asked.get("preset")) is not None:
+        if preset not in PRESETS:
+            raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, PRESETS))}")
+        values |= PRESETS[str(preset)]
+    for key, value in asked.items():
+        if key not in ("enabled", "backend", "preset"):
+            values[_SHORT.get(str(key), str(key))] = value
+    default = engine[0] if engine else "magcache"
+    return canonical_name(asked.get("backend") or default), DiffusionCacheConfig.from_dict(values)

@@ -1,0 +1,52 @@
+"""Which steps compute: pure functions over the step index and static numbers. No tensors, no state.
+
+A plan is a tuple of booleans, one per step, True where the blocks run. Step 0 is always True.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+Plan = tuple[bool, ...]
+
+
+def magcache_plan(
+    ratios: Sequence[float],
+    threshold: float,
+    max_skip_steps: int,
+    retention_ratio: float,
+    compute_last_step: bool = True,
+) -> Plan:
+    """MagCache's threshold rule (Ma et al., NeurIPS 2025, arXiv 2506.09045, algorithm 1).
+
+    From step int(rho T + 0.5) on, the magnitude error |1 - prod gamma| of keeping the last residual is summed; a step
+    is skipped while the sum stays within `threshold` and the run within `max_skip_steps`. `ratios` is gamma, one per
+    step. `compute_last_step` is our guard: magnitudes fall fastest at the end, where an error is not mended any more.
+    """
+    steps = len(ratios)
+    retention = int(retention_ratio * steps + 0.5)
+    plan = []
+    product, error, run = 1.0, 0.0, 0
+    for step in range(steps):
+        skip = False
+        if step >= retention and step > 0:
+            product *= ratios[step]
+            run += 1
+            error += abs(1 - product)
+            skip = error <= threshold and run <= max_skip_steps
+        if not skip:
+            product, error, run = 1.0, 0.0, 0
+        plan.append(not skip)
+    if compute_last_step:
+        plan[-1] = True
+    return tuple(plan)
+
+
+def mask_plan(mask: Sequence[bool], steps: int, compute_last_step: bool = True) -> Plan:
+    """A fixed mask, stretched to `steps` by the nearest position where its length differs."""
+    last = len(mask) - 1
+    picked = [bool(mask[round(i * last / (steps - 1))]) if steps > 1 else True for i in range(steps)]
+    picked[0] = True
+    if compute_last_step:
+        picked[-1] = True
+    return tuple(picked)

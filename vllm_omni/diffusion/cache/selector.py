@@ -1,0 +1,36 @@
+"""The factory: a backend by name. Importing it imports no backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
+
+from vllm_omni.diffusion.cache.base import CacheBackend
+from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.errors import InvalidValueError
+
+_BACKENDS = {"magcache": ("vllm_omni.diffusion.cache.magcache", "MagCacheBackend")}
+
+
+def canonical_name(name: str) -> str:
+    """`mag_cache`, `MagCache` and `mag-cache` are `magcache`; InvalidValueError (a ValueError) lists the choices."""
+    plain = str(name).lower().replace("_", "").replace("-", "")
+    if plain not in _BACKENDS:
+        raise InvalidValueError("cache_backend", name, f"must be one of 'none', {', '.join(map(repr, _BACKENDS))}")
+    return plain
+
+
+def get_cache_backend(
+    name: str | None, config: DiffusionCacheConfig | Mapping[str, Any] | None = None
+) -> CacheBackend | None:
+    """The backend `name` with `config`; None for None and "none"."""
+    if name is None or str(name).lower() == "none":
+        return None
+    module, attribute = _BACKENDS[canonical_name(name)]
+    if config is None:
+        config = DiffusionCacheConfig()
+    elif not isinstance(config, DiffusionCacheConfig):
+        config = DiffusionCacheConfig.from_dict(config)
+    factory: Callable[[DiffusionCacheConfig], CacheBackend] = getattr(import_module(module), attribute)
+    return factory(config)

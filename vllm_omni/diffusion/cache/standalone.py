@@ -1,0 +1,105 @@
+"""The cache on a plain diffusers pipeline, or on a bare denoiser, without the engine: one anonymous request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import CacheMixin
+
+from vllm_omni.diffusion.cache.clock import Clock, Moment
+from vllm_omni.diffusion.cache.forward import Member, Record, correction, note_computed, note_skipped
+from vllm_omni.diffusion.denoisers import DenoiserSpec
+from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
+from vllm_omni.diffusion.hooks.block_stack import BlockStack
+
+HOOK_NAME = "mag_cache"
+MakeRecord = Callable[[int, tuple[float, ...]], Record]
+
+
+class Session:
+    """Whoever calls the denoisers is one request; a new schedule is a new request, planned for its own steps."""
+
+    def __init__(self, clock: Clock, make_record: MakeRecord) -> None:
+        self.clock = clock
+        self.record: Record | None = None
+        self._make_record = make_record
+        self._run: int | None = None
+
+    def begin(self, denoiser: str, branch: str | None) -> tuple[Record, Moment]:
+        moment = self.clock.locate(denoiser, branch)
+        if self.record is None or moment.run != self._run:
+            self.restart()
+            self._run = moment.run
+            self.record = self._make_record(*self.clock.schedule())
+        return self.record, moment
+
+    def restart(self) -> None:
+        """Forget the request that was."""
+        if self.record is not None:
+            self.record.drop()
+        self.record = self._run = None
+
+
+class StandaloneHook(ModelHook):
+    """Opens the block stack's scope around each forward of one denoiser, as the anonymous request's plan says."""
+
+    def __init__(self, name: str, stack: BlockStack, spec: DenoiserSpec, session: Session) -> None:
+        self.name, self.stack, self.spec, self.session = name, stack, spec, session
+        self.branch: str | None = None
+        self._member: Member | None = None
+        self._skips = False
+
+    def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
+        if isinstance(module, CacheMixin):
+            vars(module)["cache_context"] = partial(self._cache_context, module.cache_context)
+        return module
+
+    @contextmanager
+    def _cache_context(self, own: Callable[..., Any], name: str, **kwargs: Any) -> Iterator[None]:
+        with own(name, **kwargs):
+            self.branch = name
+            try:
+                yield
+            finally:
+                self.branch = None
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        self.stack.leave()
+        record, moment = self.session.begin(self.name, self.branch)
+        rows = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[0]
+        self._member = Member(record, (self.name, moment.branch), moment.step, slice(0, rows))
+        foreign = any(kwargs.get(name) is not None for name in self.spec.between_blocks)
+        terms = None if foreign else record.forecast(self._member.key, moment.step, rows)
+        self._skips = terms is not None
+        if terms is not None:
+            self.stack.enter(partial(correction, [(slice(0, rows), terms)]))
+        elif self._member.wants and not foreign:
+            self.stack.enter()
+        return args, kwargs
+
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        if self._member is not None and output is not None:
+            if self._skips:
+                note_skipped([self._member])
+            else:
+                note_computed(self.stack, [self._member])
+        self._member = None
+        self.stack.leave()
+        return output
+
+    def reset_state(self, module: torch.nn.Module) -> None:
+        self.session.restart()
+
+
+def attach(module: torch.nn.Module, hook: StandaloneHook) -> None:
+    HookRegistry.get_or_create(module).register_hook(HOOK_NAME, hook)
+
+
+def detach(module: torch.nn.Module) -> None:
+    """Leave the module as it was before `attach`."""
+    HookRegistry.get_or_create(module).remove_hook(HOOK_NAME)
+    vars(module).pop("cache_context", None)

@@ -1,0 +1,114 @@
+"""Engine arguments and cache settings. Knows no tensors and no models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from vllm_omni.diffusion.settings import Settings
+from vllm_omni.errors import InvalidValueError
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def as_curve(field: str, value: Any) -> tuple[float, ...] | None:
+    """A magnitude curve as floats: any sequence or tensor of finite values > 0, not empty."""
+    if value is None:
+        return None
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise InvalidValueError(field, value, "must be a list of numbers, one per step")
+    try:
+        curve = tuple(float(v) for v in value)
+    except (TypeError, ValueError):
+        raise InvalidValueError(field, value, "must be a flat list of numbers, one per step") from None
+    if not curve:
+        raise InvalidValueError(field, value, "must not be empty: give one ratio per step, or leave it out")
+    for index, ratio in enumerate(curve):
+        if not (math.isfinite(ratio) and ratio > 0):
+            raise InvalidValueError(f"{field}[{index}]", ratio, "must be a finite number above 0")
+    return curve
+
+
+class DiffusionCacheConfig(Settings):
+    """Settings of the activation cache, of the engine or (as overrides) of one request.
+
+    The ``mag_*`` names are the published ones. `predictor` is what stands in for a skipped step's residual:
+    ``reuse`` (the published method), ``linear`` in sigma, ``gram`` (least squares, needs a calibrated profile), or
+    ``auto`` (what calibration found best for this checkpoint, otherwise reuse).
+    """
+
+    mag_ratios: tuple[float, ...] | None = None
+    num_inference_steps: int | None = Field(default=None, ge=1, le=10_000)
+    mag_threshold: float = Field(default=0.24, gt=0, allow_inf_nan=False)
+    mag_max_skip_steps: int = Field(default=5, ge=1, le=10_000)
+    mag_retention_ratio: float = Field(default=0.1, ge=0, lt=1)
+    mag_calibrate: bool = False
+    coefficients: tuple[float, ...] | None = None
+    rel_l1_thresh: float | None = Field(default=None, gt=0)
+    predictor: Literal["auto", "reuse", "linear", "gram"] = "auto"
+    compute_last_step: bool = True
+    curve_resampling: Literal["log", "nearest"] = "log"
+    steps_mask: tuple[bool, ...] | None = None
+    profile: str | None = None
+    memory_budget_mb: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+
+    @field_validator("mag_ratios", mode="before")
+    @classmethod
+    def _curve(cls, value: Any) -> Any:
+        return as_curve("mag_ratios", value)
+
+    @field_validator("steps_mask", mode="before")
+    @classmethod
+    def _mask(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        mask = tuple(bool(v) for v in value)
+        if not mask or not mask[0]:
+            raise InvalidValueError("steps_mask", value, "must begin with a computed step (1)")
+        return mask
+
+
+class OmniDiffusionConfig(Settings):
+    """Engine arguments. `model` is ``demo``, a diffusers folder, or a hub id."""
+
+    model: str = Field(min_length=1)
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    device: str | None = None
+    revision: str | None = None
+    cache_backend: str | None = "none"
+    cache_config: DiffusionCacheConfig | None = None
+    max_num_seqs: int = Field(default=16, ge=1, le=4096)
+    max_inference_steps: int = Field(default=1000, ge=1)
+    max_image_pixels: int = Field(default=4096 * 4096, ge=1)
+    enforce_eager: bool = True
+    enable_cpu_offload: bool = False
+    vae_use_slicing: bool = False
+    vae_use_tiling: bool = False
+
+    @field_validator("cache_config", mode="before")
+    @classmethod
+    def _cache_config(cls, value: Any) -> Any:
+        if value is None or isinstance(value, DiffusionCacheConfig):
+            return value
+        return DiffusionCacheConfig.from_dict(value)
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _dtype(cls, value: Any) -> Any:
+        name = str(value).removeprefix("torch.")
+        return {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}.get(
+            name, name
+        )
+
+    @model_validator(mode="after")
+    def _combinations(self) -> OmniDiffusionConfig:
+        if self.cache_config is not None and self.cache_backend in (None, "none"):
+            raise InvalidValueError("cache_config", "given", "needs a cache_backend, e.g. cache_backend='magcache'")
+        if self.cache_config is not None and self.cache_config.mag_calibrate:
+            raise InvalidValueError(
+                "cache_config.mag_calibrate", True, "is for `vllm-omni calibrate` and plain pipelines, not for serving"
+            )
+        return self

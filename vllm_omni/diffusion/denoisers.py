@@ -1,0 +1,46 @@
+"""What a denoiser class looks like from outside, as data: its block stack and the role of its arguments.
+
+A new family is one more entry. Knows no tensors and no cache.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+DENOISER_NAMES = ("transformer", "transformer_2", "unet")
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """One `ModuleList` of the stack: its attribute, and what each of its blocks returns, in order."""
+
+    name: str
+    returns: tuple[str, ...]  # ("hidden_states",) means the bare tensor
+
+
+@dataclass(frozen=True)
+class DenoiserSpec:
+    """`stack` in execution order; `rows` hold one entry per sample, `shared` must be equal to be batched together."""
+
+    stack: tuple[BlockList, ...]
+    rows: tuple[str, ...]
+    shared: tuple[str, ...] = ()
+    between_blocks: tuple[str, ...] = field(default=())  # arguments that add something between blocks: always compute
+
+
+_JOINT = ("encoder_hidden_states", "hidden_states")
+_FLUX_ROWS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+
+DENOISERS: dict[str, DenoiserSpec] = {
+    "FluxTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", _JOINT)),
+        rows=_FLUX_ROWS,
+        shared=("img_ids", "txt_ids"),
+        between_blocks=("controlnet_block_samples", "controlnet_single_block_samples"),
+    ),
+    "Flux2Transformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", ("hidden_states",))),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "guidance"),
+        shared=("img_ids", "txt_ids"),
+    ),
+}

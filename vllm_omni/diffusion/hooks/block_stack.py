@@ -1,0 +1,138 @@
+"""The seam in a denoiser: for one forward, its block stack is tapped or replaced. Tensors in, tensors out.
+
+Nothing is patched: the `ModuleList`s of the stack are exchanged for the duration of one forward. *Tapped*, they hold
+the same blocks with a tap before the first and after the last, so that out - in can be taken; *replaced*, they hold one
+block that adds the forecast, and the others are empty. Embedding and head run as always. Outside a scope the denoiser
+is exactly what diffusers made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_omni.diffusion.denoisers import BlockList, DenoiserSpec
+from vllm_omni.errors import InvalidValueError
+
+Correction = Callable[[torch.Tensor], torch.Tensor]
+
+
+class _Block(torch.nn.Module):
+    """Takes a block's arguments, changes the hidden states, and returns what a block of its list returns."""
+
+    def __init__(self, returns: tuple[str, ...], act: Correction) -> None:
+        super().__init__()
+        self.returns = returns
+        self.act = act
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        values = kwargs | dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False))
+        values["hidden_states"] = self.act(values["hidden_states"])
+        if len(self.returns) == 1:
+            return values[self.returns[0]]
+        return tuple(values[name] for name in self.returns)
+
+
+class BlockStack:
+    """The block stack of one denoiser. One scope at a time: `tapped()` or `replaced(correction)`."""
+
+    def __init__(self, module: torch.nn.Module, spec: DenoiserSpec) -> None:
+        self.module = module
+        self.lists = spec.stack
+        modules = dict(module.named_children())
+        missing = [b.name for b in self.lists if b.name not in modules]
+        if missing:
+            raise InvalidValueError(type(module).__name__, missing, "lacks the block lists its description names")
+        self.blocks = [list(modules[b.name].children()) for b in self.lists]
+        used = [i for i, blocks in enumerate(self.blocks) if blocks]
+        if not used:
+            raise InvalidValueError(type(module).__name__, 0, "must have at least one transformer block to be cached")
+        self._first, self._last = used[0], used[-1]
+        self._correction: Correction | None = None
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+        self._open = False
+        self._own: dict[str, torch.nn.Module | None] = {}
+        self._tapped = self._variant([self._tap_input], [self._tap_output], keep=True)
+        self._replaced = self._variant([self._correct], [], keep=False)
+
+    @property
+    def count(self) -> int:
+        """Blocks in the stack."""
+        return sum(map(len, self.blocks))
+
+    def _variant(self, head: list[Correction], tail: list[Correction], keep: bool) -> dict[str, torch.nn.ModuleList]:
+        lists = {}
+        for index, (block_list, blocks) in enumerate(zip(self.lists, self.blocks, strict=True)):
+            members: list[torch.nn.Module] = list(blocks) if keep else []
+            if index == self._first:
+                members = [_tap(block_list, act) for act in head] + members
+            if index == self._last:
+                members += [_tap(block_list, act) for act in tail]
+            lists[block_list.name] = torch.nn.ModuleList(members)
+        return lists
+
+    def _tap_input(self, x: torch.Tensor) -> torch.Tensor:
+        self._input = x
+        return x
+
+    def _tap_output(self, x: torch.Tensor) -> torch.Tensor:
+        self._output = x
+        return x
+
+    def _correct(self, x: torch.Tensor) -> torch.Tensor:
+        assert self._correction is not None
+        return self._correction(x)
+
+    def enter(self, correction: Correction | None = None) -> None:
+        """Begin a scope by hand (see the context managers): tapped, or replaced where a correction is given."""
+        if self._open:
+            raise RuntimeError("a block stack has one scope at a time")
+        self._open = True
+        self._correction = correction
+        modules = self.module._modules
+        self._own = {block_list.name: modules[block_list.name] for block_list in self.lists}
+        modules.update(self._tapped if correction is None else self._replaced)
+
+    def leave(self) -> None:
+        """End the scope: the denoiser's own lists are back, no tensor is held."""
+        if not self._open:
+            return
+        self.module._modules.update(self._own)
+        self._correction = self._input = self._output = None
+        self._open = False
+
+    @contextmanager
+    def tapped(self) -> Iterator[BlockStack]:
+        """Within, a forward runs every block, and afterwards `residual()` tells what they added."""
+        self.enter()
+        try:
+            yield self
+        finally:
+            self.leave()
+
+    @contextmanager
+    def replaced(self, correction: Correction) -> Iterator[BlockStack]:
+        """Within, a forward runs no block: `correction` maps the hidden states before the stack to those after it."""
+        self.enter(correction)
+        try:
+            yield self
+        finally:
+            self.leave()
+
+    def residual(self, rows: slice = slice(None)) -> torch.Tensor | None:
+        """out - in of the image tokens for `rows` of the last tapped forward, shape (rows, tokens, channels).
+
+        A tail that returns the fused text+image sequence has the image tokens last.
+        """
+        if self._input is None or self._output is None:
+            return None
+        before = self._input[rows]
+        return self._output[rows, -before.shape[1] :] - before
+
+
+def _tap(block_list: BlockList, act: Correction) -> _Block:
+    return _Block(block_list.returns, act)

@@ -1,0 +1,73 @@
+"""A request as the arguments of its pipeline's call: checked before anything runs. Knows no model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.errors import InvalidValueError, check_keys
+
+_RENAMED = {"num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt")}
+_OURS = {"seed", "cache", "extra_args", "fps", "lora_request", "generator", "output_type"}
+_RESERVED = {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "return_dict"}
+
+
+class ArgumentBuilder:
+    """For one pipeline: which arguments its call takes, the model's defaults, and the limits."""
+
+    def __init__(self, pipeline: Any, defaults: Mapping[str, Any], config: OmniDiffusionConfig) -> None:
+        self._name = type(pipeline).__name__
+        self._accepted = set(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
+        self._defaults = {key: value for key, value in defaults.items() if key in self._accepted}
+        self._config = config
+        processor = vars(pipeline).get("image_processor")
+        self._multiple = processor.config.vae_scale_factor if processor is not None else 1
+
+    def build(self, request: OmniDiffusionRequest) -> dict[str, Any]:
+        """Everything but the generator. InvalidValueError names what the pipeline does not take, or a limit."""
+        arguments = dict(self._defaults)
+        given = {k: v for k, v in request.params if v is not None and k not in _OURS}
+        if given.get("num_outputs_per_prompt") == 1:
+            del given["num_outputs_per_prompt"]
+        given |= request.conditioning
+        for name, value in given.items():
+            target = next((n for n in _RENAMED.get(name, (name,)) if n in self._accepted), None)
+            if target is None:
+                raise InvalidValueError(name, value, f"is not an argument of {self._name}; leave it out")
+            arguments[target] = value
+        check_keys("extra_args", request.params.extra_args, self._accepted - _RESERVED)
+        arguments |= request.params.extra_args
+        arguments["output_type"] = request.params.output_type or "pil"
+        self._check(arguments)
+        return arguments
+
+    def _check(self, arguments: dict[str, Any]) -> None:
+        steps = arguments.get("num_inference_steps")
+        if steps is not None and not 1 <= steps <= self._config.max_inference_steps:
+            raise InvalidValueError(
+                "num_inference_steps", steps, f"must be between 1 and {self._config.max_inference_steps}"
+            )
+        for name in ("height", "width"):
+            value = arguments.get(name)
+            if value is not None and value % self._multiple:
+                near = max(self._multiple, round(value / self._multiple) * self._multiple)
+                raise InvalidValueError(name, value, f"must be a multiple of {self._multiple} (nearest: {near})")
+        height, width = arguments.get("height"), arguments.get("width")
+        if height and width and height * width > self._config.max_image_pixels:
+            raise InvalidValueError(
+                "height x width", f"{height}x{width}", f"must be at most {self._config.max_image_pixels} pixels"
+            )
+
+
+def generator_of(request: OmniDiffusionRequest) -> tuple[Any, int | None]:
+    """(generator, seed): the caller's own, or a CPU generator of the seed; a random seed where none is given."""
+    params = request.params
+    if params.generator is not None:
+        return params.generator, None
+    seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()).item())
+    return torch.Generator("cpu").manual_seed(seed), seed

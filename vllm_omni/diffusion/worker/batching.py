@@ -1,0 +1,89 @@
+"""Joining parked denoiser calls into one, and splitting the result. Tensors only; knows no cache and no policy."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+
+from vllm_omni.diffusion.denoisers import DenoiserSpec
+
+
+class CallBinder:
+    """For one denoiser: positional arguments by name, and which calls may share a forward."""
+
+    def __init__(self, name: str, module: torch.nn.Module, spec: DenoiserSpec | None) -> None:
+        self.name, self.spec = name, spec
+        self._names = list(inspect.signature(type(module).forward).parameters)[1:]
+        self._rows = frozenset(spec.rows) if spec else frozenset()
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return dict(zip(self._names, args, strict=False)) | kwargs
+
+    def rows(self, arguments: dict[str, Any]) -> int:
+        """How many samples the call holds."""
+        hidden = arguments["hidden_states"] if "hidden_states" in arguments else next(iter(arguments.values()))
+        return len(hidden)
+
+    def adds_between_blocks(self, arguments: dict[str, Any]) -> bool:
+        return self.spec is not None and any(arguments.get(name) is not None for name in self.spec.between_blocks)
+
+    def key(self, arguments: dict[str, Any], alone: Hashable, memory: dict[int, Any]) -> Hashable:
+        """Equal keys fit together. A class without a description, or an argument we cannot compare, goes `alone`.
+
+        `memory` is the request's own: a shared tensor is read once per request, not once per step.
+        """
+        if self.spec is None or self.adds_between_blocks(arguments):
+            return self.name, alone
+        rows = self.rows(arguments)
+        parts: list[Hashable] = [self.name]
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor) and name in self._rows:
+                if value.ndim == 0 or len(value) != rows:
+                    return self.name, alone
+                parts.append((name, value.shape[1:], value.dtype))
+            elif isinstance(value, torch.Tensor):
+                parts.append((name, _content(value, memory)))
+            elif value is None or isinstance(value, bool | int | float | str) or value == {}:
+                parts.append((name, str(value)))
+            else:
+                return self.name, alone
+        return tuple(parts)
+
+    def join(self, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """One call's arguments for many; a single call stays as it is."""
+        if len(calls) == 1:
+            return calls[0]
+        first = calls[0]
+        return first | {
+            name: torch.cat([call[name] for call in calls])
+            for name in self._rows
+            if isinstance(first.get(name), torch.Tensor)
+        }
+
+
+def row_slices(counts: Sequence[int]) -> list[slice]:
+    """Where each call's rows lie in the joined batch."""
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def take_rows(output: Any, rows: slice) -> Any:
+    """One request's part of a denoiser's output: tensor, tuple, list, or a dict-like model output."""
+    if isinstance(output, torch.Tensor):
+        return output[rows]
+    if isinstance(output, dict):
+        return type(output)(**{name: take_rows(value, rows) for name, value in output.items()})
+    if isinstance(output, tuple | list):
+        return type(output)(take_rows(value, rows) for value in output)
+    return output
+
+
+def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:
+    known = memory.get(id(tensor))
+    if known is None or known[0] is not tensor:
+        content = (tensor.dtype, tensor.shape, hash(tensor.detach().cpu().float().numpy().tobytes()))
+        memory[id(tensor)] = known = (tensor, content)
+    return known[1]

@@ -1,0 +1,121 @@
+"""A request as a coroutine: an unmodified diffusers pipeline in a greenlet of its own, parked at its denoiser.
+
+Knows nothing of batches and caches. The caller must hold `torch.inference_mode()` around every resume: grad mode is
+thread-local and greenlets share the thread, so a pipeline's own `no_grad` would otherwise leak into its neighbours.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from greenlet import greenlet
+
+from vllm_omni.diffusion.denoisers import DENOISER_NAMES
+
+
+@dataclass(frozen=True)
+class DenoiserCall:
+    """The arguments with which a pipeline called its denoiser, and the guidance branch it named."""
+
+    denoiser: str
+    branch: str | None
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finished:
+    output: Any
+
+
+@dataclass(frozen=True)
+class Failed:
+    error: Exception
+
+
+Event = DenoiserCall | Finished | Failed
+
+
+class DenoiserProxy:
+    """Looks like the denoiser to a pipeline; calling it parks the request until the engine brings the result."""
+
+    def __init__(self, name: str, module: torch.nn.Module, park: Callable[[DenoiserCall], Any]) -> None:
+        self._name, self._module, self._park = name, module, park
+        self._branch: str | None = None
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # pipelines ask isinstance(self.transformer, ...)
+        return type(self._module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._park(DenoiserCall(self._name, self._branch, args, kwargs))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+    @contextmanager
+    def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """The pipeline's word for the guidance branch, kept per request."""
+        self._branch = name
+        try:
+            yield
+        finally:
+            self._branch = None
+
+
+class PipelineTask:
+    """One run of `pipeline(**arguments)`: its own shallow copy, its own scheduler, shared weights."""
+
+    def __init__(self, pipeline: Any, arguments: dict[str, Any]) -> None:
+        self.pipeline = copy.copy(pipeline)
+        own = vars(self.pipeline)
+        own["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        own["_progress_bar_config"] = {"disable": True}
+        own["maybe_free_model_hooks"] = _nothing  # the model outlives the request
+        own.pop("_num_timesteps", None)
+        for name in DENOISER_NAMES:
+            if isinstance(module := own.get(name), torch.nn.Module):
+                own[name] = DenoiserProxy(name, module, self._park)
+        self._arguments = arguments
+        self._greenlet: greenlet | None = None
+        self._engine: greenlet | None = None
+
+    def resume(self, result: Any = None) -> Event:
+        """Run until the next denoiser call or the end. The first call starts it."""
+        self._engine = greenlet.getcurrent()
+        if self._greenlet is None:
+            self._greenlet = greenlet(self._run)
+            return self._greenlet.switch()
+        return self._greenlet.switch(result)
+
+    def throw(self, error: Exception) -> Event:
+        """Raise `error` where the request is parked, so that the pipeline unwinds."""
+        self._engine = greenlet.getcurrent()
+        if self._greenlet is None or self._greenlet.dead:
+            return Failed(error)
+        event = self._greenlet.throw(error)
+        while isinstance(event, DenoiserCall):  # a pipeline that catches errors and calls again must end all the same
+            event = self._greenlet.throw(error)
+        return event
+
+    def _run(self) -> Event:
+        try:
+            return Finished(self.pipeline(**self._arguments))
+        except Exception as error:  # whatever a pipeline raises ends this request alone
+            return Failed(error)
+        finally:
+            assert self._engine is not None and self._greenlet is not None
+            self._greenlet.parent = self._engine
+
+    def _park(self, call: DenoiserCall) -> Any:
+        assert self._engine is not None
+        return self._engine.switch(call)
+
+
+def _nothing() -> None:
+    """In place of a pipeline's clean-up after itself."""

@@ -1,0 +1,187 @@
+"""Where models, caches and batches meet: runs one scheduled batch of parked calls, and brings each request its rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from vllm_omni.diffusion.cache.clock import SchedulerClock
+from vllm_omni.diffusion.cache.forward import Member, Record, correction, note_computed, note_skipped
+from vllm_omni.diffusion.cache.magcache.backend import MagCacheBackend
+from vllm_omni.diffusion.cache.request_cache import Forecast
+from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
+from vllm_omni.diffusion.hooks.block_stack import BlockStack
+from vllm_omni.diffusion.worker.batching import CallBinder, row_slices, take_rows
+from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Event, Failed, Finished, PipelineTask
+
+
+@dataclass
+class RequestState:
+    """A running request, owned by the runner: its coroutine, its cache, and the call it is parked at."""
+
+    request_id: str
+    task: PipelineTask
+    backend: MagCacheBackend | None
+    config: DiffusionCacheConfig | None
+    clock: SchedulerClock
+    started: float = field(default_factory=time.perf_counter)
+    denoising: float = 0.0  # seconds until its last denoiser call ended
+    run: int = -1
+    step: int = 0
+    steps: int | None = None
+    computed: set[int] = field(default_factory=set)
+    cache: Record | None = None
+    event: Event | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    rows: int = 0
+    member: Member | None = None
+    forecast: Forecast | None = None
+    key: Hashable = None
+    memory: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def skips(self) -> bool:
+        return self.forecast is not None
+
+    @property
+    def plan(self) -> tuple[bool, ...] | None:
+        plan = self.cache.plan if self.cache is not None else None
+        return plan.compute if plan is not None else None
+
+    def release(self) -> None:
+        """Give back every byte the request holds."""
+        if self.cache is not None:
+            self.cache.drop()
+        self.clock.stop()
+        self.arguments, self.member, self.forecast = {}, None, None
+        self.memory.clear()
+
+
+class ModelRunner:
+    """Runs parked calls on the pipeline's denoisers."""
+
+    def __init__(self, pipeline: Any) -> None:
+        self.pipeline = pipeline
+        self.modules = {n: m for n in DENOISER_NAMES if isinstance(m := vars(pipeline).get(n), torch.nn.Module)}
+        self.binders = {n: CallBinder(n, m, DENOISERS.get(_class_name(m))) for n, m in self.modules.items()}
+        self.forwards = {"computed": 0, "skipped": 0}
+
+    def start(
+        self,
+        request_id: str,
+        arguments: dict[str, Any],
+        backend: MagCacheBackend | None,
+        config: DiffusionCacheConfig | None,
+    ) -> RequestState:
+        """Begin a request: runs its text encoders, and parks it at its first denoiser call."""
+        task = PipelineTask(self.pipeline, arguments)
+        state = RequestState(request_id, task, backend, config, SchedulerClock(task.pipeline))
+        self._arrive(state, task.resume())
+        return state
+
+    def run(self, states: Sequence[RequestState]) -> None:
+        """One forward for calls that fit together, then each request goes on to its next call or its end."""
+        results = self._forward_or_errors(states)
+        now = time.perf_counter()
+        for state, result in zip(states, results, strict=True):
+            state.denoising = now - state.started
+            failed = isinstance(result, Exception)
+            self._arrive(state, state.task.throw(result) if failed else state.task.resume(result))
+
+    def abort(self, state: RequestState, error: Exception) -> None:
+        """End a parked request with `error`."""
+        self._arrive(state, state.task.throw(error))
+
+    def _arrive(self, state: RequestState, event: Event) -> None:
+        """Look at what the request brings: an end, or a call whose kind of step and batch key are decided now."""
+        state.event = event
+        if isinstance(event, Finished | Failed):
+            state.release()
+            return
+        try:
+            self._prepare(state, event)
+        except Exception as error:  # the request's own arguments or schedule: it alone ends
+            state.event = state.task.throw(error)
+            state.release()
+
+    def _prepare(self, state: RequestState, call: DenoiserCall) -> None:
+        binder = self.binders[call.denoiser]
+        state.arguments = binder.bind(call.args, call.kwargs)
+        state.rows = binder.rows(state.arguments)
+        moment = state.clock.locate(call.denoiser, call.branch)
+        if moment.run != state.run:
+            self._begin_schedule(state, moment.run)
+        state.step = moment.step
+        state.member = state.forecast = None
+        if state.cache is not None and state.backend is not None and call.denoiser in state.backend.stacks:
+            key = (call.denoiser, moment.branch)
+            state.member = Member(state.cache, key, moment.step, slice(0, state.rows))
+            if not binder.adds_between_blocks(state.arguments):
+                state.forecast = state.cache.forecast(key, moment.step, state.rows)
+        if state.forecast is None:
+            state.computed.add(moment.step)
+        state.key = binder.key(state.arguments, state.request_id, state.memory)
+
+    def _begin_schedule(self, state: RequestState, run: int) -> None:
+        state.run = run
+        state.steps, _ = state.clock.schedule()
+        if state.cache is not None:
+            state.cache.drop()
+        if state.backend is not None:
+            state.cache = state.backend.refresh(
+                state.task.pipeline, state.steps, verbose=False, request_id=state.request_id, config=state.config
+            )
+
+    def _forward_or_errors(self, states: Sequence[RequestState]) -> list[Any]:
+        """Each request's rows, or the exception its own call raises: a joint failure is looked for one by one."""
+        try:
+            return self._forward(states)
+        except Exception as error:  # out of memory or a bad input of one must not end the others
+            if len(states) == 1:
+                return [error]
+        return [self._forward_or_errors([state])[0] for state in states]
+
+    def _forward(self, states: Sequence[RequestState]) -> list[Any]:
+        call = states[0].event
+        assert isinstance(call, DenoiserCall)
+        module, binder = self.modules[call.denoiser], self.binders[call.denoiser]
+        rows = row_slices([state.rows for state in states])
+        arguments = binder.join([state.arguments for state in states])
+        members = [
+            Member(s.member.cache, s.member.key, s.member.step, r)
+            for s, r in zip(states, rows, strict=True)
+            if s.member is not None
+        ]
+        stack = self._stack(states, call.denoiser)
+        if states[0].skips:
+            assert stack is not None
+            forecasts = [(r, s.forecast) for s, r in zip(states, rows, strict=True) if s.forecast is not None]
+            with stack.replaced(partial(correction, forecasts)):
+                output = module(**arguments)
+            note_skipped(members)
+        elif (
+            stack is not None and any(member.wants for member in members) and not binder.adds_between_blocks(arguments)
+        ):
+            with stack.tapped():
+                output = module(**arguments)
+                note_computed(stack, members)
+        else:
+            output = module(**arguments)
+            note_computed(None, members)
+        self.forwards["skipped" if states[0].skips else "computed"] += 1
+        if len(states) == 1:
+            return [output]
+        return [take_rows(output, r) for r in rows]
+
+    def _stack(self, states: Sequence[RequestState], denoiser: str) -> BlockStack | None:
+        return next((s.backend.stacks.get(denoiser) for s in states if s.backend is not None), None)
+
+
+def _class_name(module: torch.nn.Module) -> str:
+    return type(module).__name__

@@ -1,0 +1,78 @@
+"""Owns the model on one device: loads it, puts the cache on it, and runs requests through the model runner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_omni.diffusion.cache.magcache.backend import MagCacheBackend
+from vllm_omni.diffusion.cache.overrides import Choice, request_choice
+from vllm_omni.diffusion.cache.selector import canonical_name, get_cache_backend
+from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
+from vllm_omni.diffusion.worker.model_runner import ModelRunner, RequestState
+
+
+class DiffusionWorker:
+    """`load_model` first; then `check`, `start`, `run` and `abort` requests."""
+
+    def __init__(self, config: OmniDiffusionConfig) -> None:
+        self.config = config
+        self._default: Choice = None
+        if config.cache_backend not in (None, "none"):  # a wrong name fails here, before any weight loads
+            self._default = canonical_name(str(config.cache_backend)), config.cache_config or DiffusionCacheConfig()
+        self._backends: dict[str, MagCacheBackend] = {}
+
+    def load_model(self, pipeline: Any = None, defaults: dict[str, Any] | None = None) -> None:
+        """Load the pipeline, or take one that is loaded, and enable the engine's cache on it."""
+        if pipeline is None:
+            defaults = generation_defaults(self.config.model)
+            pipeline = load_pipeline(self.config)
+        self.pipeline = pipeline
+        self.runner = ModelRunner(pipeline)
+        self._arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
+        if self._default is not None:
+            self._backend(*self._default)
+
+    def check(self, request: OmniDiffusionRequest) -> tuple[dict[str, Any], Choice]:
+        """The pipeline arguments and the cache of a request, or the error that its user should read."""
+        arguments = self._arguments.build(request)
+        choice = request_choice(request.params.cache, self._default)
+        if choice is not None:
+            self._backend(*choice).check(choice[1])
+        return arguments, choice
+
+    def start(
+        self, request: OmniDiffusionRequest, arguments: dict[str, Any], choice: Choice
+    ) -> tuple[RequestState, int | None]:
+        """Begin a checked request; gives its state and its seed."""
+        generator, seed = generator_of(request)
+        backend, config = (self._backends[choice[0]], choice[1]) if choice is not None else (None, None)
+        return self.runner.start(request.request_id, arguments | {"generator": generator}, backend, config), seed
+
+    def run(self, states: Sequence[RequestState]) -> None:
+        self.runner.run(states)
+
+    def abort(self, state: RequestState, error: Exception) -> None:
+        self.runner.abort(state, error)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Residual bytes held by all requests now."""
+        return sum(backend.store.used for backend in self._backends.values())
+
+    def close(self) -> None:
+        for backend in self._backends.values():
+            backend.disable(self.pipeline)
+        self._backends.clear()
+
+    def _backend(self, name: str, config: DiffusionCacheConfig) -> MagCacheBackend:
+        """The backend of that name, enabled on the pipeline when it is first asked for."""
+        if name not in self._backends:
+            backend = get_cache_backend(name, config)
+            assert isinstance(backend, MagCacheBackend)
+            backend.enable(self.pipeline, standalone=False)
+            self._backends[name] = backend
+        return self._backends[name]

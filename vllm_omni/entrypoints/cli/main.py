@@ -1,0 +1,99 @@
+"""The `vllm-omni` command: sub-commands and what they share. Parses first, imports what is heavy afterwards."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_omni.errors import InvalidValueError, OmniError
+from vllm_omni.version import __version__
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a sub-command; 0, or 2 with one clear line on stderr for input that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-omni",
+        description="Generate pictures with a diffusion transformer, with an activation cache per request.",
+        epilog="example: vllm-omni generate demo 'red apple' 'cat face' --steps 28 --cache-backend magcache",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_generate(commands)
+    _add_calibrate(commands)
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "generate":
+            from vllm_omni.entrypoints.cli.generate import run
+        else:
+            from vllm_omni.entrypoints.cli.calibrate import run
+        return run(args)
+    except OmniError as error:
+        print(f"vllm-omni {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+def json_object(field: str, text: str | None) -> dict[str, Any] | None:
+    """A JSON object from the command line; InvalidValueError says where it breaks."""
+    if text is None:
+        return None
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidValueError(field, text, f"must be JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InvalidValueError(field, text, "must be a JSON object, e.g. '{\"mag_threshold\": 0.12}'")
+    return value
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", help="'demo' (shipped with the package), a diffusers model folder, or a hub id")
+    parser.add_argument("--dtype", default="auto", help="auto (default), float32, float16 or bfloat16")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    parser.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
+    parser.add_argument("--size", help="WIDTHxHEIGHT in pixels, e.g. 1024x1024 (default: the model's own)")
+    parser.add_argument(
+        "--guidance-scale", type=float, help="guidance embedded in the model, or classifier-free guidance"
+    )
+    parser.add_argument("--enable-cpu-offload", action="store_true", help="keep idle parts of the model in main memory")
+
+
+def _add_generate(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="prompts in, PNG files and a table out")
+    _add_model(parser)
+    parser.add_argument("prompts", nargs="+", help="one or more prompts; all run in one continuous batch")
+    parser.add_argument(
+        "--seed", type=int, help="seed of the first prompt, counted up for the others (default: random)"
+    )
+    parser.add_argument("--num-outputs-per-prompt", "-n", type=int, default=1, help="pictures per prompt (default 1)")
+    parser.add_argument("--negative-prompt", help="what not to draw; needs --true-cfg-scale above 1 on FLUX")
+    parser.add_argument("--true-cfg-scale", type=float, help="classifier-free guidance with a second branch")
+    parser.add_argument("--cache-backend", default="none", help="none (default) or magcache")
+    parser.add_argument("--cache-config", metavar="JSON", help="its settings, e.g. '{\"mag_threshold\": 0.12}'")
+    parser.add_argument("--cache", help="a preset: high, balanced, fast, paper; or off")
+    parser.add_argument("--max-num-seqs", type=int, default=16, help="requests in one batch (default 16)")
+    parser.add_argument("--vae-use-tiling", action="store_true", help="decode large pictures in tiles")
+    parser.add_argument("--vae-use-slicing", action="store_true", help="decode pictures one by one")
+    parser.add_argument("--out", default="outputs", help="folder for the PNG files (default: outputs)")
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = commands.add_parser(
+        "calibrate", help="measure a model's magnitude curve and Gram matrix into a profile file"
+    )
+    _add_model(parser)
+    parser.add_argument(
+        "--prompts", required=True, metavar="FILE", help="text file, one prompt a line; 8 to 32 are enough"
+    )
+    parser.add_argument("--limit", type=int, default=32, help="use at most so many prompts, evenly spread (default 32)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt, counted up (default 0)")
+    parser.add_argument("--name", help="the profile's name (default: the model's)")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="profile file to write (.json); a chart goes beside it"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What a user asks for: sampling parameters and prompts. Knows no tensors beyond passing them on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from vllm_omni.diffusion.settings import Settings
+from vllm_omni.errors import InvalidValueError
+
+MAX_PROMPT_CHARACTERS = 32_000
+
+
+class OmniDiffusionSamplingParams(Settings):
+    """One request's parameters; None leaves the model's (then the pipeline's) own default.
+
+    `seed` is ``torch.Generator("cpu").manual_seed(seed)``, the picture plain diffusers makes with it; without seed and
+    generator a random seed is drawn and reported. `cache` is None (the engine's setting), ``"off"``, a preset's name,
+    or a dict of overrides.
+    """
+
+    num_inference_steps: int | None = Field(default=None, ge=1)
+    timesteps: list[float] | None = None
+    sigmas: list[float] | None = None
+    seed: int | None = Field(default=None, ge=0, lt=2**64)
+    generator: Any = None
+    height: int | None = Field(default=None, ge=1)
+    width: int | None = Field(default=None, ge=1)
+    num_frames: int | None = Field(default=None, ge=1)
+    fps: float | None = Field(default=None, gt=0)
+    guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    guidance_scale_2: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    true_cfg_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    negative_prompt: str | None = None
+    strength: float | None = Field(default=None, ge=0, le=1)
+    num_outputs_per_prompt: int = Field(default=1, ge=1, le=64)
+    latents: Any = None
+    max_sequence_length: int | None = Field(default=None, ge=1)
+    output_type: str | None = None
+    lora_request: Any = None
+    extra_args: dict[str, Any] = Field(default_factory=dict)
+    cache: Any = None
+
+    @field_validator("lora_request")
+    @classmethod
+    def _no_lora(cls, value: Any) -> Any:
+        if value is not None:
+            raise InvalidValueError("lora_request", value, "is not supported yet; load the adapter into the pipeline")
+        return value
+
+
+PROMPT_KEYS_DOC = "prompt, negative_prompt, prompt_embeds, pooled_prompt_embeds, multi_modal_data"
+
+
+def check_text(field: str, text: Any) -> str:
+    """A prompt: text, not blank, without NUL, of a sane length."""
+    if not isinstance(text, str):
+        raise InvalidValueError(field, text, "must be a string")
+    if not text.strip():
+        raise InvalidValueError(field, text, "must not be empty")
+    if "\0" in text:
+        raise InvalidValueError(field, text, "must not contain the NUL character")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise InvalidValueError(field, f"{len(text)} characters", f"must have at most {MAX_PROMPT_CHARACTERS}")
+    return text
+
+
+def normalise_prompt(prompt: Any) -> dict[str, Any]:
+    """A prompt as the dict of the pipeline's conditioning arguments: text, or a dict such as PROMPT_KEYS_DOC."""
+    if isinstance(prompt, str):
+        return {"prompt": check_text("prompt", prompt)}
+    if not isinstance(prompt, dict):
+        raise InvalidValueError("prompt", prompt, f"must be a string or a dict ({PROMPT_KEYS_DOC}, ...)")
+    given = {key: value for key, value in prompt.items() if value is not None}
+    media = given.pop("multi_modal_data", {})
+    if not isinstance(media, dict):
+        raise InvalidValueError("multi_modal_data", media, "must be a dict, e.g. {'image': picture}")
+    given.update(media)
+    if "prompt" in given:
+        check_text("prompt", given["prompt"])
+    elif "prompt_embeds" not in given:
+        raise InvalidValueError("prompt", prompt, "must hold 'prompt' or 'prompt_embeds'")
+    if "negative_prompt" in given and given["negative_prompt"] != "":
+        check_text("negative_prompt", given["negative_prompt"])
+    return given
