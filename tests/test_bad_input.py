@@ -251,6 +251,13 @@ def test_a_predictor_that_the_checkpoint_cannot_have_is_refused_at_start_up() ->
         Omni.from_pipe(tiny_flux(), cache_backend="magcache", cache_config=config)
 
 
+def test_a_request_that_takes_the_mask_away_needs_a_curve() -> None:
+    with Omni.from_pipe(
+        tiny_flux(), cache_backend="magcache", cache_config={"steps_mask": [1, 0]}, defaults=DEFAULTS
+    ) as omni:
+        assert_matches(refused(omni, embeds(0), {"cache": {"steps_mask": None}}), "mag_ratios must be given")
+
+
 # --------------------------------------------------------------------------------------------- model folders
 
 

@@ -345,6 +345,25 @@ def test_controlnet_samples_force_computed_steps(pipe: FluxPipeline, plain: dict
     blocks.remove()
 
 
+def test_controlnet_samples_at_some_steps_force_those(pipe: FluxPipeline) -> None:
+    """A ControlNet that acts on a part of the run: a step that the plan would skip is computed, and not kept."""
+    steps = iter(range(10))
+    zeros = [torch.zeros(1, 64, 32)]
+
+    def controlled(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "controlnet_block_samples": zeros if next(steps) in (2, 4) else None}
+
+    with cached(pipe, mag_ratios=[1.0] * 10, mag_max_skip_steps=3, predictor="reuse") as backend, probed(pipe) as probe:
+        handle = pipe.transformer.register_forward_pre_hook(controlled, with_kwargs=True, prepend=True)
+        run_latents(pipe, num_inference_steps=10)
+        handle.remove()
+        plan = backend.plan(10, sigmas_of(pipe)).compute
+        assert plan == (True, False, False, False, True, False, False, False, True, True)
+        # 2 is forced, 3 still builds on 0; 4 was to be the anchor of 5 to 7 but is not clean, so they compute too
+        assert probe.ran == [True, False, True, False, True, True, True, True, True, True]
+        assert backend.store.used == 0
+
+
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
@@ -573,8 +592,9 @@ def test_a_missing_profile_lists_the_shipped_ones(pipe: FluxPipeline) -> None:
         MagCacheBackend(DiffusionCacheConfig(profile="/nowhere.json")).enable(pipe)
 
 
-def test_the_gram_predictor_needs_a_matrix_and_says_so_at_start_up(pipe: FluxPipeline) -> None:
+def test_the_gram_predictor_needs_a_matrix_and_says_so_at_start_up() -> None:
     """Point 14: bad combinations are refused at start-up, not at the first request."""
+    pipe = tiny_flux()
     backend = MagCacheBackend(DiffusionCacheConfig(mag_ratios=CURVE, predictor="gram"))
     with pytest.raises(InvalidValueError, match=r"predictor.*calibrate"):
         backend.enable(pipe)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.errors import ModelLoadError
+from vllm_omni.errors import InvalidValueError, ModelLoadError
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -99,6 +99,8 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
     dtype: torch.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
+    if config.enable_cpu_offload and device == "cpu":
+        raise InvalidValueError("enable_cpu_offload", True, "needs an accelerator to offload from; leave it out on cpu")
     try:
         pipeline = DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True, revision=config.revision)
     except (OSError, ValueError, ImportError, AttributeError, KeyError) as error:

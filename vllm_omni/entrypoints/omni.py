@@ -59,9 +59,7 @@ class Omni:
                     params if isinstance(params, OmniDiffusionSamplingParams) else OmniDiffusionSamplingParams(**params)
                 )
                 self.engine.add_request(OmniDiffusionRequest(request_id, prompt, normalise_prompt(prompt), params))
-            except (OmniError, ValueError) as error:
-                if len(listed) == 1 and not isinstance(error, InvalidValueError):
-                    raise
+            except OmniError as error:
                 outputs[request_id] = OmniRequestOutput(request_id, prompt, error=error)
         with _Progress(len(listed), len(outputs), use_tqdm) as bar:
             try:

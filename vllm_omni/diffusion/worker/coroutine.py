@@ -72,7 +72,7 @@ class PipelineTask:
     """One run of `pipeline(**arguments)`: its own shallow copy, its own scheduler, shared weights."""
 
     def __init__(self, pipeline: Any, arguments: dict[str, Any]) -> None:
-        self.pipeline = copy.copy(pipeline)
+        self.pipeline: Any = copy.copy(pipeline)
         own = vars(self.pipeline)
         own["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         own["_progress_bar_config"] = {"disable": True}

@@ -60,6 +60,7 @@ class RequestState:
             self.cache.drop()
         self.clock.stop()
         self.arguments, self.member, self.forecast = {}, None, None
+        self.task.pipeline = None  # the pipeline's copy holds a proxy that holds the task
         self.memory.clear()
 
 

@@ -30,6 +30,9 @@ class MagCacheBackend(CacheBackend):
 
     def __init__(self, config: DiffusionCacheConfig) -> None:
         super().__init__(config)
+        for name in ("coefficients", "rel_l1_thresh"):
+            if (value := vars(config)[name]) is not None:
+                raise InvalidValueError(name, value, "is a TeaCache setting, magcache has no use for it; leave it out")
         budget = config.memory_budget_mb
         self.store = CacheStore(None if budget is None else int(budget * 2**20))
         self.calibration = Calibration() if config.mag_calibrate else None
@@ -110,8 +113,8 @@ class MagCacheBackend(CacheBackend):
     def plan(self, steps: int, sigmas: tuple[float, ...], config: DiffusionCacheConfig | None = None) -> CachePlan:
         """What a request of `steps` would do; pure, cheap, and the same on every rank."""
         config = config or self.config
-        profile = named_profile(config.profile) if config.profile and config is not self.config else self.profile
-        ratios = config.mag_ratios or (profile.ratios if profile is not None else self._ratios)
+        profile = self._profile_for(config)
+        ratios = config.mag_ratios or self._ratios or (profile.ratios if profile is not None else None)
         return plan_request(config, ratios, profile, steps, sigmas)
 
     def check(self, config: DiffusionCacheConfig) -> None:
@@ -122,15 +125,19 @@ class MagCacheBackend(CacheBackend):
         if self.calibration is not None:
             return self.calibration.record(steps, sigmas)
         config = config or self.config
+        profile = self._profile_for(config)
         settings = {
             "backend": "magcache",
             "threshold": config.mag_threshold,
             "max_skip_steps": config.mag_max_skip_steps,
             "retention_ratio": config.mag_retention_ratio,
-            "predictor": choose_predictor(config, self.profile),
-            "profile": self.profile.name if self.profile is not None else "mag_ratios",
+            "predictor": choose_predictor(config, profile),
+            "profile": profile.name if profile is not None else None,
         }
         return RequestCache(self.plan(steps, sigmas, config), self.store, settings)
+
+    def _profile_for(self, config: DiffusionCacheConfig) -> CacheProfile | None:
+        return named_profile(config.profile) if config.profile not in (None, self.config.profile) else self.profile
 
     def _find_curve(self, module: torch.nn.Module, model_name: str) -> None:
         """The profile named in the settings, or the checkpoint's own; a curve that the user gave comes first."""
