@@ -65,6 +65,8 @@ class DiffusionCacheConfig(Settings):
     def _mask(cls, value: Any) -> Any:
         if value is None:
             return None
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            raise InvalidValueError("steps_mask", value, "must be a list of flags, one per step")
         mask = tuple(bool(v) for v in value)
         if not mask or not mask[0]:
             raise InvalidValueError("steps_mask", value, "must begin with a computed step (1)")

@@ -5,7 +5,9 @@ A new family is one more entry. Knows no tensors and no cache.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
 
 DENOISER_NAMES = ("transformer", "transformer_2", "unet")
 
@@ -25,7 +27,16 @@ class DenoiserSpec:
     stack: tuple[BlockList, ...]
     rows: tuple[str, ...]
     shared: tuple[str, ...] = ()
-    between_blocks: tuple[str, ...] = field(default=())  # arguments that add something between blocks: always compute
+    between_blocks: tuple[str, ...] = ()  # "argument" or "argument.key" that adds something to the stack: compute
+
+    def adds_between_blocks(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call brings something that a residual of another step does not hold."""
+        for path in self.between_blocks:
+            name, _, key = path.partition(".")
+            value = arguments.get(name)
+            if value is not None and (not key or key in value):
+                return True
+        return False
 
 
 _JOINT = ("encoder_hidden_states", "hidden_states")
@@ -36,7 +47,12 @@ DENOISERS: dict[str, DenoiserSpec] = {
         stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", _JOINT)),
         rows=_FLUX_ROWS,
         shared=("img_ids", "txt_ids"),
-        between_blocks=("controlnet_block_samples", "controlnet_single_block_samples"),
+        between_blocks=(
+            "controlnet_block_samples",
+            "controlnet_single_block_samples",
+            "joint_attention_kwargs.ip_adapter_image_embeds",
+            "joint_attention_kwargs.ip_hidden_states",
+        ),
     ),
     "Flux2Transformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", ("hidden_states",))),

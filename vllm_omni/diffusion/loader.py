@@ -78,7 +78,11 @@ def _check_safetensors(file: Path) -> None:
             if length > min(size, 100 * 2**20):
                 raise ValueError("header longer than the file")
             header = json.loads(stream.read(length))
-        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+        end = max(
+            (int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"), default=0
+        )
     except (struct.error, ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise ModelLoadError(f"{file}: is not a safetensors file ({error})") from None
     if size < 8 + length + end:

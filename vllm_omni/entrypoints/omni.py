@@ -78,6 +78,9 @@ class Omni:
             return [OmniDiffusionSamplingParams()] * count
         if isinstance(given, OmniDiffusionSamplingParams | dict):
             return [given] * count
+        one = OmniDiffusionSamplingParams | dict
+        if not isinstance(given, list | tuple) or not all(isinstance(entry, one) for entry in given):
+            raise InvalidValueError("sampling_params_list", given, "must be sampling parameters, or a list of them")
         if len(given) != count:
             raise InvalidValueError(
                 "sampling_params_list", f"{len(given)} entries", f"must have one per prompt, {count}"

@@ -40,7 +40,7 @@ class Calibration:
         """One branch of one finished request: `residuals` (rows, tokens, channels) of every step in order."""
         if self.sigmas is None:
             self.sigmas = sigmas
-        elif not np.allclose(self.sigmas, sigmas, atol=1e-6):
+        elif len(self.sigmas) != len(sigmas) or not np.allclose(self.sigmas, sigmas, atol=1e-6):
             raise InvalidValueError("sigmas", sigmas[:3], "must be the same schedule in all prompts of a calibration")
         norms = [r.norm(dim=-1) for r in residuals]
         ratios = [1.0] + [(b / a.clamp_min(1e-12)).mean().item() for a, b in pairwise(norms)]

@@ -56,5 +56,10 @@ def request_choice(asked: Any, engine: Choice) -> Choice:
     for key, value in asked.items():
         if key not in ("enabled", "backend", "preset"):
             values[_SHORT.get(str(key), str(key))] = value
+    # a plan named in the request replaces the engine's, whatever kind that is
+    if "steps_mask" not in asked and asked.keys() & {"preset", "mag_ratios", "profile", *_SHORT, *_SHORT.values()}:
+        values["steps_mask"] = None
+    if "profile" in asked and "mag_ratios" not in asked:
+        values["mag_ratios"] = None
     default = engine[0] if engine else "magcache"
     return canonical_name(asked.get("backend") or default), DiffusionCacheConfig.from_dict(values)

@@ -15,7 +15,7 @@ from vllm_omni.diffusion.cache.plan import Plan
 
 Terms = tuple[tuple[int, float], ...]
 Predictor = Callable[[Sequence[int], int, Sequence[float], np.ndarray | None], Sequence[float]]
-RIDGE = 1e-4
+RIDGE = 1e-6
 
 
 def reuse(anchors: Sequence[int], target: int, sigmas: Sequence[float], gram: np.ndarray | None) -> Sequence[float]:

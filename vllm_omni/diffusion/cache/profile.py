@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,7 +76,10 @@ def load_profile(path: Path) -> CacheProfile:
         content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InvalidValueError("profile", str(path), f"must hold a complete JSON profile ({error})") from None
-    return CacheProfile.from_dict(content)
+    try:
+        return CacheProfile.from_dict(content)
+    except InvalidValueError as error:
+        raise InvalidValueError("profile", str(path), f"must hold a valid profile ({error})") from None
 
 
 def profile_names() -> list[str]:
@@ -91,7 +94,15 @@ def shipped_profile(name: str) -> CacheProfile:
 
 def named_profile(name: str) -> CacheProfile:
     """A shipped profile by name, or a file by path."""
-    return shipped_profile(name) if name in profile_names() else load_profile(Path(name))
+    if name in profile_names():
+        return shipped_profile(name)
+    path = Path(name)
+    return _loaded(path, path.stat().st_mtime_ns if path.is_file() else 0)
+
+
+@lru_cache(maxsize=32)
+def _loaded(path: Path, changed: int) -> CacheProfile:
+    return load_profile(path)
 
 
 def find_profile(model_name: str, fingerprint: str) -> CacheProfile | None:

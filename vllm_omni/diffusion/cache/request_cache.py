@@ -47,6 +47,7 @@ class RequestCache:
         self._settings = settings
         self._store = store
         self._shelves: dict[Key, ResidualShelf] = {}
+        self._refused: set[int] = set()
         self._computed: set[int] = set()
         self._skipped: set[int] = set()
 
@@ -76,9 +77,15 @@ class RequestCache:
         return step < len(self.plan.needed_after) and step in self.plan.needed_after[step]
 
     def put(self, key: Key, step: int, residual: torch.Tensor) -> None:
+        """Keep a residual. Where one branch finds no room, all branches compute: the decision is joint."""
+        if step in self._refused:
+            return
         if key not in self._shelves:
             self._shelves[key] = ResidualShelf(self._store)
-        self._shelves[key].put(step, residual)
+        if not self._shelves[key].put(step, residual):
+            self._refused.add(step)
+            for shelf in self._shelves.values():
+                shelf.discard(step)
 
     def did(self, key: Key, step: int, computed: bool) -> None:
         """Note what was done at `step`, and drop what no later step needs."""

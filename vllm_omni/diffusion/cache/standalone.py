@@ -72,7 +72,7 @@ class StandaloneHook(ModelHook):
         record, moment = self.session.begin(self.name, self.branch)
         rows = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[0]
         self._member = Member(record, (self.name, moment.branch), moment.step, slice(0, rows))
-        foreign = any(kwargs.get(name) is not None for name in self.spec.between_blocks)
+        foreign = self.spec.adds_between_blocks(kwargs)
         terms = None if foreign else record.forecast(self._member.key, moment.step, rows)
         self._skips = terms is not None
         if terms is not None:
@@ -82,7 +82,9 @@ class StandaloneHook(ModelHook):
         return args, kwargs
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
-        if self._member is not None and output is not None:
+        if output is None:  # the forward raised: the request is over
+            self.session.restart()
+        elif self._member is not None:
             if self._skips:
                 note_skipped([self._member])
             else:

@@ -48,4 +48,8 @@ class ResidualShelf:
     def keep_only(self, steps: frozenset[int]) -> None:
         """Drop every residual that no later step will ask for."""
         for step in [s for s in self._residuals if s not in steps]:
-            self._store.give_back(self._residuals.pop(step).nbytes)
+            self.discard(step)
+
+    def discard(self, step: int) -> None:
+        if (residual := self._residuals.pop(step, None)) is not None:
+            self._store.give_back(residual.nbytes)

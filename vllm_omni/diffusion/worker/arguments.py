@@ -47,6 +47,9 @@ class ArgumentBuilder:
         return arguments
 
     def _check(self, arguments: dict[str, Any]) -> None:
+        for name in ("num_inference_steps", "height", "width"):
+            if not isinstance(arguments.get(name), int | None):
+                raise InvalidValueError(name, arguments[name], "must be a whole number")
         steps = arguments.get("num_inference_steps")
         if steps is not None and not 1 <= steps <= self._config.max_inference_steps:
             raise InvalidValueError(

@@ -28,7 +28,7 @@ class CallBinder:
         return len(hidden)
 
     def adds_between_blocks(self, arguments: dict[str, Any]) -> bool:
-        return self.spec is not None and any(arguments.get(name) is not None for name in self.spec.between_blocks)
+        return self.spec is not None and self.spec.adds_between_blocks(arguments)
 
     def key(self, arguments: dict[str, Any], alone: Hashable, memory: dict[int, Any]) -> Hashable:
         """Equal keys fit together. A class without a description, or an argument we cannot compare, goes `alone`.

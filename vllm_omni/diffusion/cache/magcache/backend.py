@@ -12,7 +12,7 @@ from vllm_omni.diffusion.cache.clock import SchedulerClock, schedule_of
 from vllm_omni.diffusion.cache.forward import Record
 from vllm_omni.diffusion.cache.magcache.plan import choose_predictor, plan_request
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
-from vllm_omni.diffusion.cache.profile import CacheProfile, find_profile, fingerprint, named_profile
+from vllm_omni.diffusion.cache.profile import CacheProfile, find_profile, fingerprint, named_profile, profile_names
 from vllm_omni.diffusion.cache.request_cache import CachePlan, RequestCache
 from vllm_omni.diffusion.cache.standalone import Session, StandaloneHook, attach, detach
 from vllm_omni.diffusion.cache.store import CacheStore
@@ -39,6 +39,7 @@ class MagCacheBackend(CacheBackend):
         self.stacks: dict[str, BlockStack] = {}
         self.profile: CacheProfile | None = None
         self._ratios: tuple[float, ...] | None = None
+        self._class = ""
         self._session: Session | None = None
         self._modules: list[torch.nn.Module] = []
 
@@ -114,7 +115,9 @@ class MagCacheBackend(CacheBackend):
         """What a request of `steps` would do; pure, cheap, and the same on every rank."""
         config = config or self.config
         profile = self._profile_for(config)
-        ratios = config.mag_ratios or self._ratios or (profile.ratios if profile is not None else None)
+        ratios = config.mag_ratios or (self._ratios if profile is self.profile else None)
+        if ratios is None and profile is not None:
+            ratios = profile.ratios
         return plan_request(config, ratios, profile, steps, sigmas)
 
     def check(self, config: DiffusionCacheConfig) -> None:
@@ -137,18 +140,25 @@ class MagCacheBackend(CacheBackend):
         return RequestCache(self.plan(steps, sigmas, config), self.store, settings)
 
     def _profile_for(self, config: DiffusionCacheConfig) -> CacheProfile | None:
-        return named_profile(config.profile) if config.profile not in (None, self.config.profile) else self.profile
+        return self._named(config.profile) if config.profile not in (None, self.config.profile) else self.profile
+
+    def _named(self, name: str) -> CacheProfile:
+        profile = named_profile(name)
+        if profile.transformer_class != self._class:
+            raise InvalidValueError(
+                "profile", name, f"must be of a {self._class}, not of a {profile.transformer_class}"
+            )
+        return profile
 
     def _find_curve(self, module: torch.nn.Module, model_name: str) -> None:
         """The profile named in the settings, or the checkpoint's own; a curve that the user gave comes first."""
+        self._class = _class_name(module)
         if self.config.profile:
-            self.profile = named_profile(self.config.profile)
+            self.profile = self._named(self.config.profile)
         else:
             self.profile = find_profile(model_name, fingerprint(module))
         self._ratios = self.config.mag_ratios or MagCacheStrategyRegistry.users_curve(_class_name(module))
         if self.profile is not None:
-            if self.profile.transformer_class != _class_name(module):
-                raise InvalidValueError("profile", self.profile.name, f"is not of a {_class_name(module)}")
             logger.info("magcache: profile %s", self.profile.name)
         nothing = self._ratios is None and self.profile is None and self.config.steps_mask is None
         if nothing and self.calibration is None:
@@ -156,8 +166,10 @@ class MagCacheBackend(CacheBackend):
                 "mag_ratios",
                 None,
                 f"must be given: no magnitude curve is known for this checkpoint ({model_name or 'unnamed'}); "
-                "measure one with `vllm-omni calibrate MODEL`, and pass it as profile='FILE'",
+                "measure one with `vllm-omni calibrate MODEL` and pass profile='FILE', or, if it is one of these "
+                f"checkpoints, its profile by name: {', '.join(profile_names())}",
             )
+        choose_predictor(self.config, self.profile)
 
 
 def _class_name(module: Any) -> str:

@@ -40,7 +40,8 @@ def plan_request(
     if config.steps_mask is not None:
         compute = mask_plan(config.steps_mask, steps, config.compute_last_step)
     else:
-        assert ratios is not None
+        if ratios is None:
+            raise InvalidValueError("mag_ratios", None, "must be given where no steps_mask is and no curve is known")
         compute = magcache_plan(
             resample(ratios, steps, config.curve_resampling),
             config.mag_threshold,

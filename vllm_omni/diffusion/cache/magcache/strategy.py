@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from vllm_omni.diffusion.cache.profile import shipped_profile
+from vllm_omni.diffusion.data import as_curve
 from vllm_omni.diffusion.denoisers import DENOISERS, DenoiserSpec
 from vllm_omni.errors import InvalidValueError
 
@@ -53,7 +54,7 @@ class MagCacheStrategyRegistry:
 
     @classmethod
     def users_curve(cls, name: str) -> tuple[float, ...] | None:
-        return cls._strategies[name].mag_ratios if name in cls._own else None
+        return as_curve("mag_ratios", cls._strategies[name].mag_ratios) if name in cls._own else None
 
 
 MagCacheStrategyRegistry._strategies.update(
