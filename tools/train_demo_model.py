@@ -242,12 +242,24 @@ def encode_latents(work: Path, pictures: torch.Tensor) -> tuple[torch.Tensor, fl
     return FluxPipeline._pack_latents(z, len(z), *z.shape[1:]), scaling, shift
 
 
+def load_tokenizers(work: Path, captions: list[str]):
+    """Built once and kept with the checkpoints: the BPE trainer breaks ties differently in every process."""
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    folder = work / "tokenizers"
+    if not folder.exists():
+        clip, t5 = build_tokenizers(captions)
+        clip.save_pretrained(folder / "clip")
+        t5.save_pretrained(folder / "t5")
+    return CLIPTokenizer.from_pretrained(folder / "clip"), T5TokenizerFast.from_pretrained(folder / "t5")
+
+
 class Flow(torch.nn.Module):
     """Transformer and text encoders: what the flow stage trains, and what its checkpoints hold."""
 
-    def __init__(self, captions: list[str]):
+    def __init__(self, work: Path, captions: list[str]):
         super().__init__()
-        self.tokenizer, self.tokenizer_2 = build_tokenizers(captions)
+        self.tokenizer, self.tokenizer_2 = load_tokenizers(work, captions)
         self.text_encoder, self.text_encoder_2 = build_text_encoders(self.tokenizer, self.tokenizer_2)
         self.transformer = build_transformer()
 
@@ -288,7 +300,7 @@ def train_flow(work: Path, steps: int, batch: int = 32, peak: float = 1e-3) -> N
     latents, _, _ = encode_latents(work, pictures)
     torch.manual_seed(1)
     random.seed(1)
-    flow = Flow(captions)
+    flow = Flow(work, captions)
     ema = copy.deepcopy(flow).requires_grad_(False)
     optimizer = torch.optim.AdamW(flow.parameters(), lr=peak, weight_decay=0.01, betas=(0.9, 0.98))
     start, file = 0, work / "flow.pt"
@@ -339,7 +351,7 @@ def export(work: Path, target: Path) -> None:
     vae = build_vae()
     vae.load_state_dict(load_file(work / "vae.safetensors"))
     vae.register_to_config(scaling_factor=scaling, shift_factor=shift)
-    flow = Flow(captions)
+    flow = Flow(work, captions)
     state = torch.load(work / "flow.pt", weights_only=True)
     flow.load_state_dict(state["ema"])
     pipeline = FluxPipeline(

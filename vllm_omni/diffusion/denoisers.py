@@ -27,6 +27,7 @@ class DenoiserSpec:
     stack: tuple[BlockList, ...]
     rows: tuple[str, ...]
     shared: tuple[str, ...] = ()
+    only_for_blocks: tuple[str, ...] = ()  # child modules whose output nothing but the blocks reads
     between_blocks: tuple[str, ...] = ()  # "argument" or "argument.key" that adds something to the stack: compute
 
     def adds_between_blocks(self, arguments: Mapping[str, Any]) -> bool:
@@ -47,6 +48,7 @@ DENOISERS: dict[str, DenoiserSpec] = {
         stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", _JOINT)),
         rows=_FLUX_ROWS,
         shared=("img_ids", "txt_ids"),
+        only_for_blocks=("context_embedder", "pos_embed"),
         between_blocks=(
             "controlnet_block_samples",
             "controlnet_single_block_samples",
@@ -58,5 +60,6 @@ DENOISERS: dict[str, DenoiserSpec] = {
         stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", ("hidden_states",))),
         rows=("hidden_states", "encoder_hidden_states", "timestep", "guidance"),
         shared=("img_ids", "txt_ids"),
+        # FLUX.2 joins the text stream to the image before its single blocks: its embedding is read without them, too
     ),
 }

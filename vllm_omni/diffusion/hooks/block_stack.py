@@ -2,7 +2,8 @@
 
 Nothing is patched: the `ModuleList`s of the stack are exchanged for the duration of one forward. *Tapped*, they hold
 the same blocks with a tap before the first and after the last, so that out - in can be taken; *replaced*, they hold one
-block that adds the forecast, and the others are empty. Embedding and head run as always. Outside a scope the denoiser
+block that adds the forecast, the others are empty, and modules that work for the blocks alone (rotary tables, the text
+embedding where nothing else reads it) are idle. Embedding and head run as always. Outside a scope the denoiser
 is exactly what diffusers made.
 """
 
@@ -36,6 +37,13 @@ class _Block(torch.nn.Module):
         return tuple(values[name] for name in self.returns)
 
 
+class _Idle(torch.nn.Module):
+    """Stands in for a module that works for the blocks alone, while there are none."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return x
+
+
 class BlockStack:
     """The block stack of one denoiser. One scope at a time: `tapped()` or `replaced(correction)`."""
 
@@ -57,15 +65,16 @@ class BlockStack:
         self._open = False
         self._own: dict[str, torch.nn.Module | None] = {}
         self._tapped = self._variant([self._tap_input], [self._tap_output], keep=True)
-        self._replaced = self._variant([self._correct], [], keep=False)
+        idle = {name: _Idle() for name in spec.only_for_blocks if name in modules}
+        self._replaced = self._variant([self._correct], [], keep=False) | idle
 
     @property
     def count(self) -> int:
         """Blocks in the stack."""
         return sum(map(len, self.blocks))
 
-    def _variant(self, head: list[Correction], tail: list[Correction], keep: bool) -> dict[str, torch.nn.ModuleList]:
-        lists = {}
+    def _variant(self, head: list[Correction], tail: list[Correction], keep: bool) -> dict[str, torch.nn.Module]:
+        lists: dict[str, torch.nn.Module] = {}
         for index, (block_list, blocks) in enumerate(zip(self.lists, self.blocks, strict=True)):
             members: list[torch.nn.Module] = list(blocks) if keep else []
             if index == self._first:
@@ -94,8 +103,9 @@ class BlockStack:
         self._open = True
         self._correction = correction
         modules = self.module._modules
-        self._own = {block_list.name: modules[block_list.name] for block_list in self.lists}
-        modules.update(self._tapped if correction is None else self._replaced)
+        stand_ins = self._tapped if correction is None else self._replaced
+        self._own = {name: modules[name] for name in stand_ins}
+        modules.update(stand_ins)
 
     def leave(self) -> None:
         """End the scope: the denoiser's own lists are back, no tensor is held."""
