@@ -1,0 +1,37 @@
+"""What a request gives back. Knows no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class OmniRequestOutput:
+    """The images of one request and the facts of how they were made.
+
+    `plan` has one flag per step, True where the blocks were to be computed; `computed_steps` and `skipped_steps` count
+    what was really done. With `finished` False it is a progress report: `step` of `num_inference_steps`, no images.
+    """
+
+    request_id: str
+    prompt: Any = None
+    images: list[Any] = field(default_factory=list)
+    latents: Any = None
+    error: Exception | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    stage_durations: dict[str, float] = field(default_factory=dict)
+    peak_memory_mb: float = 0.0
+    finished: bool = True
+    seed: int | None = None
+    step: int = 0
+    num_inference_steps: int | None = None
+    computed_steps: int = 0
+    skipped_steps: int = 0
+    plan: tuple[bool, ...] | None = None
+    cache_settings: dict[str, Any] | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True where the request ended with its images."""
+        return self.finished and self.error is None
