@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import numpy as np
 import pytest
 import pytest_asyncio
 from pipelines import DEFAULTS, embeds, tiny_flux
@@ -49,6 +50,20 @@ async def test_progress_then_the_final_output(omni: AsyncOmni) -> None:
     steps = [o.step for o in seen[:-1]]
     assert steps == sorted(steps) and len(set(steps)) > 6
     assert seen[-1].images and seen[-1].skipped_steps > 0
+
+
+async def test_previews_approach_the_picture(omni: AsyncOmni) -> None:
+    params = Params(num_inference_steps=12, seed=0, preview_every=4, num_outputs_per_prompt=2)
+    seen = [o async for o in omni.generate(embeds(0), params)]
+    plain = [o async for o in omni.generate(embeds(0), params.model_copy(update={"preview_every": None}))][-1]
+    previews = [o for o in seen[:-1] if o.images]
+    assert [len(o.images) for o in previews] == [2, 2]  # after steps 4 and 8; the twelfth is the picture itself
+    away = [
+        np.abs(np.asarray(o.images[0], dtype=float) - np.asarray(seen[-1].images[0], dtype=float)).mean()
+        for o in previews
+    ]
+    assert away[0] > away[1] > 0
+    assert np.array_equal(np.asarray(seen[-1].images[0]), np.asarray(plain.images[0]))  # looking changes nothing
 
 
 async def test_many_at_once_equal_their_solo_runs(omni: AsyncOmni) -> None:

@@ -87,11 +87,12 @@ class DiffusionEngine:
         return bool(self._entries) or bool(self._ended)
 
     def progress(self) -> list[OmniRequestOutput]:
-        """Where every admitted request stands."""
+        """Where every admitted request stands; a new preview comes once."""
         return [
             OmniRequestOutput(
                 request_id,
                 entry.request.prompt,
+                images=entry.state.take_preview(),
                 finished=False,
                 seed=entry.seed,
                 step=entry.state.step,

@@ -47,7 +47,7 @@ class AsyncOmni:
         sampling_params: OmniDiffusionSamplingParams | None = None,
         request_id: str | None = None,
     ) -> AsyncIterator[OmniRequestOutput]:
-        """Progress after each step, then the finished output (with `.error` where it failed).
+        """Progress after each step (with images every `preview_every` steps), then the finished output or its `.error`.
 
         A request that is refused raises. Leaving the iterator, or cancelling its task, aborts the request within one
         step.

@@ -17,7 +17,7 @@ class OmniDiffusionSamplingParams(Settings):
 
     `seed` is ``torch.Generator("cpu").manual_seed(seed)``, the picture plain diffusers makes with it; without seed and
     generator a random seed is drawn and reported. `cache` is None (the engine's setting), ``"off"``, a preset's name,
-    or a dict of overrides.
+    or a dict of overrides. `preview_every` steps, a progress report carries the images as they stand (flow matching).
     """
 
     num_inference_steps: int | None = Field(default=None, ge=1)
@@ -41,6 +41,7 @@ class OmniDiffusionSamplingParams(Settings):
     lora_request: Any = None
     extra_args: dict[str, Any] = Field(default_factory=dict)
     cache: Any = None
+    preview_every: int | None = Field(default=None, ge=1)
 
     @field_validator("lora_request")
     @classmethod

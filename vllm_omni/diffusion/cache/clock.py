@@ -33,6 +33,7 @@ class SchedulerClock:
         self._scheduler: Any = None
         self._run = self._step = 0
         self._unnamed: dict[str, int] = {}
+        self.observe: Callable[[Any, Any], None] | None = None  # gets each step's model output and sample
         self.attach()
 
     def attach(self) -> None:
@@ -44,7 +45,7 @@ class SchedulerClock:
         self._scheduler = scheduler
         self._next_run()
         vars(scheduler)["set_timesteps"] = _before(scheduler.set_timesteps, self._next_run)
-        vars(scheduler)["step"] = _after(scheduler.step, self._next_step)
+        vars(scheduler)["step"] = _after(scheduler.step, self._stepped)
 
     def stop(self) -> None:
         if self._scheduler is not None:
@@ -57,7 +58,9 @@ class SchedulerClock:
         self._step = 0
         self._unnamed.clear()
 
-    def _next_step(self) -> None:
+    def _stepped(self, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any) -> None:
+        if self.observe is not None:
+            self.observe(model_output, sample)
         self._step += 1
         self._unnamed.clear()
 
@@ -121,11 +124,11 @@ def _before(method: Callable[..., Any], note: Callable[[], None]) -> Callable[..
     return noted
 
 
-def _after(method: Callable[..., Any], note: Callable[[], None]) -> Callable[..., Any]:
+def _after(method: Callable[..., Any], note: Callable[..., None]) -> Callable[..., Any]:
     @functools.wraps(method)
     def noted(*args: Any, **kwargs: Any) -> Any:
         result = method(*args, **kwargs)
-        note()
+        note(*args, **kwargs)
         return result
 
     return noted

@@ -13,7 +13,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidValueError, check_keys
 
 _RENAMED = {"num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt")}
-_OURS = {"seed", "cache", "extra_args", "fps", "lora_request", "generator", "output_type"}
+_OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
 _RESERVED = {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "return_dict"}
 
 

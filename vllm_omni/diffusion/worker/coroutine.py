@@ -81,7 +81,7 @@ class PipelineTask:
         for name in DENOISER_NAMES:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)
-        self._arguments = arguments
+        self.arguments = arguments
         self._greenlet: greenlet | None = None
         self._engine: greenlet | None = None
 
@@ -105,7 +105,7 @@ class PipelineTask:
 
     def _run(self) -> Event:
         try:
-            return Finished(self.pipeline(**self._arguments))
+            return Finished(self.pipeline(**self.arguments))
         except Exception as error:  # whatever a pipeline raises ends this request alone
             return Failed(error)
         finally:

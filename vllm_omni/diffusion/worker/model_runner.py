@@ -19,6 +19,7 @@ from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
 from vllm_omni.diffusion.worker.batching import CallBinder, row_slices, take_rows
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Event, Failed, Finished, PipelineTask
+from vllm_omni.diffusion.worker.preview import can_preview, preview
 
 
 @dataclass
@@ -35,6 +36,10 @@ class RequestState:
     run: int = -1
     step: int = 0
     steps: int | None = None
+    sigmas: tuple[float, ...] = ()
+    preview_every: int | None = None
+    observed: tuple[int, Any, Any] | None = None  # step, model output and sample that a preview is due of
+    preview: list[Any] | None = None  # images of the latest preview, until somebody takes them
     computed: set[int] = field(default_factory=set)
     cache: Record | None = None
     event: Event | None = None
@@ -53,6 +58,15 @@ class RequestState:
     def plan(self) -> tuple[bool, ...] | None:
         plan = self.cache.plan if self.cache is not None else None
         return plan.compute if plan is not None else None
+
+    def observe(self, model_output: Any, sample: Any) -> None:
+        """The guided model output and the sample of a step that ends, kept where a preview of it is due."""
+        if self.preview_every and (self.step + 1) % self.preview_every == 0:
+            self.observed = self.step, model_output, sample
+
+    def take_preview(self) -> list[Any]:
+        images, self.preview = self.preview or [], None
+        return images
 
     def release(self) -> None:
         """Give back every byte the request holds."""
@@ -79,10 +93,13 @@ class ModelRunner:
         arguments: dict[str, Any],
         backend: MagCacheBackend | None,
         config: DiffusionCacheConfig | None,
+        preview_every: int | None = None,
     ) -> RequestState:
         """Begin a request: runs its text encoders, and parks it at its first denoiser call."""
         task = PipelineTask(self.pipeline, arguments)
         state = RequestState(request_id, task, backend, config, SchedulerClock(task.pipeline))
+        if preview_every is not None and can_preview(self.pipeline):
+            state.preview_every, state.clock.observe = preview_every, state.observe
         self._arrive(state, task.resume())
         return state
 
@@ -94,10 +111,17 @@ class ModelRunner:
             state.denoising = now - state.started
             failed = isinstance(result, Exception)
             self._arrive(state, state.task.throw(result) if failed else state.task.resume(result))
+            if state.observed is not None:
+                self._preview(state, *state.observed)
 
     def abort(self, state: RequestState, error: Exception) -> None:
         """End a parked request with `error`."""
         self._arrive(state, state.task.throw(error))
+
+    def _preview(self, state: RequestState, step: int, velocity: torch.Tensor, latents: torch.Tensor) -> None:
+        state.observed = None
+        if isinstance(state.event, DenoiserCall):  # at the end, the picture itself comes
+            state.preview = preview(self.pipeline, state.task.arguments, latents, velocity, state.sigmas[step])
 
     def _arrive(self, state: RequestState, event: Event) -> None:
         """Look at what the request brings: an end, or a call whose kind of step and batch key are decided now."""
@@ -131,7 +155,7 @@ class ModelRunner:
 
     def _begin_schedule(self, state: RequestState, run: int) -> None:
         state.run = run
-        state.steps, _ = state.clock.schedule()
+        state.steps, state.sigmas = state.clock.schedule()
         if state.cache is not None:
             state.cache.drop()
         if state.backend is not None:

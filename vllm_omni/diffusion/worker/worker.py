@@ -50,7 +50,10 @@ class DiffusionWorker:
         """Begin a checked request; gives its state and its seed."""
         generator, seed = generator_of(request)
         backend, config = (self._backends[choice[0]], choice[1]) if choice is not None else (None, None)
-        return self.runner.start(request.request_id, arguments | {"generator": generator}, backend, config), seed
+        state = self.runner.start(
+            request.request_id, arguments | {"generator": generator}, backend, config, request.params.preview_every
+        )
+        return state, seed
 
     def run(self, states: Sequence[RequestState]) -> None:
         self.runner.run(states)
