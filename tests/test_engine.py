@@ -161,6 +161,7 @@ def test_full_forwards_really_made_equal_the_plan(tiny: Omni) -> None:
 def test_steps_left_out_are_the_pipelines_own(tiny: Omni) -> None:
     output = tiny.generate(embeds(0), Params(seed=0, output_type="latent"), use_tqdm=False)[0]
     assert output.num_inference_steps == 28 == len(output.plan)
+    assert not output.latents.is_inference()
 
 
 def test_a_skipped_step_is_decided_per_request_not_per_batch(tiny: Omni) -> None:

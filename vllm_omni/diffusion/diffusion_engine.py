@@ -156,7 +156,8 @@ def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
         return output
     result = event.output[0] if isinstance(event.output, tuple) else next(iter(event.output.values()))
     if entry.arguments.get("output_type") == "latent":
-        output.latents = result
+        with torch.inference_mode(False):  # the caller may want to train on it
+            output.latents = result.clone()
     else:
         output.images = list(result)
     return output
