@@ -20,6 +20,9 @@ from vllm_omni.diffusion.hooks.block_stack import BlockStack
 from vllm_omni.diffusion.worker.batching import CallBinder, row_slices, take_rows
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Event, Failed, Finished, PipelineTask
 from vllm_omni.diffusion.worker.preview import can_preview, preview
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
 
 
 @dataclass
@@ -86,6 +89,10 @@ class ModelRunner:
         self.modules = {n: m for n in DENOISER_NAMES if isinstance(m := vars(pipeline).get(n), torch.nn.Module)}
         self.binders = {n: CallBinder(n, m, DENOISERS.get(_class_name(m))) for n, m in self.modules.items()}
         self.forwards = {"computed": 0, "skipped": 0}
+        for name in (n for n, binder in self.binders.items() if binder.spec is None):
+            logger.warning(
+                "%s is not described: its requests run one per forward, uncached", _class_name(self.modules[name])
+            )
 
     def start(
         self,
