@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from vllm_omni.diffusion.settings import Settings
 from vllm_omni.errors import InvalidValueError
 
+PredictorName = Literal["reuse", "gamma", "linear", "damped", "gram", "affine", "affine3"]
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -37,7 +38,9 @@ class DiffusionCacheConfig(Settings):
 
     The ``mag_*`` names are the published ones. `predictor` is what stands in for a skipped step's residual:
     ``reuse`` (the published method), ``linear`` in sigma, ``gram`` (least squares, needs a calibrated profile), or
-    ``auto`` (what calibration found best for this checkpoint, otherwise reuse).
+    ``auto`` (what calibration found best for this checkpoint, otherwise reuse); the others are described in
+    `cache/predictor.py`. The plan is one of: a promise (`nfe`, exactly that many full forwards, or `speedup`, that many
+    times less block work), a `steps_mask`, or the threshold rule.
     """
 
     mag_ratios: tuple[float, ...] | None = None
@@ -48,10 +51,12 @@ class DiffusionCacheConfig(Settings):
     mag_calibrate: bool = False
     coefficients: tuple[float, ...] | None = None
     rel_l1_thresh: float | None = Field(default=None, gt=0)
-    predictor: Literal["auto", "reuse", "linear", "gram"] = "auto"
+    predictor: Literal["auto", PredictorName] = "auto"
     compute_last_step: bool = True
     curve_resampling: Literal["log", "nearest"] = "log"
     steps_mask: tuple[bool, ...] | None = None
+    nfe: int | None = None
+    speedup: float | None = Field(default=None, allow_inf_nan=False)
     profile: str | None = None
     memory_budget_mb: float | None = Field(default=None, ge=0, allow_inf_nan=False)
 
@@ -71,6 +76,32 @@ class DiffusionCacheConfig(Settings):
         if not mask or not mask[0]:
             raise InvalidValueError("steps_mask", value, "must begin with a computed step (1)")
         return mask
+
+    @field_validator("nfe")
+    @classmethod
+    def _nfe(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise InvalidValueError("nfe", value, "must be at least 2 (1 where the last step may be skipped)")
+        return value
+
+    @field_validator("speedup")
+    @classmethod
+    def _speedup(cls, value: float | None) -> float | None:
+        if value is not None and value < 1:
+            raise InvalidValueError("speedup", value, "must be at least 1, which computes every step")
+        return value
+
+    @model_validator(mode="after")
+    def _one_plan(self) -> DiffusionCacheConfig:
+        named = [name for name in ("nfe", "speedup", "steps_mask") if vars(self)[name] is not None]
+        if len(named) > 1:
+            raise InvalidValueError(named[0], vars(self)[named[0]], f"and {named[1]} each make the plan: give one")
+        return self
+
+    @property
+    def promise(self) -> dict[str, float]:
+        """What this request was promised: {"nfe": 14}, {"speedup": 2.0}, or nothing."""
+        return {name: value for name in ("nfe", "speedup") if (value := vars(self)[name]) is not None}
 
 
 class OmniDiffusionConfig(Settings):

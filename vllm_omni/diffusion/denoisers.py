@@ -41,6 +41,9 @@ class DenoiserSpec:
 
 
 _JOINT = ("encoder_hidden_states", "hidden_states")
+_IMAGE_TEXT = ("hidden_states", "encoder_hidden_states")
+_HIDDEN = ("hidden_states",)
+_IP_ADAPTER = ("joint_attention_kwargs.ip_adapter_image_embeds", "joint_attention_kwargs.ip_hidden_states")
 _FLUX_ROWS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
 
 DENOISERS: dict[str, DenoiserSpec] = {
@@ -61,5 +64,47 @@ DENOISERS: dict[str, DenoiserSpec] = {
         rows=("hidden_states", "encoder_hidden_states", "timestep", "guidance"),
         shared=("img_ids", "txt_ids"),
         # FLUX.2 joins the text stream to the image before its single blocks: its embedding is read without them, too
+    ),
+    "QwenImageTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _JOINT),),
+        rows=("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes"),
+        shared=("img_shapes",),
+        between_blocks=("controlnet_block_samples",),
+    ),
+    "SD3Transformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _JOINT),),
+        rows=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+        between_blocks=("block_controlnet_hidden_states", "skip_layers", *_IP_ADAPTER),
+    ),
+    "WanTransformer3DModel": DenoiserSpec(
+        stack=(BlockList("blocks", _HIDDEN),),
+        rows=("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image"),
+    ),
+    "ChromaTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", _HIDDEN)),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "attention_mask"),
+        shared=("img_ids", "txt_ids"),
+        between_blocks=("controlnet_block_samples", "controlnet_single_block_samples", *_IP_ADAPTER),
+    ),
+    "HunyuanVideoTransformer3DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _IMAGE_TEXT), BlockList("single_transformer_blocks", _IMAGE_TEXT)),
+        rows=("encoder_attention_mask", *_FLUX_ROWS),
+    ),
+    "LTXVideoTransformer3DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _HIDDEN),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),
+    ),
+    "CogVideoXTransformer3DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep"),
+        shared=("image_rotary_emb",),
+    ),
+    "AuraFlowTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("joint_transformer_blocks", _JOINT), BlockList("single_transformer_blocks", _HIDDEN)),
+        rows=("hidden_states", "encoder_hidden_states", "timestep"),
+    ),
+    "CogView4Transformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "original_size", "target_size", "crop_coords"),
     ),
 }

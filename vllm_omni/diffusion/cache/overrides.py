@@ -30,6 +30,9 @@ _SHORT = {
 _OF_THE_ENGINE = {"memory_budget_mb", "mag_calibrate"}
 _FIELDS = set(DiffusionCacheConfig.model_fields) - _OF_THE_ENGINE
 
+_PROMISES = ("nfe", "speedup")
+_RULE = ("preset", *_SHORT, *_SHORT.values())
+
 Choice = tuple[str, DiffusionCacheConfig] | None  # backend and settings, or no cache
 
 
@@ -56,10 +59,21 @@ def request_choice(asked: Any, engine: Choice) -> Choice:
     for key, value in asked.items():
         if key not in ("enabled", "backend", "preset"):
             values[_SHORT.get(str(key), str(key))] = value
-    # a plan named in the request replaces the engine's, whatever kind that is
-    if "steps_mask" not in asked and asked.keys() & {"preset", "mag_ratios", "profile", *_SHORT, *_SHORT.values()}:
-        values["steps_mask"] = None
+    _one_plan(asked, values)
     if "profile" in asked and "mag_ratios" not in asked:
         values["mag_ratios"] = None
     default = engine[0] if engine else "magcache"
     return canonical_name(asked.get("backend") or default), DiffusionCacheConfig.from_dict(values)
+
+
+def _one_plan(asked: Mapping[str, Any], values: dict[str, Any]) -> None:
+    """A plan named in the request (promise, mask or threshold rule) replaces the engine's, whatever kind that is."""
+    named = {key for key in asked if asked[key] is not None}
+    promise = next((name for name in _PROMISES if name in named), None)
+    if promise and (rule := next((name for name in _RULE if name in named), None)):
+        raise InvalidValueError(f"cache.{promise}", asked[promise], f"and {rule} each make the plan: give one")
+    if "steps_mask" not in asked and (promise or named & {"mag_ratios", "profile", *_RULE}):
+        values["steps_mask"] = None
+    for name in _PROMISES:
+        if name not in asked and named & {"steps_mask", *_PROMISES, *_RULE}:
+            values[name] = None

@@ -1,40 +1,58 @@
 """What stands in for a skipped step's residual: scalar weights over the residuals of earlier computed steps.
 
-Every function has one calling convention: (anchors, target, sigmas, gram) -> one weight per anchor, where `anchors` are
-the computed steps to build on in ascending order, `sigmas` the noise level of every step, and `gram` the residuals'
-Gram matrix of this schedule (or None). The forecast is sum_j w_j r_j. No tensors.
+Every function has one calling convention: (anchors, target, sigmas, gram) -> one weight per anchor, on the last axis,
+where `anchors` are the computed steps to build on in ascending order, `sigmas` the noise level of every step, and
+`gram` the residuals' Gram matrix of this schedule (or None). Steps may be arrays, which broadcast: the planner asks for
+all at once. The forecast is sum_j w_j r_j. No tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from vllm_omni.diffusion.cache.plan import Plan
 
 Terms = tuple[tuple[int, float], ...]
-Predictor = Callable[[Sequence[int], int, Sequence[float], np.ndarray | None], Sequence[float]]
+Predictor = Callable[[Sequence[Any], Any, Sequence[float], np.ndarray | None], np.ndarray]
 RIDGE = 1e-6
 
 
-def reuse(anchors: Sequence[int], target: int, sigmas: Sequence[float], gram: np.ndarray | None) -> Sequence[float]:
+def reuse(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
     """The last residual as it is (MagCache, arXiv 2506.09045)."""
-    return [0.0] * (len(anchors) - 1) + [1.0]
+    weights = np.zeros((*np.broadcast_shapes(np.shape(target), *map(np.shape, anchors)), len(anchors)))
+    weights[..., -1] = 1.0
+    return weights
 
 
-def linear(anchors: Sequence[int], target: int, sigmas: Sequence[float], gram: np.ndarray | None) -> Sequence[float]:
+def gamma(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """The last residual at the magnitude of the target: prod gamma = sqrt(G_tt / G_ss). Without a matrix, reuse.
+
+    MagCache's own evaluation code has it commented out (Zehong-Ma/MagCache, `cur_scale * residual_cache`).
+    """
+    weights = reuse(anchors, target, sigmas, gram)
+    if gram is not None:
+        energy = np.diag(gram)
+        weights[..., -1] = np.sqrt(energy[target] / np.maximum(energy[anchors[-1]], np.finfo(float).tiny))
+    return weights
+
+
+def linear(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
     """The line through the last two residuals over sigma (first-order TaylorSeer, arXiv 2503.06923, in sigma)."""
-    if len(anchors) < 2 or sigmas[anchors[-1]] == sigmas[anchors[-2]]:
-        return reuse(anchors, target, sigmas, gram)
-    before, last = anchors[-2:]
-    slope = (sigmas[target] - sigmas[last]) / (sigmas[last] - sigmas[before])
-    return [0.0] * (len(anchors) - 2) + [-slope, 1.0 + slope]
+    return _line(anchors, target, sigmas, 1.0)
 
 
-def least_squares(
-    anchors: Sequence[int], target: int, sigmas: Sequence[float], gram: np.ndarray | None
-) -> Sequence[float]:
+def damped(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """Half-linear: the line with half its slope, the mean of `reuse` and `linear`.
+
+    To first order the mean velocity over the gap (MeanCache, arXiv 2601.19961, with its span at the anchor's own).
+    """
+    return _line(anchors, target, sigmas, 0.5)
+
+
+def least_squares(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
     """w = (G_AA + ridge)^-1 G_At: the weights with the least expected squared error under the calibrated Gram matrix.
 
     Linear forecasts of cached features with calibrated weights: L2P (arXiv 2604.26365) learns them by gradient descent
@@ -42,17 +60,55 @@ def least_squares(
     """
     if gram is None:
         return reuse(anchors, target, sigmas, gram)
-    index = list(anchors)
-    corner = gram[np.ix_(index, index)]
-    ridge = RIDGE * np.trace(corner) / len(index) * np.eye(len(index))
-    return [float(w) for w in np.linalg.solve(corner + ridge, gram[index, target])]
+    corner, cross = _normal_equations(anchors, target, gram)
+    return np.linalg.solve(corner, cross[..., None])[..., 0]
+
+
+def affine(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """Least squares among weights that sum to one: w = G_AA^-1 (G_At + m 1), m the Lagrange multiplier of 1'w = 1.
+
+    Ordinary kriging (Matheron 1963) over residuals: what all prompts share, a common part, passes through unscaled.
+    """
+    if gram is None:
+        return reuse(anchors, target, sigmas, gram)
+    corner, cross = _normal_equations(anchors, target, gram)
+    solved = np.linalg.solve(corner, np.stack([cross, np.ones_like(cross)], axis=-1))
+    free, ones = solved[..., 0], solved[..., 1]
+    multiplier = (1 - free.sum(axis=-1, keepdims=True)) / ones.sum(axis=-1, keepdims=True)
+    return free + multiplier * ones
+
+
+def _line(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], slope: float) -> np.ndarray:
+    weights = reuse(anchors, target, sigmas, None)
+    if len(anchors) > 1:
+        level = np.asarray(sigmas, dtype=np.float64)
+        before, last = anchors[-2:]
+        span = level[last] - level[before]
+        ahead = np.where(span == 0, 0.0, slope * (level[target] - level[last]) / np.where(span == 0, 1.0, span))
+        weights[..., -2] = -ahead
+        weights[..., -1] += ahead
+    return weights
+
+
+def _normal_equations(anchors: Sequence[Any], target: Any, gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """G_AA with a little ridge, and G_At."""
+    index = np.stack(np.broadcast_arrays(*anchors), axis=-1)
+    corner = gram[index[..., :, None], index[..., None, :]]
+    energy = np.trace(corner, axis1=-2, axis2=-1)[..., None, None] / len(anchors)
+    ridge = RIDGE * np.maximum(energy, np.finfo(float).tiny / RIDGE)
+    return corner + ridge * np.eye(len(anchors)), gram[index, np.asarray(target)[..., None]]
 
 
 PREDICTORS: dict[str, tuple[Predictor, int]] = {  # function, how many anchors it looks at
     "reuse": (reuse, 1),
+    "gamma": (gamma, 1),
     "linear": (linear, 2),
+    "damped": (damped, 2),
     "gram": (least_squares, 2),
+    "affine": (affine, 2),
+    "affine3": (affine, 3),
 }
+NEED_GRAM = ("gram", "affine", "affine3")
 
 
 def forecasts(plan: Plan, sigmas: Sequence[float], predictor: str, gram: np.ndarray | None) -> dict[int, Terms]:
@@ -65,7 +121,7 @@ def forecasts(plan: Plan, sigmas: Sequence[float], predictor: str, gram: np.ndar
             computed.append(step)
             continue
         anchors = computed[-order:]
-        weights = weigh(anchors, step, sigmas, gram)
+        weights = weigh(anchors, step, sigmas, gram).tolist()
         terms[step] = tuple((a, w) for a, w in zip(anchors, weights, strict=True) if w != 0.0)
     return terms
 

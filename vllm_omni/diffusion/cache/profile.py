@@ -9,13 +9,13 @@ import hashlib
 import json
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from vllm_omni.diffusion.data import as_curve
+from vllm_omni.diffusion.data import PredictorName, as_curve
 from vllm_omni.diffusion.settings import Settings
 from vllm_omni.errors import InvalidValueError
 
@@ -36,7 +36,7 @@ class CacheProfile(Settings):
     ratios: tuple[float, ...]
     sigmas: tuple[float, ...] | None = None
     gram: tuple[tuple[float, ...], ...] | None = None
-    predictor: Literal["reuse", "linear", "gram"] | None = None
+    predictor: PredictorName | None = None
     branches: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
 

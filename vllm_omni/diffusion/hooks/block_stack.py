@@ -1,10 +1,10 @@
 """The seam in a denoiser: for one forward, its block stack is tapped or replaced. Tensors in, tensors out.
 
 Nothing is patched: the `ModuleList`s of the stack are exchanged for the duration of one forward. *Tapped*, they hold
-the same blocks with a tap before the first and after the last, so that out - in can be taken; *replaced*, they hold one
-block that adds the forecast, the others are empty, and modules that work for the blocks alone (rotary tables, the text
-embedding where nothing else reads it) are idle. Embedding and head run as always. Outside a scope the denoiser
-is exactly what diffusers made.
+the same blocks, the first and the last with a tap, so that out - in can be taken; *replaced*, they hold one block that
+adds the forecast, the others are empty, and modules that work for the blocks alone (rotary tables, the text embedding
+where nothing else reads it) are idle. Embedding and head run as always. Outside a scope the denoiser is exactly what
+diffusers made.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.denoisers import BlockList, DenoiserSpec
+from vllm_omni.diffusion.denoisers import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
 
 Correction = Callable[[torch.Tensor], torch.Tensor]
@@ -35,6 +35,26 @@ class _Block(torch.nn.Module):
         if len(self.returns) == 1:
             return values[self.returns[0]]
         return tuple(values[name] for name in self.returns)
+
+
+class _Tapped(torch.nn.Module):
+    """A block in its own place, with the hidden states noted as they come in and as they go out."""
+
+    def __init__(
+        self, block: torch.nn.Module, returns: tuple[str, ...], come: Correction | None, go: Correction | None
+    ) -> None:
+        super().__init__()
+        self.block = block
+        self.index = returns.index("hidden_states") if len(returns) > 1 else None
+        self.come, self.go = come, go
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.come is not None:
+            self.come(args[0] if args else kwargs["hidden_states"])
+        output = self.block(*args, **kwargs)
+        if self.go is not None:
+            self.go(output if self.index is None else output[self.index])
+        return output
 
 
 class _Idle(torch.nn.Module):
@@ -64,24 +84,28 @@ class BlockStack:
         self._output: torch.Tensor | None = None
         self._open = False
         self._own: dict[str, torch.nn.Module | None] = {}
-        self._tapped = self._variant([self._tap_input], [self._tap_output], keep=True)
+        self._tapped = self._with_taps()
         idle = {name: _Idle() for name in spec.only_for_blocks if name in modules}
-        self._replaced = self._variant([self._correct], [], keep=False) | idle
+        self._replaced = self._without_blocks() | idle
 
     @property
     def count(self) -> int:
         """Blocks in the stack."""
         return sum(map(len, self.blocks))
 
-    def _variant(self, head: list[Correction], tail: list[Correction], keep: bool) -> dict[str, torch.nn.Module]:
-        lists: dict[str, torch.nn.Module] = {}
-        for index, (block_list, blocks) in enumerate(zip(self.lists, self.blocks, strict=True)):
-            members: list[torch.nn.Module] = list(blocks) if keep else []
-            if index == self._first:
-                members = [_tap(block_list, act) for act in head] + members
-            if index == self._last:
-                members += [_tap(block_list, act) for act in tail]
-            lists[block_list.name] = torch.nn.ModuleList(members)
+    def _with_taps(self) -> dict[str, torch.nn.Module]:
+        """As many blocks as before, in their places: some models count them."""
+        members = [list(blocks) for blocks in self.blocks]
+        returns = [block_list.returns for block_list in self.lists]
+        first, last = self._first, self._last
+        members[first][0] = _Tapped(members[first][0], returns[first], self._tap_input, None)
+        members[last][-1] = _Tapped(members[last][-1], returns[last], None, self._tap_output)
+        return {b.name: torch.nn.ModuleList(m) for b, m in zip(self.lists, members, strict=True)}
+
+    def _without_blocks(self) -> dict[str, torch.nn.Module]:
+        lists: dict[str, torch.nn.Module] = {b.name: torch.nn.ModuleList() for b in self.lists}
+        first = self.lists[self._first]
+        lists[first.name] = torch.nn.ModuleList([_Block(first.returns, self._correct)])
         return lists
 
     def _tap_input(self, x: torch.Tensor) -> torch.Tensor:
@@ -142,7 +166,3 @@ class BlockStack:
             return None
         before = self._input[rows]
         return self._output[rows, -before.shape[1] :] - before
-
-
-def _tap(block_list: BlockList, act: Correction) -> _Block:
-    return _Block(block_list.returns, act)

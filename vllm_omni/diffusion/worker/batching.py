@@ -18,6 +18,7 @@ class CallBinder:
         self.name, self.spec = name, spec
         self._names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._rows = frozenset(spec.rows) if spec else frozenset()
+        self._shared = frozenset(spec.shared) if spec else frozenset()
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self._names, args, strict=False)) | kwargs
@@ -39,17 +40,14 @@ class CallBinder:
             return self.name, alone
         rows = self.rows(arguments)
         parts: list[Hashable] = [self.name]
-        for name, value in arguments.items():
-            if isinstance(value, torch.Tensor) and name in self._rows:
-                if value.ndim == 0 or len(value) != rows:
-                    return self.name, alone
-                parts.append((name, value.shape[1:], value.dtype))
-            elif isinstance(value, torch.Tensor):
-                parts.append((name, _content(value, memory)))
-            elif value is None or isinstance(value, bool | int | float | str) or value == {}:
-                parts.append((name, str(value)))
-            else:
-                return self.name, alone
+        try:
+            for name, value in arguments.items():
+                if name in self._rows:
+                    parts.append((name, _row_shape(value, rows)))
+                if name in self._shared or name not in self._rows:
+                    parts.append((name, _equal(value, memory)))
+        except TypeError:
+            return self.name, alone
         return tuple(parts)
 
     def join(self, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -58,9 +56,9 @@ class CallBinder:
             return calls[0]
         first = calls[0]
         return first | {
-            name: torch.cat([call[name] for call in calls])
+            name: _joined([call[name] for call in calls])
             for name in self._rows
-            if isinstance(first.get(name), torch.Tensor)
+            if isinstance(first.get(name), torch.Tensor | list)
         }
 
 
@@ -79,6 +77,36 @@ def take_rows(output: Any, rows: slice) -> Any:
     if isinstance(output, tuple | list):
         return type(output)(take_rows(value, rows) for value in output)
     return output
+
+
+def _row_shape(value: Any, rows: int) -> Hashable:
+    """What must agree of an argument with one entry per row; TypeError where it is not one."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == rows:
+        return value.shape[1:], value.dtype
+    if isinstance(value, list) and len(value) == rows:
+        return "list"
+    raise TypeError(type(value))
+
+
+def _equal(value: Any, memory: dict[int, Any]) -> Hashable:
+    """A hashable that is equal where the argument's content is; TypeError where we cannot say."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return type(value).__name__, value
+    if isinstance(value, torch.Tensor):
+        return _content(value, memory)
+    if isinstance(value, dict):
+        return tuple((key, _equal(entry, memory)) for key, entry in value.items())
+    if isinstance(value, tuple | list):
+        return tuple(_equal(entry, memory) for entry in value)
+    raise TypeError(type(value))
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    if isinstance(values[0], list):
+        return [entry for value in values for entry in value]
+    return torch.cat(list(values))
 
 
 def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:

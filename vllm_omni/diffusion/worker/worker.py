@@ -41,7 +41,9 @@ class DiffusionWorker:
         arguments = self._arguments.build(request)
         choice = request_choice(request.params.cache, self._default)
         if choice is not None:
-            self._backend(*choice).check(choice[1])
+            own = arguments.get("sigmas") is not None or arguments.get("timesteps") is not None
+            known = not own and self.pipeline.scheduler.order == 1  # otherwise the schedule may be longer
+            self._backend(*choice).check(choice[1], arguments.get("num_inference_steps") if known else None)
         return arguments, choice
 
     def start(

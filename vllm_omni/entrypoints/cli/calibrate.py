@@ -60,10 +60,8 @@ def compare_predictors(
     exact = [_latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
     errors = {}
     for predictor in PREDICTORS:
-        backend = MagCacheBackend(
-            DiffusionCacheConfig.from_dict({"predictor": predictor, "mag_ratios": profile.ratios})
-        )
-        with _enabled(backend, pipeline, profile):
+        backend = MagCacheBackend(DiffusionCacheConfig(mag_ratios=profile.ratios))
+        with _enabled(backend, pipeline, profile.model_copy(update={"predictor": predictor})):  # what `auto` then takes
             got = [_latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
         away = [((a - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
         errors[predictor] = round(sum(away) / len(away), 6)

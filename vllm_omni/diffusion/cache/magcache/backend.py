@@ -10,7 +10,7 @@ from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.cache.calibration import Calibration
 from vllm_omni.diffusion.cache.clock import SchedulerClock, schedule_of
 from vllm_omni.diffusion.cache.forward import Record
-from vllm_omni.diffusion.cache.magcache.plan import choose_predictor, plan_request
+from vllm_omni.diffusion.cache.magcache.plan import choose_predictor, plan_request, promised_forwards
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.profile import CacheProfile, find_profile, fingerprint, named_profile, profile_names
 from vllm_omni.diffusion.cache.request_cache import CachePlan, RequestCache
@@ -120,20 +120,25 @@ class MagCacheBackend(CacheBackend):
             ratios = profile.ratios
         return plan_request(config, ratios, profile, steps, sigmas)
 
-    def check(self, config: DiffusionCacheConfig) -> None:
-        """Refuse settings that this checkpoint cannot have, before any step runs."""
-        self.plan(2, (1.0, 0.5), config)
+    def check(self, config: DiffusionCacheConfig, steps: int | None = None) -> None:
+        """Refuse settings that this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
+        if steps is not None:
+            promised_forwards(config, steps)
+        self.plan(2, (1.0, 0.5), config.model_copy(update={"nfe": None, "speedup": None}))
 
     def _record(self, steps: int, sigmas: tuple[float, ...], config: DiffusionCacheConfig | None = None) -> Record:
         if self.calibration is not None:
             return self.calibration.record(steps, sigmas)
         config = config or self.config
         profile = self._profile_for(config)
-        settings = {
-            "backend": "magcache",
+        rule = {
             "threshold": config.mag_threshold,
             "max_skip_steps": config.mag_max_skip_steps,
             "retention_ratio": config.mag_retention_ratio,
+        }
+        settings: dict[str, object] = {
+            "backend": "magcache",
+            **(config.promise or rule),
             "predictor": choose_predictor(config, profile),
             "profile": profile.name if profile is not None else None,
         }

@@ -9,7 +9,8 @@ import numpy as np
 
 from vllm_omni.diffusion.cache.curve import resample
 from vllm_omni.diffusion.cache.plan import magcache_plan, mask_plan
-from vllm_omni.diffusion.cache.predictor import forecasts, resample_gram
+from vllm_omni.diffusion.cache.planner import best_plan, curve_costs, fewest_forwards, gram_costs
+from vllm_omni.diffusion.cache.predictor import NEED_GRAM, forecasts, resample_gram
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.cache.request_cache import CachePlan
 from vllm_omni.diffusion.data import DiffusionCacheConfig
@@ -21,9 +22,9 @@ def choose_predictor(config: DiffusionCacheConfig, profile: CacheProfile | None)
     has_gram = profile is not None and profile.gram is not None
     if config.predictor == "auto":
         return (profile.predictor if profile is not None else None) or "reuse"
-    if config.predictor == "gram" and not has_gram:
+    if config.predictor in NEED_GRAM and not has_gram:
         raise InvalidValueError(
-            "predictor", "gram", "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"
+            "predictor", config.predictor, "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"
         )
     return config.predictor
 
@@ -37,23 +38,53 @@ def plan_request(
     sigmas: tuple[float, ...],
 ) -> CachePlan:
     """The whole run, decided before its first step."""
+    if ratios is None and config.steps_mask is None:
+        raise InvalidValueError("mag_ratios", None, "must be given where no steps_mask is and no curve is known")
+    predictor = choose_predictor(config, profile)
+    curve = resample(ratios, steps, config.curve_resampling) if ratios is not None else None
+    gram = _gram_at(profile, sigmas)
     if config.steps_mask is not None:
         compute = mask_plan(config.steps_mask, steps, config.compute_last_step)
+    elif (nfe := promised_forwards(config, steps)) is not None:
+        assert curve is not None
+        costs = gram_costs(gram, sigmas, predictor) if gram is not None else curve_costs(curve, sigmas)
+        compute = best_plan(costs, nfe, config.compute_last_step)
     else:
-        if ratios is None:
-            raise InvalidValueError("mag_ratios", None, "must be given where no steps_mask is and no curve is known")
+        assert curve is not None
         compute = magcache_plan(
-            resample(ratios, steps, config.curve_resampling),
+            curve,
             config.mag_threshold,
             config.mag_max_skip_steps,
             config.mag_retention_ratio,
             config.compute_last_step,
         )
-    predictor = choose_predictor(config, profile)
-    gram = _gram_at(profile, sigmas) if predictor == "gram" and profile is not None else None
+    if gram is None and curve is not None and predictor == "gamma":  # it looks at magnitudes alone
+        gram = np.diag(np.cumprod(curve) ** 2)
     return CachePlan.of(compute, forecasts(compute, sigmas, predictor, gram))
 
 
-def _gram_at(profile: CacheProfile, sigmas: Sequence[float]) -> np.ndarray:
-    assert profile.gram is not None and profile.sigmas is not None
+def promised_forwards(config: DiffusionCacheConfig, steps: int) -> int | None:
+    """The full forwards that `config` promises of `steps`: `nfe`, or round(steps / speedup); None without a promise.
+
+    A promise is kept or refused, never clamped: InvalidValueError names the nearest that can be kept.
+    """
+    least = fewest_forwards(steps, config.compute_last_step)
+    if config.nfe is not None:
+        if not least <= config.nfe <= steps:
+            near = min(max(config.nfe, least), steps)
+            raise InvalidValueError(
+                "nfe", config.nfe, f"must be between {least} and {steps} for {steps} steps (nearest: {near})"
+            )
+        return config.nfe
+    if config.speedup is None:
+        return None
+    if (nfe := round(steps / config.speedup)) < least:
+        nearest = f"nearest: {steps / least:g}, {least} full forwards"
+        raise InvalidValueError("speedup", config.speedup, f"is out of reach in {steps} steps ({nearest})")
+    return nfe
+
+
+def _gram_at(profile: CacheProfile | None, sigmas: Sequence[float]) -> np.ndarray | None:
+    if profile is None or profile.gram is None or profile.sigmas is None:
+        return None
     return resample_gram(np.asarray(profile.gram), profile.sigmas, sigmas)

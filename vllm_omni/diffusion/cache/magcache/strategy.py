@@ -31,6 +31,12 @@ class Flux2MagCacheStrategy(MagCacheStrategy):
     spec = DENOISERS["Flux2Transformer2DModel"]
 
 
+def _described(spec: DenoiserSpec) -> MagCacheStrategy:
+    strategy = MagCacheStrategy()
+    vars(strategy)["spec"] = spec
+    return strategy
+
+
 class MagCacheStrategyRegistry:
     """Strategies by transformer class name."""
 
@@ -50,7 +56,10 @@ class MagCacheStrategyRegistry:
 
     @classmethod
     def get_if_exists(cls, name: str) -> MagCacheStrategy | None:
-        return cls._strategies.get(name)
+        """The registered strategy, else a plain one of what `denoisers.py` describes: the curve is the user's."""
+        if name in cls._strategies or name not in DENOISERS:
+            return cls._strategies.get(name)
+        return _described(DENOISERS[name])
 
     @classmethod
     def users_curve(cls, name: str) -> tuple[float, ...] | None:

@@ -1,0 +1,250 @@
+"""The exact planner against exhaustive search, and the predictors it plans for."""
+
+from __future__ import annotations
+
+import time
+from itertools import combinations, pairwise
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from vllm_omni.diffusion.cache.curve import resample
+from vllm_omni.diffusion.cache.magcache.plan import plan_request, promised_forwards
+from vllm_omni.diffusion.cache.plan import Plan
+from vllm_omni.diffusion.cache.planner import best_plan, curve_costs, gram_costs, plan_cost
+from vllm_omni.diffusion.cache.predictor import (
+    NEED_GRAM,
+    PREDICTORS,
+    affine,
+    damped,
+    forecasts,
+    gamma,
+    least_squares,
+    linear,
+    resample_gram,
+    reuse,
+)
+from vllm_omni.diffusion.cache.profile import CacheProfile, shipped_profile
+from vllm_omni.diffusion.data import DiffusionCacheConfig, PredictorName
+from vllm_omni.errors import InvalidValueError
+
+DEMO = shipped_profile("demo")
+SLACK = 5  # of the bars in milliseconds: tests run on shared cores
+
+
+def random_gram(rng: np.random.Generator, steps: int) -> np.ndarray:
+    vectors = np.cumsum(rng.standard_normal((steps, 2 * steps)), axis=0) + 3 * rng.standard_normal(2 * steps)
+    return vectors @ vectors.T / (2 * steps)
+
+
+def random_sigmas(rng: np.random.Generator, steps: int) -> tuple[float, ...]:
+    return tuple(np.sort(rng.random(steps) + 0.01)[::-1].tolist())
+
+
+def all_plans(steps: int, nfe: int, compute_last_step: bool) -> list[Plan]:
+    fixed = {0, steps - 1} if compute_last_step else {0}
+    free = [step for step in range(steps) if step not in fixed]
+    return [
+        tuple(step in fixed or step in chosen for step in range(steps))
+        for chosen in combinations(free, nfe - len(fixed))
+    ]
+
+
+def stated_cost(plan: Plan, sigmas: tuple[float, ...], gram: np.ndarray, predictor: str) -> float:
+    """The objective written out step by step, from the forecasts the request would really use."""
+    total = 0.0
+    levels = [*sigmas, 0.0]
+    for target, terms in forecasts(plan, sigmas, predictor, gram).items():
+        mix = np.zeros(len(plan))
+        mix[target] = -1.0
+        for anchor, weight in terms:
+            mix[anchor] = weight
+        total += abs(levels[target] - levels[target + 1]) / levels[target] * float(np.sqrt(max(mix @ gram @ mix, 0.0)))
+    return total
+
+
+# ----------------------------------------------------------------------------------------------------------- optimality
+
+
+@pytest.mark.parametrize("compute_last_step", [True, False])
+@pytest.mark.parametrize("predictor", [name for name, (_, order) in PREDICTORS.items() if order < 3])
+def test_no_plan_is_better_under_gram_costs(predictor: str, compute_last_step: bool) -> None:
+    rng = np.random.default_rng(0)
+    for steps in (2, 3, 6, 9, 11):
+        gram, sigmas = random_gram(rng, steps), random_sigmas(rng, steps)
+        costs = gram_costs(gram, sigmas, predictor)
+        for nfe in range(2, steps + 1):
+            plan = best_plan(costs, nfe, compute_last_step)
+            cheapest = min(stated_cost(p, sigmas, gram, predictor) for p in all_plans(steps, nfe, compute_last_step))
+            assert plan in all_plans(steps, nfe, compute_last_step)
+            assert stated_cost(plan, sigmas, gram, predictor) == pytest.approx(cheapest, rel=1e-9, abs=1e-9)
+            assert plan_cost(costs, plan) == pytest.approx(cheapest, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("compute_last_step", [True, False])
+def test_no_plan_is_better_under_curve_costs(compute_last_step: bool) -> None:
+    rng = np.random.default_rng(1)
+    for steps in (2, 5, 9, 12):
+        ratios, sigmas = (1.0, *rng.uniform(0.85, 1.1, steps - 1)), random_sigmas(rng, steps)
+        costs = curve_costs(ratios, sigmas)
+        levels = [*sigmas, 0.0]
+        for nfe in range(2, steps + 1):
+            found = {}
+            for plan in all_plans(steps, nfe, compute_last_step):
+                total, product = 0.0, 1.0
+                for step, compute in enumerate(plan):
+                    product = 1.0 if compute else product * ratios[step]
+                    total += abs(levels[step] - levels[step + 1]) * abs(1 - product)
+                found[plan] = total
+            plan = best_plan(costs, nfe, compute_last_step)
+            assert found[plan] == pytest.approx(min(found.values()), rel=1e-9, abs=1e-12)
+
+
+def test_one_forward_where_the_last_step_may_be_skipped() -> None:
+    costs = curve_costs([1.0] * 5, np.linspace(1, 0.2, 5).tolist())
+    assert best_plan(costs, 1, compute_last_step=False) == (True, False, False, False, False)
+    assert best_plan(curve_costs([1.0], [1.0]), 1) == (True,)
+
+
+@pytest.mark.parametrize("nfe", [-1, 0, 1, 11])
+def test_a_number_that_no_plan_has_is_refused(nfe: int) -> None:
+    with pytest.raises(ValueError, match="from 2 to 10"):
+        best_plan(curve_costs([1.0] * 10, np.linspace(1, 0.1, 10).tolist()), nfe)
+
+
+def test_more_forwards_never_cost_more() -> None:
+    gram, sigmas = np.asarray(DEMO.gram), DEMO.sigmas or ()
+    for predictor in PREDICTORS:
+        costs = gram_costs(gram, sigmas, predictor)
+        totals = [plan_cost(costs, best_plan(costs, nfe)) for nfe in range(2, 29)]
+        if predictor in ("reuse", "gram"):
+            assert all(b <= a + 1e-12 for a, b in pairwise(totals))
+        assert totals[-1] == 0.0 and totals[0] > totals[10] > 0
+
+
+def test_fifty_steps_are_planned_in_milliseconds() -> None:
+    sigmas = tuple(np.linspace(1, 0.02, 50).tolist())
+    gram = resample_gram(np.asarray(DEMO.gram), DEMO.sigmas or (), sigmas)
+    ratios = resample(DEMO.ratios, 50)
+
+    def milliseconds(plan: object) -> float:
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            assert callable(plan) and sum(plan()) == 25
+            times.append(1e3 * (time.perf_counter() - begin))
+        return min(times)
+
+    assert milliseconds(lambda: best_plan(curve_costs(ratios, sigmas), 25)) < 20 * SLACK
+    for predictor in PREDICTORS:
+        took = milliseconds(lambda name=predictor: best_plan(gram_costs(gram, sigmas, name), 25))
+        assert took < 100 * SLACK, predictor
+
+
+def test_three_anchors_are_planned_as_two() -> None:
+    gram, sigmas = np.asarray(DEMO.gram), DEMO.sigmas or ()
+    assert np.array_equal(gram_costs(gram, sigmas, "affine3"), gram_costs(gram, sigmas, "affine"))
+
+
+# ----------------------------------------------------------------------------------------------------------- predictors
+
+
+def test_the_names_are_the_same_everywhere() -> None:
+    assert set(PREDICTORS) == set(get_args(PredictorName))
+    assert set(NEED_GRAM) < set(PREDICTORS)
+
+
+@pytest.mark.parametrize("predictor", list(PREDICTORS))
+def test_weights_for_arrays_are_those_for_each_step(predictor: str) -> None:
+    rng = np.random.default_rng(3)
+    gram, sigmas = random_gram(rng, 12), random_sigmas(rng, 12)
+    weigh, order = PREDICTORS[predictor]
+    drawn = np.sort([rng.choice(12, order + 1, replace=False) for _ in range(30)], axis=1)
+    many = weigh(list(drawn[:, :-1].T), drawn[:, -1], sigmas, gram)
+    for row, weights in zip(drawn.tolist(), many, strict=True):
+        assert np.allclose(weights, weigh(row[:-1], row[-1], sigmas, gram), rtol=1e-9)
+
+
+def test_damped_is_half_way_from_reuse_to_the_line() -> None:
+    sigmas = (1.0, 0.8, 0.5, 0.3, 0.1)
+    half = (reuse([0, 2], 3, sigmas, None) + linear([0, 2], 3, sigmas, None)) / 2
+    assert np.allclose(damped([0, 2], 3, sigmas, None), half)
+    assert list(damped([0], 3, sigmas, None)) == [1.0]
+
+
+def test_gamma_gives_the_last_residual_the_magnitude_of_the_target() -> None:
+    gram = random_gram(np.random.default_rng(4), 6)
+    weight = gamma([2], 4, (), gram)[0]
+    assert weight**2 * gram[2, 2] == pytest.approx(gram[4, 4])
+    assert list(gamma([1, 2], 4, (), None)) == [0.0, 1.0]
+
+
+def test_gamma_from_a_curve_alone() -> None:
+    profile = CacheProfile(name="c", transformer_class="T", ratios=(1.0, 1.1, 0.9, 0.8))
+    config = DiffusionCacheConfig(predictor="gamma", steps_mask=(True, False, False, True))
+    made = plan_request(config, profile.ratios, profile, 4, (1.0, 0.7, 0.4, 0.2))
+    assert made.terms[1][0][1] == pytest.approx(1.1) and made.terms[2][0][1] == pytest.approx(0.99)
+
+
+def test_affine_weights_sum_to_one_and_are_the_best_that_do() -> None:
+    rng = np.random.default_rng(5)
+    for _ in range(100):
+        gram = random_gram(rng, 10)
+        first, second, target = sorted(rng.choice(10, 3, replace=False).tolist())
+        corner, cross = gram[np.ix_([first, second], [first, second])], gram[[first, second], target]
+
+        def error(w: np.ndarray, corner: np.ndarray = corner, cross: np.ndarray = cross) -> float:
+            return float(w @ corner @ w - 2 * w @ cross)
+
+        best = affine([first, second], target, (), gram)
+        assert best.sum() == pytest.approx(1.0)
+        for shift in (-0.5, -0.05, 0.05, 0.5):
+            assert error(best) < error(best + shift * np.array([1.0, -1.0]))
+        assert error(least_squares([first, second], target, (), gram)) <= error(best) + 1e-4
+    assert list(affine([1, 2], 4, (), None)) == [0.0, 1.0]
+    assert affine([3], 5, (), gram)[0] == pytest.approx(1.0)
+
+
+def test_a_matrix_of_zeros_gives_finite_weights() -> None:
+    for weigh, order in PREDICTORS.values():
+        assert np.isfinite(weigh([0, 1, 2][:order], 4, (1.0, 0.8, 0.6, 0.4, 0.2), np.zeros((5, 5)))).all()
+
+
+# ------------------------------------------------------------------------------------------------------------- promises
+
+
+@pytest.mark.parametrize(
+    ("speedup", "steps", "nfe"), [(1, 28, 28), (2.0, 28, 14), (3.1, 28, 9), (3, 5, 2), (2, 1, None)]
+)
+def test_a_speedup_is_a_number_of_full_forwards(speedup: float, steps: int, nfe: int | None) -> None:
+    config = DiffusionCacheConfig(speedup=speedup)
+    if nfe is None:
+        with pytest.raises(InvalidValueError, match=r"speedup is out of reach in 1 steps \(nearest: 1, "):
+            promised_forwards(config, steps)
+    else:
+        assert promised_forwards(config, steps) == nfe
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nfe": 29}, r"nfe must be between 2 and 28 for 28 steps \(nearest: 28\), got 29"),
+        ({"nfe": 1}, r"nfe must be between 2 and 28 for 28 steps \(nearest: 2\), got 1"),
+        ({"speedup": 40}, r"speedup is out of reach in 28 steps \(nearest: 14, 2 full forwards\), got 40"),
+    ],
+)
+def test_what_cannot_be_kept_names_the_nearest(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        promised_forwards(DiffusionCacheConfig.from_dict(settings), 28)
+
+
+def test_the_matrix_plans_where_there_is_one_and_the_curve_otherwise() -> None:
+    sigmas = DEMO.sigmas or ()
+    config = DiffusionCacheConfig(nfe=9, predictor="linear")
+    with_gram = plan_request(config, DEMO.ratios, DEMO, 28, sigmas).compute
+    bare = DEMO.model_copy(update={"gram": None})
+    with_curve = plan_request(config, DEMO.ratios, bare, 28, sigmas).compute
+    assert sum(with_gram) == sum(with_curve) == 9 and with_gram != with_curve
+    assert with_gram == best_plan(gram_costs(np.asarray(DEMO.gram), sigmas, "linear"), 9)
+    assert with_curve == best_plan(curve_costs(DEMO.ratios, sigmas), 9)

@@ -1,0 +1,215 @@
+"""A promise per request: so many full forwards, or so many times less block work; kept exactly, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import DEFAULTS, embeds, run_latents, tiny_flux
+
+from vllm_omni import Omni
+from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.diffusion.cache.magcache import MagCacheBackend
+from vllm_omni.diffusion.cache.overrides import request_choice
+from vllm_omni.diffusion.cache.predictor import PREDICTORS
+from vllm_omni.diffusion.cache.profile import fingerprint
+from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.errors import InvalidValueError
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A profile file calibrated on `tiny_flux()` itself."""
+    pipe = tiny_flux()
+    backend = MagCacheBackend(DiffusionCacheConfig(mag_calibrate=True))
+    backend.enable(pipe)
+    for i in range(3):
+        run_latents(pipe, i, seed=i, num_inference_steps=STEPS)
+    backend.disable(pipe)
+    assert backend.calibration is not None
+    made = backend.calibration.profile("tiny", "FluxTransformer2DModel", fingerprint(pipe.transformer))
+    file: Path = tmp_path_factory.mktemp("profile") / "tiny.json"
+    made.save(file)
+    return str(file)
+
+
+@pytest.fixture(scope="module")
+def tiny(profile: str) -> Iterator[Omni]:
+    with Omni.from_pipe(
+        tiny_flux(), cache_backend="magcache", cache_config={"profile": profile}, defaults=DEFAULTS
+    ) as omni:
+        yield omni
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Omni]:
+    with Omni("demo", dtype="float32", cache_backend="magcache") as omni:
+        yield omni
+
+
+def params(cache: Any, seed: int = 0, steps: int | None = STEPS, **others: Any) -> Params:
+    return Params(num_inference_steps=steps, seed=seed, cache=cache, output_type="latent", **others)
+
+
+def generate(omni: Omni, prompts: list[Any], asked: list[Params]) -> list[Any]:
+    return omni.generate(prompts, asked, use_tqdm=False)
+
+
+def check_batch(omni: Omni, prompts: list[Any], asked: list[Params], forwards: list[int | None]) -> None:
+    """Every promise exactly kept in one mixed batch, and every picture that of the request alone."""
+    together = generate(omni, prompts, asked)
+    for prompt, request, output, nfe in zip(prompts, asked, together, forwards, strict=True):
+        assert output.error is None, output.error
+        alone = generate(omni, [prompt], [request])[0]
+        assert torch.allclose(output.latents, alone.latents, atol=1e-4), request.cache
+        if nfe is not None:
+            assert output.computed_steps == sum(output.plan) == nfe, request.cache
+            assert output.skipped_steps == output.num_inference_steps - nfe
+    assert omni.engine.worker.cache_bytes == 0
+
+
+# ----------------------------------------------------------------------------------------------------------------- kept
+
+
+def test_every_promise_is_kept_in_one_mixed_batch(tiny: Omni) -> None:
+    caches: list[tuple[Any, int, int | None]] = [
+        *(({"nfe": 5, "predictor": name}, STEPS, 5) for name in PREDICTORS),
+        ({"nfe": 2}, STEPS, 2),
+        ({"nfe": STEPS}, STEPS, STEPS),
+        ({"speedup": 2.0}, STEPS, 6),
+        ({"speedup": 3}, 20, 7),
+        ({"nfe": 1, "compute_last_step": False}, 7, 1),
+        ({"nfe": 1}, 1, 1),
+        ("fast", STEPS, None),
+        ("off", 9, 9),
+        ({"steps_mask": [1, 0, 0]}, STEPS, None),
+        (None, 15, None),
+    ]
+    asked = [params(cache, i, steps) for i, (cache, steps, _) in enumerate(caches)]
+    forwards = [None if cache == "off" else nfe for cache, _, nfe in caches]
+    check_batch(tiny, [embeds(i) for i in range(len(asked))], asked, forwards)
+
+
+def test_promises_on_the_demo(demo: Omni) -> None:
+    caches: list[tuple[Any, int, int | None]] = [
+        ({"nfe": 14}, 28, 14),
+        ({"nfe": 7, "predictor": "affine"}, 28, 7),
+        ({"speedup": 3.0}, 28, 9),
+        ({"speedup": 2.0, "predictor": "gram"}, 50, 25),
+        ({"nfe": 5}, 10, 5),
+        ("balanced", 28, None),
+        ("off", 6, None),
+    ]
+    prompts = ["red apple", "penguin", "rocket", "banana", "guitar", "octopus", "cactus"]
+    asked = [params(cache, i, steps) for i, (cache, steps, _) in enumerate(caches)]
+    check_batch(demo, prompts, asked, [nfe for _, _, nfe in caches])
+
+
+def test_a_promise_beats_the_same_number_of_steps_and_of_threshold_forwards(demo: Omni) -> None:
+    prompts = ["red apple", "penguin", "rocket", "banana"]
+
+    def latents(cache: Any, steps: int = 28) -> torch.Tensor:
+        got = generate(demo, prompts, [params(cache, 700 + i, steps) for i in range(len(prompts))])
+        return torch.cat([output.latents for output in got])
+
+    exact = latents("off")
+    planned, fewer, rule = latents({"nfe": 14}), latents("off", 14), latents("balanced")
+    error = (planned - exact).norm()
+    assert error < 0.4 * (fewer - exact).norm() and error < 0.7 * (rule - exact).norm()
+
+
+def test_the_output_says_what_was_promised(tiny: Omni) -> None:
+    asked = [params({"nfe": 4}), params({"speedup": 2}), params(None)]
+    four, twice, none = (o.cache_settings for o in generate(tiny, [embeds(0)] * 3, asked))
+    assert four["nfe"] == 4 and "speedup" not in four and "threshold" not in four
+    assert twice["speedup"] == 2.0 and "nfe" not in twice
+    assert "threshold" in none and not {"nfe", "speedup"} & none.keys()
+
+
+def test_a_promise_of_the_engine_is_for_all_but_those_who_ask_for_another(profile: str) -> None:
+    with Omni.from_pipe(
+        tiny_flux(), cache_backend="magcache", cache_config={"profile": profile, "nfe": 4}, defaults=DEFAULTS
+    ) as omni:
+        caches: list[Any] = [None, {"predictor": "reuse"}, {"nfe": 6}, {"speedup": 4}, {"steps_mask": [1] * STEPS}]
+        got = generate(omni, [embeds(0)] * 5, [params(cache) for cache in caches])
+        assert [output.computed_steps for output in got] == [4, 4, 6, 3, STEPS]
+        preset = generate(omni, [embeds(0)], [params("fast")])[0]
+        assert "threshold" in preset.cache_settings
+
+
+def test_a_curve_alone_is_enough_for_a_promise() -> None:
+    with Omni.from_pipe(
+        tiny_flux(), cache_backend="magcache", cache_config={"mag_ratios": [1.0] + [0.97] * 27}, defaults=DEFAULTS
+    ) as omni:
+        names = ("auto", "reuse", "gamma", "linear", "damped")
+        asked = [params({"nfe": 5, "predictor": name}) for name in names]
+        assert [o.computed_steps for o in generate(omni, [embeds(0)] * 5, asked)] == [5] * 5
+        refused = generate(omni, [embeds(0)] * 2, [params({"nfe": 5, "predictor": "affine"}), params("off")])[0]
+        assert isinstance(refused.error, InvalidValueError)
+
+
+def test_a_plain_pipeline_keeps_it_too(profile: str) -> None:
+    pipe = tiny_flux()
+    backend = MagCacheBackend(DiffusionCacheConfig(profile=profile, speedup=3.0))
+    backend.enable(pipe)
+    for steps, nfe in ((STEPS, 4), (20, 7)):
+        run_latents(pipe, num_inference_steps=steps)
+        assert backend.last_request is not None and backend.last_request.computed_steps == nfe
+
+
+# -------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ({"nfe": 13}, r"nfe must be between 2 and 12 for 12 steps \(nearest: 12\), got 13"),
+        ({"nfe": 1}, r"nfe must be between 2 and 12 for 12 steps \(nearest: 2\), got 1"),
+        ({"nfe": 0}, r"nfe must be at least 2"),
+        ({"nfe": 2.5}, r"nfe.*got 2.5"),
+        ({"nfe": "many"}, r"nfe.*got 'many'"),
+        ({"speedup": 0.5}, r"speedup must be at least 1"),
+        ({"speedup": 50}, r"speedup is out of reach in 12 steps \(nearest: 6, 2 full forwards\), got 50"),
+        ({"speedup": float("nan")}, r"speedup"),
+        ({"speedup": float("inf")}, r"speedup"),
+        ({"nfe": 6, "speedup": 2}, r"nfe and speedup each make the plan: give one"),
+        ({"nfe": 6, "steps_mask": [1, 0]}, r"nfe and steps_mask each make the plan: give one"),
+        ({"nfe": 6, "threshold": 0.1}, r"nfe and threshold each make the plan: give one"),
+        ({"speedup": 2, "preset": "fast"}, r"speedup and preset each make the plan: give one"),
+        ({"nfes": 6}, r"cache has no 'nfes'; did you mean 'nfe'"),
+    ],
+)
+def test_an_impossible_promise_is_refused_at_admission(tiny: Omni, cache: Any, message: str) -> None:
+    bad, good = generate(tiny, [embeds(0)] * 2, [params(cache), params({"nfe": 4})])
+    assert isinstance(bad.error, InvalidValueError)
+    assert bad.computed_steps == 0 and good.error is None and good.computed_steps == 4
+    with pytest.raises(InvalidValueError, match=message):
+        raise bad.error
+
+
+def test_one_that_the_real_schedule_cannot_keep_ends_that_request_alone(tiny: Omni) -> None:
+    asked = [params({"nfe": 8}, steps=None, sigmas=[1.0, 0.8, 0.6, 0.4, 0.2]), params({"nfe": 4}, seed=1)]
+    bad, good = generate(tiny, [embeds(0), embeds(1)], asked)
+    assert good.error is None and good.computed_steps == 4
+    with pytest.raises(InvalidValueError, match=r"nfe must be between 2 and 5 for 5 steps \(nearest: 5\), got 8"):
+        raise bad.error
+    assert tiny.engine.worker.cache_bytes == 0
+
+
+def test_settings_with_two_plans_are_refused() -> None:
+    with pytest.raises(InvalidValueError, match="nfe and speedup each make the plan"):
+        DiffusionCacheConfig(nfe=4, speedup=2.0)
+    with pytest.raises(InvalidValueError, match="speedup and steps_mask each make the plan"):
+        DiffusionCacheConfig(speedup=2.0, steps_mask=(True, False))
+
+
+def test_a_request_may_take_the_engines_promise_away() -> None:
+    engine = ("magcache", DiffusionCacheConfig(nfe=4))
+    for asked in ({"nfe": None}, {"threshold": 0.2}, "high", {"steps_mask": [1, 0]}):
+        choice = request_choice(asked, engine)
+        assert choice is not None and choice[1].promise == {}
