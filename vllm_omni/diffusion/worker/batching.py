@@ -45,7 +45,7 @@ class CallBinder:
                 if name in self._rows:
                     parts.append((name, _row_shape(value, rows)))
                 if name in self._shared or name not in self._rows:
-                    parts.append((name, _equal(value, memory)))
+                    parts.append((name, _equal(value, memory if name in self._shared else None)))
         except TypeError:
             return self.name, alone
         return tuple(parts)
@@ -90,11 +90,14 @@ def _row_shape(value: Any, rows: int) -> Hashable:
     raise TypeError(type(value))
 
 
-def _equal(value: Any, memory: dict[int, Any]) -> Hashable:
-    """A hashable that is equal where the argument's content is; TypeError where we cannot say."""
+def _equal(value: Any, memory: dict[int, Any] | None) -> Hashable:
+    """A hashable that is equal where the argument's content is; TypeError where we cannot say.
+
+    Without `memory` a tensor is refused: only one that is described as shared may serve other requests' rows.
+    """
     if value is None or isinstance(value, bool | int | float | str):
         return type(value).__name__, value
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and memory is not None:
         return _content(value, memory)
     if isinstance(value, dict):
         return tuple((key, _equal(entry, memory)) for key, entry in value.items())
