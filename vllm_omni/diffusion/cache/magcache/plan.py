@@ -16,6 +16,8 @@ from vllm_omni.diffusion.cache.request_cache import CachePlan
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
 
+MAX_PLANNED_STEPS = 100
+
 
 def choose_predictor(config: DiffusionCacheConfig, profile: CacheProfile | None) -> str:
     """`auto` is what calibration found best for this checkpoint, otherwise reuse, which every curve allows."""
@@ -68,6 +70,10 @@ def promised_forwards(config: DiffusionCacheConfig, steps: int) -> int | None:
 
     A promise is kept or refused, never clamped: InvalidValueError names the nearest that can be kept.
     """
+    if config.promise and steps > MAX_PLANNED_STEPS:  # planning takes steps^3 time and memory, in the engine's loop
+        raise InvalidValueError(
+            "num_inference_steps", steps, f"must be at most {MAX_PLANNED_STEPS} with a promise (nfe, speedup)"
+        )
     least = fewest_forwards(steps, config.compute_last_step)
     if config.nfe is not None:
         if not least <= config.nfe <= steps:
