@@ -213,3 +213,17 @@ def test_a_request_may_take_the_engines_promise_away() -> None:
     for asked in ({"nfe": None}, {"threshold": 0.2}, "high", {"steps_mask": [1, 0]}):
         choice = request_choice(asked, engine)
         assert choice is not None and choice[1].promise == {}
+
+
+def test_a_schedule_too_long_to_plan_is_refused_at_admission_and_costs_nobody_else(tiny: Omni) -> None:
+    promise, plain = tiny.generate(
+        [embeds(0), embeds(1)],
+        [
+            Params(num_inference_steps=1000, cache={"nfe": 14}, output_type="latent"),
+            Params(num_inference_steps=120, output_type="latent"),
+        ],
+        use_tqdm=False,
+    )
+    assert isinstance(promise.error, InvalidValueError)
+    assert "num_inference_steps" in str(promise.error) and "100" in str(promise.error)
+    assert plain.ok and plain.skipped_steps > 0

@@ -52,12 +52,7 @@ DENOISERS: dict[str, DenoiserSpec] = {
         rows=_FLUX_ROWS,
         shared=("img_ids", "txt_ids"),
         only_for_blocks=("context_embedder", "pos_embed"),
-        between_blocks=(
-            "controlnet_block_samples",
-            "controlnet_single_block_samples",
-            "joint_attention_kwargs.ip_adapter_image_embeds",
-            "joint_attention_kwargs.ip_hidden_states",
-        ),
+        between_blocks=("controlnet_block_samples", "controlnet_single_block_samples", *_IP_ADAPTER),
     ),
     "Flux2Transformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", ("hidden_states",))),
