@@ -5,6 +5,10 @@ OmniError
 │   └── UnknownKeyError                 a name nobody knows, with the close matches
 ├── ModelLoadError (ValueError)         a model folder that cannot be served
 ├── RequestAbortedError                 the request was ended by its owner
+├── DeadlineExceededError               its time-out ended the request
+├── QueueFullError                      no room to wait; says when to come back
+├── EngineDrainingError                 the engine is shutting down and takes nothing new
+├── EngineDeadError                     the engine's process died or hangs; it is being restarted
 └── EngineClosedError (RuntimeError)    a call after close()
 """
 
@@ -44,6 +48,26 @@ class ModelLoadError(OmniError, ValueError):
 
 class RequestAbortedError(OmniError):
     """The request was aborted between two steps."""
+
+
+class DeadlineExceededError(OmniError):
+    """The request did not end within its `timeout_s`; it was ended within one step of that."""
+
+
+class QueueFullError(OmniError):
+    """As many requests wait as the engine lets wait; the planned cost of what is queued says when to come back."""
+
+    def __init__(self, waiting: int, retry_after_s: float) -> None:
+        self.waiting, self.retry_after_s = waiting, retry_after_s
+        super().__init__(f"{waiting} requests wait already; come back in {retry_after_s:.0f} s")
+
+
+class EngineDrainingError(OmniError):
+    """The engine is shutting down: it ends what it has and takes nothing new."""
+
+
+class EngineDeadError(OmniError):
+    """The engine's process died or does not answer. Its requests were ended; it is being restarted."""
 
 
 class EngineClosedError(OmniError, RuntimeError):

@@ -1,0 +1,91 @@
+"""What a front end may ask of an engine, wherever that runs. Knows no tensors, no HTTP and no sockets."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.outputs import OmniRequestOutput
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What was loaded: enough to validate a request, and to describe the model, without asking the engine again."""
+
+    name: str  # as given on the command line; never a path that a client should see
+    pipeline: str  # class of the diffusers pipeline
+    denoisers: dict[str, str]  # attribute of the pipeline -> class name
+    defaults: dict[str, Any]  # steps, height, width, guidance_scale, ... where the model says so
+    parameters: tuple[str, ...]  # names that the pipeline's call takes
+    size_multiple: int  # height and width must be multiples of it, in pixels
+    tokens_per_pixel: float  # latent tokens of a picture ÷ its pixels: for `usage`
+    cache: dict[str, Any]  # backend, its settings, the profile in use, the presets by name
+    previews: bool  # True where partial images can be made
+    image_input: bool  # True where the pipeline takes a picture
+    video_output: bool = False
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counters since the engine started, and gauges of this moment; histograms as {bucket bound: count}."""
+
+    running: int = 0
+    waiting: int = 0
+    max_num_seqs: int = 0
+    steps_computed: int = 0
+    steps_skipped: int = 0
+    forwards_computed: int = 0
+    forwards_skipped: int = 0
+    requests: dict[str, int] = field(default_factory=dict)  # "finished" | "failed" | "aborted" | "expired" -> count
+    aborts_by_stage: dict[str, int] = field(default_factory=dict)  # "queued" | "encode" | "denoise" | "decode"
+    batch_sizes: dict[int, int] = field(default_factory=dict)  # rows of a forward -> how many forwards
+    cache_bytes: int = 0
+    queue_wait_s: float = 0.0  # summed over started requests
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    queued_cost_s: float = 0.0  # planned seconds of all that waits or runs
+    restarts: int = 0
+    recent: tuple[dict[str, Any], ...] = ()  # the last requests: steps, computed, skipped, settings; no prompts
+
+
+class EngineClient(Protocol):
+    """The asynchronous engine as a server sees it. All methods belong to one event loop."""
+
+    info: ModelInfo
+
+    @property
+    def ready(self) -> bool:
+        """True while requests can be served: loaded, warmed up, alive, and not draining."""
+
+    def generate(
+        self,
+        prompt: Any,
+        sampling_params: OmniDiffusionSamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[OmniRequestOutput]:
+        """Progress reports, then the finished output or its `.error`; leaving the iterator aborts within one step.
+
+        Lower `priority` runs earlier; waiting requests age, so none starves. Raises before any work is done:
+        InvalidValueError, QueueFullError (with `retry_after_s`), EngineDeadError, EngineDrainingError.
+        An output's error may be DeadlineExceededError, RequestAbortedError, EngineDeadError or what the model raised.
+        """
+
+    async def abort(self, request_ids: str | Iterable[str]) -> None:
+        """End requests within one step; their iterators give an output whose error says so."""
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError unless the engine answers within a few seconds."""
+
+    async def stats(self) -> EngineStats:
+        """Counters and gauges; cheap, and answered from the last report while the engine is busy in a forward."""
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests, and return when none is left or `timeout_s` is over."""
+
+    async def shutdown(self) -> None:
+        """Abort what runs; end the engine; leave no process and no socket file."""
