@@ -31,7 +31,7 @@ class DiffusionWorker:
             defaults = generation_defaults(self.config.model)
             pipeline = load_pipeline(self.config)
         self.pipeline = pipeline
-        self.runner = ModelRunner(pipeline)
+        self.runner = ModelRunner(pipeline, self.config.lora_modules)
         self._arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
         if self._default is not None:
             self._backend(*self._default)
@@ -39,6 +39,7 @@ class DiffusionWorker:
     def check(self, request: OmniDiffusionRequest) -> tuple[dict[str, Any], Choice]:
         """The pipeline arguments and the cache of a request, or the error that its user should read."""
         arguments = self._arguments.build(request)
+        self.runner.adapters.check(request.params.lora_request or ())
         choice = request_choice(request.params.cache, self._default)
         if choice is not None:
             own = arguments.get("sigmas") is not None or arguments.get("timesteps") is not None
@@ -53,7 +54,12 @@ class DiffusionWorker:
         generator, seed = generator_of(request)
         backend, config = (self._backends[choice[0]], choice[1]) if choice is not None else (None, None)
         state = self.runner.start(
-            request.request_id, arguments | {"generator": generator}, backend, config, request.params.preview_every
+            request.request_id,
+            arguments | {"generator": generator},
+            backend,
+            config,
+            request.params.preview_every,
+            request.params.lora_request or (),
         )
         return state, seed
 
@@ -72,6 +78,7 @@ class DiffusionWorker:
         for backend in self._backends.values():
             backend.disable(self.pipeline)
         self._backends.clear()
+        self.runner.adapters.close()
 
     def _backend(self, name: str, config: DiffusionCacheConfig) -> MagCacheBackend:
         """The backend of that name, enabled on the pipeline when it is first asked for."""
