@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -78,6 +79,9 @@ def normalise_prompt(prompt: Any) -> dict[str, Any]:
     media = given.pop("multi_modal_data", {})
     if not isinstance(media, dict):
         raise InvalidValueError("multi_modal_data", media, "must be a dict, e.g. {'image': picture}")
+    for name, entry in media.items():
+        if any(isinstance(one, str | bytes | Path) for one in (entry if isinstance(entry, list | tuple) else [entry])):
+            raise InvalidValueError(name, entry, "must be a picture, not where to find one (PIL.Image.open opens it)")
     given.update(media)
     if "prompt" in given:
         check_text("prompt", given["prompt"])

@@ -47,6 +47,10 @@ class DiffusionWorker:
             self._backend(*choice).check(choice[1], arguments.get("num_inference_steps") if known else None)
         return arguments, choice
 
+    def fps(self, request: OmniDiffusionRequest) -> float:
+        """Frames per second at which a video of this request is to be shown."""
+        return self._arguments.fps(request)
+
     def start(
         self, request: OmniDiffusionRequest, arguments: dict[str, Any], choice: Choice
     ) -> tuple[RequestState, int | None]:
