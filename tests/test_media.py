@@ -26,7 +26,7 @@ CURVE = FluxMagCacheStrategy.FLUX_MAG_RATIOS
 VIDEO = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 10, "guidance_scale": 3.0}
 
 
-# ----------------------------------------------------------------------------------------------------------- pictures in
+# ---------------------------------------------------------------------------------------------------------- pictures in
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_bad_videos_are_refused() -> None:
         encode_video([], "gif", 8)
 
 
-# ----------------------------------------------------------------------------------------------------------- the command
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def test_generate_writes_a_video(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,8 @@ def as_adapters(value: Any) -> Adapters:
 def _one(entry: Any) -> LoRARequest:
     if isinstance(entry, LoRARequest):
         return entry
+    if isinstance(entry, tuple) and len(entry) == 2:
+        return LoRARequest(name=entry[0], scale=entry[1])
     if isinstance(entry, str):
         return LoRARequest(name=entry)
     if isinstance(entry, dict):

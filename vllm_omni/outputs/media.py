@@ -9,6 +9,7 @@ import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -81,7 +82,5 @@ def _mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
             "macro_block_size": 2,
             "ffmpeg_params": ["-movflags", "+faststart"],
         }
-        with imageio.get_writer(path, fps=fps, **options) as writer:
-            for frame in frames:
-                writer.append_data(np.asarray(frame.convert("RGB")))
+        imageio.mimwrite(path, [np.asarray(frame.convert("RGB")) for frame in frames], fps=fps, **options)
         return path.read_bytes()

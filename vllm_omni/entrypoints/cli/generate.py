@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             num_frames=args.num_frames,
             fps=args.fps,
             cache=args.cache,
-            lora_request=[{"name": name, "scale": args.lora_scale} for name in adapters] or None,
+            lora_request=tuple((name, args.lora_scale) for name in adapters) or None,
         )
         for index in range(len(args.prompts))
     ]
