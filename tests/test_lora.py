@@ -136,7 +136,7 @@ def test_bad_modules_are_refused_at_start(tmp_path: Path) -> None:
     cut = tmp_path / "b.safetensors"
     cut.write_bytes(b"\x10\0\0\0\0\0\0\0{")
     for where, message in [
-        (str(pickled), "not a .safetensors file"),
+        (str(pickled), "no .safetensors file"),
         (str(cut), "could not be loaded"),
         (str(tmp_path / "gone"), "does not exist"),
     ]:

@@ -76,11 +76,7 @@ def _mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
     with tempfile.TemporaryDirectory(prefix="vllm-omni-") as folder:  # an MP4's index is written by seeking back
         path = Path(folder) / "video.mp4"
         # 4:2:0 needs even sides; faststart puts the index first, so that a browser plays while it loads.
-        options = {
-            "codec": "libx264",
-            "quality": 9,
-            "macro_block_size": 2,
-            "ffmpeg_params": ["-movflags", "+faststart"],
-        }
+        options: Any = {"codec": "libx264", "quality": 9, "macro_block_size": 2}
+        options["ffmpeg_params"] = ["-movflags", "+faststart"]
         imageio.mimwrite(path, [np.asarray(frame.convert("RGB")) for frame in frames], fps=fps, **options)
         return path.read_bytes()
