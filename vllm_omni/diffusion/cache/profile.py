@@ -124,6 +124,7 @@ def fingerprint(module: torch.nn.Module) -> str:
         if ".lora_" in name:
             continue
         digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode())
-        few = weight.detach().flatten()[:4].to(device="cpu", dtype=torch.bfloat16).float()
-        digest.update(few.numpy().tobytes())
+        if type(weight.data) is torch.Tensor:  # a quantised weight's class may not let single values be read
+            few = weight.detach().flatten()[:4].to(device="cpu", dtype=torch.bfloat16).float()
+            digest.update(few.numpy().tobytes())
     return digest.hexdigest()[:32]
