@@ -198,7 +198,7 @@ class MagCacheBackend(CacheBackend):
                 None,
                 f"must be given: no magnitude curve is known for this checkpoint ({model_name or 'unnamed'}); "
                 "measure one with `vllm-omni calibrate MODEL` and pass profile='FILE', or, if it is one of these "
-                f"checkpoints, its profile by name: {', '.join(profile_names())}",
+                f"checkpoints, its profile by name: {', '.join(profile_names(self._class)) or 'none of this class'}",
             )
         choose_predictor(self.config, self.profile)
 
