@@ -162,7 +162,7 @@ class ProcessEngineClient:
         """Raise EngineDeadError unless the engine answers within a few seconds."""
         if not self._loaded or self._engine is None:
             raise self._unavailable()
-        if not await self._engine.beat(max(2.0, 4 * self._heartbeat_s)):
+        if not await self._engine.heard(max(2.0, 4 * self._heartbeat_s)):
             raise EngineDeadError("the engine process does not answer")
 
     async def stats(self) -> EngineStats:
@@ -218,6 +218,8 @@ class ProcessEngineClient:
             raise InvalidValueError("generator", "given", "cannot cross to the engine's process; give a seed")
         normalise_prompt(prompt)
         given = {name: value for name, value in params if value is not None}
+        if params.lora_request:
+            given["lora_request"] = [{"name": name, "scale": scale} for name, scale in params.lora_request]
         now = time.monotonic()
         deadline = None if timeout_s is None else now + timeout_s
         frame = encode(Add(request_id, prompt, given, priority, now, deadline))

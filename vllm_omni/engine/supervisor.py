@@ -93,8 +93,10 @@ class EngineProcess:
             self.beaten.set()
             self.beaten.clear()
 
-    async def beat(self, timeout_s: float) -> bool:
-        """Whether a heartbeat comes within `timeout_s`."""
+    async def heard(self, timeout_s: float) -> bool:
+        """Whether it has spoken in the last `timeout_s`, or does within that time."""
+        if time.monotonic() - self.last_beat < timeout_s:
+            return True
         try:
             await asyncio.wait_for(self.beaten.wait(), timeout_s)
         except TimeoutError:

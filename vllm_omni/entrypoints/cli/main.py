@@ -9,25 +9,44 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from vllm_omni import check
 from vllm_omni.errors import InvalidValueError, OmniError
+from vllm_omni.outputs.media import VIDEO_FORMATS
 from vllm_omni.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sub-command; 0, or 2 with one clear line on stderr for input that cannot be used."""
+    """Run a sub-command; 0, or 2 with one clear line on stderr for input that cannot be used.
+
+    vLLM comes here too, with its own command line: `vllm serve MODEL --omni ...`.
+    """
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--omni"]
     parser = argparse.ArgumentParser(
         prog="vllm-omni",
-        description="Generate pictures with a diffusion transformer, with an activation cache per request.",
-        epilog="example: vllm-omni generate demo 'red apple' 'cat face' --steps 28 --cache-backend magcache",
+        description="Generate and serve pictures with diffusion transformers, with an activation cache per request.",
+        epilog="examples: vllm-omni generate demo 'red apple' 'cat face' --steps 28 --cache-backend magcache; "
+        "vllm-omni serve demo --cache-backend magcache (the same as `vllm serve demo --omni ...`)",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_calibrate(commands)
-    args = parser.parse_args(argv)
+    commands.add_parser("serve", help="an OpenAI-compatible image server", add_help=False)
+    if words[:1] not in (["serve"], ["generate"], ["calibrate"]) and "--omni" in sys.argv:
+        what = f"`vllm {words[0]} --omni`" if words else "`vllm --omni`"
+        parser.error(f"{what} is nothing for diffusion models; leave --omni out, and vLLM handles it itself")
+    serving = words[:1] == ["serve"]
+    args = argparse.Namespace(command="serve") if serving else parser.parse_args(words)
+    check.hide_broken_packages()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning OpenMP threads make a busy CPU 50 times slower
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns once per image processor without torchvision
     try:
+        if (message := check.rival()) is not None:
+            raise OmniError(message)
+        if args.command == "serve":
+            from vllm_omni.entrypoints.cli.serve import run_serve
+
+            return run_serve(words[1:])
         if args.command == "generate":
             from vllm_omni.entrypoints.cli.generate import run
         else:
@@ -64,7 +83,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser("generate", help="prompts in, PNG files and a table out")
+    parser = commands.add_parser("generate", help="prompts (and pictures) in, PNG or video files and a table out")
     _add_model(parser)
     parser.add_argument("prompts", nargs="+", help="one or more prompts; all run in one continuous batch")
     parser.add_argument(
@@ -76,6 +95,18 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--cache-backend", default="none", help="none (default) or magcache")
     parser.add_argument("--cache-config", metavar="JSON", help="its settings, e.g. '{\"mag_threshold\": 0.12}'")
     parser.add_argument("--cache", help="a preset: high, balanced, fast, paper; or off")
+    media = parser.add_argument_group("pictures in, videos out, adapters (where the model takes them)")
+    media.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="picture to edit or to animate; again for several"
+    )
+    media.add_argument("--strength", type=float, help="how much of --image to replace, 0 to 1 (image-to-image models)")
+    media.add_argument("--num-frames", type=int, help="frames of a video (default: the model's own)")
+    media.add_argument("--fps", type=float, help="frames per second of a video's file (default: the model's own)")
+    media.add_argument("--video-format", choices=VIDEO_FORMATS, default="mp4", help="file format (default mp4)")
+    media.add_argument(
+        "--lora", action="append", default=[], metavar="FILE", help="LoRA adapter, .safetensors; again for several"
+    )
+    media.add_argument("--lora-scale", type=float, default=1.0, help="scale of the adapters (default 1)")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="requests in one batch (default 16)")
     parser.add_argument("--vae-use-tiling", action="store_true", help="decode large pictures in tiles")
     parser.add_argument("--vae-use-slicing", action="store_true", help="decode pictures one by one")
