@@ -52,6 +52,7 @@ class EngineProcess:
         paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning team of threads starves the front end
+        environment.setdefault("TQDM_DISABLE", "1")  # bars are no log lines
         try:  # from here on nothing waits: whoever cancels a start leaves no process behind
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "vllm_omni.engine.process", str(theirs.fileno())],
