@@ -180,7 +180,7 @@ def fingerprint(module: torch.nn.Module) -> str:
     LoRA adapters beside the weights do not count: a request may run without them.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(module.named_parameters(), key=lambda pair: pair[0].replace('.base_layer', '')):
+    for name, weight in sorted(module.named_parameters(), key=lambda pair: pair[0].replace(".base_layer", "")):
         if ".lora_" in name:
             continue
         digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode())

@@ -139,14 +139,14 @@ class MagCacheBackend(CacheBackend):
         plan = self.plan(steps, sigmas, config)
         settings: dict[str, object] = {
             "backend": "magcache",
-            **self._kind_of_plan(config, profile, steps),
+            **self._made_of(config, profile, steps),
             "planned_forwards": plan.full_forwards,
             "predictor": choose_predictor(config, profile),
             "profile": profile.name if profile is not None else None,
         }
         return RequestCache(plan, self.store, settings)
 
-    def _kind_of_plan(self, config: DiffusionCacheConfig, profile: CacheProfile | None, steps: int) -> dict[str, object]:
+    def _made_of(self, config: DiffusionCacheConfig, profile: CacheProfile | None, steps: int) -> dict[str, object]:
         """What the plan was made of, for the output: the promise, the preset or the mask, else the rule's settings."""
         if config.promise:
             return {**config.promise}
@@ -176,7 +176,7 @@ class MagCacheBackend(CacheBackend):
             raise InvalidValueError(
                 "profile",
                 name,
-                f"was measured on other weights (hash {profile.fingerprint}, these have {self._fingerprint}): calibrate "
+                f"was measured on other weights (hash {profile.fingerprint}, these: {self._fingerprint}); calibrate "
                 "this checkpoint, or take it all the same with profile_insist=True",
             )
         return profile
