@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from vllm_omni.entrypoints.cli import quality
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.version import __version__
 
@@ -24,12 +25,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_calibrate(commands)
+    quality.add_arguments(commands.add_parser("quality", help="a report: settings and peers against uncached pictures"))
     args = parser.parse_args(argv)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning OpenMP threads make a busy CPU 50 times slower
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns once per image processor without torchvision
     try:
         if args.command == "generate":
             from vllm_omni.entrypoints.cli.generate import run
+        elif args.command == "quality":
+            run = quality.run
         else:
             from vllm_omni.entrypoints.cli.calibrate import run
         return run(args)
