@@ -32,7 +32,7 @@ def draw(results: Sequence[Result], file: Path, title: str) -> None:
         here = [result for result in results if result.row.steps == steps]
         for group, style in styles.items():
             _line(panel, [result for result in here if result.row.group == group], group, style)
-        _dress(panel, steps, max(result.work for result in here))
+        _dress(panel, steps, [result.work for result in here])
     panels[0][0].set_ylabel("PSNR to the uncached picture, dB (higher is nearer)")
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
@@ -67,10 +67,10 @@ def _line(panel: Any, results: Sequence[Result], group: str, style: dict[str, An
         panel.plot(work, lows, ":", color=style["color"], linewidth=1.5, label=f"{PLANNED}: worst pair")
 
 
-def _dress(panel: Any, steps: int, most: float) -> None:
+def _dress(panel: Any, steps: int, work: Sequence[float]) -> None:
     panel.set_xscale("log")
     panel.invert_xaxis()
-    times = [t for t in (1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10) if steps / t <= most * 1.05]
+    times = [t for t in (1.25, 1.5, 2, 2.5, 3, 4, 5, 7, 10) if min(work) * 0.95 <= steps / t <= max(work) * 1.05]
     panel.set_xticks([steps / t for t in times], [f"{steps / t:.3g}\n{t:g}×" for t in times])
     panel.minorticks_off()
     panel.grid(alpha=0.3)

@@ -63,6 +63,7 @@ class Desk:
 
     def __init__(self, plan: Plan, threads: int | None) -> None:
         self.plan = plan
+        _silence_loading()
         self.bench = Bench(plan.model, threads)
         described = [plan.model, plan.pairs, _digest("quality", ("bench", "meter", "metrics", "pairs", "peers"))]
         versions = [importlib.metadata.version(name) for name in ("torch", "diffusers")]
@@ -197,7 +198,7 @@ class _Board:
             done, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
             for future in done:
                 more = self._take(running.pop(future), future)
-                waiting += more
+                waiting = more + waiting
                 self.bar.total += len(more)
                 self.bar.update()
 
@@ -284,6 +285,15 @@ def _measure(row: Row) -> Result:
 
 def _clock(rows: tuple[Row, ...]) -> list[float]:
     return _at_desk(Desk.clock, rows)
+
+
+def _silence_loading() -> None:
+    """One progress bar is enough."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _digest(folder: str, names: tuple[str, ...] | None = None) -> str:

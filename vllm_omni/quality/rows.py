@@ -69,7 +69,7 @@ def default_rows(steps: int, ratios: Sequence[float]) -> list[Row]:
         if (rule := tuned_rule(ratios, forwards)) is not None:
             rows.append(setting(RULE, f"{RULE} {target:g}x", steps, rule | {"predictor": "reuse"}))
     for predictor in OTHER_PREDICTORS:
-        for target in TARGETS[1:]:
+        for target in TARGETS:
             cache = {"speedup": target, "predictor": predictor}
             if round(steps / target) >= fewest_forwards(steps):
                 rows.append(setting(f"{PLANNED}, {predictor}", f"{PLANNED}, {predictor} {target:g}x", steps, cache))
