@@ -67,6 +67,7 @@ class Desk:
         self.bench = Bench(plan.model, threads)
         described = [plan.model, plan.pairs, _digest("quality", ("bench", "meter", "metrics", "pairs", "peers"))]
         versions = [importlib.metadata.version(name) for name in ("torch", "diffusers")]
+        self.engine_code = _digest("diffusion")  # as it was when it was loaded
         self.identity = repr([*described, self.bench.fingerprint, versions])
 
     def ratios(self, steps: int) -> tuple[float, ...]:
@@ -123,7 +124,7 @@ class Desk:
         """Where something is kept. What our engine draws with a cache depends on the engine's code, too."""
         rows = what if isinstance(what, tuple) else (what,)
         engine = any(row.peer is None and row.request_cache != "off" for row in rows)
-        code = _digest("diffusion") if engine else ""
+        code = self.engine_code if engine else ""
         key = hashlib.sha256(repr([self.identity, code, what]).encode()).hexdigest()[:20]
         return self.plan.folder / f"{key}.{ending}"
 
