@@ -13,7 +13,7 @@ python=${PYTHON:-python3}
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-wanted() { { cat "$lock" pyproject.toml; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
+wanted() { { cat "$lock" pyproject.toml tools/vllm-cpu-metadata/pyproject.toml; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
 
 if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$(wanted)" ]]; then
     exit 0
@@ -39,6 +39,7 @@ pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 say "installing $(grep -c '==' "$lock") pinned packages (a minute or two the first time)"
 "${pip[@]}" install -qq --no-deps --no-compile -r "$lock"
 say "installing this package, editable"
+"${pip[@]}" install -qq --no-deps --no-build-isolation ./tools/vllm-cpu-metadata
 "${pip[@]}" install -qq --no-deps --no-build-isolation -e .
 
 # Imports are twice as slow without .pyc files, and where PYTHONDONTWRITEBYTECODE is set nobody would ever write them.

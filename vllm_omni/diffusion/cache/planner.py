@@ -4,7 +4,7 @@ Where a forecast builds on the last computed step alone, a cost table C[s, j] sa
 between the computed steps s and j, and planning takes full forwards x steps^2; where it builds on two, C[p, s, j] with
 p the computed step before s (p = s = 0 while there is but one), and steps times that. j = steps is the end of the run.
 Every skipped step t pays the expected error of its forecast times |sigma_t - sigma_(t+1)|: what a wrong velocity moves
-the latents by. Gram costs divide that by sigma_t: a displacement at level sigma is one of the noise by 1 / sigma, and
+the latents by, divided by sigma_t: a displacement at level sigma is one of the noise by 1 / sigma, and
 what the model then takes for noise shrinks with it (docs/log.md has what that is worth, and which objectives lost).
 
 Prior art: shortest paths over cached steps (LeMiCa, NeurIPS 2025; DPCache's path-dependent costs, arXiv 2602.22654)
@@ -26,7 +26,7 @@ def curve_costs(ratios: Sequence[float], sigmas: Sequence[float]) -> np.ndarray:
     """Costs from the magnitude curve alone: MagCache's error of reuse, |1 - prod gamma| (arXiv 2506.09045, eq. 5)."""
     height = np.cumsum(np.log(np.asarray(ratios, dtype=np.float64)))
     errors = np.abs(1 - np.exp(height[None, :] - height[:, None]))
-    return _accumulate(errors, _moves(sigmas))
+    return _accumulate(errors, _weight(sigmas))
 
 
 def gram_costs(gram: np.ndarray, sigmas: Sequence[float], predictor: str, gap: int | None = None) -> np.ndarray:
@@ -40,7 +40,7 @@ def gram_costs(gram: np.ndarray, sigmas: Sequence[float], predictor: str, gap: i
     weigh, order = PREDICTORS[predictor]
     steps = len(sigmas)
     step = np.arange(steps)
-    weight = _moves(sigmas) / np.maximum(np.abs(sigmas), np.finfo(np.float32).tiny)
+    weight = _weight(sigmas)
     if order == 1 or gap is not None:
         last, target = np.nonzero(step[:, None] < step[None, :])
         anchors = [last] if order == 1 or gap is None else [np.maximum(last - gap, 0), last]
@@ -132,9 +132,9 @@ def fewest_forwards(steps: int, compute_last_step: bool = True) -> int:
     return 2 if steps > 1 and compute_last_step else 1
 
 
-def _moves(sigmas: Sequence[float]) -> np.ndarray:
-    """|sigma_t - sigma_(t+1)|; the level after the last step is 0."""
-    return np.abs(np.diff([*sigmas, 0.0]))
+def _weight(sigmas: Sequence[float]) -> np.ndarray:
+    """|sigma_t - sigma_(t+1)| / sigma_t; the level after the last step is 0."""
+    return np.abs(np.diff([*sigmas, 0.0])) / np.maximum(np.abs(sigmas), np.finfo(np.float32).tiny)
 
 
 def _accumulate(errors: np.ndarray, weight: np.ndarray) -> np.ndarray:

@@ -38,6 +38,7 @@ class RequestState:
     clock: SchedulerClock
     started: float = field(default_factory=time.perf_counter)
     denoising: float = 0.0  # seconds until its last denoiser call ended
+    decoding: float = 0.0  # seconds from the last denoiser call's result to the end: the pipeline's own decoding
     run: int = -1
     step: int = 0
     steps: int | None = None
@@ -123,7 +124,10 @@ class ModelRunner:
         for state, result in zip(states, results, strict=True):
             state.denoising = now - state.started
             failed = isinstance(result, Exception)
+            resumed = time.perf_counter()
             self._arrive(state, state.task.throw(result) if failed else state.task.resume(result))
+            if isinstance(state.event, Finished | Failed):
+                state.decoding = time.perf_counter() - resumed
             if state.observed is not None:
                 self._preview(state, *state.observed)
 
