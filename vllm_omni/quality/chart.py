@@ -10,11 +10,11 @@ from vllm_omni.quality.bench import Result
 from vllm_omni.quality.report import mean, worst
 from vllm_omni.quality.rows import FEWER, GIVEN, PLANNED, RULE
 
-_OURS = {PLANNED: "#c0392b", GIVEN: "#8e44ad", "preset": "#e08283"}
+_OURS = {PLANNED: "#c0392b", GIVEN: "#8e44ad"}
 _CONTROLS = {FEWER: "#222222", RULE: "#888888"}
 _OTHERS = ("#1f77b4", "#2ca02c", "#17becf", "#bcbd22", "#9467bd", "#8c564b", "#e377c2", "#ff7f0e")
 _MARKS = "osD^vP*X<>hp"
-_POINTS = (GIVEN, "preset")  # unrelated settings: no line through them
+_POINTS = (GIVEN,)  # unrelated settings: no line through them
 
 
 def draw(results: Sequence[Result], file: Path, title: str) -> None:

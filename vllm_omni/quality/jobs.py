@@ -26,7 +26,7 @@ from vllm_omni.quality.meter import Work
 from vllm_omni.quality.metrics import lpips
 from vllm_omni.quality.pairs import Pair, tuning
 from vllm_omni.quality.peers import PEERS
-from vllm_omni.quality.rows import GIVEN, TARGETS, Row, default_rows, fewer, given_rows, reference
+from vllm_omni.quality.rows import GIVEN, TARGETS, Row, default_rows, fewer, given_rows, reference, urgency
 
 PACKAGE = Path(__file__).resolve().parent.parent
 SHEET_PAIRS = 6
@@ -140,9 +140,8 @@ def run(plan: Plan) -> Outcome:
         tasks: list[tuple[Any, ...]] = []
         if plan.peers:
             tasks += [(_tune, name, steps) for steps in plan.steps for name in _installed(outcome.notices)]
-        for steps in plan.steps:
-            rows = _rows(plan, steps, crew)
-            tasks += [(_measure, row) for row in rows]
+        rows = [row for steps in plan.steps for row in _rows(plan, steps, crew)]
+        tasks += [(_measure, row) for row in sorted(rows, key=urgency)]
         board.work(tasks)
         known = {result.row for result in outcome.results}
         controls = {fewer(r.row.steps, round(r.nfe)) for r in outcome.results if r.row.group == GIVEN}
@@ -159,7 +158,7 @@ def run(plan: Plan) -> Outcome:
 def _rows(plan: Plan, steps: int, crew: Executor) -> list[Row]:
     if plan.settings is not None:
         return given_rows(steps, plan.settings)
-    return list(dict.fromkeys(default_rows(steps, crew.submit(_ratios, steps).result())))
+    return default_rows(steps, crew.submit(_ratios, steps).result())
 
 
 def _installed(notices: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="SETTING",
         help="presets' names, JSON objects as in a request's `cache`, or files with a JSON list of these "
-        "(default: a scan of promises, the published rule, and the presets)",
+        "(default: a scan of promises, other predictors, and the published rule)",
     )
     parser.add_argument(
         "--suite", choices=("default", "peers"), default="default", help="peers: other packages' caches as well"
