@@ -40,7 +40,8 @@ class DiffusionCacheConfig(Settings):
     ``reuse`` (the published method), ``linear`` in sigma, ``gram`` (least squares, needs a calibrated profile), or
     ``auto`` (what calibration found best for this checkpoint, otherwise reuse); the others are described in
     `cache/predictor.py`. The plan is one of: a promise (`nfe`, exactly that many full forwards, or `speedup`, that many
-    times less block work), a `steps_mask`, or the threshold rule.
+    times less block work), a `steps_mask`, or the threshold rule. `residual_dtype` is what residuals are kept in, for
+    all requests of an engine: half the memory where the model runs in fp32.
     """
 
     mag_ratios: tuple[float, ...] | None = None
@@ -59,6 +60,7 @@ class DiffusionCacheConfig(Settings):
     speedup: float | None = Field(default=None, allow_inf_nan=False)
     profile: str | None = None
     memory_budget_mb: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    residual_dtype: Literal["model", "bfloat16", "float16"] = "model"
 
     @field_validator("mag_ratios", mode="before")
     @classmethod

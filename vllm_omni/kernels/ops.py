@@ -48,10 +48,33 @@ def _load() -> str | None:
     return None
 
 
+def forecast(
+    x: torch.Tensor, residuals: Sequence[torch.Tensor], weights: Sequence[float], first_rows: Sequence[int]
+) -> torch.Tensor:
+    """x + sum_j w_j r_j: residual j, (n, tokens, channels), is added to rows first_rows[j] and the n - 1 after it.
+
+    x is (rows, tokens, channels) and stays as it is. Residuals may be of another dtype than x, but all of the same.
+    """
+    one = len(residuals) == 1 and len(residuals[0]) == len(x) and residuals[0].dtype == x.dtype
+    if REASON is not None or one:  # torch adds one term in one pass itself, and faster
+        return forecast_torch(x, residuals, weights, first_rows)
+    return torch.ops.vllm_omni.forecast(x, residuals, weights, first_rows)
+
+
+def residual_norm(after: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """after - before in `dtype`, (rows, tokens, channels), and the fp32 2-norm of each token of it, (rows, tokens)."""
+    if REASON is not None:
+        return residual_norm_torch(after, before, dtype)
+    return torch.ops.vllm_omni.residual_norm(after, before, dtype)
+
+
+def residual(after: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """after - before in `dtype`, rounded once. In the model's own dtype that is one pass of torch."""
+    return after - before if dtype == after.dtype else residual_norm(after, before, dtype)[0]
+
+
 REASON = _load()
 if REASON is None:
-    forecast_native = torch.ops.vllm_omni.forecast
-    residual_norm_native = torch.ops.vllm_omni.residual_norm
     torch.library.register_fake("vllm_omni::forecast", lambda x, residuals, weights, first_rows: torch.empty_like(x))
     torch.library.register_fake(
         "vllm_omni::residual_norm",

@@ -23,6 +23,7 @@ from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
+_KEPT_AS = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class MagCacheBackend(CacheBackend):
@@ -142,7 +143,8 @@ class MagCacheBackend(CacheBackend):
             "predictor": choose_predictor(config, profile),
             "profile": profile.name if profile is not None else None,
         }
-        return RequestCache(self.plan(steps, sigmas, config), self.store, settings)
+        kept_as = _KEPT_AS[self.config.residual_dtype]
+        return RequestCache(self.plan(steps, sigmas, config), self.store, settings, kept_as)
 
     def _profile_for(self, config: DiffusionCacheConfig) -> CacheProfile | None:
         return self._named(config.profile) if config.profile not in (None, self.config.profile) else self.profile
