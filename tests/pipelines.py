@@ -144,3 +144,40 @@ def flux2_inputs(step: int = 0, steps: int = 10, tokens: int = 16, seed: int = 0
         "txt_ids": torch.cartesian_prod(*(torch.arange(n) for n in (1, 1, 1, TEXT_TOKENS))),
         "guidance": torch.tensor([4.0]),
     }
+
+
+def tiny_wan(seed: int = 0) -> Any:
+    """A whole WanPipeline (3 blocks, tiny VAE and text encoder, the demo's tokenizer): text to 32x32 frames."""
+    from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(DEMO / "tokenizer_2")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=4,
+            out_channels=4,
+            text_dim=TEXT_DIM,
+            freq_dim=32,
+            ffn_dim=64,
+            num_layers=3,
+        )
+        vae = AutoencoderKLWan(
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=[0.0] * 4, latents_std=[1.0] * 4
+        )
+        sizes = {"num_layers": 1, "num_heads": 2, "d_kv": 16, "d_ff": 32}
+        text = UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer) + 64, d_model=TEXT_DIM, **sizes))
+        for parameter in transformer.parameters():  # tables that begin at zero would hide what the blocks do
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.2)
+    pipeline = WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text.eval(),
+        vae=vae.eval(),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        transformer=transformer.eval(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

@@ -99,7 +99,7 @@ def assert_matches(error: Exception, pattern: str) -> None:
         ({"extra_args": {"height": "tall"}}, "height"),
         ({"extra_args": {"num_inference_steps": 0}}, "num_inference_steps"),
         ({"extra_args": 5}, "extra_args"),
-        ({"lora_request": "x"}, "lora_request.*not supported"),
+        ({"lora_request": "x"}, "lora_request.*none is loaded"),
     ],
 )
 def test_bad_sampling_params(omni: Omni, params: dict[str, Any], message: str) -> None:

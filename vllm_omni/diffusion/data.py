@@ -122,6 +122,7 @@ class OmniDiffusionConfig(Settings):
     enable_cpu_offload: bool = False
     vae_use_slicing: bool = False
     vae_use_tiling: bool = False
+    lora_modules: dict[str, str] = Field(default_factory=dict)  # name that requests use -> file, folder or hub id
 
     @field_validator("cache_config", mode="before")
     @classmethod

@@ -31,6 +31,7 @@ class _Entry:
     arrived: float = field(default_factory=time.perf_counter)
     state: RequestState | None = None
     seed: int | None = None
+    fps: float | None = None
 
 
 class DiffusionEngine:
@@ -53,7 +54,8 @@ class DiffusionEngine:
             raise EngineClosedError("the engine is closed")
         if not request.request_id or request.request_id in self._entries:
             raise InvalidValueError("request_id", request.request_id, "must be new and not empty")
-        self._entries[request.request_id] = _Entry(request, *self.worker.check(request))
+        arguments, choice = self.worker.check(request)
+        self._entries[request.request_id] = _Entry(request, arguments, choice, fps=self.worker.fps(request))
         self.scheduler.add(request.request_id)
 
     def step(self) -> list[OmniRequestOutput]:
@@ -154,10 +156,12 @@ def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
     if isinstance(event, Failed):
         output.error = event.error
         return output
-    result = event.output[0] if isinstance(event.output, tuple) else next(iter(event.output.values()))
+    kind, result = next(iter(event.output.items()))  # a pipeline's output is an ordered dict: images, or frames
     if entry.arguments.get("output_type") == "latent":
         with torch.inference_mode(False):  # the caller may want to train on it
             output.latents = result.clone()
+    elif kind == "frames":
+        output.videos, output.fps = list(result), entry.fps
     else:
         output.images = list(result)
     return output

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
 from vllm_omni.diffusion.settings import Settings
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.inputs.lora import Adapters, as_adapters
 
 MAX_PROMPT_CHARACTERS = 32_000
 
@@ -17,7 +19,9 @@ class OmniDiffusionSamplingParams(Settings):
 
     `seed` is ``torch.Generator("cpu").manual_seed(seed)``, the picture plain diffusers makes with it; without seed and
     generator a random seed is drawn and reported. `cache` is None (the engine's setting), ``"off"``, a preset's name,
-    or a dict of overrides. `preview_every` steps, a progress report carries the images as they stand (flow matching).
+    or a dict of overrides. `lora_request` names adapters registered at start-up: ``"style"``,
+    ``{"name": "style", "scale": 0.8}``, or a list of them. `preview_every` steps, a progress report carries the images
+    as they stand (flow matching). `fps`: frames per second of a video's file (default: the model's own).
     """
 
     num_inference_steps: int | None = Field(default=None, ge=1)
@@ -38,17 +42,15 @@ class OmniDiffusionSamplingParams(Settings):
     latents: Any = None
     max_sequence_length: int | None = Field(default=None, ge=1)
     output_type: str | None = None
-    lora_request: Any = None
+    lora_request: Adapters | None = None
     extra_args: dict[str, Any] = Field(default_factory=dict)
     cache: Any = None
     preview_every: int | None = Field(default=None, ge=1)
 
-    @field_validator("lora_request")
+    @field_validator("lora_request", mode="before")
     @classmethod
-    def _no_lora(cls, value: Any) -> Any:
-        if value is not None:
-            raise InvalidValueError("lora_request", value, "is not supported yet; load the adapter into the pipeline")
-        return value
+    def _adapters(cls, value: Any) -> Any:
+        return None if value is None else as_adapters(value)
 
 
 PROMPT_KEYS_DOC = "prompt, negative_prompt, prompt_embeds, pooled_prompt_embeds, multi_modal_data"
@@ -77,6 +79,9 @@ def normalise_prompt(prompt: Any) -> dict[str, Any]:
     media = given.pop("multi_modal_data", {})
     if not isinstance(media, dict):
         raise InvalidValueError("multi_modal_data", media, "must be a dict, e.g. {'image': picture}")
+    for name, entry in media.items():
+        if any(isinstance(one, str | bytes | Path) for one in (entry if isinstance(entry, list | tuple) else [entry])):
+            raise InvalidValueError(name, entry, "must be a picture, not where to find one (PIL.Image.open opens it)")
     given.update(media)
     if "prompt" in given:
         check_text("prompt", given["prompt"])

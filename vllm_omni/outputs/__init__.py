@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class OmniRequestOutput:
-    """The images of one request and the facts of how they were made.
+    """The images (or videos, each a list of frames to be shown at `fps`) of one request, and how they were made.
 
     `plan` has one flag per step, True where the blocks were to be computed; `computed_steps` and `skipped_steps` count
     what was really done. With `finished` False it is a progress report: `step` of `num_inference_steps`, no images.
@@ -17,6 +17,8 @@ class OmniRequestOutput:
     request_id: str
     prompt: Any = None
     images: list[Any] = field(default_factory=list)
+    videos: list[list[Any]] = field(default_factory=list)
+    fps: float | None = None
     latents: Any = None
     error: Exception | None = None
     metrics: dict[str, float] = field(default_factory=dict)

@@ -115,10 +115,16 @@ def find_profile(model_name: str, fingerprint: str) -> CacheProfile | None:
 
 
 def fingerprint(module: torch.nn.Module) -> str:
-    """A hash of the weights' names, shapes and a few values of each, read in bfloat16 so that dtype does not matter."""
+    """A hash of the weights' names, shapes and a few values of each, read in bfloat16 so that dtype does not matter.
+
+    LoRA adapters beside the weights do not count: a request may run without them.
+    """
     digest = hashlib.sha256()
-    for name, weight in sorted(module.named_parameters()):
-        digest.update(f"{name}{tuple(weight.shape)}".encode())
-        few = weight.detach().flatten()[:4].to(device="cpu", dtype=torch.bfloat16).float()
-        digest.update(few.numpy().tobytes())
+    for name, weight in sorted(module.named_parameters(), key=lambda pair: pair[0].replace('.base_layer', '')):
+        if ".lora_" in name:
+            continue
+        digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode())
+        if type(weight.data) is torch.Tensor:  # a quantised weight's class may not let single values be read
+            few = weight.detach().flatten()[:4].to(device="cpu", dtype=torch.bfloat16).float()
+            digest.update(few.numpy().tobytes())
     return digest.hexdigest()[:32]

@@ -14,6 +14,8 @@ from vllm_omni.errors import InvalidValueError, check_keys
 
 _RENAMED = {"num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt")}
 _OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
+# The frame rate that a family was trained at, by the beginning of its pipeline's name (the models' own cards).
+_FRAME_RATES = {"CogVideoX": 8, "HunyuanVideo": 24, "Kandinsky5": 24, "LTX": 25, "Mochi": 30, "SkyReels": 24, "Wan": 16}
 _RESERVED = {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "return_dict"}
 
 
@@ -24,6 +26,8 @@ class ArgumentBuilder:
         self._name = type(pipeline).__name__
         self._accepted = set(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
         self._defaults = {key: value for key, value in defaults.items() if key in self._accepted}
+        known = next((rate for name, rate in _FRAME_RATES.items() if self._name.startswith(name)), 16)
+        self._fps = float(defaults.get("fps", known))
         self._config = config
         processor = vars(pipeline).get("image_processor")
         self._multiple = processor.config.vae_scale_factor if processor is not None else 1
@@ -42,9 +46,15 @@ class ArgumentBuilder:
             arguments[target] = value
         check_keys("extra_args", request.params.extra_args, self._accepted - _RESERVED)
         arguments |= request.params.extra_args
+        if request.params.fps is not None and "frame_rate" in self._accepted:  # LTX is conditioned on it
+            arguments["frame_rate"] = request.params.fps
         arguments["output_type"] = request.params.output_type or "pil"
         self._check(arguments)
         return arguments
+
+    def fps(self, request: OmniDiffusionRequest) -> float:
+        """Frames per second of this request's videos: as asked, or the model's own."""
+        return request.params.fps or self._fps
 
     def _check(self, arguments: dict[str, Any]) -> None:
         for name in ("num_inference_steps", "height", "width"):

@@ -17,9 +17,11 @@ from vllm_omni.diffusion.cache.request_cache import Forecast
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
+from vllm_omni.diffusion.worker.adapters import AdapterSwitch
 from vllm_omni.diffusion.worker.batching import CallBinder, row_slices, take_rows
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Event, Failed, Finished, PipelineTask
 from vllm_omni.diffusion.worker.preview import can_preview, preview
+from vllm_omni.inputs.lora import Adapters
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -41,6 +43,7 @@ class RequestState:
     steps: int | None = None
     sigmas: tuple[float, ...] = ()
     preview_every: int | None = None
+    adapters: Adapters = ()
     observed: tuple[int, Any, Any] | None = None  # step, model output and sample that a preview is due of
     preview: list[Any] | None = None  # images of the latest preview, until somebody takes them
     computed: set[int] = field(default_factory=set)
@@ -84,11 +87,12 @@ class RequestState:
 class ModelRunner:
     """Runs parked calls on the pipeline's denoisers."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, lora_modules: dict[str, str] | None = None) -> None:
         self.pipeline = pipeline
         self.modules = {n: m for n in DENOISER_NAMES if isinstance(m := vars(pipeline).get(n), torch.nn.Module)}
         self.binders = {n: CallBinder(n, m, DENOISERS.get(_class_name(m))) for n, m in self.modules.items()}
         self.forwards = {"computed": 0, "skipped": 0}
+        self.adapters = AdapterSwitch(pipeline, lora_modules or {})
         for name in (n for n, binder in self.binders.items() if binder.spec is None):
             logger.warning(
                 "%s is not described: its requests run one per forward, uncached", _class_name(self.modules[name])
@@ -101,10 +105,12 @@ class ModelRunner:
         backend: MagCacheBackend | None,
         config: DiffusionCacheConfig | None,
         preview_every: int | None = None,
+        adapters: Adapters = (),
     ) -> RequestState:
         """Begin a request: runs its text encoders, and parks it at its first denoiser call."""
         task = PipelineTask(self.pipeline, arguments)
-        state = RequestState(request_id, task, backend, config, SchedulerClock(task.pipeline))
+        state = RequestState(request_id, task, backend, config, SchedulerClock(task.pipeline), adapters=adapters)
+        self.adapters.use(adapters)  # text encoders can have adapters too
         if preview_every is not None and can_preview(self.pipeline):
             state.preview_every, state.clock.observe = preview_every, state.observe
         self._arrive(state, task.resume())
@@ -158,7 +164,7 @@ class ModelRunner:
                 state.forecast = state.cache.forecast(key, moment.step, state.rows)
         if state.forecast is None:
             state.computed.add(moment.step)
-        state.key = binder.key(state.arguments, state.request_id, state.memory)
+        state.key = binder.key(state.arguments, state.request_id, state.memory), state.adapters
 
     def _begin_schedule(self, state: RequestState, run: int) -> None:
         state.run = run
@@ -191,6 +197,7 @@ class ModelRunner:
             if s.member is not None
         ]
         stack = self._stack(states, call.denoiser)
+        self.adapters.use(states[0].adapters)
         if states[0].skips:
             assert stack is not None
             forecasts = [(r, s.forecast) for s, r in zip(states, rows, strict=True) if s.forecast is not None]

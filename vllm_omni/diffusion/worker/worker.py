@@ -31,7 +31,7 @@ class DiffusionWorker:
             defaults = generation_defaults(self.config.model)
             pipeline = load_pipeline(self.config)
         self.pipeline = pipeline
-        self.runner = ModelRunner(pipeline)
+        self.runner = ModelRunner(pipeline, self.config.lora_modules)
         self._arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
         if self._default is not None:
             self._backend(*self._default)
@@ -39,12 +39,17 @@ class DiffusionWorker:
     def check(self, request: OmniDiffusionRequest) -> tuple[dict[str, Any], Choice]:
         """The pipeline arguments and the cache of a request, or the error that its user should read."""
         arguments = self._arguments.build(request)
+        self.runner.adapters.check(request.params.lora_request or ())
         choice = request_choice(request.params.cache, self._default)
         if choice is not None:
             own = arguments.get("sigmas") is not None or arguments.get("timesteps") is not None
             known = not own and self.pipeline.scheduler.order == 1  # otherwise the schedule may be longer
             self._backend(*choice).check(choice[1], arguments.get("num_inference_steps") if known else None)
         return arguments, choice
+
+    def fps(self, request: OmniDiffusionRequest) -> float:
+        """Frames per second at which a video of this request is to be shown."""
+        return self._arguments.fps(request)
 
     def start(
         self, request: OmniDiffusionRequest, arguments: dict[str, Any], choice: Choice
@@ -53,7 +58,12 @@ class DiffusionWorker:
         generator, seed = generator_of(request)
         backend, config = (self._backends[choice[0]], choice[1]) if choice is not None else (None, None)
         state = self.runner.start(
-            request.request_id, arguments | {"generator": generator}, backend, config, request.params.preview_every
+            request.request_id,
+            arguments | {"generator": generator},
+            backend,
+            config,
+            request.params.preview_every,
+            request.params.lora_request or (),
         )
         return state, seed
 
@@ -72,6 +82,7 @@ class DiffusionWorker:
         for backend in self._backends.values():
             backend.disable(self.pipeline)
         self._backends.clear()
+        self.runner.adapters.close()
 
     def _backend(self, name: str, config: DiffusionCacheConfig) -> MagCacheBackend:
         """The backend of that name, enabled on the pipeline when it is first asked for."""

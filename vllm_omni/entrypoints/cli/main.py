@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_omni.errors import InvalidValueError, OmniError
+from vllm_omni.outputs.media import VIDEO_FORMATS
 from vllm_omni.version import __version__
 
 
@@ -64,7 +65,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_generate(commands: Any) -> None:
-    parser = commands.add_parser("generate", help="prompts in, PNG files and a table out")
+    parser = commands.add_parser("generate", help="prompts (and pictures) in, PNG or video files and a table out")
     _add_model(parser)
     parser.add_argument("prompts", nargs="+", help="one or more prompts; all run in one continuous batch")
     parser.add_argument(
@@ -76,6 +77,18 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--cache-backend", default="none", help="none (default) or magcache")
     parser.add_argument("--cache-config", metavar="JSON", help="its settings, e.g. '{\"mag_threshold\": 0.12}'")
     parser.add_argument("--cache", help="a preset: high, balanced, fast, paper; or off")
+    media = parser.add_argument_group("pictures in, videos out, adapters (where the model takes them)")
+    media.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="picture to edit or to animate; again for several"
+    )
+    media.add_argument("--strength", type=float, help="how much of --image to replace, 0 to 1 (image-to-image models)")
+    media.add_argument("--num-frames", type=int, help="frames of a video (default: the model's own)")
+    media.add_argument("--fps", type=float, help="frames per second of a video's file (default: the model's own)")
+    media.add_argument("--video-format", choices=VIDEO_FORMATS, default="mp4", help="file format (default mp4)")
+    media.add_argument(
+        "--lora", action="append", default=[], metavar="FILE", help="LoRA adapter, .safetensors; again for several"
+    )
+    media.add_argument("--lora-scale", type=float, default=1.0, help="scale of the adapters (default 1)")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="requests in one batch (default 16)")
     parser.add_argument("--vae-use-tiling", action="store_true", help="decode large pictures in tiles")
     parser.add_argument("--vae-use-slicing", action="store_true", help="decode pictures one by one")

@@ -1,0 +1,82 @@
+"""Pictures and videos as files: PNG, JPEG, WebP; MP4, GIF, animated WebP. Pillow and imageio do the work.
+
+Knows no engine. A video is a list of PIL frames of one size; `fps` is in frames per second.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from vllm_omni.errors import InvalidValueError
+
+IMAGE_FORMATS = {"png": "PNG", "jpeg": "JPEG", "jpg": "JPEG", "webp": "WEBP"}
+VIDEO_FORMATS = ("mp4", "gif", "webp")
+MAX_INPUT_PIXELS = 64 * 2**20
+
+
+def open_image(source: Path | bytes, field: str = "image", max_pixels: int = MAX_INPUT_PIXELS) -> Image.Image:
+    """An RGB picture from a file or its bytes, turned as its EXIF says.
+
+    InvalidValueError for what is no PNG, JPEG or WebP, is cut off, or has more than `max_pixels`; the size is looked at
+    before any pixel is decoded.
+    """
+    shown = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        picture = Image.open(
+            io.BytesIO(source) if isinstance(source, bytes) else source, formats=("PNG", "JPEG", "WEBP")
+        )
+        if picture.width * picture.height > max_pixels:
+            size = f"{picture.width}x{picture.height}"
+            raise InvalidValueError(field, size, f"must have at most {max_pixels} pixels")
+        return ImageOps.exif_transpose(picture).convert("RGB")
+    except FileNotFoundError:
+        raise InvalidValueError(field, shown, "must be a file that exists") from None
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        if isinstance(error, InvalidValueError):
+            raise
+        raise InvalidValueError(field, shown, "must be a whole PNG, JPEG or WebP picture") from None
+
+
+def encode_video(frames: Sequence[Image.Image], format: str, fps: float) -> bytes:
+    """The file's bytes; `format` is one of VIDEO_FORMATS. MP4 is H.264, 4:2:0, which every player takes."""
+    if format not in VIDEO_FORMATS:
+        raise InvalidValueError("format", format, f"must be one of: {', '.join(VIDEO_FORMATS)}")
+    if not frames:
+        raise InvalidValueError("frames", 0, "must be at least one picture")
+    if format == "mp4":
+        return _mp4(frames, fps)
+    buffer = io.BytesIO()
+    options = {"lossless": True} if format == "webp" else {"optimize": False}
+    frames[0].save(
+        buffer, format, save_all=True, append_images=list(frames[1:]), duration=1000 / fps, loop=0, **options
+    )
+    return buffer.getvalue()
+
+
+def save_video(frames: Sequence[Image.Image], path: Path, fps: float) -> None:
+    """Write `path`; its suffix is the format."""
+    path.write_bytes(encode_video(frames, path.suffix.removeprefix(".").lower(), fps))
+
+
+def _mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
+    try:
+        import imageio.v2 as imageio
+        import imageio_ffmpeg  # noqa: F401  imageio would look for it only later, and say less
+    except ImportError:
+        raise InvalidValueError(
+            "format", "mp4", "needs imageio and imageio-ffmpeg (pip install 'vllm-omni-magcache[video]'); or use gif"
+        ) from None
+    with tempfile.TemporaryDirectory(prefix="vllm-omni-") as folder:  # an MP4's index is written by seeking back
+        path = Path(folder) / "video.mp4"
+        # 4:2:0 needs even sides; faststart puts the index first, so that a browser plays while it loads.
+        options: Any = {"codec": "libx264", "quality": 9, "macro_block_size": 2}
+        options["ffmpeg_params"] = ["-movflags", "+faststart"]
+        imageio.mimwrite(path, [np.asarray(frame.convert("RGB")) for frame in frames], fps=fps, **options)
+        return path.read_bytes()
