@@ -42,7 +42,7 @@ def test_a_checkpoint_has_one_curve_and_a_class_has_none() -> None:
 
 
 def test_branches_decide_jointly() -> None:
-    """Of two branches the worse decides at each step, whichever it is: no step that one of them would compute is left."""
+    """Of two branches the worse decides at each step, whichever it is."""
     calm, wild = [1.0] * 10, [1.0, 1, 1, 1, 1.3, 1, 1, 0.7, 1, 1]
     alone = magcache_plan(wild, 0.2, 9, 0.0)
     assert magcache_plan(calm, 0.2, 9, 0.0, True, [wild]) == magcache_plan(wild, 0.2, 9, 0.0, True, [calm]) == alone

@@ -1,8 +1,8 @@
 """Published magnitude curves to profile files: `python tools/import_curves.py mag_ratios.json`.
 
-The input is a list of facts: per curve its values as published, their layout, and where they come from. Interleaved lists
-are taken apart into branches; a leading 1 is added where the source leaves it out; what is doubtful gets no checkpoint, so
-that it is only used by name; what measures another quantity, or no model that diffusers has, is left out, and said so.
+The input is a list of facts: per curve its values as published, their layout, and where they come from. Interleaved
+lists are taken apart into branches; a leading 1 is added where the source leaves it out; what is doubtful gets no
+checkpoint, so that it is only used by name; what measures another quantity, or no model of diffusers, is left out.
 """
 
 from __future__ import annotations
