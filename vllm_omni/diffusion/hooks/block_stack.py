@@ -212,7 +212,12 @@ class BlockStack:
         """
         first = self.lists[self._first]
         noted: list[torch.Tensor] = []
-        block = _Probe(self.blocks[self._first][0], first.returns, attention, lambda x: noted.append(x) or x)
+
+        def note(x: torch.Tensor) -> torch.Tensor:
+            noted.append(x)
+            return x
+
+        block = _Probe(self.blocks[self._first][0], first.returns, attention, note)
         lists: dict[str, torch.nn.Module] = {b.name: torch.nn.ModuleList() for b in self.lists}
         self._exchange(lists | {first.name: torch.nn.ModuleList([block])})
         try:
