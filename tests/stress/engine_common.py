@@ -30,6 +30,12 @@ def rss_mb(pid: int) -> float:
     return int(line.split()[1]) / 1024
 
 
+def cpu_s(pid: int) -> float:
+    """Processor seconds a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def holds(pid: int) -> dict[str, int]:
     """Open files and threads of a process."""
     return {name: len(os.listdir(f"/proc/{pid}/{kind}")) for name, kind in (("fds", "fd"), ("threads", "task"))}

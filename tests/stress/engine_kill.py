@@ -70,7 +70,7 @@ async def main(kills: int, clients: int) -> int:
     first_pid, load = client._engine.process.pid, Load(client, dice)
     before, engine_before = common.holds(os.getpid()), common.holds(first_pid)
     tasks = [asyncio.create_task(load.run()) for _ in range(clients)]
-    ready, success, failed_at = [], [], []
+    ready, processor, success, failed_at = [], [], [], []
     for _ in range(kills):
         await asyncio.sleep(dice.uniform(0.2, 3.0))
         died, pid = load.ends["EngineDeadError"], client._engine.process.pid
@@ -79,6 +79,7 @@ async def main(kills: int, clients: int) -> int:
         await wait(lambda: not client.ready, 5)
         failed_at.append(await wait(lambda: load.ends["EngineDeadError"] > died, 10))  # noqa: B023
         ready.append(await wait(lambda: client.ready, 60))
+        processor.append(common.cpu_s(client._engine.process.pid))
         done = load.ends["ok"]
         success.append(await wait(lambda: load.ends["ok"] > done, 60))  # noqa: B023
     load.stop = True
@@ -98,6 +99,7 @@ async def main(kills: int, clients: int) -> int:
         "told_s_max": round(max(failed_at), 3),
         "ready_s_median": common.percentile(ready, 0.5),
         "ready_s_max": round(max(ready), 2),
+        "ready_processor_s_median": common.percentile(processor, 0.5),  # what it takes where nothing else runs
         "first_success_s_max": round(max(success), 2),
         "front_end": [before, after],
         "engine": [engine_before, engine_after],

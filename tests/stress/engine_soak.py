@@ -49,6 +49,7 @@ class Soak:
         except QueueFullError:  # those that were left hold their places until the engine's next step
             self.ends["refused"] += 1
             await asyncio.sleep(0.02)
+            await self.one(leave_after_s, **params)
 
     async def many(self, count: int, abort: bool) -> None:
         left = iter(range(count))
@@ -61,6 +62,8 @@ class Soak:
                 await self.one(self.dice.choice((0.001, 0.005, 0.02, 0.2)) if abort else None, **params)
 
         await asyncio.gather(*(one_client() for _ in range(CLIENTS)))
+        while (stats := await self.client.stats()).running + stats.waiting:  # those left, until the next step
+            await asyncio.sleep(0.01)
 
     def held(self) -> dict[str, Any]:
         pids = {"front_end": os.getpid(), "engine": self.client._engine.process.pid}
