@@ -1,0 +1,116 @@
+"""The doors to the server: `vllm serve --omni`, the plugin without it, what goes back to vLLM, and what is refused."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from vllm_omni import check, plugin
+
+ROOT = Path(__file__).resolve().parent.parent
+VLLM = Path(sys.executable).with_name("vllm")
+
+needs_vllm = pytest.mark.skipif(not VLLM.exists(), reason="no vLLM beside this Python; tools/setup.sh installs it")
+PLUGIN = [entry for entry in entry_points(group="vllm.general_plugins") if entry.value == "vllm_omni.plugin:register"]
+needs_plugin = pytest.mark.skipif(not PLUGIN, reason="this package is not installed here; tools/setup.sh installs it")
+
+
+def run(words: Sequence[str | Path], path: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), str(ROOT)]), "OMP_WAIT_POLICY": "PASSIVE"}
+    return subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=240, env=environment)
+
+
+@needs_vllm
+def test_vllm_hands_over_with_omni() -> None:
+    ran = run([VLLM, "serve", "demo", "--omni", "--cache-backend", "magcahce"])
+    assert ran.returncode == 2
+    assert ran.stderr.strip().splitlines()[-1] == (
+        "vllm-omni serve: cache_backend must be one of 'none', 'magcache', got 'magcahce'"
+    )
+
+
+@needs_vllm
+@needs_plugin
+def test_vllm_hands_over_without_omni() -> None:
+    ran = run([VLLM, "serve", "demo", "--cache-backend", "magcahce"])
+    assert ran.returncode == 2
+    assert "vllm-omni serve: cache_backend must be one of" in ran.stderr
+
+
+@needs_vllm
+def test_vllm_keeps_what_is_its_own() -> None:
+    ran = run([VLLM, "--version"])
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip().startswith("0.32")
+
+
+def test_omni_with_another_command_is_explained() -> None:
+    code = "import sys; from vllm_omni.entrypoints.cli.main import main; sys.exit(main())"
+    ran = run([sys.executable, "-c", code, "bench", "serve", "--omni"])
+    assert ran.returncode == 2
+    assert "leave --omni out" in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "ours"),
+    [
+        ("serve demo --cache-backend magcache", True),
+        ("serve demo --cache_config=fast", True),
+        ("serve some-llm --max-num-seqs 4", False),
+        ("bench serve --cache-backend magcache", False),
+        ("--version", False),
+        ("", False),
+    ],
+)
+def test_plugin_takes_only_what_is_ours(line: str, ours: bool) -> None:
+    assert plugin.is_ours(line.split()) is ours
+
+
+def test_plugin_knows_a_diffusers_folder(tmp_path: Path) -> None:
+    assert not plugin.is_ours(["serve", str(tmp_path)])
+    (tmp_path / "model_index.json").write_text("{}")
+    assert plugin.is_ours(["serve", str(tmp_path)])
+
+
+def _fake(folder: Path, name: str, cuda: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    (folder / name / "version.py").write_text(f"__version__ = '0.28.0'\ncuda = {cuda}\n")
+
+
+def test_broken_torchvision_is_hidden(tmp_path: Path) -> None:
+    for name in check.BROKEN_WITH_CPU_TORCH:
+        _fake(tmp_path, name, "'13.0'")
+    _fake(tmp_path, "torch", "None")
+    code = (
+        "from importlib.util import find_spec; from vllm_omni import check; print(check.hide_broken_packages());"
+        f"assert all(find_spec(name) is None for name in {check.BROKEN_WITH_CPU_TORCH!r})"
+    )
+    ran = run([sys.executable, "-c", code], tmp_path)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == str(list(check.BROKEN_WITH_CPU_TORCH))
+
+
+def test_matching_builds_are_left_alone(tmp_path: Path) -> None:
+    _fake(tmp_path, "torch", "'13.0'")
+    _fake(tmp_path, "torchvision", "'13.0'")
+    ran = run([sys.executable, "-c", "from vllm_omni import check; print(check.hide_broken_packages())"], tmp_path)
+    assert ran.stdout.strip() == "[]", ran.stderr
+
+
+def test_check_tells_of_a_rival_and_of_broken_builds(tmp_path: Path) -> None:
+    _fake(tmp_path, "torchvision", "'13.0'")
+    _fake(tmp_path, "torch", "None")
+    rival = tmp_path / "vllm_omni-0.30.0.dist-info"
+    rival.mkdir()
+    (rival / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm-omni\nVersion: 0.30.0\n")
+    ran = run([sys.executable, "-m", "vllm_omni.check"], tmp_path)
+    assert ran.returncode == 1, ran.stderr
+    assert "problem: vllm-omni 0.30.0 is installed beside" in ran.stdout
+    assert "pip uninstall -y torchvision" in ran.stdout
