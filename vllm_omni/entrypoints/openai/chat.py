@@ -71,7 +71,7 @@ async def completions(request: Request) -> Response:
     here.note(request, order)
     job_id = request.state.request_id
     if fields.stream:
-        return EventStream(_chunks(here, order, job_id), here.config.sse_keep_alive_s)  # type: ignore[return-value]
+        return EventStream(_chunks(here, order, job_id), here.config.sse_keep_alive_s)
     with here.timed():
         made = await unless_gone(request.receive, reply.collect(here.jobs, order, job_id, here.config.png_metadata))
     return JSONResponse(_completion(made, order, job_id))

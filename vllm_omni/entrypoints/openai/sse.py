@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
@@ -20,10 +21,11 @@ FIRST_S = 1.0  # how long an error may take to come as a status of its own; late
 Event = tuple[str | None, dict[str, Any] | str]  # name (None: data alone) and data
 
 
-class EventStream:
-    """ASGI response over an iterator of events. A client that goes away closes the iterator at once."""
+class EventStream(Response):
+    """A response over an iterator of events. A client that goes away closes the iterator at once."""
 
     def __init__(self, events: AsyncIterator[Event], keep_alive_s: float) -> None:
+        super().__init__(media_type="text/event-stream")
         self.events, self.keep_alive_s = events, keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
