@@ -44,15 +44,6 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
     for kind in (ApiError, HTTPException):
         app.add_exception_handler(kind, _told)
     app.add_exception_handler(RequestValidationError, _not_valid)
-    if config.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=config.allowed_origins,
-            allow_methods=config.allowed_methods,
-            allow_headers=config.allowed_headers,
-            allow_credentials=config.allow_credentials,
-            expose_headers=("x-request-id", "retry-after"),
-        )
     for name in config.middleware:
         _add_middleware(app, name)
     app.add_middleware(
@@ -62,6 +53,15 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
         open_paths=open_paths,
         statuses=state.statuses,
     )
+    if config.allowed_origins:  # outermost: a browser asks for leave without its key
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=config.allowed_origins,
+            allow_methods=config.allowed_methods,
+            allow_headers=config.allowed_headers,
+            allow_credentials=config.allow_credentials,
+            expose_headers=("x-request-id", "retry-after"),
+        )
     if config.log_json:
         _log_json()
     return app

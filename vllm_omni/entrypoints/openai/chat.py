@@ -66,18 +66,14 @@ async def completions(request: Request) -> Response:
     if bool(urls) != here.info.image_input:
         raise invalid("messages", "this model needs a picture" if not urls else "this model takes no picture")
     limit = here.config.max_input_pixels
-    pictures = await asyncio.to_thread(
-        lambda: tuple(picture.decode_data_url(url, "messages", limit) for url in urls)
-    )
+    pictures = await asyncio.to_thread(lambda: tuple(picture.decode_data_url(url, "messages", limit) for url in urls))
     order = make_order(fields, here.info, here.config, pictures)
     here.note(request, order)
     job_id = request.state.request_id
     if fields.stream:
-        return EventStream(_chunks(here, order, job_id), here.config.sse_keep_alive_s)  # type: ignore[return-value]
+        return EventStream(_chunks(here, order, job_id), here.config.sse_keep_alive_s)
     with here.timed():
-        made = await unless_gone(
-            request.receive, reply.collect(here.jobs, order, job_id, here.config.png_metadata)
-        )
+        made = await unless_gone(request.receive, reply.collect(here.jobs, order, job_id, here.config.png_metadata))
     return JSONResponse(_completion(made, order, job_id))
 
 

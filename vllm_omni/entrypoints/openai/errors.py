@@ -25,7 +25,9 @@ from vllm_omni.errors import (
 MAX_MESSAGE_CHARACTERS = 600
 _NEVER_RETRY = {"x-should-retry": "false"}
 # What must not leave the server: addresses of objects, absolute paths, the shape of a traceback.
-_PRIVATE = re.compile(r"0x[0-9a-fA-F]{6,}|(?<![\w.:/])(?:/[\w.@+-]+){2,}/?|Traceback \(most recent call last\)[\s\S]*")
+_PRIVATE = re.compile(
+    r"0x[0-9a-fA-F]{6,}|(?<![\w.:/])(?!/v1/)(?:/[\w.@+-]+){2,}/?|Traceback \(most recent call last\)[\s\S]*"
+)
 _BY_STATUS = {
     401: ("authentication_error", "invalid_api_key"),
     404: ("invalid_request_error", "not_found"),

@@ -38,13 +38,13 @@ async def read_form(request: Request, max_pictures: int) -> Form:
         raise ApiError(400, "the body must be multipart/form-data", "invalid_request")
     form = Form({}, [], [], [])
     try:
-        async with request.form(max_files=max_pictures + 1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as got:
+        async with request.form(
+            max_files=max_pictures + 1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
+        ) as got:
             for key, value in got.multi_items():
                 if isinstance(value, UploadFile):
                     _keep(form, key, await value.read())
-                elif key in URLS:
-                    form.urls.append(value)
-                elif key in PICTURES and value.startswith("data:"):
+                elif key in URLS or (key in PICTURES and value.startswith("data:")):
                     form.urls.append(value)
                 else:
                     _set(form.fields, key, value)
@@ -65,7 +65,9 @@ def _keep(form: Form, key: str, data: bytes) -> None:
     elif key in MASKS:
         form.masks.append(data)
     else:
-        raise invalid(key[:100], f"{key[:100]!r} is no name of a picture; send image, image[] or mask", "unknown_parameter")
+        raise invalid(
+            key[:100], f"{key[:100]!r} is no name of a picture; send image, image[] or mask", "unknown_parameter"
+        )
 
 
 def _set(fields: dict[str, Any], key: str, value: str) -> None:

@@ -88,7 +88,7 @@ async def answer(here: Served, request: Request, order: Order, kind: str) -> Res
     here.note(request, order)
     if order.fields.stream:
         events = reply.events(here.jobs, order, job_id, metadata, kind)
-        return EventStream(events, here.config.sse_keep_alive_s)  # type: ignore[return-value]
+        return EventStream(events, here.config.sse_keep_alive_s)
     with here.timed():
         made = await unless_gone(request.receive, reply.collect(here.jobs, order, job_id, metadata))
     return JSONResponse(made)

@@ -43,17 +43,20 @@ class Jobs:
         inbox: asyncio.Queue[Item | BaseException] = asyncio.Queue()
 
         async def one(index: int) -> None:
-            try:
-                stream = self.engine.generate(
-                    order.prompt, order.params[index], ids[index], priority=order.priority, timeout_s=order.timeout_s
-                )
-                async with aclosing(stream) as outputs:  # type: ignore[type-var]
-                    async for output in outputs:
-                        inbox.put_nowait((index, output))
-            except Exception as error:  # told to the one who waits for the job
+            stream = self.engine.generate(
+                order.prompt, order.params[index], ids[index], priority=order.priority, timeout_s=order.timeout_s
+            )
+            async with aclosing(stream) as outputs:  # type: ignore[type-var]
+                async for output in outputs:
+                    inbox.put_nowait((index, output))
+
+        def ended(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and (error := task.exception()) is not None:
                 inbox.put_nowait(error)
 
         tasks = [asyncio.create_task(one(i)) for i in range(len(ids))]
+        for task in tasks:
+            task.add_done_callback(ended)
         try:
             left = len(ids)
             while left:

@@ -55,7 +55,9 @@ class _Snapshot:
         yield self._counters("vllm_omni:denoise_seconds", "Seconds in the denoiser.", None, {"": s.denoise_s})
         yield self._counters("vllm_omni:decode_seconds", "Seconds of decoding.", None, {"": s.decode_s})
         yield self._gauge("vllm_omni:queued_cost_seconds", "Planned seconds of all in flight.", s.queued_cost_s)
-        yield self._counters("vllm_omni:worker_restarts", "Engine processes that were replaced.", None, {"": s.restarts})
+        yield self._counters(
+            "vllm_omni:worker_restarts", "Engine processes that were replaced.", None, {"": s.restarts}
+        )
         statuses = {str(status): count for status, count in self.here.statuses.items()}
         yield self._counters("vllm_omni:http_replies", "Replies by status; 0: none was sent.", "status", statuses)
 

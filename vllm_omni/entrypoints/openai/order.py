@@ -58,9 +58,8 @@ def make_order(fields: ImageFields, info: ModelInfo, config: ServeConfig, pictur
         raise invalid("background", "this model paints opaque pictures; leave it out or say opaque")
     if fields.response_format == "url":
         raise invalid("response_format", "pictures come in the reply: b64_json")
-    if fields.output_compression is not None and (fields.output_format or "png") == "png":
-        if fields.output_compression != 100:
-            raise invalid("output_compression", "is for jpeg and webp; png loses nothing")
+    if fields.output_compression not in (None, 100) and (fields.output_format or "png") == "png":
+        raise invalid("output_compression", "is for jpeg and webp; png loses nothing")
     width, height = _size(fields, info, config, pictures)
     steps = fields.num_inference_steps or info.defaults.get("num_inference_steps")
     if fields.num_inference_steps and fields.num_inference_steps > config.max_steps:

@@ -45,7 +45,7 @@ def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
-            if not 2 <= min(width, height) or width * height > max_pixels:
+            if min(width, height) < 2 or width * height > max_pixels:
                 raise invalid(field, f"a picture must have 2x2 to {max_pixels} pixels", "invalid_image")
             image.load()
             upright = ImageOps.exif_transpose(image)

@@ -50,7 +50,9 @@ def facts(order: Order, index: int, output: OmniRequestOutput) -> dict[str, Any]
         "cache": _settings(output.cache_settings),
     }
     if order.fields.include_timings:
-        told["timings"] = {name: round(value, 4) for name, value in {**output.stage_durations, **output.metrics}.items()}
+        told["timings"] = {
+            name: round(value, 4) for name, value in {**output.stage_durations, **output.metrics}.items()
+        }
     return told
 
 

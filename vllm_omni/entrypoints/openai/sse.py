@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
@@ -20,15 +21,17 @@ FIRST_S = 1.0  # how long an error may take to come as a status of its own; late
 Event = tuple[str | None, dict[str, Any] | str]  # name (None: data alone) and data
 
 
-class EventStream:
-    """ASGI response over an iterator of events. A client that goes away closes the iterator at once."""
+class EventStream(Response):
+    """A response over an iterator of events. A client that goes away closes the iterator at once."""
 
     def __init__(self, events: AsyncIterator[Event], keep_alive_s: float) -> None:
+        super().__init__(media_type="text/event-stream")
         self.events, self.keep_alive_s = events, keep_alive_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        inbox: asyncio.Queue[Event | ApiError | None] = asyncio.Queue(maxsize=4)
+        inbox: asyncio.Queue[Event | ApiError | None] = asyncio.Queue()
         pump = asyncio.create_task(self._pump(inbox))
+        pump.add_done_callback(lambda task: task.cancelled() or inbox.put_nowait(_last(task.exception())))
         write = asyncio.create_task(self._write(inbox, scope, receive, send))
         watch = asyncio.create_task(gone(receive))
         try:
@@ -41,17 +44,9 @@ class EventStream:
             await asyncio.gather(pump, write, watch, return_exceptions=True)
 
     async def _pump(self, inbox: asyncio.Queue[Event | ApiError | None]) -> None:
-        try:
-            async with aclosing(self.events) as events:  # type: ignore[type-var]
-                async for event in events:
-                    await inbox.put(event)
-        except Exception as error:  # it becomes the last event
-            told = as_api_error(error)
-            if told.status == 500:
-                logger.exception("a stream failed")
-            await inbox.put(told)
-        else:
-            await inbox.put(None)
+        async with aclosing(self.events) as events:  # type: ignore[type-var]
+            async for event in events:
+                inbox.put_nowait(event)
 
     async def _write(
         self, inbox: asyncio.Queue[Event | ApiError | None], scope: Scope, receive: Receive, send: Send
@@ -68,6 +63,16 @@ class EventStream:
                 break
             item = await _within(inbox, self.keep_alive_s)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _last(error: BaseException | None) -> ApiError | None:
+    """What a stream ends with: nothing more, or what went wrong."""
+    if error is None:
+        return None
+    told = as_api_error(error)
+    if told.status == 500:
+        logger.error("a stream failed", exc_info=error)
+    return told
 
 
 _COMMENT: Event = ("", "")
