@@ -1,4 +1,4 @@
-"""Profile files: found for the checkpoint they were measured on, refused for others, and nothing loaded of a bad one."""
+"""Profile files: found for the checkpoint they were measured on, refused for others; of a bad one nothing is loaded."""
 
 from __future__ import annotations
 
