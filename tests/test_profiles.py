@@ -1,4 +1,4 @@
-"""Profile files: found for the checkpoint they were measured on, refused for others; of a bad one nothing is loaded."""
+"""Profile files: found for the checkpoint they were measured on, refused for others; nothing is loaded of a bad one."""
 
 from __future__ import annotations
 

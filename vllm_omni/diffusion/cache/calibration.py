@@ -18,6 +18,7 @@ import torch
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.cache.request_cache import Forecast, Key
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.kernels import ops
 from vllm_omni.version import __version__
 
 
@@ -36,13 +37,19 @@ class Calibration:
     def requests(self) -> int:
         return max(map(len, self._ratios.values()), default=0)
 
-    def add(self, branch: str, sigmas: tuple[float, ...], residuals: Sequence[torch.Tensor]) -> None:
-        """One branch of one finished request: `residuals` (rows, tokens, channels) of every step in order."""
+    def add(
+        self,
+        branch: str,
+        sigmas: tuple[float, ...],
+        residuals: Sequence[torch.Tensor],
+        norms: Sequence[torch.Tensor],
+    ) -> None:
+        """One branch of one finished request: `residuals` (rows, tokens, channels) of every step in order, and the
+        `norms` (rows, tokens) of their tokens."""
         if self.sigmas is None:
             self.sigmas = sigmas
         elif len(self.sigmas) != len(sigmas) or not np.allclose(self.sigmas, sigmas, atol=1e-6):
             raise InvalidValueError("sigmas", sigmas[:3], "must be the same schedule in all prompts of a calibration")
-        norms = [r.norm(dim=-1) for r in residuals]
         ratios = [1.0] + [(b / a.clamp_min(1e-12)).mean().item() for a, b in pairwise(norms)]
         flat = torch.stack([r.flatten() for r in residuals]).double()
         self._ratios.setdefault(branch, []).append(np.array(ratios))
@@ -88,7 +95,7 @@ class CalibrationRecord:
 
     def __init__(self, calibration: Calibration, steps: int, sigmas: tuple[float, ...]) -> None:
         self._calibration, self._steps, self._sigmas = calibration, steps, sigmas
-        self._kept: dict[Key, dict[int, torch.Tensor]] = {}
+        self._kept: dict[Key, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._computed = 0
         self.plan = None
         self.settings: dict[str, object] = {"backend": "magcache", "calibrate": True}
@@ -99,14 +106,16 @@ class CalibrationRecord:
     def wants(self, key: Key, step: int) -> bool:
         return True
 
-    def put(self, key: Key, step: int, residual: torch.Tensor) -> None:
-        self._kept.setdefault(key, {})[step] = residual.to(device="cpu", dtype=torch.float32)
+    def put(self, key: Key, step: int, after: torch.Tensor, before: torch.Tensor) -> None:
+        residual, norm = ops.residual_norm(after, before, torch.float32)
+        self._kept.setdefault(key, {})[step] = residual.cpu(), norm.cpu()
 
     def did(self, key: Key, step: int, computed: bool) -> None:
         self._computed = max(self._computed, step + 1)
         kept = self._kept.get(key, {})
         if len(kept) == self._steps:  # this branch is complete
-            self._calibration.add(key[1], self._sigmas, [kept[s] for s in range(self._steps)])
+            residuals, norms = zip(*(kept[s] for s in range(self._steps)), strict=True)
+            self._calibration.add(key[1], self._sigmas, residuals, norms)
             del self._kept[key]
 
     def drop(self) -> None:

@@ -164,7 +164,8 @@ def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def run(args: argparse.Namespace) -> int:
     """Write the profile and its chart."""
-    prompts, held_out = read_prompts(Path(args.prompts), args.limit), []
+    held_out: list[str] = []
+    prompts = read_prompts(Path(args.prompts), args.limit)
     if args.hold_out:
         prompts, held_out = split(read_prompts(Path(args.prompts), MAX_LINES))
         prompts, held_out = prompts[: args.limit], held_out[:JUDGED_PAIRS]

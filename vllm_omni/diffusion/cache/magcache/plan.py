@@ -56,12 +56,15 @@ def plan_request(
         compute = best_plan(costs, nfe, config.compute_last_step)
     else:
         assert curve is not None
+        measured = profile.branches.values() if profile is not None and ratios == profile.ratios else ()
+        first, *others = [resample(branch, steps, config.curve_resampling) for branch in measured] or [curve]
         compute = magcache_plan(
-            curve,
+            first,
             config.mag_threshold,
             config.mag_max_skip_steps,
             config.mag_retention_ratio,
             config.compute_last_step,
+            others,
         )
     if gram is None and curve is not None and predictor == "gamma":  # it looks at magnitudes alone
         gram = np.diag(np.cumprod(curve) ** 2)
