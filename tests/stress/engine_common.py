@@ -49,8 +49,11 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
+def shared_memory(pid: int) -> set[str]:
+    """Files of shared memory that a process has open or mapped."""
+    root = Path(f"/proc/{pid}")
+    mapped = {line.split(maxsplit=5)[5] for line in (root / "maps").read_text().splitlines() if "/dev/shm/" in line}
+    return mapped | {str(name) for f in (root / "fd").iterdir() if (name := f.readlink()).is_relative_to("/dev/shm")}
 
 
 def socket_files() -> set[str]:

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import engine_common as common
 
@@ -62,7 +63,8 @@ async def wait(condition: object, seconds: float) -> float:
 
 async def main(kills: int, clients: int) -> int:
     dice = random.Random(7)
-    shm, sockets = common.shared_memory(), common.socket_files()
+    shm: set[str] = set()
+    sockets = common.socket_files()
     client = ProcessEngineClient(common.ARGS, max_restarts=1000)
     await client.start()
     first_pid, load = client._engine.process.pid, Load(client, dice)
@@ -72,6 +74,7 @@ async def main(kills: int, clients: int) -> int:
     for _ in range(kills):
         await asyncio.sleep(dice.uniform(0.2, 3.0))
         died, pid = load.ends["EngineDeadError"], client._engine.process.pid
+        shm |= common.shared_memory(pid)
         os.kill(pid, signal.SIGKILL)
         await wait(lambda: not client.ready, 5)
         failed_at.append(await wait(lambda: load.ends["EngineDeadError"] > died, 10))  # noqa: B023
@@ -100,7 +103,7 @@ async def main(kills: int, clients: int) -> int:
         "engine": [engine_before, engine_after],
         "children_under_load": len(alive),
         "children_left": len(common.children(os.getpid())),
-        "shared_memory_left": len(common.shared_memory() - shm),
+        "shared_memory_left": sum(Path(name).exists() for name in shm),
         "socket_files_left": len(common.socket_files() - sockets),
     }
     good = (

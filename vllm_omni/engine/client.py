@@ -100,6 +100,7 @@ class ProcessEngineClient:
         if self._task is None:
             self._started = asyncio.get_running_loop().create_future()
             self._task = asyncio.create_task(self._supervise())
+            self._task.add_done_callback(self._unsupervised)
         assert self._started is not None
         await asyncio.shield(self._started)
         return self
@@ -260,6 +261,16 @@ class ProcessEngineClient:
             self._lost(how, failure)
             if (pause := self._pause(served)) is not None:
                 await asyncio.sleep(pause)
+
+    def _unsupervised(self, task: asyncio.Task[None]) -> None:
+        """Nobody restarts the engine any more; by a fault of ours, if not by the shutdown or by `_pause`."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        self._loaded, self._dead = False, "the engine cannot be restarted any more; restart the server"
+        logger.critical("the supervisor of the engine process failed", exc_info=error)
+        self._end_all(lambda _: EngineDeadError(self._dead), "failed")
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(EngineDeadError(self._dead))
 
     async def _listen(self, engine: EngineProcess) -> OmniError | None:
         """Until the process ends; gives what it said was wrong, if it could not start."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
+from vllm_omni.diffusion.cache.gate import Gate, GateCache, Look
 from vllm_omni.diffusion.cache.request_cache import CachePlan, Forecast, Key
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
 from vllm_omni.kernels import ops
@@ -53,12 +54,29 @@ def correction(forecasts: Sequence[tuple[slice, Forecast]], hidden_states: torch
     return ops.forecast(hidden_states, residuals, weights, first_rows)
 
 
-def note_computed(stack: BlockStack | None, members: Sequence[Member]) -> None:
+def probe(gate: Gate, stack: BlockStack, run: Callable[[], Any]) -> torch.Tensor:
+    """What a gate wants to see inside a forward; `run` makes one. Shape (rows, tokens, channels)."""
+    return stack.probe(run, attention=gate.look is Look.MODULATED)
+
+
+def note_computed(
+    stack: BlockStack | None, members: Sequence[Member], latents: torch.Tensor | None = None, output: Any = None
+) -> None:
     """After a computed forward: every member that will need its residual gets it, its own rows alone."""
     for member in members:
+        if isinstance(member.cache, GateCache) and latents is not None:
+            first = stack.first_residual(member.rows) if stack is not None else None
+            own = (_first_tensor(x)[member.rows] for x in (latents, output))
+            member.cache.learn(member.key, member.step, *own, first)
         if stack is not None and member.wants and (ends := stack.ends(member.rows)) is not None:
             member.cache.put(member.key, member.step, *ends)
         member.cache.did(member.key, member.step, computed=True)
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    if isinstance(output, torch.Tensor):
+        return output
+    return _first_tensor(next(iter(output.values())) if isinstance(output, dict) else output[0])
 
 
 def note_skipped(members: Sequence[Member]) -> None:

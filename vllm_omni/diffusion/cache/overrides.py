@@ -39,19 +39,36 @@ def request_choice(asked: Any, engine: Choice) -> Choice:
     check_keys("cache", asked, {"enabled", "backend", "preset", *_SHORT, *_FIELDS})
     if asked.get("enabled", True) is False or asked.get("backend") in ("none", "off"):
         return None
-    values = engine[1].model_dump() if engine else {}
+    default = engine[0] if engine else "magcache"
+    backend = canonical_name(asked.get("backend") or default)
+    values = _engines_values(engine, backend)
     if (preset := asked.get("preset")) is not None:
         if preset not in _NAMES:
             raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, _NAMES))}")
         values |= PRESETS.get(str(preset), {})
     for key, value in asked.items():
         if key not in ("enabled", "backend", "preset"):
-            values[_SHORT.get(str(key), str(key))] = value
+            values[_long_name(str(key), backend)] = value
     _one_plan(asked, values)
     if "profile" in asked and "mag_ratios" not in asked:
         values["mag_ratios"] = None
-    default = engine[0] if engine else "magcache"
-    return canonical_name(asked.get("backend") or default), DiffusionCacheConfig.from_dict(values)
+    return backend, DiffusionCacheConfig.from_dict(values)
+
+
+def _engines_values(engine: Choice, backend: str) -> dict[str, Any]:
+    """What a request inherits: all of the engine's settings, of another backend's only the budget."""
+    if engine is None:
+        return {}
+    values = engine[1].model_dump(exclude_unset=True)
+    if backend == engine[0]:
+        return values
+    return {name: value for name, value in values.items() if name == "memory_budget_mb"}
+
+
+def _long_name(key: str, backend: str) -> str:
+    if key == "threshold" and backend != "magcache":
+        return "rel_l1_thresh"
+    return _SHORT.get(key, key)
 
 
 def _one_plan(asked: Mapping[str, Any], values: dict[str, Any]) -> None:

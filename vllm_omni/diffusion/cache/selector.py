@@ -10,7 +10,14 @@ from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
 
-_BACKENDS = {"magcache": ("vllm_omni.diffusion.cache.magcache", "MagCacheBackend")}
+_BACKENDS = {
+    "magcache": ("vllm_omni.diffusion.cache.magcache", "MagCacheBackend"),
+    "easycache": ("vllm_omni.diffusion.cache.easycache", "EasyCacheBackend"),
+    "seacache": ("vllm_omni.diffusion.cache.seacache", "SeaCacheBackend"),
+    "teacache": ("vllm_omni.diffusion.cache.teacache", "TeaCacheBackend"),
+    "fbcache": ("vllm_omni.diffusion.cache.fbcache", "FirstBlockBackend"),
+    "cachedit": ("vllm_omni.diffusion.cache.cache_dit", "CacheDitBackend"),
+}
 
 
 def canonical_name(name: str) -> str:

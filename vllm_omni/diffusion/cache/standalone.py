@@ -11,7 +11,8 @@ import torch
 from diffusers import CacheMixin
 
 from vllm_omni.diffusion.cache.clock import Clock, Moment
-from vllm_omni.diffusion.cache.forward import Member, Record, correction, note_computed, note_skipped
+from vllm_omni.diffusion.cache.forward import Member, Record, correction, note_computed, note_skipped, probe
+from vllm_omni.diffusion.cache.gate import GateCache, Look, decide
 from vllm_omni.diffusion.denoisers import DenoiserSpec
 from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
@@ -52,6 +53,7 @@ class StandaloneHook(ModelHook):
         self.branch: str | None = None
         self._member: Member | None = None
         self._skips = False
+        self._latents: torch.Tensor | None = None
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         if isinstance(module, CacheMixin):
@@ -70,9 +72,12 @@ class StandaloneHook(ModelHook):
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.stack.leave()
         record, moment = self.session.begin(self.name, self.branch)
-        rows = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[0]
+        self._latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        rows = self._latents.shape[0]
         self._member = Member(record, (self.name, moment.branch), moment.step, slice(0, rows))
         foreign = self.spec.adds_between_blocks(kwargs)
+        if isinstance(record, GateCache) and not foreign and record.wants_look(self._member.key, moment.step):
+            self._look(module, record, self._member, args, kwargs)
         terms = None if foreign else record.forecast(self._member.key, moment.step, rows)
         self._skips = terms is not None
         if terms is not None:
@@ -81,6 +86,16 @@ class StandaloneHook(ModelHook):
             self.stack.enter()
         return args, kwargs
 
+    def _look(
+        self, module: torch.nn.Module, cache: GateCache, member: Member, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        assert self._latents is not None
+        if cache.gate.look is Look.LATENTS:
+            now = cache.gate.describe(self._latents, kwargs, cache.sigma(member.step))
+        else:
+            now = probe(cache.gate, self.stack, partial(module.forward, *args, **kwargs))
+        decide([(cache, member.key, member.step, now)])
+
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         if output is None:  # the forward raised: the request is over
             self.session.restart()
@@ -88,8 +103,8 @@ class StandaloneHook(ModelHook):
             if self._skips:
                 note_skipped([self._member])
             else:
-                note_computed(self.stack, [self._member])
-        self._member = None
+                note_computed(self.stack, [self._member], self._latents, output)
+        self._member = self._latents = None
         self.stack.leave()
         return output
 

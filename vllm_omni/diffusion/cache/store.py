@@ -38,6 +38,10 @@ class ResidualShelf:
     def __getitem__(self, step: int) -> torch.Tensor:
         return self._residuals[step]
 
+    def steps(self) -> list[int]:
+        """The steps it holds a residual of, in ascending order."""
+        return sorted(self._residuals)
+
     def put(self, step: int, residual: torch.Tensor) -> bool:
         """Keep it, if the budget allows."""
         if not self._store.take(residual.nbytes):

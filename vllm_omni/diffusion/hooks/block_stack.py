@@ -19,6 +19,7 @@ from vllm_omni.diffusion.denoisers import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
 
 Correction = Callable[[torch.Tensor], torch.Tensor]
+ATTENTIONS = ("attn", "attn1")  # what diffusers' blocks call their (first) attention
 
 
 class _Block(torch.nn.Module):
@@ -57,6 +58,46 @@ class _Tapped(torch.nn.Module):
         return output
 
 
+class _Reached(Exception):
+    """Ends a block where its attention begins."""
+
+
+class _Probe(torch.nn.Module):
+    """The first block, looked at: what it adds, or what its attention gets. The hidden states go on unchanged."""
+
+    def __init__(self, block: torch.nn.Module, returns: tuple[str, ...], attention: bool, note: Correction) -> None:
+        super().__init__()
+        self.block, self.returns, self.attention, self.note = block, returns, attention, note
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        values = kwargs | dict(zip(("hidden_states", "encoder_hidden_states"), args, strict=False))
+        if self.attention:
+            self.note(self._attention_input(*args, **kwargs))
+        else:
+            output = self.block(*args, **kwargs)
+            hidden = output if len(self.returns) == 1 else output[self.returns.index("hidden_states")]
+            self.note(hidden - values["hidden_states"])
+        results = tuple(values[name] for name in self.returns)
+        return results[0] if len(results) == 1 else results
+
+    def _attention_input(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        attention = next(child for name, child in self.block.named_children() if name in ATTENTIONS)
+        reached: list[torch.Tensor] = []
+
+        def reach(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            reached.append(given[0] if given else named["hidden_states"])
+            raise _Reached
+
+        handle = attention.register_forward_pre_hook(reach, with_kwargs=True)
+        try:
+            self.block.forward(*args, **kwargs)  # not a compiled call: the graph would run past the attention
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return reached[0]
+
+
 class _Idle(torch.nn.Module):
     """Stands in for a module that works for the blocks alone, while there are none."""
 
@@ -82,6 +123,7 @@ class BlockStack:
         self._correction: Correction | None = None
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
+        self._first_output: torch.Tensor | None = None
         self._open = False
         self._own: dict[str, torch.nn.Module | None] = {}
         self._tapped = self._with_taps()
@@ -98,7 +140,7 @@ class BlockStack:
         members = [list(blocks) for blocks in self.blocks]
         returns = [block_list.returns for block_list in self.lists]
         first, last = self._first, self._last
-        members[first][0] = _Tapped(members[first][0], returns[first], self._tap_input, None)
+        members[first][0] = _Tapped(members[first][0], returns[first], self._tap_input, self._tap_first)
         members[last][-1] = _Tapped(members[last][-1], returns[last], None, self._tap_output)
         return {b.name: torch.nn.ModuleList(m) for b, m in zip(self.lists, members, strict=True)}
 
@@ -112,6 +154,10 @@ class BlockStack:
         self._input = x
         return x
 
+    def _tap_first(self, x: torch.Tensor) -> torch.Tensor:
+        self._first_output = x
+        return x
+
     def _tap_output(self, x: torch.Tensor) -> torch.Tensor:
         self._output = x
         return x
@@ -122,12 +168,14 @@ class BlockStack:
 
     def enter(self, correction: Correction | None = None) -> None:
         """Begin a scope by hand (see the context managers): tapped, or replaced where a correction is given."""
+        self._correction = correction
+        self._exchange(self._tapped if correction is None else self._replaced)
+
+    def _exchange(self, stand_ins: dict[str, torch.nn.Module]) -> None:
         if self._open:
             raise RuntimeError("a block stack has one scope at a time")
         self._open = True
-        self._correction = correction
         modules = self.module._modules
-        stand_ins = self._tapped if correction is None else self._replaced
         self._own = {name: modules[name] for name in stand_ins}
         modules.update(stand_ins)
 
@@ -136,7 +184,7 @@ class BlockStack:
         if not self._open:
             return
         self.module._modules.update(self._own)
-        self._correction = self._input = self._output = None
+        self._correction = self._input = self._output = self._first_output = None
         self._open = False
 
     @contextmanager
@@ -156,6 +204,28 @@ class BlockStack:
             yield self
         finally:
             self.leave()
+
+    def probe(self, run: Callable[[], Any], attention: bool) -> torch.Tensor:
+        """What `run`, a forward of the denoiser, shows at its first block: what it adds, or what its attention gets.
+
+        Embedding and head run, the other blocks do not. Shape (rows, tokens, channels).
+        """
+        first = self.lists[self._first]
+        noted: list[torch.Tensor] = []
+        block = _Probe(self.blocks[self._first][0], first.returns, attention, lambda x: noted.append(x) or x)
+        lists: dict[str, torch.nn.Module] = {b.name: torch.nn.ModuleList() for b in self.lists}
+        self._exchange(lists | {first.name: torch.nn.ModuleList([block])})
+        try:
+            run()
+        finally:
+            self.leave()
+        return noted[0]
+
+    def first_residual(self, rows: slice = slice(None)) -> torch.Tensor | None:
+        """out - in of the first block alone."""
+        if self._input is None or self._first_output is None:
+            return None
+        return self._first_output[rows] - self._input[rows]
 
     def ends(self, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(after, before) the blocks: the image tokens of `rows` of the last tapped forward, (rows, tokens, channels).

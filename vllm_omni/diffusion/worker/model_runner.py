@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from vllm_omni.diffusion.cache.clock import SchedulerClock
-from vllm_omni.diffusion.cache.forward import Member, Record, correction, note_computed, note_skipped
-from vllm_omni.diffusion.cache.magcache.backend import MagCacheBackend
+from vllm_omni.diffusion.cache.forward import Member, Record, correction, note_computed, note_skipped, probe
+from vllm_omni.diffusion.cache.gate import GateCache, Look, Looked, decide
 from vllm_omni.diffusion.cache.request_cache import Forecast
+from vllm_omni.diffusion.cache.stack_backend import StackBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
@@ -34,7 +35,7 @@ class RequestState:
 
     request_id: str
     task: PipelineTask
-    backend: MagCacheBackend | None
+    backend: StackBackend | None
     config: DiffusionCacheConfig | None
     clock: SchedulerClock
     started: float = field(default_factory=time.perf_counter)
@@ -55,6 +56,7 @@ class RequestState:
     rows: int = 0
     member: Member | None = None
     forecast: Forecast | None = None
+    undecided: bool = False  # its gate must look at the call first
     key: Hashable = None
     memory: dict[int, Any] = field(default_factory=dict)
     size: Hashable = None  # what `pace` knows it by
@@ -62,7 +64,7 @@ class RequestState:
 
     @property
     def skips(self) -> bool:
-        return self.forecast is not None
+        return self.undecided or self.forecast is not None
 
     @property
     def plan(self) -> tuple[bool, ...] | None:
@@ -107,7 +109,7 @@ class ModelRunner:
         self,
         request_id: str,
         arguments: dict[str, Any],
-        backend: MagCacheBackend | None,
+        backend: StackBackend | None,
         config: DiffusionCacheConfig | None,
         preview_every: int | None = None,
         adapters: Adapters = (),
@@ -125,9 +127,12 @@ class ModelRunner:
 
     def run(self, states: Sequence[RequestState]) -> None:
         """One forward for calls that fit together, then each request goes on to its next call or its end."""
+        if states[0].undecided:
+            self._decide(states)
+            return
         timed = len(states) == 1 and self.pace.times(states[0].size, states[0].skips)
         began = time.perf_counter()
-        results = self._forward_or_errors(states)
+        results = self._each_or_errors(states, self._forward)
         if timed:
             self.pace.wait()
         now = time.perf_counter()
@@ -176,15 +181,35 @@ class ModelRunner:
         if moment.run != state.run:
             self._begin_schedule(state, call.denoiser, moment.run)
         state.step = moment.step
-        state.member = state.forecast = None
+        state.member, state.forecast, state.undecided = None, None, False
         if state.cache is not None and state.backend is not None and call.denoiser in state.backend.stacks:
             key = (call.denoiser, moment.branch)
             state.member = Member(state.cache, key, moment.step, slice(0, state.rows))
-            if not binder.adds_between_blocks(state.arguments):
-                state.forecast = state.cache.forecast(key, moment.step, state.rows)
+            state.undecided = (
+                isinstance(state.cache, GateCache)
+                and not binder.adds_between_blocks(state.arguments)
+                and state.cache.wants_look(key, moment.step)
+            )
+            if isinstance(state.cache, GateCache) and state.undecided:
+                latents = state.cache.gate.look is Look.LATENTS  # read alone: calls need not fit together
+                state.key = (state.cache.gate.look, None if latents else self._batch_key(state, binder))
+                return
+        self._decided(state)
+
+    def _decided(self, state: RequestState) -> None:
+        """The call's kind of step is known: it parks for the forward."""
+        state.undecided = False
+        call = state.event
+        assert isinstance(call, DenoiserCall)
+        binder = self.binders[call.denoiser]
+        if (member := state.member) is not None and not binder.adds_between_blocks(state.arguments):
+            state.forecast = member.cache.forecast(member.key, member.step, state.rows)
         if state.forecast is None:
-            state.computed.add(moment.step)
-        state.key = binder.key(state.arguments, state.request_id, state.memory), state.adapters
+            state.computed.add(state.step)
+        state.key = self._batch_key(state, binder)
+
+    def _batch_key(self, state: RequestState, binder: CallBinder) -> Hashable:
+        return binder.key(state.arguments, state.request_id, state.memory), state.adapters
 
     def _begin_schedule(self, state: RequestState, denoiser: str, run: int) -> None:
         state.run = run
@@ -198,14 +223,47 @@ class ModelRunner:
                 state.task.pipeline, state.steps, verbose=False, request_id=state.request_id, config=config
             )
 
-    def _forward_or_errors(self, states: Sequence[RequestState]) -> list[Any]:
-        """Each request's rows, or the exception its own call raises: a joint failure is looked for one by one."""
+    def _decide(self, states: Sequence[RequestState]) -> None:
+        """Let the gates of parked calls look; each then waits again, for a full forward or for one without blocks."""
+        for state, result in zip(states, self._each_or_errors(states, self._look), strict=True):
+            if isinstance(result, Exception):
+                self._arrive(state, state.task.throw(result))
+            else:
+                self._decided(state)
+
+    def _look(self, states: Sequence[RequestState]) -> list[None]:
+        """Show each request's gate its rows, and take the decisions: one device read for all of them."""
+        first = states[0].member
+        assert first is not None and isinstance(first.cache, GateCache)
+        gate, seen = first.cache.gate, None
+        rows = row_slices([state.rows for state in states])
+        if gate.look is not Look.LATENTS:
+            module, binder = self.modules[first.key[0]], self.binders[first.key[0]]
+            stack = self._stack(states, first.key[0])
+            assert stack is not None
+            self.adapters.use(states[0].adapters)
+            seen = probe(gate, stack, partial(module, **binder.join([state.arguments for state in states])))
+        looked: list[Looked] = []
+        for state, own in zip(states, rows, strict=True):
+            assert state.member is not None and isinstance(cache := state.member.cache, GateCache)
+            if seen is None:
+                now = cache.gate.describe(state.arguments["hidden_states"], state.arguments, cache.sigma(state.step))
+            else:
+                now = seen[own].clone() if len(states) > 1 else seen
+            looked.append((cache, state.member.key, state.step, now))
+        decide(looked)
+        return [None] * len(states)
+
+    def _each_or_errors(
+        self, states: Sequence[RequestState], act: Callable[[Sequence[RequestState]], list[Any]]
+    ) -> list[Any]:
+        """Each request's result, or the exception its own call raises: a joint failure is looked for one by one."""
         try:
-            return self._forward(states)
+            return act(states)
         except Exception as error:  # out of memory or a bad input of one must not end the others
             if len(states) == 1:
                 return [error]
-        return [self._forward_or_errors([state])[0] for state in states]
+        return [self._each_or_errors([state], act)[0] for state in states]
 
     def _forward(self, states: Sequence[RequestState]) -> list[Any]:
         call = states[0].event
@@ -218,7 +276,7 @@ class ModelRunner:
             for s, r in zip(states, rows, strict=True)
             if s.member is not None
         ]
-        stack = self._stack(states, call.denoiser)
+        stack, latents = self._stack(states, call.denoiser), arguments.get("hidden_states")
         self.adapters.use(states[0].adapters)
         if states[0].skips:
             assert stack is not None
@@ -231,10 +289,10 @@ class ModelRunner:
         ):
             with stack.tapped():
                 output = module(**arguments)
-                note_computed(stack, members)
+                note_computed(stack, members, latents, output)
         else:
             output = module(**arguments)
-            note_computed(None, members)
+            note_computed(None, members, latents, output)
         self.forwards["skipped" if states[0].skips else "computed"] += 1
         if len(states) == 1:
             return [output]

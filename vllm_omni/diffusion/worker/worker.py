@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_omni.diffusion.cache.magcache.backend import MagCacheBackend
 from vllm_omni.diffusion.cache.overrides import Choice, request_choice
 from vllm_omni.diffusion.cache.selector import canonical_name, get_cache_backend
+from vllm_omni.diffusion.cache.stack_backend import StackBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -23,7 +23,7 @@ class DiffusionWorker:
         self._default: Choice = None
         if config.cache_backend not in (None, "none"):  # a wrong name fails here, before any weight loads
             self._default = canonical_name(str(config.cache_backend)), config.cache_config or DiffusionCacheConfig()
-        self._backends: dict[str, MagCacheBackend] = {}
+        self._backends: dict[str, StackBackend] = {}
 
     def load_model(self, pipeline: Any = None, defaults: dict[str, Any] | None = None) -> None:
         """Load the pipeline, or take one that is loaded, and enable the engine's cache on it."""
@@ -82,7 +82,7 @@ class DiffusionWorker:
     def profile_name(self) -> str | None:
         """Of the cache profile in use by default."""
         backend = self._backends.get(self._default[0]) if self._default is not None else None
-        return backend.profile.name if backend is not None and backend.profile is not None else None
+        return backend.profile_name if backend is not None else None
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class DiffusionWorker:
     @property
     def cache_bytes(self) -> int:
         """Residual bytes held by all requests now."""
-        return sum(backend.store.used for backend in self._backends.values())
+        return max((backend.store.used for backend in self._backends.values()), default=0)  # they share one store
 
     def close(self) -> None:
         for backend in self._backends.values():
@@ -105,11 +105,13 @@ class DiffusionWorker:
         self._backends.clear()
         self.runner.adapters.close()
 
-    def _backend(self, name: str, config: DiffusionCacheConfig) -> MagCacheBackend:
+    def _backend(self, name: str, config: DiffusionCacheConfig) -> StackBackend:
         """The backend of that name, enabled on the pipeline when it is first asked for."""
         if name not in self._backends:
             backend = get_cache_backend(name, config)
-            assert isinstance(backend, MagCacheBackend)
+            assert isinstance(backend, StackBackend)
             backend.enable(self.pipeline, standalone=False)
+            for other in self._backends.values():  # one budget for all
+                backend.store = other.store
             self._backends[name] = backend
         return self._backends[name]

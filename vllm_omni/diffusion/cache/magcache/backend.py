@@ -6,9 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.cache.calibration import Calibration
-from vllm_omni.diffusion.cache.clock import SchedulerClock, schedule_of
 from vllm_omni.diffusion.cache.forward import Record
 from vllm_omni.diffusion.cache.magcache.plan import (
     choose_predictor,
@@ -19,11 +17,9 @@ from vllm_omni.diffusion.cache.magcache.plan import (
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.profile import CacheProfile, find_profile, fingerprint, named_profile, profile_names
 from vllm_omni.diffusion.cache.request_cache import CachePlan, RequestCache
-from vllm_omni.diffusion.cache.standalone import Session, StandaloneHook, attach, detach
-from vllm_omni.diffusion.cache.store import CacheStore
+from vllm_omni.diffusion.cache.stack_backend import StackBackend
 from vllm_omni.diffusion.data import PROMISES, DiffusionCacheConfig
-from vllm_omni.diffusion.denoisers import DENOISER_NAMES
-from vllm_omni.diffusion.hooks.block_stack import BlockStack
+from vllm_omni.diffusion.denoisers import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
@@ -31,91 +27,28 @@ logger = init_logger(__name__)
 _KEPT_AS = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-class MagCacheBackend(CacheBackend):
+class MagCacheBackend(StackBackend):
     """`enable` on a pipeline, then run it (one anonymous request), or `refresh` per request, as the engine does."""
+
+    name = "magcache"
 
     def __init__(self, config: DiffusionCacheConfig) -> None:
         super().__init__(config)
         for name in ("coefficients", "rel_l1_thresh"):
             if (value := vars(config)[name]) is not None:
                 raise InvalidValueError(name, value, "is a TeaCache setting, magcache has no use for it; leave it out")
-        budget = config.memory_budget_mb
-        self.store = CacheStore(None if budget is None else int(budget * 2**20))
         self.calibration = Calibration() if config.mag_calibrate else None
-        self.stacks: dict[str, BlockStack] = {}
         self.profile: CacheProfile | None = None
         self._ratios: tuple[float, ...] | None = None
         self._class = self._fingerprint = ""
-        self._session: Session | None = None
-        self._modules: list[torch.nn.Module] = []
 
-    def enable(self, pipeline: Any, *, standalone: bool = True) -> None:
-        """Find the block stacks and the checkpoint's curve. `standalone` False: an engine opens the scopes itself.
-
-        InvalidValueError where the checkpoint has no curve, or no denoiser whose blocks are known.
-        """
-        self.disable(pipeline)
-        found = {}
-        for name in DENOISER_NAMES:
-            module = pipeline.components.get(name)
-            strategy = MagCacheStrategyRegistry.get_if_exists(_class_name(module))
-            if module is not None and strategy is not None:
-                found[name] = (module, strategy.spec)
-        if not found:
-            raise InvalidValueError(
-                "cache_backend",
-                "magcache",
-                f"does not know the blocks of {type(pipeline).__name__}; serve it with 'none'",
-            )
-        first = next(iter(found.values()))[0]
-        self._find_curve(first, str(pipeline.config.get("_name_or_path", "")))
-        self.stacks = {name: BlockStack(module, spec) for name, (module, spec) in found.items()}
-        if standalone:
-            self._session = Session(SchedulerClock(pipeline), self._record)
-            for name, (module, spec) in found.items():
-                attach(module, StandaloneHook(name, self.stacks[name], spec, self._session))
-                self._modules.append(module)
-        self.enabled = True
-
-    def refresh(
-        self,
-        pipeline: Any,
-        num_inference_steps: int | None,
-        verbose: bool = True,
-        *,
-        request_id: str | None = None,
-        config: DiffusionCacheConfig | None = None,
-    ) -> Record | None:
-        """Fresh state for the next request.
-
-        Without `request_id` the pipeline's anonymous request is forgotten; its next run is planned for the schedule it
-        really runs. With one, the state of that request: its plan for the schedule `pipeline` has set up, under
-        `config` (its own settings) or the backend's.
-        """
-        if not self.enabled:
-            self.enable(pipeline)
-        if request_id is None:
-            if self._session is not None:
-                self._session.restart()
-            return None
-        steps, sigmas = schedule_of(pipeline)
-        return self._record(steps, sigmas, config)
-
-    def disable(self, pipeline: Any) -> None:
-        if self._session is not None:
-            self._session.restart()
-            self._session.clock.stop()
-            self._session = None
-        for module in self._modules:
-            detach(module)
-        self._modules.clear()
-        self.stacks.clear()
-        self.enabled = False
+    def _spec(self, class_name: str) -> DenoiserSpec | None:
+        strategy = MagCacheStrategyRegistry.get_if_exists(class_name)
+        return strategy.spec if strategy is not None else None
 
     @property
-    def last_request(self) -> Record | None:
-        """The anonymous request's state: its plan, and how many steps it computed and skipped."""
-        return self._session.record if self._session is not None else None
+    def profile_name(self) -> str | None:
+        return self.profile.name if self.profile is not None else None
 
     def plan(self, steps: int, sigmas: tuple[float, ...], config: DiffusionCacheConfig | None = None) -> CachePlan:
         """What a request of `steps` would do; pure, cheap, and the same on every rank."""
@@ -182,7 +115,7 @@ class MagCacheBackend(CacheBackend):
             )
         return profile
 
-    def _find_curve(self, module: torch.nn.Module, model_name: str) -> None:
+    def _found(self, module: torch.nn.Module, model_name: str) -> None:
         """The profile named in the settings, or the checkpoint's own; a curve that the user gave comes first."""
         self._class, self._fingerprint = _class_name(module), fingerprint(module)
         if self.config.profile:
