@@ -428,7 +428,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[CacheProfile, 
         run_latents(pipeline, num_inference_steps=12)
         run_latents(pipeline, i=1, seed=1, num_inference_steps=12)
     assert backend.calibration is not None and all(probe.ran)
-    profile = backend.calibration.profile("tiny", "FluxTransformer2DModel", fingerprint(pipe.transformer))
+    profile = backend.calibration.profile("tiny", "FluxTransformer2DModel", fingerprint(pipeline.transformer))
     backend.disable(pipeline)
 
     runs = [probe.added[:12], probe.added[12:]]
