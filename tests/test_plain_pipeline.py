@@ -419,7 +419,7 @@ def test_without_room_for_one_residual_it_is_the_plain_pipeline(
 
 
 @pytest.fixture(scope="module")
-def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[CacheProfile, Path]:
+def calibrated(pipe: FluxPipeline, tmp_path_factory: pytest.TempPathFactory) -> tuple[CacheProfile, Path]:
     """A profile of tiny_flux from two prompts at 12 steps, one of them with two branches."""
     pipeline = tiny_flux()
     backend = MagCacheBackend(DiffusionCacheConfig(mag_calibrate=True))
@@ -428,7 +428,7 @@ def calibrated(tmp_path_factory: pytest.TempPathFactory) -> tuple[CacheProfile, 
         run_latents(pipeline, num_inference_steps=12)
         run_latents(pipeline, i=1, seed=1, num_inference_steps=12)
     assert backend.calibration is not None and all(probe.ran)
-    profile = backend.calibration.profile("tiny", "FluxTransformer2DModel", fingerprint(pipeline.transformer))
+    profile = backend.calibration.profile("tiny", "FluxTransformer2DModel", fingerprint(pipe.transformer))
     backend.disable(pipeline)
 
     runs = [probe.added[:12], probe.added[12:]]
