@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from importlib.metadata import version
 from itertools import pairwise
 from typing import Any
 
@@ -80,7 +81,12 @@ class Calibration:
                 "ratio_std": spread,
                 "gram_relative_error": float(f"{np.linalg.norm(error) / np.linalg.norm(every.mean(axis=0)):.3g}"),
                 "date": datetime.now(UTC).date().isoformat(),
-                "versions": {"vllm_omni": __version__, "torch": torch.__version__, "python": platform.python_version()},
+                "versions": {
+                    "vllm_omni": __version__,
+                    "torch": torch.__version__,
+                    "diffusers": version("diffusers"),
+                    "python": platform.python_version(),
+                },
                 **provenance,
             },
         )

@@ -74,8 +74,7 @@ def compare_predictors(
         away = []
         for speedup in CHECKED_SPEEDUPS:
             nfe = max(2, round(len(profile.ratios) / speedup))
-            backend = _cache(profile, nfe=nfe, predictor=predictor)
-            with _enabled(backend, pipeline, profile):
+            with _enabled(_cache(profile, nfe=nfe), pipeline, profile.model_copy(update={"predictor": predictor})):
                 got = [_latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
             away += [max(((a - b).norm() / b.norm()).item(), 1e-9) for a, b in zip(got, exact, strict=True)]
         errors[predictor] = round(exp(sum(map(log, away)) / len(away)), 6)
