@@ -124,12 +124,16 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def table(results: Sequence[Result]) -> str:
-    """One line per row, by step count, then group, then work."""
+Lines = list[list[str]]
+_WORDS = ("setting", "our setting", "over", "")  # columns of text; the others are figures
+
+
+def lines(results: Sequence[Result]) -> Lines:
+    """A head and one line per row, by step count, then group, then work."""
     metrics = list(results[0].metrics) if results else []
-    heads = ["steps", "setting", "NFE", "work", "x ideal", "x measured"]
+    heads = ["steps", "setting", "NFE", "work", "× ideal", "× measured"]
     heads += [f"{name.upper()} {kind}" for name in metrics for kind in ("mean", "worst")]
-    lines = [heads]
+    found = [heads]
     groups = list(dict.fromkeys(result.row.group for result in results))
     for r in sorted(results, key=lambda r: (r.row.steps, groups.index(r.row.group), -r.work)):
         measured = "-" if r.times_measured is None else f"{r.times_measured:.2f}"
@@ -137,17 +141,34 @@ def table(results: Sequence[Result]) -> str:
         for name in metrics:
             digits = 2 if name == "psnr" else 4
             line += [f"{mean(r, name):.{digits}f}", f"{worst(r, name):.{digits}f}"]
-        lines.append(line)
-    return _aligned(lines)
+        found.append(line)
+    return found
 
 
-def margin_table(found: Sequence[Margin]) -> str:
-    lines = [["steps", "x", "our setting", "over", "ours dB", "its dB", "margin", "bar", ""]]
+def margin_lines(found: Sequence[Margin]) -> Lines:
+    """A head and one line per margin."""
+    made = [["steps", "×", "our setting", "over", "ours dB", "its dB", "margin", "bar", ""]]
     for m in found:
         verdict = "reached" if m.reached else "MISSED"
         figures = [f"{m.ours_db:.2f}", f"{m.over_db:.2f}", f"{m.margin_db:+.2f}", f"{m.bar_db:g}", verdict]
-        lines.append([str(m.steps), f"{m.times:g}", m.ours, m.over, *figures])
-    return _aligned(lines)
+        made.append([str(m.steps), f"{m.times:g}", m.ours, m.over, *figures])
+    return made
+
+
+def aligned(table: Lines) -> str:
+    """For a terminal: names to the left, figures to the right."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    text = [i for i, head in enumerate(table[0]) if head in _WORDS]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i in text else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in table
+    )
+
+
+def markdown(table: Lines) -> str:
+    """For a page."""
+    rule = ["---" if head in _WORDS else "---:" for head in table[0]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (table[0], rule, *table[1:]))
 
 
 def _best_by_work(results: Iterable[Result]) -> list[Result]:
@@ -162,13 +183,3 @@ def _best_by_work(results: Iterable[Result]) -> list[Result]:
 
 def _margin(best: Result, promise: float, over: str, over_db: float, bar: float) -> Margin:
     return Margin(best.row.steps, promise, best.row.name, over, mean(best), over_db, bar)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns; names to the left, figures to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    words = {i for i in range(len(widths)) if lines[0][i] in ("setting", "our setting", "over", "")}
-    return "\n".join(
-        "  ".join(c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
