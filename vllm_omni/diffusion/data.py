@@ -63,6 +63,8 @@ class DiffusionCacheConfig(Settings):
     [...], "skip": [...]} in alternating runs), the threshold rule, or a `preset`. Nothing given is the preset "auto":
     as few full forwards as the checkpoint's profile found good. A preset is planned where the profile has a Gram
     matrix, and the threshold rule elsewhere. `profile_insist` takes a profile that was measured on other weights.
+    `residual_dtype` is what residuals are kept in, for all requests of an engine: half the memory where the model runs
+    in fp32.
     """
 
     mag_ratios: tuple[float, ...] | None = None
@@ -84,6 +86,7 @@ class DiffusionCacheConfig(Settings):
     profile: str | None = None
     profile_insist: bool = False
     memory_budget_mb: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    residual_dtype: Literal["model", "bfloat16", "float16"] = "model"
 
     @model_validator(mode="before")
     @classmethod

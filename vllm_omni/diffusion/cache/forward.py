@@ -10,6 +10,7 @@ import torch
 
 from vllm_omni.diffusion.cache.request_cache import CachePlan, Forecast, Key
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
+from vllm_omni.kernels import ops
 
 
 class Record(Protocol):
@@ -26,7 +27,7 @@ class Record(Protocol):
 
     def forecast(self, key: Key, step: int, rows: int) -> Forecast | None: ...
     def wants(self, key: Key, step: int) -> bool: ...
-    def put(self, key: Key, step: int, residual: torch.Tensor) -> None: ...
+    def put(self, key: Key, step: int, after: torch.Tensor, before: torch.Tensor) -> None: ...
     def did(self, key: Key, step: int, computed: bool) -> None: ...
     def drop(self) -> None: ...
 
@@ -47,19 +48,16 @@ class Member:
 
 def correction(forecasts: Sequence[tuple[slice, Forecast]], hidden_states: torch.Tensor) -> torch.Tensor:
     """x + sum_j w_j r_j, row by row; x of shape (rows, tokens, channels) is not changed."""
-    out = hidden_states.clone()
-    for rows, terms in forecasts:
-        part = out[rows]
-        for residual, weight in terms:
-            part.add_(residual, alpha=weight)
-    return out
+    terms = [(residual, weight, rows.start) for rows, forecast in forecasts for residual, weight in forecast]
+    residuals, weights, first_rows = (list(column) for column in zip(*terms, strict=True)) if terms else ([], [], [])
+    return ops.forecast(hidden_states, residuals, weights, first_rows)
 
 
 def note_computed(stack: BlockStack | None, members: Sequence[Member]) -> None:
     """After a computed forward: every member that will need its residual gets it, its own rows alone."""
     for member in members:
-        if stack is not None and member.wants and (residual := stack.residual(member.rows)) is not None:
-            member.cache.put(member.key, member.step, residual)
+        if stack is not None and member.wants and (ends := stack.ends(member.rows)) is not None:
+            member.cache.put(member.key, member.step, *ends)
         member.cache.did(member.key, member.step, computed=True)
 
 

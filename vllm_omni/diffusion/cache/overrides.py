@@ -14,7 +14,7 @@ _SHORT = {
     "max_skip_steps": "mag_max_skip_steps",
     "retention_ratio": "mag_retention_ratio",
 }
-_OF_THE_ENGINE = {"memory_budget_mb", "mag_calibrate"}
+_OF_THE_ENGINE = {"memory_budget_mb", "mag_calibrate", "residual_dtype"}
 _FIELDS = set(DiffusionCacheConfig.model_fields) - _OF_THE_ENGINE
 
 _NAMES = ("auto", *PRESETS)

@@ -21,6 +21,7 @@ import numpy as np
 from vllm_omni.diffusion.cache.plan import Plan
 from vllm_omni.diffusion.cache.predictor import PREDICTORS
 
+WIDE = 200
 
 def curve_costs(ratios: Sequence[float], sigmas: Sequence[float]) -> np.ndarray:
     """Costs from the magnitude curve alone: MagCache's error of reuse, |1 - prod gamma| (arXiv 2506.09045, eq. 5)."""
@@ -29,23 +30,21 @@ def curve_costs(ratios: Sequence[float], sigmas: Sequence[float]) -> np.ndarray:
     return _accumulate(errors, _weight(sigmas))
 
 
-def gram_costs(gram: np.ndarray, sigmas: Sequence[float], predictor: str, gap: int | None = None) -> np.ndarray:
+def gram_costs(gram: np.ndarray, sigmas: Sequence[float], predictor: str) -> np.ndarray:
     """Costs from the residuals' Gram matrix: root of the expected squared error of this predictor's own forecasts.
 
     E||r_t - sum_j w_j r_j||^2 = w'G_AA w - 2 w'G_At + G_tt, exactly, for any weights w. Least squares attain the Schur
     complement (L2P, arXiv 2604.26365, learns such weights); other predictors pay more. Predictors of
-    more are planned as if they had the last two. With `gap`, for schedules too long for pairs, so is every predictor of
-    two as if the computed step before the last always lay that many steps back.
+    more are planned as if they had the last two.
     """
     weigh, order = PREDICTORS[predictor]
     steps = len(sigmas)
     step = np.arange(steps)
     weight = _weight(sigmas)
-    if order == 1 or gap is not None:
+    if order == 1:
         last, target = np.nonzero(step[:, None] < step[None, :])
-        anchors = [last] if order == 1 or gap is None else [np.maximum(last - gap, 0), last]
         errors = np.zeros((steps, steps))
-        errors[last, target] = forecast_error(gram, anchors, target, weigh(anchors, target, sigmas, gram))
+        errors[last, target] = forecast_error(gram, [last], target, weigh([last], target, sigmas, gram))
         return _accumulate(errors, weight)
     errors = np.zeros((steps, steps, steps))
     first, later = np.zeros(steps - 1, dtype=int), step[1:]
@@ -82,16 +81,22 @@ def best_plan(costs: np.ndarray, nfe: int, compute_last_step: bool = True) -> Pl
 
 
 def _best_by_steps(costs: np.ndarray, nfe: int, steps: int, compute_last_step: bool) -> list[int]:
-    """Bellman over (number of computed steps, the last of them): D_n+1[j] = min_s D_n[s] + C[s, j]."""
+    """Bellman over (number of computed steps, the last of them): D_n+1[j] = min_s D_n[s] + C[s, j].
+
+    Above WIDE steps no run is longer than eight times the mean: a thousand steps take milliseconds, not seconds.
+    """
     step = np.arange(steps)
-    onward = np.where(step[:, None] < step, costs[:, :steps], np.inf)
+    longest = steps if steps <= WIDE else min(steps, 8 * -(-steps // nfe))
+    source = step - np.arange(1, longest + 1)[:, None]  # (length of the run, the step it ends before)
+    onward = np.where(source >= 0, costs[np.maximum(source, 0), step], np.inf)
     least = np.full(steps, np.inf)
     least[0] = 0.0
     came_from = []
     for _ in range(nfe - 1):
-        paths = least[:, None] + onward
-        came_from.append(np.argmin(paths, axis=0))
-        least = np.take_along_axis(paths, came_from[-1][None], axis=0)[0]
+        paths = least[source] + onward
+        length = np.argmin(paths, axis=0)
+        came_from.append(step - 1 - length)
+        least = paths[length, step]
     computed = [steps - 1 if compute_last_step else int(np.argmin(least + costs[:, steps]))]
     for earlier in reversed(came_from):
         computed.append(int(earlier[computed[-1]]))

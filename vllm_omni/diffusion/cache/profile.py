@@ -38,7 +38,7 @@ class CacheProfile(Settings):
     `branch_grams` hold the same per guidance branch.
     """
 
-    format: int
+    format: int = FORMAT
     name: str = Field(min_length=1, max_length=200)
     transformer_class: str
     models: tuple[str, ...] = ()
@@ -109,7 +109,7 @@ def _check_gram(field: str, rows: tuple[tuple[float, ...], ...], steps: int) -> 
 def load_profile(path: Path) -> CacheProfile:
     """Read a profile file; `InvalidValueError` naming the file and what is wrong with it."""
     if not path.is_file():
-        raise InvalidValueError("profile", str(path), f"must be a profile file or one of {', '.join(profile_names())}")
+        raise InvalidValueError("profile", str(path), "must be a profile file, or a name such as 'demo'")
     if path.stat().st_size > MAX_PROFILE_BYTES:
         raise InvalidValueError("profile", str(path), f"must be smaller than {MAX_PROFILE_BYTES >> 20} MiB")
     try:
@@ -124,8 +124,10 @@ def load_profile(path: Path) -> CacheProfile:
         raise InvalidValueError("profile", str(path), f"must hold a valid profile ({error})") from None
 
 
-def profile_names() -> list[str]:
-    return sorted(file.stem for file in PROFILE_DIR.glob("*.json"))
+def profile_names(transformer_class: str | None = None) -> list[str]:
+    """The shipped profiles; with a class, those of its checkpoints."""
+    names = sorted(file.stem for file in PROFILE_DIR.glob("*.json"))
+    return [n for n in names if transformer_class in (None, shipped_profile(n).transformer_class)]
 
 
 @cache
@@ -178,7 +180,7 @@ def fingerprint(module: torch.nn.Module) -> str:
     LoRA adapters beside the weights do not count: a request may run without them.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(module.named_parameters(), key=lambda pair: pair[0].replace('.base_layer', '')):
+    for name, weight in sorted(module.named_parameters(), key=lambda pair: pair[0].replace(".base_layer", "")):
         if ".lora_" in name:
             continue
         digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode())

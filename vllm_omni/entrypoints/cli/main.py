@@ -129,7 +129,14 @@ def _add_calibrate(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt, counted up (default 0)")
     parser.add_argument("--name", help="the profile's name (default: the model's)")
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="profile file to write (.json); a chart goes beside it"
+        "--hold-out",
+        action="store_true",
+        help="keep every second line out of calibration, and choose the preset 'auto' on up to 64 of those",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="profile file to write (.json), a chart beside it (default: where the engine finds it by itself)",
     )
 
 

@@ -28,6 +28,7 @@ from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
+_KEPT_AS = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class MagCacheBackend(CacheBackend):
@@ -139,14 +140,14 @@ class MagCacheBackend(CacheBackend):
         plan = self.plan(steps, sigmas, config)
         settings: dict[str, object] = {
             "backend": "magcache",
-            **self._kind_of_plan(config, profile, steps),
+            **self._made_of(config, profile, steps),
             "planned_forwards": plan.full_forwards,
             "predictor": choose_predictor(config, profile),
             "profile": profile.name if profile is not None else None,
         }
-        return RequestCache(plan, self.store, settings)
+        return RequestCache(plan, self.store, settings, _KEPT_AS[self.config.residual_dtype])
 
-    def _kind_of_plan(self, config: DiffusionCacheConfig, profile: CacheProfile | None, steps: int) -> dict[str, object]:
+    def _made_of(self, config: DiffusionCacheConfig, profile: CacheProfile | None, steps: int) -> dict[str, object]:
         """What the plan was made of, for the output: the promise, the preset or the mask, else the rule's settings."""
         if config.promise:
             return {**config.promise}
@@ -176,7 +177,7 @@ class MagCacheBackend(CacheBackend):
             raise InvalidValueError(
                 "profile",
                 name,
-                f"was measured on other weights (hash {profile.fingerprint}, these have {self._fingerprint}): calibrate "
+                f"was measured on other weights (hash {profile.fingerprint}, these: {self._fingerprint}); calibrate "
                 "this checkpoint, or take it all the same with profile_insist=True",
             )
         return profile
@@ -198,7 +199,7 @@ class MagCacheBackend(CacheBackend):
                 None,
                 f"must be given: no magnitude curve is known for this checkpoint ({model_name or 'unnamed'}); "
                 "measure one with `vllm-omni calibrate MODEL` and pass profile='FILE', or, if it is one of these "
-                f"checkpoints, its profile by name: {', '.join(profile_names())}",
+                f"checkpoints, its profile by name: {', '.join(profile_names(self._class)) or 'none of this class'}",
             )
         choose_predictor(self.config, self.profile)
 

@@ -16,7 +16,7 @@ from vllm_omni.diffusion.cache.request_cache import CachePlan
 from vllm_omni.diffusion.data import PROMISES, DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
 
-MAX_PAIR_STEPS = 100  # planning with pairs takes steps^3 time and memory, in the engine's loop
+MAX_PAIR_STEPS = 100  # beyond, plans come from the curve: pairs take steps^3 time, in the engine's loop
 MAX_PLANNED_STEPS = 1000
 SPEEDUPS = {"high": 1.5, "balanced": 2.0, "fast": 3.0}
 
@@ -51,17 +51,20 @@ def plan_request(
         compute = mask_plan(config.steps_mask, steps, config.compute_last_step)
     elif (nfe := promised_forwards(config, steps) or preset_forwards(config, profile, steps)) is not None:
         assert curve is not None
-        gap = steps // nfe if steps > MAX_PAIR_STEPS else None
-        costs = gram_costs(gram, sigmas, predictor, gap) if gram is not None else curve_costs(curve, sigmas)
+        short = steps <= MAX_PAIR_STEPS
+        costs = gram_costs(gram, sigmas, predictor) if gram is not None and short else curve_costs(curve, sigmas)
         compute = best_plan(costs, nfe, config.compute_last_step)
     else:
         assert curve is not None
+        measured = profile.branches.values() if profile is not None and ratios == profile.ratios else ()
+        first, *others = [resample(branch, steps, config.curve_resampling) for branch in measured] or [curve]
         compute = magcache_plan(
-            curve,
+            first,
             config.mag_threshold,
             config.mag_max_skip_steps,
             config.mag_retention_ratio,
             config.compute_last_step,
+            others,
         )
     if gram is None and curve is not None and predictor == "gamma":  # it looks at magnitudes alone
         gram = np.diag(np.cumprod(curve) ** 2)
