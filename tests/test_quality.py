@@ -103,9 +103,10 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_a_second_run_draws_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(folder, capsys, *SETTINGS)
+    _, first = run(folder, capsys, *SETTINGS)
     before = {file: file.stat().st_mtime_ns for file in (folder / "work").iterdir()}
-    run(folder, capsys, *SETTINGS)
+    _, content = run(folder, capsys, *SETTINGS, "--limit-minutes", "0")
+    assert content["results"] == first["results"] and len(first["results"]) >= 3
     assert {file: file.stat().st_mtime_ns for file in (folder / "work").iterdir()} == before
     _, other = run(folder, capsys, *SETTINGS, "--seed", "7")
     assert other["prompts_and_seeds"][0][1] == 7
