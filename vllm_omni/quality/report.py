@@ -86,12 +86,16 @@ def best_peers(found: Iterable[Margin]) -> list[Margin]:
 def interpolate(points: Sequence[Result], work: float) -> float | None:
     """A method's mean PSNR at this block work: linear in log work between its points.
 
-    Below its least work its fastest point stands in, which flatters it; above its most, nothing can be said: None.
+    Below its least work its fastest point stands in, which flatters it. Thresholds land near a target, not on it: up to
+    5 % above its most work the last line goes on; beyond, nothing can be said: None.
     """
-    known = sorted((point.work, mean(point)) for point in points)
-    if not known or work > known[-1][0] * 1.02:  # thresholds land near a target, not on it
+    known = sorted((np.log(point.work), mean(point)) for point in points)
+    if not known or np.log(work) > known[-1][0] + np.log(1.05):
         return None
-    return float(np.interp(np.log(work), [np.log(w) for w, _ in known], [db for _, db in known]))
+    if np.log(work) > known[-1][0] and len(known) > 1:
+        (w0, db0), (w1, db1) = known[-2:]
+        return float(db1 + (np.log(work) - w1) * (db1 - db0) / (w1 - w0))
+    return float(np.interp(np.log(work), [w for w, _ in known], [db for _, db in known]))
 
 
 def default_preset(results: Sequence[Result]) -> dict[str, Any] | None:
