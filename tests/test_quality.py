@@ -103,9 +103,10 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_a_second_run_draws_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(folder, capsys, *SETTINGS)
+    _, first = run(folder, capsys, *SETTINGS)
     before = {file: file.stat().st_mtime_ns for file in (folder / "work").iterdir()}
-    run(folder, capsys, *SETTINGS)
+    _, content = run(folder, capsys, *SETTINGS, "--limit-minutes", "0")
+    assert content["results"] == first["results"] and len(first["results"]) >= 3
     assert {file: file.stat().st_mtime_ns for file in (folder / "work").iterdir()} == before
     _, other = run(folder, capsys, *SETTINGS, "--seed", "7")
     assert other["prompts_and_seeds"][0][1] == 7
@@ -271,7 +272,10 @@ def test_margins() -> None:
     assert found[2.0, RULE].margin_db == pytest.approx(7.0) and not found[2.0, RULE].reached
     assert found[2.0, peer].over_db == pytest.approx(65.0), "half-way in log work"
     assert found[4.0, peer].over_db == pytest.approx(60.0), "its fastest point, which had more work"
-    assert report.interpolate([r for r in rows if r.row.peer], 25.0) is None
+    peers = [r for r in rows if r.row.peer]
+    assert report.interpolate(peers, 25.0) is None
+    slope = 10 / np.log(2)  # dB by log work, between its two points
+    assert report.interpolate(peers, 28.0 / 2**0.5 * 1.04) == pytest.approx(70.0 + slope * np.log(1.04))
     assert [(m.times, m.over) for m in report.best_peers(report.margins(rows))] == [(2.0, peer), (4.0, peer)]
 
 

@@ -176,7 +176,7 @@ def _clock_all(plan: Plan, board: _Board, outcome: Outcome) -> None:
 
 
 class _Board:
-    """Hands out tasks and takes their results; after the deadline it hands out no more."""
+    """Hands out tasks and takes their results; after the deadline only what an earlier run has done."""
 
     def __init__(self, plan: Plan, crew: Executor, bar: Any, outcome: Outcome, deadline: float | None) -> None:
         self.plan, self.crew, self.bar, self.outcome, self.deadline = plan, crew, bar, outcome, deadline
@@ -188,9 +188,10 @@ class _Board:
         while waiting or running:
             late = self.deadline is not None and time.monotonic() > self.deadline
             if late and waiting:
-                names = ", ".join(_name(task) for task in waiting)
-                self.outcome.notices.append(f"left out, the time was up: {names}; run again to go on")
-                waiting.clear()
+                kept = self.crew.submit(_kept, waiting).result()
+                if left := [_name(task) for task, done_before in zip(waiting, kept, strict=True) if not done_before]:
+                    self.outcome.notices.append(f"left out, the time was up: {', '.join(left)}; run again to go on")
+                waiting = [task for task, done_before in zip(waiting, kept, strict=True) if done_before]
             while waiting and len(running) < self.plan.processes:
                 task = waiting.pop(0)
                 self.bar.set_postfix_str(_name(task))
@@ -257,6 +258,19 @@ def _leave() -> None:
     if _desk is not None:
         _desk.bench.close()
     _desk = None
+
+
+def _kept(tasks: list[tuple[Any, ...]]) -> list[bool]:
+    """Which tasks an earlier run has done."""
+    assert _desk is not None
+    endings = {_prepare: "sheet.npy", _measure: "result.json", _clock: "clock.json"}
+    files = []
+    for function, what, *more in tasks:
+        if function is _tune:
+            files.append(_desk.file(Row(what, what, more[0], peer=what), "tuned.json"))
+        else:
+            files.append(_desk.file(reference(what) if function is _prepare else what, endings[function]))
+    return [file.is_file() for file in files]
 
 
 def _at_desk(method: Callable[..., Any], *arguments: Any) -> Any:

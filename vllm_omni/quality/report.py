@@ -86,12 +86,16 @@ def best_peers(found: Iterable[Margin]) -> list[Margin]:
 def interpolate(points: Sequence[Result], work: float) -> float | None:
     """A method's mean PSNR at this block work: linear in log work between its points.
 
-    Below its least work its fastest point stands in, which flatters it; above its most, nothing can be said: None.
+    Below its least work its fastest point stands in, which flatters it. Thresholds land near a target, not on it: up to
+    5 % above its most work the last line goes on; beyond, nothing can be said: None.
     """
-    known = sorted((point.work, mean(point)) for point in points)
-    if not known or work > known[-1][0] * 1.02:  # thresholds land near a target, not on it
+    known = sorted((np.log(point.work), mean(point)) for point in points)
+    if not known or np.log(work) > known[-1][0] + np.log(1.05):
         return None
-    return float(np.interp(np.log(work), [np.log(w) for w, _ in known], [db for _, db in known]))
+    if np.log(work) > known[-1][0] and len(known) > 1:
+        (w0, db0), (w1, db1) = known[-2:]
+        return float(db1 + (np.log(work) - w1) * (db1 - db0) / (w1 - w0))
+    return float(np.interp(np.log(work), [w for w, _ in known], [db for _, db in known]))
 
 
 def default_preset(results: Sequence[Result]) -> dict[str, Any] | None:
@@ -124,12 +128,16 @@ def as_json(results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
-def table(results: Sequence[Result]) -> str:
-    """One line per row, by step count, then group, then work."""
+Lines = list[list[str]]
+_WORDS = ("setting", "our setting", "over", "")  # columns of text; the others are figures
+
+
+def lines(results: Sequence[Result]) -> Lines:
+    """A head and one line per row, by step count, then group, then work."""
     metrics = list(results[0].metrics) if results else []
-    heads = ["steps", "setting", "NFE", "work", "x ideal", "x measured"]
+    heads = ["steps", "setting", "NFE", "work", "× ideal", "× measured"]
     heads += [f"{name.upper()} {kind}" for name in metrics for kind in ("mean", "worst")]
-    lines = [heads]
+    found = [heads]
     groups = list(dict.fromkeys(result.row.group for result in results))
     for r in sorted(results, key=lambda r: (r.row.steps, groups.index(r.row.group), -r.work)):
         measured = "-" if r.times_measured is None else f"{r.times_measured:.2f}"
@@ -137,17 +145,34 @@ def table(results: Sequence[Result]) -> str:
         for name in metrics:
             digits = 2 if name == "psnr" else 4
             line += [f"{mean(r, name):.{digits}f}", f"{worst(r, name):.{digits}f}"]
-        lines.append(line)
-    return _aligned(lines)
+        found.append(line)
+    return found
 
 
-def margin_table(found: Sequence[Margin]) -> str:
-    lines = [["steps", "x", "our setting", "over", "ours dB", "its dB", "margin", "bar", ""]]
+def margin_lines(found: Sequence[Margin]) -> Lines:
+    """A head and one line per margin."""
+    made = [["steps", "×", "our setting", "over", "ours dB", "its dB", "margin", "bar", ""]]
     for m in found:
         verdict = "reached" if m.reached else "MISSED"
         figures = [f"{m.ours_db:.2f}", f"{m.over_db:.2f}", f"{m.margin_db:+.2f}", f"{m.bar_db:g}", verdict]
-        lines.append([str(m.steps), f"{m.times:g}", m.ours, m.over, *figures])
-    return _aligned(lines)
+        made.append([str(m.steps), f"{m.times:g}", m.ours, m.over, *figures])
+    return made
+
+
+def aligned(table: Lines) -> str:
+    """For a terminal: names to the left, figures to the right."""
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    text = [i for i, head in enumerate(table[0]) if head in _WORDS]
+    return "\n".join(
+        "  ".join(c.ljust(w) if i in text else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in table
+    )
+
+
+def markdown(table: Lines) -> str:
+    """For a page."""
+    rule = ["---" if head in _WORDS else "---:" for head in table[0]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (table[0], rule, *table[1:]))
 
 
 def _best_by_work(results: Iterable[Result]) -> list[Result]:
@@ -162,13 +187,3 @@ def _best_by_work(results: Iterable[Result]) -> list[Result]:
 
 def _margin(best: Result, promise: float, over: str, over_db: float, bar: float) -> Margin:
     return Margin(best.row.steps, promise, best.row.name, over, mean(best), over_db, bar)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """Columns; names to the left, figures to the right."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    words = {i for i in range(len(widths)) if lines[0][i] in ("setting", "our setting", "over", "")}
-    return "\n".join(
-        "  ".join(c.ljust(w) if i in words else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )

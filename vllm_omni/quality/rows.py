@@ -17,7 +17,7 @@ from vllm_omni.errors import InvalidValueError
 UNCACHED, FEWER, PLANNED, RULE, GIVEN = "uncached", "fewer steps", "planned", "MagCache rule, reuse", "given"
 PROMISES = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)  # the scan from which the default preset is chosen
 TARGETS = (1.5, 2.0, 3.0, 4.0)  # where other methods are compared
-OTHER_PREDICTORS = ("gram", "affine3")
+OTHER_PREDICTORS = ("linear", "normed")
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def default_rows(steps: int, ratios: Sequence[float]) -> list[Row]:
         if (rule := tuned_rule(ratios, forwards)) is not None:
             rows.append(setting(RULE, f"{RULE} {target:g}x", steps, rule | {"predictor": "reuse"}))
     for predictor in OTHER_PREDICTORS:
-        for target in TARGETS[1:]:
+        for target in TARGETS:
             cache = {"speedup": target, "predictor": predictor}
             if round(steps / target) >= fewest_forwards(steps):
                 rows.append(setting(f"{PLANNED}, {predictor}", f"{PLANNED}, {predictor} {target:g}x", steps, cache))

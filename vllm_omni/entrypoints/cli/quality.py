@@ -8,6 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+LEGEND = """PSNR in dB and SSIM to the uncached picture. NFE: full forwards. Work: multiply-adds in the blocks, in full
+forwards. × ideal: uncached work over work. × measured: one picture alone, time uncached over time."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's options; nothing heavy is imported for them."""
@@ -89,7 +92,7 @@ def write(plan: Any, outcome: Any, folder: Path) -> dict[str, Any]:
 
     results = outcome.results
     margins = report.margins(results)
-    files = {"report": str(folder / "report.json")}
+    files = {"report": str(folder / "report.json"), "tables": str(folder / "report.md")}
     if results:
         files["chart"] = str(folder / "pareto.png")
         chart.draw(results, Path(files["chart"]), f"{plan.model.name}, {len(plan.pairs)} pairs, mean over pairs")
@@ -114,7 +117,10 @@ def write(plan: Any, outcome: Any, folder: Path) -> dict[str, Any]:
         "results": report.as_json(results),
     }
     Path(files["report"]).write_text(json.dumps(content, indent=1) + "\n")
-    _print(report, results, margins, outcome.notices, summary["default_preset"])
+    remarks = _remarks(summary["default_preset"], outcome.notices)
+    tables = [report.lines(results)] + ([report.margin_lines(_judged(margins))] if margins else [])
+    Path(files["tables"]).write_text("\n\n".join([*map(report.markdown, tables), *remarks]) + "\n")
+    print("", report.aligned(tables[0]), LEGEND, *map(report.aligned, tables[1:]), "\n".join(remarks), sep="\n\n")
     return summary
 
 
@@ -126,16 +132,12 @@ def _judged(margins: list[Any]) -> list[Any]:
     return [m for m in margins if m.over not in PEERS] + report.best_peers(margins)
 
 
-def _print(report: Any, results: list[Any], margins: list[Any], notices: list[str], preset: Any) -> None:
-    print(f"\n{report.table(results)}\n")
-    print("PSNR in dB and SSIM to the uncached picture; NFE: full forwards; work: multiply-adds in the blocks, in full")
-    print("forwards; x ideal: uncached work over work; x measured: one picture alone, uncached time over time.\n")
-    if margins:
-        print(f"{report.margin_table(_judged(margins))}\n")
+def _remarks(preset: Any, notices: list[str]) -> list[str]:
+    said = [f"Note: {notice}" for notice in notices]
     if preset is not None:
-        print(f"Default preset: {preset['speedup']:g}x, the largest scanned whose worst pair stays above 30 dB.")
-    for notice in notices:
-        print(f"Note: {notice}")
+        limit = f"{preset['limit_db']:g} dB"
+        said.insert(0, f"Default: {preset['speedup']:g}×, the largest scanned whose worst pair stays above {limit}.")
+    return said
 
 
 def _processes(args: argparse.Namespace) -> int:
