@@ -45,6 +45,7 @@ say "installing this package, editable"
 say "compiling"
 "$venv/bin/python" -m compileall -q -j2 "$venv"/lib/python3*/site-packages >/dev/null 2>&1 || true
 
+"$venv/bin/python" -W ignore -c 'from vllm_omni.kernels.ops import REASON; print("setup: native ops:", REASON or "built")' >&2 || true
 "$venv/bin/python" -c 'import torch' ||
     die "torch does not import: this machine got a build whose libraries are missing; see requirements/README.md"
 
