@@ -67,7 +67,14 @@ class EngineDrainingError(OmniError):
 
 
 class EngineDeadError(OmniError):
-    """The engine's process died or does not answer. Its requests were ended; it is being restarted."""
+    """The engine's process died or does not answer. Its requests were ended; it is being restarted.
+
+    `retry_after_s`: when it should be back, where that can be said.
+    """
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        self.retry_after_s = retry_after_s
+        super().__init__(message)
 
 
 class EngineClosedError(OmniError, RuntimeError):

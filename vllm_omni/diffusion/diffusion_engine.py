@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,38 @@ class _Entry:
     state: RequestState | None = None
     seed: int | None = None
     fps: float | None = None
+    calls: int = 0  # denoiser calls made for it; more than its steps where guidance needs two
+
+    @property
+    def pixels(self) -> int:
+        """Of one picture; 0 where only the pipeline knows."""
+        return (self.arguments.get("height") or 0) * (self.arguments.get("width") or 0)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What the last `step` did: who began, one forward of `rows`, and how long each part took in seconds."""
+
+    admitted: int = 0
+    encode_s: float = 0.0
+    pixels: int = 0
+    rows: int = 0
+    skipped: bool = False
+    forward_s: float = 0.0
+    ended: int = 0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a request still needs: rows of a forward that compute, and that skip; exact once its plan is made."""
+
+    request_id: str
+    pixels: int
+    begun: bool
+    cached: bool
+    computed: float
+    skipped: float
 
 
 class DiffusionEngine:
@@ -47,37 +79,60 @@ class DiffusionEngine:
         self._entries: dict[str, _Entry] = {}
         self._ended: list[OmniRequestOutput] = []
         self._closed = False
+        self.last = StepReport()
 
-    def add_request(self, request: OmniDiffusionRequest) -> None:
-        """Queue a request. Everything that can be refused is refused here, and costs nobody else anything."""
+    def add_request(self, request: OmniDiffusionRequest, priority: int = 0, arrived: float | None = None) -> None:
+        """Queue a request. Everything that can be refused is refused here, and costs nobody else anything.
+
+        Lower `priority` runs earlier; `arrived` (``time.monotonic()``) is when the waiting began, now if None.
+        """
         if self._closed:
             raise EngineClosedError("the engine is closed")
         if not request.request_id or request.request_id in self._entries:
             raise InvalidValueError("request_id", request.request_id, "must be new and not empty")
         arguments, choice = self.worker.check(request)
         self._entries[request.request_id] = _Entry(request, arguments, choice, fps=self.worker.fps(request))
-        self.scheduler.add(request.request_id)
+        self.scheduler.add(request.request_id, priority, time.monotonic() if arrived is None else arrived)
 
     def step(self) -> list[OmniRequestOutput]:
         """Admit, run one batch, and return the requests that ended."""
         with torch.inference_mode():
-            for request_id in self.scheduler.admit():
+            began = time.perf_counter()
+            admitted = self.scheduler.admit()
+            for request_id in admitted:
                 self._start(self._entries[request_id])
-            batch = [self._state(request_id) for request_id in self.scheduler.schedule()]
+            encoded = time.perf_counter()
+            entries = [self._entries[request_id] for request_id in self.scheduler.schedule()]
+            batch = [entry.state for entry in entries if entry.state is not None]
+            report = StepReport(len(admitted), encoded - began if admitted else 0.0)
             if batch:
+                rows, skipped = sum(state.rows for state in batch), batch[0].skips
                 self.worker.run(batch)
-            for state in batch:
+                decoding = [state.decoding for state in batch if isinstance(state.event, Finished | Failed)]
+                seconds = time.perf_counter() - encoded - sum(decoding)
+                report = replace(report, pixels=entries[0].pixels, rows=rows, skipped=skipped, forward_s=seconds)
+                report = replace(report, ended=len(decoding), decode_s=sum(decoding))
+            for entry, state in zip(entries, batch, strict=True):
+                entry.calls += 1
                 self._settle(state)
+        self.last = report
+        return self.collect()
+
+    def collect(self) -> list[OmniRequestOutput]:
+        """The requests that ended since they were last asked for; aborted ones end without a step."""
         ended, self._ended = self._ended, []
         return ended
 
-    def abort(self, request_ids: Sequence[str]) -> None:
-        """End requests between two steps; each still gives an output, whose error says so. Unknown ids are ignored."""
+    def abort(self, request_ids: Sequence[str], reason: Exception | None = None) -> None:
+        """End requests between two steps; each still gives an output, whose error says so. Unknown ids are ignored.
+
+        `reason` is that error, RequestAbortedError if None.
+        """
         for request_id in request_ids:
             entry = self._entries.get(request_id)
             if entry is None:
                 continue
-            error = RequestAbortedError(f"request {request_id} was aborted")
+            error = reason or RequestAbortedError(f"request {request_id} was aborted")
             if entry.state is None:
                 self._end(entry, Failed(error))
             else:
@@ -88,8 +143,24 @@ class DiffusionEngine:
     def has_unfinished_requests(self) -> bool:
         return bool(self._entries) or bool(self._ended)
 
-    def progress(self) -> list[OmniRequestOutput]:
-        """Where every admitted request stands; a new preview comes once."""
+    def stage(self, request_id: str) -> str | None:
+        """Where a request is between two steps: "queued", "encode" (not denoised yet), "denoise"; None: ended."""
+        if (entry := self._entries.get(request_id)) is None:
+            return None
+        return "queued" if entry.state is None else "denoise" if entry.calls else "encode"
+
+    def outlooks(self) -> list[Outlook]:
+        """What every unfinished request still needs."""
+        return [_outlook(entry) for entry in self._entries.values()]
+
+    def progress_steps(self) -> tuple[int, int]:
+        """Steps computed and skipped by those that run, so far."""
+        states = [entry.state for entry in self._entries.values() if entry.state is not None]
+        skipped = sum(state.cache.skipped_steps for state in states if state.cache is not None)
+        return sum(len(state.computed) for state in states), skipped
+
+    def progress(self, previews_only: bool = False) -> list[OmniRequestOutput]:
+        """Where every admitted request stands, or those alone that have a new preview, which comes once."""
         return [
             OmniRequestOutput(
                 request_id,
@@ -103,7 +174,7 @@ class DiffusionEngine:
                 skipped_steps=entry.state.cache.skipped_steps if entry.state.cache is not None else 0,
             )
             for request_id, entry in self._entries.items()
-            if entry.state is not None
+            if entry.state is not None and (entry.state.preview or not previews_only)
         ]
 
     def close(self) -> None:
@@ -113,11 +184,6 @@ class DiffusionEngine:
             self._ended.clear()
             self.worker.close()
             self._closed = True
-
-    def _state(self, request_id: str) -> RequestState:
-        state = self._entries[request_id].state
-        assert state is not None
-        return state
 
     def _start(self, entry: _Entry) -> None:
         entry.state, entry.seed = self.worker.start(entry.request, entry.arguments, entry.choice)
@@ -136,12 +202,34 @@ class DiffusionEngine:
         self._ended.append(_output(entry, event))
 
 
+def _outlook(entry: _Entry) -> Outlook:
+    state, config = entry.state, entry.choice[1] if entry.choice is not None else None
+    rows = entry.arguments.get("num_images_per_prompt") or 1
+    steps = entry.arguments.get("num_inference_steps") or 50  # what most pipelines take unless told
+    done = 0
+    if state is not None:
+        steps, done, rows = state.steps or steps, state.step, state.rows or rows
+        rows *= max(1.0, entry.calls / max(1, done)) if done > 1 else 1.0
+    if state is not None and state.plan is not None:
+        computed = sum(state.plan[done:])
+    else:
+        computed = steps - done
+        if config is not None and config.promise:
+            share = config.nfe / steps if config.nfe is not None else 1 / (config.speedup or 1.0)
+            computed = round(computed * min(1.0, share))
+    skipped = steps - done - computed
+    return Outlook(
+        entry.request.request_id, entry.pixels, state is not None, config is not None, computed * rows, skipped * rows
+    )
+
+
 def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
     now = time.perf_counter()
     output = OmniRequestOutput(entry.request.request_id, entry.request.prompt, seed=entry.seed)
     output.metrics = {"total_s": now - entry.arrived}
     if (state := entry.state) is not None:
-        output.num_inference_steps, output.step = state.steps, state.steps or 0
+        output.num_inference_steps = state.steps
+        output.step = (state.steps or 0) if isinstance(event, Finished) else state.step
         output.computed_steps, output.plan = len(state.computed), state.plan
         if state.cache is not None:
             output.computed_steps = state.cache.computed_steps
@@ -150,7 +238,7 @@ def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
         output.stage_durations = {
             "queue_s": state.started - entry.arrived,
             "encode_and_denoise_s": state.denoising,
-            "decode_s": max(0.0, now - state.started - state.denoising),
+            "decode_s": state.decoding,
         }
     output.peak_memory_mb = _peak_memory_mb()
     if isinstance(event, Failed):

@@ -28,7 +28,7 @@ class Calibration:
     def __init__(self) -> None:
         self.sigmas: tuple[float, ...] | None = None
         self._ratios: dict[str, list[np.ndarray]] = {}
-        self._grams: list[np.ndarray] = []
+        self._grams: dict[str, list[np.ndarray]] = {}
 
     def record(self, steps: int, sigmas: tuple[float, ...]) -> CalibrationRecord:
         return CalibrationRecord(self, steps, sigmas)
@@ -53,7 +53,7 @@ class Calibration:
         ratios = [1.0] + [(b / a.clamp_min(1e-12)).mean().item() for a, b in pairwise(norms)]
         flat = torch.stack([r.flatten() for r in residuals]).double()
         self._ratios.setdefault(branch, []).append(np.array(ratios))
-        self._grams.append((flat @ flat.T / flat.shape[1]).numpy())
+        self._grams.setdefault(branch, []).append((flat @ flat.T / flat.shape[1]).numpy())
 
     def profile(self, name: str, transformer_class: str, fingerprint: str, **provenance: Any) -> CacheProfile:
         """The average over everything added; InvalidValueError where nothing was."""
@@ -61,25 +61,33 @@ class Calibration:
             raise InvalidValueError("calibration", 0, "needs at least one finished prompt")
         branches = {b: tuple(np.mean(rows, axis=0).round(6).tolist()) for b, rows in self._ratios.items()}
         spread = {b: tuple(np.std(rows, axis=0).round(6).tolist()) for b, rows in self._ratios.items()}
-        gram = np.mean(self._grams, axis=0)
+        grams = {b: np.mean(matrices, axis=0) for b, matrices in self._grams.items()}
+        every = np.concatenate([np.asarray(matrices) for matrices in self._grams.values()])
+        error = every.std(axis=0) / np.sqrt(len(every))  # of the mean
         return CacheProfile(
             name=name,
             transformer_class=transformer_class,
             fingerprint=fingerprint,
             ratios=next(iter(branches.values())),
             sigmas=tuple(round(s, 6) for s in self.sigmas),
-            gram=tuple(tuple(float(f"{v:.9g}") for v in row) for row in gram.tolist()),
+            gram=_rounded(every.mean(axis=0)),
             branches=branches,
+            branch_grams={b: _rounded(gram) for b, gram in grams.items()} if len(grams) > 1 else {},
             provenance={
                 "kind": "calibrated",
                 "prompts": self.requests,
                 "steps": len(self.sigmas),
                 "ratio_std": spread,
+                "gram_relative_error": float(f"{np.linalg.norm(error) / np.linalg.norm(every.mean(axis=0)):.3g}"),
                 "date": datetime.now(UTC).date().isoformat(),
                 "versions": {"vllm_omni": __version__, "torch": torch.__version__, "python": platform.python_version()},
                 **provenance,
             },
         )
+
+
+def _rounded(gram: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(f"{v:.9g}") for v in row) for row in gram.tolist())
 
 
 class CalibrationRecord:

@@ -3,41 +3,61 @@
 Requests whose next step needs no blocks go first, whatever their number: it costs next to nothing, and it lets the
 others' compute steps meet in full batches. Then the compute group whose oldest member waits longest. A request can skip
 only a bounded number of steps before it computes, so no group starves.
+
+Who begins: the waiting request of lowest `virtual_arrival`. A level of priority is worth `AGEING_S` seconds of waiting,
+so a request is overtaken by those alone that come within its disadvantage, and none starves.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
 from collections.abc import Hashable
+from itertools import count
 
 from vllm_omni.diffusion.sched.interface import Parked
 
+AGEING_S = 5.0
+
+
+def virtual_arrival(arrived: float, priority: int) -> float:
+    """When a request would have come, had all the same priority; both grow alike with time, so the order is static."""
+    return arrived + priority * AGEING_S
+
 
 class StepScheduler:
-    """First come, first served admission of up to `max_num_seqs` requests; one batch of parked calls at a time."""
+    """Admits up to `max_num_seqs` requests by priority and age; gives one batch of parked calls at a time."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self.max_num_seqs = max_num_seqs
-        self.waiting: deque[str] = deque()
         self.running: dict[str, Parked | None] = {}
+        self._queue: list[tuple[float, int, str]] = []  # virtual arrival, order, request; sorted
+        self._order = count()
         self._tick = 0
 
     def __len__(self) -> int:
-        return len(self.waiting) + len(self.running)
+        return len(self._queue) + len(self.running)
 
-    def add(self, request_id: str) -> None:
-        self.waiting.append(request_id)
+    @property
+    def waiting(self) -> list[str]:
+        """Those that have not begun, the next one first."""
+        return [request_id for _, _, request_id in self._queue]
+
+    def add(self, request_id: str, priority: int = 0, arrived: float = 0.0) -> None:
+        """Let a request wait; lower `priority` runs earlier, `arrived` is in seconds of any one clock."""
+        insort(self._queue, (virtual_arrival(arrived, priority), next(self._order), request_id))
 
     def remove(self, request_id: str) -> None:
         """Forget a request, wherever it is."""
-        if self.running.pop(request_id, None) is None and request_id in self.waiting:
-            self.waiting.remove(request_id)
+        if request_id in self.running:
+            del self.running[request_id]
+        else:
+            self._queue = [entry for entry in self._queue if entry[2] != request_id]
 
     def admit(self) -> list[str]:
         """The requests that begin now."""
         admitted = []
-        while self.waiting and len(self.running) < self.max_num_seqs:
-            request_id = self.waiting.popleft()
+        while self._queue and len(self.running) < self.max_num_seqs:
+            _, _, request_id = self._queue.pop(0)
             self.running[request_id] = None
             admitted.append(request_id)
         return admitted

@@ -25,16 +25,16 @@ class ArgumentBuilder:
     def __init__(self, pipeline: Any, defaults: Mapping[str, Any], config: OmniDiffusionConfig) -> None:
         self._name = type(pipeline).__name__
         self._accepted = set(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
-        self._defaults = {key: value for key, value in defaults.items() if key in self._accepted}
+        self.defaults = {key: value for key, value in defaults.items() if key in self._accepted}
         known = next((rate for name, rate in _FRAME_RATES.items() if self._name.startswith(name)), 16)
         self._fps = float(defaults.get("fps", known))
         self._config = config
         processor = vars(pipeline).get("image_processor")
-        self._multiple = processor.config.vae_scale_factor if processor is not None else 1
+        self.multiple = processor.config.vae_scale_factor if processor is not None else 1
 
     def build(self, request: OmniDiffusionRequest) -> dict[str, Any]:
         """Everything but the generator. InvalidValueError names what the pipeline does not take, or a limit."""
-        arguments = dict(self._defaults)
+        arguments = dict(self.defaults)
         given = {k: v for k, v in request.params if v is not None and k not in _OURS}
         if given.get("num_outputs_per_prompt") == 1:
             del given["num_outputs_per_prompt"]
@@ -67,9 +67,9 @@ class ArgumentBuilder:
             )
         for name in ("height", "width"):
             value = arguments.get(name)
-            if value is not None and value % self._multiple:
-                near = max(self._multiple, round(value / self._multiple) * self._multiple)
-                raise InvalidValueError(name, value, f"must be a multiple of {self._multiple} (nearest: {near})")
+            if value is not None and value % self.multiple:
+                near = max(self.multiple, round(value / self.multiple) * self.multiple)
+                raise InvalidValueError(name, value, f"must be a multiple of {self.multiple} (nearest: {near})")
         height, width = arguments.get("height"), arguments.get("width")
         if height and width and height * width > self._config.max_image_pixels:
             raise InvalidValueError(

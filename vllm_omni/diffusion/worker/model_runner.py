@@ -20,6 +20,7 @@ from vllm_omni.diffusion.hooks.block_stack import BlockStack
 from vllm_omni.diffusion.worker.adapters import AdapterSwitch
 from vllm_omni.diffusion.worker.batching import CallBinder, row_slices, take_rows
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Event, Failed, Finished, PipelineTask
+from vllm_omni.diffusion.worker.pace import Pace, Stopwatch, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.inputs.lora import Adapters
 from vllm_omni.logger import init_logger
@@ -38,6 +39,7 @@ class RequestState:
     clock: SchedulerClock
     started: float = field(default_factory=time.perf_counter)
     denoising: float = 0.0  # seconds until its last denoiser call ended
+    decoding: float = 0.0  # seconds from the last denoiser call's result to the end: the pipeline's own decoding
     run: int = -1
     step: int = 0
     steps: int | None = None
@@ -55,6 +57,8 @@ class RequestState:
     forecast: Forecast | None = None
     key: Hashable = None
     memory: dict[int, Any] = field(default_factory=dict)
+    size: Hashable = None  # what `pace` knows it by
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def skips(self) -> bool:
@@ -91,6 +95,7 @@ class ModelRunner:
         self.pipeline = pipeline
         self.modules = {n: m for n in DENOISER_NAMES if isinstance(m := vars(pipeline).get(n), torch.nn.Module)}
         self.binders = {n: CallBinder(n, m, DENOISERS.get(_class_name(m))) for n, m in self.modules.items()}
+        self.pace = Pace()
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, lora_modules or {})
         for name in (n for n, binder in self.binders.items() if binder.spec is None):
@@ -113,17 +118,32 @@ class ModelRunner:
         self.adapters.use(adapters)  # text encoders can have adapters too
         if preview_every is not None and can_preview(self.pipeline):
             state.preview_every, state.clock.observe = preview_every, state.observe
-        self._arrive(state, task.resume())
+        event = task.resume()
+        state.watch.encoding = time.perf_counter() - state.started
+        self._arrive(state, event)
         return state
 
     def run(self, states: Sequence[RequestState]) -> None:
         """One forward for calls that fit together, then each request goes on to its next call or its end."""
+        timed = len(states) == 1 and self.pace.times(states[0].size, states[0].skips)
+        began = time.perf_counter()
         results = self._forward_or_errors(states)
+        if timed:
+            self.pace.wait()
         now = time.perf_counter()
         for state, result in zip(states, results, strict=True):
             state.denoising = now - state.started
             failed = isinstance(result, Exception)
-            self._arrive(state, state.task.throw(result) if failed else state.task.resume(result))
+            step, skipped, resumed = state.step, state.skips, time.perf_counter()
+            event = state.task.throw(result) if failed else state.task.resume(result)
+            ended = isinstance(event, Finished | Failed)
+            took = time.perf_counter() - resumed
+            self.pace.note(state.size, state.watch, step, now - began + (0.0 if ended else took), timed, skipped)
+            if ended:
+                state.decoding = took
+            if isinstance(event, Finished):
+                self.pace.finish(state.size, state.watch, took)
+            self._arrive(state, event)
             if state.observed is not None:
                 self._preview(state, *state.observed)
 
@@ -154,7 +174,7 @@ class ModelRunner:
         state.rows = binder.rows(state.arguments)
         moment = state.clock.locate(call.denoiser, call.branch)
         if moment.run != state.run:
-            self._begin_schedule(state, moment.run)
+            self._begin_schedule(state, call.denoiser, moment.run)
         state.step = moment.step
         state.member = state.forecast = None
         if state.cache is not None and state.backend is not None and call.denoiser in state.backend.stacks:
@@ -166,14 +186,16 @@ class ModelRunner:
             state.computed.add(moment.step)
         state.key = binder.key(state.arguments, state.request_id, state.memory), state.adapters
 
-    def _begin_schedule(self, state: RequestState, run: int) -> None:
+    def _begin_schedule(self, state: RequestState, denoiser: str, run: int) -> None:
         state.run = run
         state.steps, state.sigmas = state.clock.schedule()
         if state.cache is not None:
             state.cache.drop()
+        state.size = size_of(denoiser, state.arguments, state.task.arguments)
         if state.backend is not None:
+            config = self.pace.settle(state.config, state.size, state.steps) if state.config is not None else None
             state.cache = state.backend.refresh(
-                state.task.pipeline, state.steps, verbose=False, request_id=state.request_id, config=state.config
+                state.task.pipeline, state.steps, verbose=False, request_id=state.request_id, config=config
             )
 
     def _forward_or_errors(self, states: Sequence[RequestState]) -> list[Any]:

@@ -74,6 +74,27 @@ class DiffusionWorker:
         self.runner.abort(state, error)
 
     @property
+    def default_cache(self) -> Choice:
+        """The engine's own cache setting."""
+        return self._default
+
+    @property
+    def profile_name(self) -> str | None:
+        """Of the cache profile in use by default."""
+        backend = self._backends.get(self._default[0]) if self._default is not None else None
+        return backend.profile.name if backend is not None and backend.profile is not None else None
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The model's own default arguments."""
+        return self._arguments.defaults
+
+    @property
+    def size_multiple(self) -> int:
+        """Height and width must be multiples of it, in pixels."""
+        return self._arguments.multiple
+
+    @property
     def cache_bytes(self) -> int:
         """Residual bytes held by all requests now."""
         return sum(backend.store.used for backend in self._backends.values())

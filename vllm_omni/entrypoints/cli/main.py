@@ -9,28 +9,50 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from vllm_omni import check
+from vllm_omni.entrypoints.cli import quality
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.outputs.media import VIDEO_FORMATS
 from vllm_omni.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sub-command; 0, or 2 with one clear line on stderr for input that cannot be used."""
+    """Run a sub-command; 0, or 2 with one clear line on stderr for input that cannot be used.
+
+    vLLM comes here too, with its own command line: `vllm serve MODEL --omni ...`.
+    """
+    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--omni"]
     parser = argparse.ArgumentParser(
         prog="vllm-omni",
-        description="Generate pictures with a diffusion transformer, with an activation cache per request.",
-        epilog="example: vllm-omni generate demo 'red apple' 'cat face' --steps 28 --cache-backend magcache",
+        description="Generate and serve pictures with diffusion transformers, with an activation cache per request.",
+        epilog="examples: vllm-omni generate demo 'red apple' 'cat face' --steps 28 --cache-backend magcache; "
+        "vllm-omni serve demo --cache-backend magcache (the same as `vllm serve demo --omni ...`)",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_calibrate(commands)
-    args = parser.parse_args(argv)
+    quality.add_arguments(commands.add_parser("quality", help="a report: settings and peers against uncached pictures"))
+    commands.add_parser("serve", help="an OpenAI-compatible image server", add_help=False)
+    if words[:1] not in (["serve"], ["generate"], ["calibrate"], ["quality"]) and "--omni" in sys.argv:
+        what = f"`vllm {words[0]} --omni`" if words else "`vllm --omni`"
+        parser.error(f"{what} is nothing for diffusion models; leave --omni out, and vLLM handles it itself")
+    serving = words[:1] == ["serve"]
+    args = argparse.Namespace(command="serve") if serving else parser.parse_args(words)
+    check.hide_broken_packages()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning OpenMP threads make a busy CPU 50 times slower
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns once per image processor without torchvision
     try:
+        if (message := check.rival()) is not None:
+            raise OmniError(message)
+        if args.command == "serve":
+            from vllm_omni.entrypoints.cli.serve import run_serve
+
+            return run_serve(words[1:])
         if args.command == "generate":
             from vllm_omni.entrypoints.cli.generate import run
+        elif args.command == "quality":
+            run = quality.run
         else:
             from vllm_omni.entrypoints.cli.calibrate import run
         return run(args)
@@ -107,7 +129,14 @@ def _add_calibrate(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt, counted up (default 0)")
     parser.add_argument("--name", help="the profile's name (default: the model's)")
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="profile file to write (.json); a chart goes beside it"
+        "--hold-out",
+        action="store_true",
+        help="keep every second line out of calibration, and choose the preset 'auto' on up to 64 of those",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="profile file to write (.json), a chart beside it (default: where the engine finds it by itself)",
     )
 
 

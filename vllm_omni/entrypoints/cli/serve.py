@@ -1,0 +1,232 @@
+"""`vllm serve MODEL --omni` and `vllm-omni serve MODEL`: flags to a `ServeConfig`, then engine, application, server.
+
+Everything that can be refused is refused before the model loads, in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vllm_omni import _vllm_compat
+from vllm_omni.diffusion.cache.overrides import PRESETS
+from vllm_omni.diffusion.cache.selector import canonical_name
+from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.loader import resolve_model
+from vllm_omni.entrypoints.cli.main import json_object
+from vllm_omni.entrypoints.serve_config import ServeConfig
+from vllm_omni.errors import InvalidValueError
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+EPILOG = """all flags: --help=all; one group or flag: --help=engine, --help=limits, --help=max-num-seqs
+
+examples:
+  vllm serve demo --omni --cache-backend magcache                the model that comes with the package
+  vllm serve MODEL --omni --cache-backend magcache --cache-config fast
+  vllm serve MODEL --omni --cache-backend magcache --cache-config '{"speedup": 2.0}'
+  vllm serve MODEL --omni --host 0.0.0.0 --api-key SECRET --max-num-seqs 32 --ui
+then, with the official client:
+  OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="any").images.generate(prompt="red apple")
+"""
+
+# Flags of other engines that exist, and mean something that this one does not do.
+_PARALLEL = ("tensor_parallel_size", "cfg_parallel_size", "ulysses_degree", "ring_degree", "data_parallel_size")
+
+
+def run_serve(words: Sequence[str]) -> int:
+    """Serve until a signal ends it."""
+    _vllm_compat.require()
+    args = build_parser().parse_args(list(words))
+    config = serve_config(args)
+    resolve_model(str(config.engine_args["model"]))
+    return asyncio.run(_serve(config, uvicorn_options(args)))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """vLLM's parser and server flags, and ours."""
+    parser = _vllm_compat.make_parser(
+        prog="vllm serve",
+        usage="vllm serve MODEL --omni [options]   |   vllm-omni serve MODEL [options]",
+        description="Serve a diffusion transformer behind the OpenAI Images API, with an activation cache per request.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", metavar="MODEL", help="'demo' (shipped), a diffusers model folder, or a hub id")
+    parser.add_argument("--omni", action="store_true", help="tells vLLM that this is a diffusion model")
+    _add_engine_flags(parser.add_argument_group("engine"))
+    _add_limits(parser.add_argument_group("limits", "Checked before any work is done for a request."))
+    _add_behaviour(parser.add_argument_group("behaviour"))
+    _vllm_compat.add_frontend_flags(parser)
+    return parser
+
+
+def _add_engine_flags(group: Any) -> None:
+    add = group.add_argument
+    add("--served-model-name", nargs="+", default=[], metavar="NAME", help="names for MODEL in the API; first: replies")
+    add("--cache-backend", default="none", metavar="NAME", help="none (default), magcache, ...")
+    add("--cache-config", metavar="JSON|PRESET", help=f"its settings, or one of: {', '.join(PRESETS)}")
+    add("--max-num-seqs", type=int, default=16, help="requests in one batch (default 16)")
+    add(
+        "--max-queued-requests", "--max-num-queued-reqs", type=int, default=256, help="more are told to come back (256)"
+    )
+    add("--dtype", default="auto", help="auto (default), float32, float16 or bfloat16")
+    add("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    add("--revision", help="branch, tag or commit of a hub model")
+    add("--enforce-eager", action=argparse.BooleanOptionalAction, default=True, help="do not compile (default)")
+    add("--enable-cpu-offload", action="store_true", help="keep idle parts of the model in main memory")
+    add("--vae-use-slicing", action="store_true", help="decode pictures one by one")
+    add("--vae-use-tiling", action="store_true", help="decode large pictures in tiles")
+    add("--lora-modules", nargs="+", default=[], metavar="NAME=PATH", help="adapters that requests may name")
+    for name in _PARALLEL:
+        add(f"--{name.replace('_', '-')}", type=int, default=1, help=argparse.SUPPRESS)
+
+
+def _add_limits(group: Any) -> None:
+    add = group.add_argument
+    add("--max-n", type=int, default=10, help="pictures of one request (10)")
+    add("--max-steps", type=int, default=200, help="denoising steps of one request (200)")
+    add("--max-pixels", type=int, default=2048 * 2048, help="width x height of a picture (4194304)")
+    add("--max-frames", type=int, default=257, help="frames of a video (257)")
+    add("--max-prompt-characters", type=int, default=32_000, help="of a prompt (32000)")
+    add("--max-body-mb", type=float, default=64.0, help="size of a request's body, in MiB (64)")
+    add("--max-input-images", type=int, default=16, help="pictures sent with one request (16)")
+    add("--max-input-pixels", type=int, default=64 * 2**20, help="of a picture sent with a request (67108864)")
+    add("--request-timeout", type=float, default=600.0, metavar="SECONDS", help="longest time for one request (600)")
+
+
+def _add_behaviour(group: Any) -> None:
+    add = group.add_argument
+    add("--ui", action="store_true", help="serve a small page to try the model, at /ui")
+    add("--no-warmup", action="store_true", help="be ready without a first picture having been made")
+    add("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS", help="wait for running requests at the end")
+    add("--sse-keep-alive-interval", type=float, default=15.0, metavar="SECONDS", help="comments on quiet streams (15)")
+    add("--allow-unknown-fields", action="store_true", help="ignore fields that the API does not have, do not refuse")
+    add("--no-png-metadata", action="store_true", help="leave prompt, seed and settings out of PNG files")
+    add("--allowed-media-domains", nargs="+", default=[], metavar="HOST", help="fetch input pictures from these (none)")
+    add("--store-dir", metavar="FOLDER", help="where video jobs are kept (default: a temporary folder)")
+    add("--log-json", action="store_true", help="one JSON object per log line")
+    add("--log-prompts", action="store_true", help="write prompts into the log (never by default)")
+    add("--otlp-traces-endpoint", metavar="URL", help="OpenTelemetry collector for traces")
+
+
+def serve_config(args: argparse.Namespace) -> ServeConfig:
+    """The validated settings of a parsed command line. InvalidValueError names the flag."""
+    given = vars(args)
+    for name in _PARALLEL:
+        if given[name] != 1:
+            raise InvalidValueError(f"--{name.replace('_', '-')}", given[name], "must be 1: one device serves a model")
+    backend = None if args.cache_backend in (None, "none") else canonical_name(args.cache_backend)
+    engine = {
+        "model": args.model,
+        "cache_backend": backend or "none",
+        "cache_config": _cache_config(args.cache_config),
+        "lora_modules": _lora_modules(args.lora_modules),
+        "max_inference_steps": args.max_steps,
+        "max_image_pixels": args.max_pixels,
+    }
+    same = ("dtype", "device", "revision", "max_num_seqs", "enforce_eager", "enable_cpu_offload")
+    engine |= {name: given[name] for name in (*same, "vae_use_slicing", "vae_use_tiling")}
+    plain: tuple[str, ...] = (
+        "host",
+        "port",
+        "uds",
+        "allow_credentials",
+        "max_queued_requests",
+        "max_n",
+        "max_steps",
+        "max_pixels",
+    )
+    plain += ("max_frames", "max_prompt_characters", "max_body_mb", "max_input_images", "max_input_pixels")
+    plain += ("allow_unknown_fields", "log_prompts", "log_json", "otlp_traces_endpoint", "ui")
+    lists = ("allowed_origins", "allowed_methods", "allowed_headers", "middleware", "allowed_media_domains")
+    values: dict[str, Any] = {name: given[name] for name in plain}
+    values |= {name: tuple(given[name] or ()) for name in lists}
+    return ServeConfig(
+        engine_args=engine,
+        served_model_names=tuple(args.served_model_name),
+        root_path=args.root_path or "",
+        api_keys=tuple(args.api_key or ()),
+        fastapi_docs=not args.disable_fastapi_docs,
+        warmup=not args.no_warmup,
+        shutdown_timeout_s=args.shutdown_timeout,
+        request_timeout_s=args.request_timeout,
+        sse_keep_alive_s=args.sse_keep_alive_interval,
+        png_metadata=not args.no_png_metadata,
+        store_dir=Path(args.store_dir) if args.store_dir else None,
+        **values,
+    )
+
+
+def _cache_config(text: str | None) -> dict[str, Any] | None:
+    """A preset's name or a JSON object, as plain data; checked here, so that a typo costs no model load."""
+    if text is None:
+        return None
+    settings = dict(PRESETS[text]) if text in PRESETS else json_object("--cache-config", text)
+    DiffusionCacheConfig.from_dict(settings or {})
+    return settings
+
+
+def _lora_modules(entries: Sequence[str]) -> dict[str, str]:
+    modules = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path):
+            raise InvalidValueError("--lora-modules", entry, "must be NAME=PATH, e.g. ink=/models/ink.safetensors")
+        modules[name] = path
+    return modules
+
+
+def uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What uvicorn is told, as vLLM tells it."""
+    names: tuple[str, ...] = (
+        "host",
+        "port",
+        "ssl_keyfile",
+        "ssl_certfile",
+        "ssl_ca_certs",
+        "ssl_cert_reqs",
+        "enable_ssl_refresh",
+    )
+    names += ("h11_max_incomplete_event_size", "h11_max_header_count")
+    options = {name: vars(args)[name] for name in names}
+    if args.ssl_ciphers:
+        options["ssl_ciphers"] = args.ssl_ciphers
+    return options | {
+        "log_level": args.uvicorn_log_level,
+        "access_log": not args.disable_uvicorn_access_log,
+        "timeout_keep_alive": 5,
+        "server_header": False,
+    }
+
+
+async def _serve(config: ServeConfig, options: dict[str, Any]) -> int:
+    from vllm_omni.engine.client import ProcessEngineClient
+    from vllm_omni.entrypoints.openai.app import build_app
+
+    try:
+        sock = _vllm_compat.listen(config.host, config.port, config.uds)
+    except OSError as error:
+        where = config.uds or f"{config.host}:{config.port}"
+        raise InvalidValueError(
+            "--uds" if config.uds else "--port", where, f"cannot be used ({error.strerror})"
+        ) from None
+    _vllm_compat.adopt_logging()
+    logger.info("serving %s: %s", config.model_names[0], json.dumps(config.engine_args, default=str))
+    engine = ProcessEngineClient(
+        config.engine_args, max_queued_requests=config.max_queued_requests, warmup=config.warmup
+    )
+    try:
+        await engine.start()
+        app = build_app(engine, config)
+        await _vllm_compat.serve_http(
+            app, sock, lambda: engine.drain(config.shutdown_timeout_s), config.shutdown_timeout_s, **options
+        )
+    finally:
+        await engine.shutdown()
+    return 0
