@@ -14,7 +14,7 @@ python=${PYTHON:-python3}
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-wanted() { { cat "$lock" pyproject.toml "$shim/pyproject.toml"; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
+wanted() { { cat "$lock" pyproject.toml "$shim/pyproject.toml" CMakeLists.txt csrc/*; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
 
 if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$(wanted)" ]]; then
     exit 0
