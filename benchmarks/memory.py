@@ -86,7 +86,7 @@ def _serve(bench: Any, requests: int, steps: int, cache: dict[str, Any] | None) 
     engine_args: dict[str, Any] = {"max_num_seqs": requests, "defaults": {"height": bench.side, "width": bench.side}}
     with tempfile.TemporaryDirectory() as folder:
         if cache is not None:
-            profile = _profile(type(bench.pipe.transformer).__name__, steps, Path(folder))
+            profile = _profile(bench.pipe.transformer, steps, Path(folder))
             engine_args |= {"cache_backend": "magcache", "cache_config": {"profile": profile} | cache}
         omni = Omni.from_pipe(bench.pipe, **engine_args)
     prompts = [bench.conditioning(i) for i in range(requests)]
@@ -97,15 +97,20 @@ def _serve(bench: Any, requests: int, steps: int, cache: dict[str, Any] | None) 
     return max((backend.store.peak for backend in omni.engine.worker._backends.values()), default=0)
 
 
-def _profile(transformer_class: str, steps: int, folder: Path) -> str:
+def _profile(transformer: Any, steps: int, folder: Path) -> str:
     """A profile for random weights: bytes depend on its shape alone."""
-    from vllm_omni.diffusion.cache.profile import CacheProfile
+    from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint
 
     sigmas = tuple(np.linspace(1.0, 1 / steps, steps).tolist())
     gram = tuple(map(tuple, np.eye(steps).tolist()))
     ones = (1.0,) * steps
     profile = CacheProfile(
-        name="bench", transformer_class=transformer_class, fingerprint="", ratios=ones, sigmas=sigmas, gram=gram
+        name="bench",
+        transformer_class=type(transformer).__name__,
+        fingerprint=fingerprint(transformer),
+        ratios=ones,
+        sigmas=sigmas,
+        gram=gram,
     )
     path = folder / "bench.json"
     path.write_text(profile.model_dump_json(), encoding="utf-8")
