@@ -3,7 +3,7 @@
 Closed loop: so many clients, each asking again as soon as it has its picture. Open loop: requests arrive at random
 (Poisson), whether or not others are done. Peers run on the same weights:
 
-- diffusers one by one, uncached; with its own MagCache; with cache-dit where it is installed
+- diffusers one by one, uncached; with its own MagCache; with cache-dit (`--cache-dit`)
 - diffusers in static batches: requests of equal step counts that are waiting go together
 
 A peer serves one call at a time, so its queue is arithmetic: every request's service time is measured, interleaved with
@@ -40,10 +40,11 @@ def main() -> None:
     parser.add_argument(
         "--open-loads", type=float, nargs="+", default=[0.7, 1.2], help="of diffusers' MagCache capacity"
     )
+    parser.add_argument("--cache-dit", action="store_true", help="serve with cache-dit, too; it must be installed")
     options = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "load", **begin(options), "model": "demo", "requests": options.requests}
     requests = [(PROMPTS[i % len(PROMPTS)], STEPS[(i * 3) % len(STEPS)], i) for i in range(options.requests)]
-    engine, serial = Engine(), peers()
+    engine, serial = Engine(), peers(options.cache_dit)
     services = {name: [run(request) for request in requests[:4]] and [] for name, run in serial.items()}
     loads = [("closed", clients) for clients in options.clients] + [("open", share) for share in options.open_loads]
     rounds: dict[tuple[str, float], list[tuple[float, list[float]]]] = {load: [] for load in loads}
@@ -169,7 +170,7 @@ class _Batched:
 BATCHED = _Batched()
 
 
-def peers() -> dict[str, Callable[[Request], float]]:
+def peers(with_cache_dit: bool) -> dict[str, Callable[[Request], float]]:
     """Name: a function that serves one request and gives the seconds it took."""
     from diffusers import MagCacheConfig
 
@@ -197,10 +198,10 @@ def peers() -> dict[str, Callable[[Request], float]]:
         "diffusers": lambda request: _timed(lambda: _call(plain, defaults, request)),
         "diffusers, own MagCache": own_cache,
     }
-    try:
-        import cache_dit
-    except ImportError:
+    if not with_cache_dit:
         return serial
+    import cache_dit
+
     dit, _ = _plain()
     cache_dit.enable_cache(dit)
     return serial | {"cache-dit, its defaults": lambda request: _timed(lambda: _call(dit, defaults, request))}

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from common import arguments, begin, build_flux, last_line, table
 
 PREDICTORS = ("reuse", "linear", "affine3")
@@ -78,27 +81,40 @@ def load(size: str, requests: int, steps: int, cached: bool) -> int:
 
 
 def _serve(bench: Any, requests: int, steps: int, cache: dict[str, Any] | None) -> int:
-    import numpy as np
-
     from vllm_omni import Omni
-    from vllm_omni.diffusion.cache.profile import CacheProfile
 
     engine_args: dict[str, Any] = {"max_num_seqs": requests, "defaults": {"height": bench.side, "width": bench.side}}
-    if cache is not None:
-        engine_args |= {"cache_backend": "magcache", "cache_config": {"mag_ratios": [1.0] * steps} | cache}
-    omni = Omni.from_pipe(bench.pipe, **engine_args)
-    backends = omni.engine.worker._backends.values()
-    for backend in backends:  # affine needs a matrix; any will do, for bytes depend on its shape alone
-        sigmas = tuple(np.linspace(1.0, 1 / steps, steps).tolist())
-        gram = tuple(map(tuple, np.eye(steps).tolist()))
-        name = type(bench.pipe.transformer).__name__
-        backend.profile = CacheProfile("bench", name, "", (1.0,) * steps, sigmas, gram)
+    with tempfile.TemporaryDirectory() as folder:
+        if cache is not None:
+            profile = _profile(bench.pipe.transformer, steps, Path(folder))
+            engine_args |= {"cache_backend": "magcache", "cache_config": {"profile": profile} | cache}
+        omni = Omni.from_pipe(bench.pipe, **engine_args)
     prompts = [bench.conditioning(i) for i in range(requests)]
     params = [{"num_inference_steps": steps, "seed": i, "output_type": "latent"} for i in range(requests)]
     for output in omni.generate(prompts, params, use_tqdm=False):
         if output.error is not None:
             raise output.error
-    return max((backend.store.peak for backend in backends), default=0)
+    return max((backend.store.peak for backend in omni.engine.worker._backends.values()), default=0)
+
+
+def _profile(transformer: Any, steps: int, folder: Path) -> str:
+    """A profile for random weights: bytes depend on its shape alone."""
+    from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint
+
+    sigmas = tuple(np.linspace(1.0, 1 / steps, steps).tolist())
+    gram = tuple(map(tuple, np.eye(steps).tolist()))
+    ones = (1.0,) * steps
+    profile = CacheProfile(
+        name="bench",
+        transformer_class=type(transformer).__name__,
+        fingerprint=fingerprint(transformer),
+        ratios=ones,
+        sigmas=sigmas,
+        gram=gram,
+    )
+    path = folder / "bench.json"
+    path.write_text(profile.model_dump_json(), encoding="utf-8")
+    return str(path)
 
 
 def _process(options: Any, requests: int, cached: bool) -> dict[str, Any]:

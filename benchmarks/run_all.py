@@ -42,9 +42,16 @@ def main() -> None:
     parser.add_argument(
         "--readme-only", action="store_true", help="run nothing, write the README from the results kept"
     )
+    parser.add_argument(
+        "--each",
+        default="",
+        help='arguments for every script, such as "--threads 1 --clock cpu" on a machine that is busy',
+    )
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    failed = [] if options.readme_only else [name for name in options.only if not run(name, options.quick)]
+    failed = (
+        [] if options.readme_only else [name for name in options.only if not run(name, options.quick, options.each)]
+    )
     results = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))}
     write_readme(results)
     if "load" in results:
@@ -53,7 +60,7 @@ def main() -> None:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
 
-def run(name: str, quick: bool) -> bool:
+def run(name: str, quick: bool, each: str) -> bool:
     """One benchmark in a process of its own; its table is shown, its last line kept."""
     script, full, fast = RUNS[name]
     command = [
@@ -61,7 +68,7 @@ def run(name: str, quick: bool) -> bool:
         "-W",
         "ignore",
         str(ROOT / "benchmarks" / f"{script}.py"),
-        *(fast if quick else full).split(),
+        *f"{fast if quick else full} {each}".split(),
     ]
     print(f"== {' '.join(command[3:])}", flush=True)
     began = time.perf_counter()
@@ -74,6 +81,7 @@ def run(name: str, quick: bool) -> bool:
         return False
     result = json.loads(lines[-1]) | {
         "quick": quick,
+        "arguments": " ".join(command[4:]),
         "seconds": round(time.perf_counter() - began, 1),
         "date": time.strftime("%Y-%m-%d"),
     }

@@ -14,7 +14,7 @@ python=${PYTHON:-python3}
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-wanted() { { cat "$lock" pyproject.toml "$shim/pyproject.toml"; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
+wanted() { { cat "$lock" pyproject.toml "$shim/pyproject.toml" CMakeLists.txt csrc/*; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
 
 if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$(wanted)" ]]; then
     exit 0
@@ -48,6 +48,7 @@ rm -rf "$shim/build" "$shim"/*.egg-info # pip builds a local folder in place
 say "compiling"
 "$venv/bin/python" -m compileall -q -j2 "$venv"/lib/python3*/site-packages >/dev/null 2>&1 || true
 
+"$venv/bin/python" -W ignore -c 'from vllm_omni.kernels.ops import REASON; print("setup: native ops:", REASON or "built")' >&2 || true
 "$venv/bin/python" -c 'import torch' ||
     die "torch does not import: this machine got a build whose libraries are missing; see requirements/README.md"
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from greenlet import greenlet
 
 from vllm_omni.diffusion.denoisers import DENOISER_NAMES
@@ -73,15 +72,16 @@ class DenoiserProxy:
 class PipelineTask:
     """One run of `pipeline(**arguments)`: its own shallow copy, its own scheduler, shared weights."""
 
-    def __init__(self, pipeline: Any, arguments: dict[str, Any]) -> None:
+    def __init__(self, pipeline: Any, arguments: dict[str, Any], device: torch.device | None = None) -> None:
+        """`device`: where the pipeline is known to run; it finds out for itself otherwise."""
         self.pipeline: Any = copy.copy(pipeline)
         own = vars(self.pipeline)
         own["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
         own["_progress_bar_config"] = {"disable": True}
         own["maybe_free_model_hooks"] = _nothing  # the model outlives the request
         own.pop("_num_timesteps", None)
-        if isinstance(pipeline, DiffusionPipeline):
-            self.pipeline.__class__ = _on_device(type(pipeline), pipeline._execution_device)  # type: ignore[arg-type]
+        if device is not None:
+            self.pipeline.__class__ = _on_device(type(pipeline), device)
         for name in DENOISER_NAMES:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)
@@ -123,7 +123,7 @@ class PipelineTask:
 
 @functools.lru_cache(maxsize=32)
 def _on_device(pipeline_class: type, device: torch.device) -> type:
-    """The class with its execution device known: diffusers walks every module for it, five times a request."""
+    """The class with its execution device known: diffusers walks through all modules for it, in every request."""
     return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
 
 

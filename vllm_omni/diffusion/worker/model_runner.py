@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 
 from vllm_omni.diffusion.cache.clock import SchedulerClock
 from vllm_omni.diffusion.cache.forward import Member, Record, correction, note_computed, note_skipped, probe
@@ -95,6 +96,7 @@ class ModelRunner:
 
     def __init__(self, pipeline: Any, lora_modules: dict[str, str] | None = None) -> None:
         self.pipeline = pipeline
+        self._device = pipeline._execution_device if isinstance(pipeline, DiffusionPipeline) else None
         self.modules = {n: m for n in DENOISER_NAMES if isinstance(m := vars(pipeline).get(n), torch.nn.Module)}
         self.binders = {n: CallBinder(n, m, DENOISERS.get(_class_name(m))) for n, m in self.modules.items()}
         self.pace = Pace()
@@ -115,7 +117,7 @@ class ModelRunner:
         adapters: Adapters = (),
     ) -> RequestState:
         """Begin a request: runs its text encoders, and parks it at its first denoiser call."""
-        task = PipelineTask(self.pipeline, arguments)
+        task = PipelineTask(self.pipeline, arguments, self._device)
         state = RequestState(request_id, task, backend, config, SchedulerClock(task.pipeline), adapters=adapters)
         self.adapters.use(adapters)  # text encoders can have adapters too
         if preview_every is not None and can_preview(self.pipeline):
