@@ -68,8 +68,8 @@ def note_computed(
     for member in members:
         if isinstance(member.cache, GateCache) and latents is not None:
             first = stack.first_residual(member.rows) if stack is not None else None
-            own = (_first_tensor(x)[member.rows] for x in (latents, output))
-            member.cache.learn(member.key, member.step, *own, first)
+            own = _first_tensor(output)[member.rows]
+            member.cache.learn(member.key, member.step, latents[member.rows], own, first)
         if stack is not None and member.wants and (residual := stack.residual(member.rows)) is not None:
             member.cache.put(member.key, member.step, residual)
         member.cache.did(member.key, member.step, computed=True)

@@ -48,7 +48,7 @@ class Gate(ABC):
         """What a `LATENTS` gate compares, made of a call's latents (rows, ...)."""
         return latents
 
-    def learn(self, seen: ResidualShelf, latents: torch.Tensor, output: torch.Tensor) -> None:
+    def learn(self, seen: ResidualShelf, latents: torch.Tensor, output: torch.Tensor) -> None:  # noqa: B027 - most need not
         """Take in a computed step's latents and output, where the rule needs them."""
 
     @abstractmethod

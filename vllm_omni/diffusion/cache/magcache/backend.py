@@ -32,7 +32,6 @@ class MagCacheBackend(StackBackend):
             if (value := vars(config)[name]) is not None:
                 raise InvalidValueError(name, value, "is a TeaCache setting, magcache has no use for it; leave it out")
         self.calibration = Calibration() if config.mag_calibrate else None
-        self.profile: CacheProfile | None = None
         self._ratios: tuple[float, ...] | None = None
         self._class = ""
 

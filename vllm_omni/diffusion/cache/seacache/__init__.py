@@ -21,7 +21,7 @@ def sea_filter(x: torch.Tensor, sigma: float) -> torch.Tensor:
     """
     grid = x.shape[2:]
     axes = [torch.fft.fftfreq(n, device=x.device) for n in grid]
-    squared = sum(axis.square() for axis in torch.meshgrid(*axes, indexing="ij"))
+    squared = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(dim=0)
     frequency = squared.clamp_min(1 / max(grid) ** 2).sqrt()
     spectrum = frequency.pow(-(2 if len(grid) < 3 else 3))
     gain = spectrum / ((1 - sigma) ** 2 * spectrum + max(sigma, 1e-3) ** 2)
