@@ -35,9 +35,28 @@ _CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _clock = "wall"
 
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def now() -> float:
-    """Seconds on the clock that the command line chose."""
+    """Seconds on the clock that the command line chose; on a GPU, after what was launched before is done."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     return _CLOCKS[_clock]()
+
+
+def seconds_of(job: Callable[[], Any]) -> float:
+    """How long a job takes: between two CUDA events on a GPU, by the chosen clock otherwise."""
+    if DEVICE.type != "cuda":
+        began = now()
+        job()
+        return now() - began
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    job()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
 
 
 @dataclass(frozen=True)
@@ -56,8 +75,8 @@ class Bench:
         generator = torch.Generator().manual_seed(10_000 + seed)
         kind = {"generator": generator, "dtype": self.pipe.transformer.dtype}
         return {
-            "prompt_embeds": torch.randn(1, _TEXT_TOKENS, _TEXT_DIM, **kind),
-            "pooled_prompt_embeds": torch.randn(1, _TEXT_DIM, **kind),
+            "prompt_embeds": torch.randn(1, _TEXT_TOKENS, _TEXT_DIM, **kind).to(DEVICE),
+            "pooled_prompt_embeds": torch.randn(1, _TEXT_DIM, **kind).to(DEVICE),
         }
 
     def plain(self, steps: int, seed: int = 0) -> torch.Tensor:
@@ -72,11 +91,14 @@ class Bench:
         ).images
 
 
-def build_flux(size: str, share: Bench | None = None) -> Bench:
-    """A random-weight FluxPipeline of a named size. `share`: with the very weights of that one, in its own modules."""
+def build_flux(size: str | tuple[int, int, int, int, int], share: Bench | None = None) -> Bench:
+    """A random-weight FluxPipeline of a named size, or of one written as `SIZES` writes it.
+
+    `share`: with the very weights of that one, in its own modules.
+    """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    double, single, heads, head_size, latent_side = SIZES[size]
+    double, single, heads, head_size, latent_side = SIZES[size] if isinstance(size, str) else size
     config = {
         "patch_size": 1,
         "in_channels": 64,
@@ -110,7 +132,7 @@ def build_flux(size: str, share: Bench | None = None) -> Bench:
     parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipe = FluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer.eval(), **parts)
     pipe.set_progress_bar_config(disable=True)
-    return Bench(pipe, 2 * latent_side)
+    return Bench(pipe.to(DEVICE), 2 * latent_side)
 
 
 @dataclass
@@ -137,9 +159,7 @@ def interleaved(jobs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int
     timings = {name: Timing() for name in jobs}
     for round_ in range(repeats):
         for name in list(jobs)[:: -1 if round_ % 2 else 1]:
-            begin = now()
-            jobs[name]()
-            timings[name].seconds.append(now() - begin)
+            timings[name].seconds.append(seconds_of(jobs[name]))
     return timings
 
 
@@ -240,6 +260,7 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
     if options.threads:
         torch.set_num_threads(options.threads)
     return {
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "clock": options.clock,

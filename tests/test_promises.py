@@ -17,6 +17,7 @@ from vllm_omni.diffusion.cache.overrides import request_choice
 from vllm_omni.diffusion.cache.predictor import PREDICTORS
 from vllm_omni.diffusion.cache.profile import fingerprint
 from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.worker.pace import Pace, Stopwatch
 from vllm_omni.errors import InvalidValueError
 
 STEPS = 12
@@ -118,7 +119,8 @@ def test_a_promise_beats_the_same_number_of_steps_and_of_threshold_forwards(demo
         return torch.cat([output.latents for output in got])
 
     exact = latents("off")
-    planned, fewer, rule = latents({"nfe": 14}), latents("off", 14), latents("balanced")
+    planned, fewer = latents({"nfe": 14}), latents("off", 14)
+    rule = latents({"threshold": 0.12, "max_skip_steps": 2, "retention_ratio": 0.15})
     error = (planned - exact).norm()
     assert error < 0.4 * (fewer - exact).norm() and error < 0.7 * (rule - exact).norm()
 
@@ -128,7 +130,8 @@ def test_the_output_says_what_was_promised(tiny: Omni) -> None:
     four, twice, none = (o.cache_settings for o in generate(tiny, [embeds(0)] * 3, asked))
     assert four["nfe"] == 4 and "speedup" not in four and "threshold" not in four
     assert twice["speedup"] == 2.0 and "nfe" not in twice
-    assert "threshold" in none and not {"nfe", "speedup"} & none.keys()
+    assert none["preset"] == "auto" and not {"nfe", "speedup", "threshold"} & none.keys()
+    assert [s["planned_forwards"] for s in (four, twice, none)] == [4, 6, 6]
 
 
 def test_a_promise_of_the_engine_is_for_all_but_those_who_ask_for_another(profile: str) -> None:
@@ -139,7 +142,7 @@ def test_a_promise_of_the_engine_is_for_all_but_those_who_ask_for_another(profil
         got = generate(omni, [embeds(0)] * 5, [params(cache) for cache in caches])
         assert [output.computed_steps for output in got] == [4, 4, 6, 3, STEPS]
         preset = generate(omni, [embeds(0)], [params("fast")])[0]
-        assert "threshold" in preset.cache_settings
+        assert preset.cache_settings["preset"] == "fast" and preset.computed_steps == 4
 
 
 def test_a_curve_alone_is_enough_for_a_promise() -> None:
@@ -177,6 +180,10 @@ def test_a_plain_pipeline_keeps_it_too(profile: str) -> None:
         ({"speedup": 50}, r"speedup is out of reach in 12 steps \(nearest: 6, 2 full forwards\), got 50"),
         ({"speedup": float("nan")}, r"speedup"),
         ({"speedup": float("inf")}, r"speedup"),
+        ({"seconds": -1}, r"seconds"),
+        ({"seconds": float("inf")}, r"seconds"),
+        ({"seconds": 2, "nfe": 6}, r"nfe and seconds each make the plan: give one"),
+        ({"seconds": 2, "threshold": 0.1}, r"seconds and threshold each make the plan: give one"),
         ({"nfe": 6, "speedup": 2}, r"nfe and speedup each make the plan: give one"),
         ({"nfe": 6, "steps_mask": [1, 0]}, r"nfe and steps_mask each make the plan: give one"),
         ({"nfe": 6, "threshold": 0.1}, r"nfe and threshold each make the plan: give one"),
@@ -215,15 +222,60 @@ def test_a_request_may_take_the_engines_promise_away() -> None:
         assert choice is not None and choice[1].promise == {}
 
 
-def test_a_schedule_too_long_to_plan_is_refused_at_admission_and_costs_nobody_else(tiny: Omni) -> None:
+def test_a_long_schedule_is_planned_too(tiny: Omni) -> None:
     promise, plain = tiny.generate(
         [embeds(0), embeds(1)],
         [
-            Params(num_inference_steps=1000, cache={"nfe": 14}, output_type="latent"),
+            Params(num_inference_steps=300, cache={"nfe": 14}, output_type="latent"),
             Params(num_inference_steps=120, output_type="latent"),
         ],
         use_tqdm=False,
     )
-    assert isinstance(promise.error, InvalidValueError)
-    assert "num_inference_steps" in str(promise.error) and "100" in str(promise.error)
-    assert plain.ok and plain.skipped_steps > 0
+    assert promise.ok and promise.computed_steps == 14 and promise.skipped_steps == 286
+    assert plain.ok and plain.skipped_steps == 60
+
+
+# -------------------------------------------------------------------------------------------------------------- seconds
+
+
+def test_seconds_are_refused_before_anything_was_measured_and_kept_afterwards(profile: str) -> None:
+    with Omni.from_pipe(
+        tiny_flux(), cache_backend="magcache", cache_config={"profile": profile}, defaults=DEFAULTS
+    ) as omni:
+        early = generate(omni, [embeds(0)], [params({"seconds": 1.0})])[0]
+        with pytest.raises(InvalidValueError, match="seconds needs a request of this size"):
+            raise early.error
+        for seed in range(3):
+            generate(omni, [embeds(0)], [params({"nfe": 6}, seed)])
+        pace, size = omni.engine.worker.runner.pace, next(iter(omni.engine.worker.runner.pace._sizes))
+        wanted = pace.expected(size, 7, STEPS - 7)
+        kept = generate(omni, [embeds(0)], [params({"seconds": wanted * 1.001})])[0]
+        assert kept.error is None and kept.computed_steps in (5, 6, 7, 8, 9)  # the averages move with every request
+        assert kept.cache_settings["seconds"] == wanted * 1.001
+        assert kept.cache_settings["planned_forwards"] == kept.computed_steps
+        hopeless = generate(omni, [embeds(0)], [params({"seconds": 1e-6})])[0]
+        with pytest.raises(InvalidValueError, match=r"seconds is out of reach for 12 steps of this size \(nearest: "):
+            raise hopeless.error
+        ample = generate(omni, [embeds(0)], [params({"seconds": 1e6})])[0]
+        assert ample.computed_steps == STEPS
+        assert omni.engine.worker.cache_bytes == 0
+
+
+def test_the_most_forwards_that_the_seconds_allow() -> None:
+    pace, watch = Pace(), Stopwatch(encoding=0.5)
+    for step, skipped in enumerate((False, False, True, False, True)):
+        pace.note("size", watch, step, 0.1 if skipped else 1.0, alone=True, skipped=skipped)
+    pace.note("size", watch, 5, 9.0, alone=False, skipped=False)  # shared with others: says nothing of this one alone
+    pace.finish("size", watch, decoding=0.5)
+    assert pace.expected("size", 4, 6) == pytest.approx(1.0 + 4.0 + 0.6)
+    for seconds, nfe in ((5.6001, 4), (6.4, 4), (6.5001, 5), (100.0, 10)):
+        assert pace.settle(DiffusionCacheConfig(seconds=seconds), "size", 10).nfe == nfe
+    with pytest.raises(InvalidValueError, match=r"nearest: 3.8, 2 full forwards"):
+        pace.settle(DiffusionCacheConfig(seconds=3.0), "size", 10)
+
+
+def test_a_plain_pipeline_cannot_promise_seconds(profile: str) -> None:
+    pipe = tiny_flux()
+    MagCacheBackend(DiffusionCacheConfig(profile=profile, seconds=3.0)).enable(pipe)
+    with pytest.raises(InvalidValueError, match="seconds needs the engine"):
+        run_latents(pipe, num_inference_steps=STEPS)

@@ -1,6 +1,9 @@
 """The scheduling policy, without any model."""
 
-from vllm_omni.diffusion.sched.step_scheduler import StepScheduler
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_omni.diffusion.sched.step_scheduler import AGEING_S, StepScheduler
 
 
 def test_admission_is_first_come_first_served_up_to_the_limit() -> None:
@@ -53,3 +56,24 @@ def test_remove_forgets_waiting_and_running() -> None:
     scheduler.remove("a")
     scheduler.remove("never seen")
     assert len(scheduler) == 0 and scheduler.schedule() == []
+
+
+def test_priority_goes_first_and_age_overtakes_it() -> None:
+    scheduler = StepScheduler(1)
+    scheduler.add("old", 0, arrived=0.0)
+    scheduler.add("urgent", -1, arrived=AGEING_S - 1)  # a level is worth AGEING_S seconds of waiting, and no more
+    scheduler.add("later urgent", -1, arrived=AGEING_S + 1)
+    scheduler.add("twin", 0, arrived=0.0)
+    assert scheduler.waiting == ["urgent", "old", "twin", "later urgent"]
+
+
+@given(st.lists(st.tuples(st.floats(0, 1000), st.integers(-10, 10)), min_size=2, max_size=20))
+def test_nobody_is_overtaken_by_those_who_come_later_than_its_disadvantage(asked: list[tuple[float, int]]) -> None:
+    scheduler = StepScheduler(1)
+    for i, (arrived, priority) in enumerate(asked):
+        scheduler.add(str(i), priority, arrived)
+    order = [int(name) for name in scheduler.waiting]
+    for place, one in enumerate(order):
+        for other in order[place + 1 :]:
+            (came, level), (its_coming, its_level) = asked[one], asked[other]
+            assert came <= its_coming + AGEING_S * (its_level - level) + 1e-6

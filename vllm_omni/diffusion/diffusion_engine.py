@@ -228,7 +228,8 @@ def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
     output = OmniRequestOutput(entry.request.request_id, entry.request.prompt, seed=entry.seed)
     output.metrics = {"total_s": now - entry.arrived}
     if (state := entry.state) is not None:
-        output.num_inference_steps, output.step = state.steps, state.steps or 0
+        output.num_inference_steps = state.steps
+        output.step = (state.steps or 0) if isinstance(event, Finished) else state.step
         output.computed_steps, output.plan = len(state.computed), state.plan
         if state.cache is not None:
             output.computed_steps = state.cache.computed_steps

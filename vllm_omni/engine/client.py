@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
-from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineStats, ModelInfo
+from vllm_omni.engine.ledger import Ledger, Size, outcome
 from vllm_omni.engine.supervisor import EngineProcess, Restarts
 from vllm_omni.engine.wire import (
     MAX_NAME_CHARACTERS,
@@ -26,7 +25,6 @@ from vllm_omni.engine.wire import (
     encode,
 )
 from vllm_omni.errors import (
-    DeadlineExceededError,
     EngineClosedError,
     EngineDeadError,
     EngineDrainingError,
@@ -43,28 +41,15 @@ logger = init_logger(__name__)
 
 MAX_PRIORITY = 1000
 WATCH_EVERY_S = 0.25
-_COUNTERS = (
-    "steps_computed",
-    "steps_skipped",
-    "forwards_computed",
-    "forwards_skipped",
-    "aborts_by_stage",
-    "batch_sizes",
-    "queue_wait_s",
-    "denoise_s",
-    "decode_s",
-)
+_LOADING = 20  # times the patience, while imports and weights keep the process from speaking
 
 
 @dataclass
 class _Request:
     """In flight until the engine says that it ended; `inbox` is None once nobody listens."""
 
-    prompt: Any
-    pixels: int
-    steps: int
+    size: Size
     inbox: asyncio.Queue[OmniRequestOutput | OmniError] | None = field(default_factory=asyncio.Queue)
-    sent: float = field(default_factory=time.monotonic)
 
 
 class ProcessEngineClient:
@@ -106,10 +91,7 @@ class ProcessEngineClient:
         self._started: asyncio.Future[None] | None = None
         self._empty = asyncio.Event()
         self._empty.set()
-        self._outcomes: Counter[str] = Counter()
-        self._stats, self._before = EngineStats(), EngineStats()  # of this process, and of those before it
-        self._costs = cost.no_costs()
-        self._promised = 0.0  # when the last one sent away was told to come back
+        self._ledger = Ledger()
 
     async def start(self) -> Self:
         """Return once the model is loaded and warmed up; raises what the engine says is wrong, e.g. ModelLoadError."""
@@ -118,6 +100,7 @@ class ProcessEngineClient:
         if self._task is None:
             self._started = asyncio.get_running_loop().create_future()
             self._task = asyncio.create_task(self._supervise())
+            self._task.add_done_callback(self._unsupervised)
         assert self._started is not None
         await asyncio.shield(self._started)
         return self
@@ -180,23 +163,13 @@ class ProcessEngineClient:
         """Raise EngineDeadError unless the engine answers within a few seconds."""
         if not self._loaded or self._engine is None:
             raise self._unavailable()
-        if not await self._engine.beat(max(2.0, 4 * self._heartbeat_s)):
+        if not await self._engine.heard(max(2.0, 4 * self._heartbeat_s)):
             raise EngineDeadError("the engine process does not answer")
 
     async def stats(self) -> EngineStats:
         """Counters since `start`, whatever restarts there were, and gauges as of the last report."""
-        sums = {name: _sum(vars(self._before)[name], vars(self._stats)[name]) for name in _COUNTERS}
-        running = min(self._stats.running, len(self._requests))
-        return replace(
-            self._stats,
-            **sums,
-            running=running,
-            waiting=len(self._requests) - running,
-            max_num_seqs=self._max_num_seqs,
-            requests=dict(self._outcomes),
-            queued_cost_s=self._queued_cost(),
-            restarts=self._restarts.count,
-        )
+        stats = self._ledger.stats(self._sizes())
+        return replace(stats, max_num_seqs=self._max_num_seqs, restarts=self._restarts.count)
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests, and return when none is left or `timeout_s` is over."""
@@ -221,8 +194,6 @@ class ProcessEngineClient:
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineClosedError("the engine was closed while it started"))
 
-    # ------------------------------------------------------------------------------------------------- admission
-
     def _check(
         self, prompt: Any, params: OmniDiffusionSamplingParams, request_id: str, priority: int, timeout_s: float | None
     ) -> tuple[_Request, bytes]:
@@ -234,7 +205,8 @@ class ProcessEngineClient:
         if not self._loaded:
             raise self._unavailable()
         if len(self._requests) >= self._limit:
-            raise self._full()
+            retry_after_s = self._ledger.retry_after_s(self._sizes())
+            raise QueueFullError(len(self._requests) - self._max_num_seqs, retry_after_s)
         if not isinstance(request_id, str) or not request_id or len(request_id) > MAX_NAME_CHARACTERS:
             raise InvalidValueError("request_id", request_id, f"must be 1 to {MAX_NAME_CHARACTERS} characters")
         if request_id in self._requests:
@@ -247,13 +219,15 @@ class ProcessEngineClient:
             raise InvalidValueError("generator", "given", "cannot cross to the engine's process; give a seed")
         normalise_prompt(prompt)
         given = {name: value for name, value in params if value is not None}
+        if params.lora_request:
+            given["lora_request"] = [{"name": name, "scale": scale} for name, scale in params.lora_request]
         now = time.monotonic()
         deadline = None if timeout_s is None else now + timeout_s
         frame = encode(Add(request_id, prompt, given, priority, now, deadline))
         defaults = self.info.defaults
         size = [given.get(name) or defaults.get(name) or 0 for name in ("height", "width")]
         steps = given.get("num_inference_steps") or defaults.get("num_inference_steps") or 50
-        return _Request(prompt, size[0] * size[1], steps * params.num_outputs_per_prompt), frame
+        return _Request(Size(size[0] * size[1], steps * params.num_outputs_per_prompt)), frame
 
     def _unavailable(self) -> EngineDeadError:
         if self._dead:
@@ -263,40 +237,40 @@ class ProcessEngineClient:
         left = max(1.0, self._load_s - (time.monotonic() - self._load_began))
         return EngineDeadError("the engine process is being restarted", retry_after_s=left)
 
-    def _full(self) -> QueueFullError:
-        now = time.monotonic()
-        queued = self._queued_cost()
-        each = queued / max(1, len(self._requests))
-        self._promised = cost.come_back(now, self._promised, each, queued)
-        return QueueFullError(len(self._requests) - self._max_num_seqs, max(1.0, self._promised - now))
-
-    def _queued_cost(self) -> float:
-        """Planned seconds of all that is in flight: as last told by the engine, and of what it had not seen then."""
-        if not self._requests:
-            return 0.0
-        unseen = len(self._requests) - self._stats.running - self._stats.waiting
-        newest = list(self._requests.values())[-unseen:] if unseen > 0 else []
-        share = self._costs.cached_share
-        needs = [(r.pixels, r.steps * share, r.steps * (1 - share), 1.0) for r in newest]
-        return self._stats.queued_cost_s + cost.total(self._costs, needs)
-
-    # ----------------------------------------------------------------------------------------------- the process
+    def _sizes(self) -> list[Size]:
+        return [request.size for request in self._requests.values()]
 
     async def _supervise(self) -> None:
         """One engine process after another, until shutdown or until restarting it makes no sense."""
         while not self._dead:
             self._load_began = time.monotonic()
-            self._engine = await EngineProcess.spawn(self._engine_args, self._warmup, self._heartbeat_s)
-            watch = asyncio.create_task(self._watch(self._engine))
+            failure: OmniError | None = None
+            served = False
             try:
-                failure = await self._listen(self._engine)
-            finally:
-                watch.cancel()
-            self._loaded = False
-            how = await self._engine.end(kill=True)
+                self._engine = await EngineProcess.spawn(self._engine_args, self._warmup, self._heartbeat_s)
+            except OSError as error:
+                how = f"could not be started ({error.strerror})"
+            else:
+                watch = asyncio.create_task(self._watch(self._engine))
+                try:
+                    failure = await self._listen(self._engine)
+                finally:
+                    watch.cancel()
+                    served, self._loaded = self._loaded, False
+                how = await self._engine.end(kill=True)
             self._lost(how, failure)
-            if (pause := self._pause(failure)) is not None:
+            if (pause := self._pause(served)) is not None:
                 await asyncio.sleep(pause)
+
+    def _unsupervised(self, task: asyncio.Task[None]) -> None:
+        """Nobody restarts the engine any more; by a fault of ours, if not by the shutdown or by `_pause`."""
+        if task.cancelled() or (error := task.exception()) is None:
+            return
+        self._loaded, self._dead = False, "the engine cannot be restarted any more; restart the server"
+        logger.critical("the supervisor of the engine process failed", exc_info=error)
+        self._end_all(lambda _: EngineDeadError(self._dead), "failed")
+        if self._started is not None and not self._started.done():
+            self._started.set_exception(EngineDeadError(self._dead))
 
     async def _listen(self, engine: EngineProcess) -> OmniError | None:
         """Until the process ends; gives what it said was wrong, if it could not start."""
@@ -309,32 +283,36 @@ class ProcessEngineClient:
     async def _watch(self, engine: EngineProcess) -> None:
         """Kill a process that hangs: its end is then noticed like any other."""
         while True:
+            slept = time.monotonic()
             await asyncio.sleep(WATCH_EVERY_S)
-            if self._loaded and (why := engine.hangs(self._heartbeat_timeout_s, self._step_timeout_s)):
+            if time.monotonic() - slept > 4 * WATCH_EVERY_S:
+                continue  # it is this loop that stood still: hear first what was said meanwhile
+            patience = self._heartbeat_timeout_s * (1 if self._loaded else _LOADING)
+            if why := engine.hangs(patience, self._step_timeout_s):
                 logger.error("the engine process %d hangs and is killed: %s", engine.process.pid, why)
                 engine.process.kill()
                 return
 
     def _lost(self, how: str, failure: OmniError | None) -> None:
         """The process is gone: its requests end, once each, and its counters are kept."""
-        assert self._engine is not None
-        logger.error("the engine process %d %s; %d requests end", self._engine.process.pid, how, len(self._requests))
+        logger.error(
+            "the engine process %s; %d requests end%s", how, len(self._requests), f": {failure}" if failure else ""
+        )
         text = f"the engine process {how} while the request was in flight"
         self._end_all(lambda i: EngineDeadError(text, retry_after_s=self._load_s), "failed")
-        sums = {name: _sum(vars(self._before)[name], vars(self._stats)[name]) for name in _COUNTERS}
-        self._before, self._stats = replace(self._before, **sums), EngineStats(recent=self._stats.recent)
+        self._ledger.process_ended()
         if self._started is not None and not self._started.done():
             self._dead = str(failure) if failure else f"the engine process {how} while it loaded its model; see its log"
             self._started.set_exception(failure or EngineDeadError(self._dead))
 
-    def _pause(self, failure: OmniError | None) -> float | None:
+    def _pause(self, served: bool) -> float | None:
         """Seconds until the next start, or None where there will be none: `_dead` says why."""
         if self._dead:
             return None
         if self._draining:
             self._dead = "the engine process died while the server was shutting down"
             return None
-        pause = self._restarts.pause(time.monotonic())
+        pause = self._restarts.pause(time.monotonic(), served)
         if pause is None:
             most, window = self._restarts.most, self._restarts.window_s
             self._dead = f"the engine process died more than {most} times within {window:.0f} s; restart the server"
@@ -355,40 +333,32 @@ class ProcessEngineClient:
             error = event.error if isinstance(event.error, OmniError) else OmniError(str(event.error))
             self._end(event.request_id, error, "failed")
         elif isinstance(event, Report):
-            self._stats, self._costs = event.stats, event.costs
+            self._ledger.note(event)
 
     def _deliver(self, output: OmniRequestOutput) -> None:
         if output.finished:
-            self._end(output.request_id, output, _outcome(output.error))
-        elif (request := self._requests.get(output.request_id)) is not None and request.inbox is not None:
+            self._end(output.request_id, output, outcome(output.error))
+            return
+        request = self._requests.get(output.request_id)
+        if request is None or request.inbox is None:
+            return
+        if output.images or request.inbox.empty():  # a slow listener gets fewer reports, not a heap of old ones
             request.inbox.put_nowait(output)
 
-    def _end(self, request_id: str, item: OmniRequestOutput | OmniError, outcome: str) -> None:
+    def _end(self, request_id: str, item: OmniRequestOutput | OmniError, word: str) -> None:
         """The one place where a request leaves."""
         if (request := self._requests.pop(request_id, None)) is None:
             return
-        self._outcomes[outcome] += 1
+        self._ledger.outcomes[word] += 1
         if request.inbox is not None:
             request.inbox.put_nowait(item)
         if not self._requests:
-            self._promised = 0.0
+            self._ledger.calm()
             self._empty.set()
 
-    def _end_all(self, error_of: Any, outcome: str) -> None:
+    def _end_all(self, error_of: Callable[[str], Exception], word: str) -> None:
         for request_id in list(self._requests):
-            self._end(request_id, OmniRequestOutput(request_id, error=error_of(request_id)), outcome)
-
-
-def _outcome(error: Exception | None) -> str:
-    if error is None:
-        return "finished"
-    if isinstance(error, RequestAbortedError):
-        return "aborted"
-    return "expired" if isinstance(error, DeadlineExceededError) else "failed"
-
-
-def _sum(one: Any, other: Any) -> Any:
-    return dict(Counter(one) + Counter(other)) if isinstance(one, dict) else one + other
+            self._end(request_id, OmniRequestOutput(request_id, error=error_of(request_id)), word)
 
 
 def _plain(value: Any) -> Any:

@@ -53,7 +53,9 @@ class EngineStats:
 class EngineClient(Protocol):
     """The asynchronous engine as a server sees it. All methods belong to one event loop."""
 
-    info: ModelInfo
+    @property
+    def info(self) -> ModelInfo:
+        """What was loaded; the engine must have started."""
 
     @property
     def ready(self) -> bool:

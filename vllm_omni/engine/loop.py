@@ -15,7 +15,7 @@ from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineStats, ModelInfo
-from vllm_omni.engine.wire import Abort, Add, Close, Command, Event, Outputs, Refused, Report
+from vllm_omni.engine.wire import Abort, Add, Close, Command, Event, Outputs, Refused, Report, UnitCosts
 from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.logger import init_logger
@@ -41,7 +41,7 @@ class EngineLoop:
         self.costs = cost.no_costs()
         self._commands, self._send = commands, send
         self._deadlines: dict[str, float] = {}
-        self._cached: dict[str, bool] = {}
+        self._encode_s = 0.0  # of one request, of late
         self._aborts: Counter[str] = Counter()
         self._batches: Counter[int] = Counter()
         self._steps: Counter[str] = Counter()
@@ -102,7 +102,7 @@ class EngineLoop:
         for output in ended:
             if output.request_id in request_ids and output.error is None:
                 self._aborts["decode"] += 1
-                output.images, output.latents = [], None
+                output.images, output.videos, output.latents = [], [], None
                 output.error = RequestAbortedError(f"request {output.request_id} was aborted")
 
     def _expire(self) -> None:
@@ -154,13 +154,15 @@ class EngineLoop:
 
     def _measure(self) -> None:
         done = self.engine.last
+        if done.admitted:
+            self._encode_s = done.encode_s / done.admitted
         if done.rows:
             self._batches[done.rows] += 1
             self._seconds["denoise"] += done.forward_s
             table = self.costs.skipped if done.skipped else self.costs.computed
             cost.note(table, done.pixels, done.forward_s / done.rows)
         if done.ended:
-            cost.note(self.costs.ends, done.pixels, done.decode_s / done.ended)
+            cost.note(self.costs.ends, done.pixels, self._encode_s + done.decode_s / done.ended)
 
     def _report(self) -> None:
         """Counters and gauges as they stand."""
@@ -196,7 +198,7 @@ class EngineLoop:
         return cost.total(self.costs, needs)
 
 
-def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: Any) -> dict[int, int]:
+def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[int, int]:
     """One short run at the model's own size: first-call costs are paid, and a row's cost is known.
 
     Gives the denoiser's latent tokens by pixels of the picture. A model that will not run so is served all the same.

@@ -46,11 +46,14 @@ class EngineProcess:
     async def spawn(cls, engine_args: dict[str, Any], warmup: bool, heartbeat_s: float) -> EngineProcess:
         """Start it and tell it what to load; it answers `Loaded` or `StartFailed`, or ends."""
         ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_READ_BUFFER)
         environment = dict(os.environ)
         paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning team of threads starves the front end
-        try:
+        environment.setdefault("TQDM_DISABLE", "1")  # bars are no log lines
+        try:  # from here on nothing waits: whoever cancels a start leaves no process behind
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "vllm_omni.engine.process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
@@ -59,12 +62,10 @@ class EngineProcess:
                 env=environment,
             )
         except OSError:
-            ours.close()
+            writer.close()
             raise
         finally:
             theirs.close()
-        ours.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_READ_BUFFER)
         engine = cls(process, reader, writer)
         engine.send(encode(Start(engine_args, warmup, heartbeat_s)))
         return engine
@@ -93,8 +94,10 @@ class EngineProcess:
             self.beaten.set()
             self.beaten.clear()
 
-    async def beat(self, timeout_s: float) -> bool:
-        """Whether a heartbeat comes within `timeout_s`."""
+    async def heard(self, timeout_s: float) -> bool:
+        """Whether it has spoken in the last `timeout_s`, or does within that time."""
+        if time.monotonic() - self.last_beat < timeout_s:
+            return True
         try:
             await asyncio.wait_for(self.beaten.wait(), timeout_s)
         except TimeoutError:
@@ -132,20 +135,21 @@ class EngineProcess:
 
 
 class Restarts:
-    """How often an engine may be restarted: `most` times in any `window_s`, after ever longer pauses."""
+    """How often an engine may be restarted: `most` times in any `window_s`; at once if it served, else ever later."""
 
     def __init__(self, most: int, window_s: float) -> None:
         self.most, self.window_s = most, window_s
         self.count = 0
         self._times: deque[float] = deque()
+        self._unserved = 0  # starts in a row that came to nothing
 
-    def pause(self, now: float) -> float | None:
-        """Note one more at `now`, and say how long to wait first; None: no more."""
+    def pause(self, now: float, served: bool) -> float | None:
+        """Note one more at `now`, and say how long to wait first; None: no more. `served`: the last one had loaded."""
         while self._times and self._times[0] < now - self.window_s:
             self._times.popleft()
         if len(self._times) >= self.most:
             return None
-        recent = sum(1 for moment in self._times if moment > now - 60.0)
         self._times.append(now)
         self.count += 1
-        return 0.0 if recent == 0 else min(30.0, 0.25 * 2 ** (recent - 1))
+        self._unserved = 0 if served else self._unserved + 1
+        return 0.0 if served else min(30.0, 0.5 * 2 ** (self._unserved - 1))

@@ -18,6 +18,7 @@ import torch
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.cache.request_cache import Forecast, Key
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.kernels import ops
 from vllm_omni.version import __version__
 
 
@@ -27,7 +28,7 @@ class Calibration:
     def __init__(self) -> None:
         self.sigmas: tuple[float, ...] | None = None
         self._ratios: dict[str, list[np.ndarray]] = {}
-        self._grams: list[np.ndarray] = []
+        self._grams: dict[str, list[np.ndarray]] = {}
 
     def record(self, steps: int, sigmas: tuple[float, ...]) -> CalibrationRecord:
         return CalibrationRecord(self, steps, sigmas)
@@ -36,17 +37,23 @@ class Calibration:
     def requests(self) -> int:
         return max(map(len, self._ratios.values()), default=0)
 
-    def add(self, branch: str, sigmas: tuple[float, ...], residuals: Sequence[torch.Tensor]) -> None:
-        """One branch of one finished request: `residuals` (rows, tokens, channels) of every step in order."""
+    def add(
+        self,
+        branch: str,
+        sigmas: tuple[float, ...],
+        residuals: Sequence[torch.Tensor],
+        norms: Sequence[torch.Tensor],
+    ) -> None:
+        """One branch of one finished request: `residuals` (rows, tokens, channels) of every step in order, and the
+        `norms` (rows, tokens) of their tokens."""
         if self.sigmas is None:
             self.sigmas = sigmas
         elif len(self.sigmas) != len(sigmas) or not np.allclose(self.sigmas, sigmas, atol=1e-6):
             raise InvalidValueError("sigmas", sigmas[:3], "must be the same schedule in all prompts of a calibration")
-        norms = [r.norm(dim=-1) for r in residuals]
         ratios = [1.0] + [(b / a.clamp_min(1e-12)).mean().item() for a, b in pairwise(norms)]
         flat = torch.stack([r.flatten() for r in residuals]).double()
         self._ratios.setdefault(branch, []).append(np.array(ratios))
-        self._grams.append((flat @ flat.T / flat.shape[1]).numpy())
+        self._grams.setdefault(branch, []).append((flat @ flat.T / flat.shape[1]).numpy())
 
     def profile(self, name: str, transformer_class: str, fingerprint: str, **provenance: Any) -> CacheProfile:
         """The average over everything added; InvalidValueError where nothing was."""
@@ -54,20 +61,24 @@ class Calibration:
             raise InvalidValueError("calibration", 0, "needs at least one finished prompt")
         branches = {b: tuple(np.mean(rows, axis=0).round(6).tolist()) for b, rows in self._ratios.items()}
         spread = {b: tuple(np.std(rows, axis=0).round(6).tolist()) for b, rows in self._ratios.items()}
-        gram = np.mean(self._grams, axis=0)
+        grams = {b: np.mean(matrices, axis=0) for b, matrices in self._grams.items()}
+        every = np.concatenate([np.asarray(matrices) for matrices in self._grams.values()])
+        error = every.std(axis=0) / np.sqrt(len(every))  # of the mean
         return CacheProfile(
             name=name,
             transformer_class=transformer_class,
             fingerprint=fingerprint,
             ratios=next(iter(branches.values())),
             sigmas=tuple(round(s, 6) for s in self.sigmas),
-            gram=tuple(tuple(float(f"{v:.9g}") for v in row) for row in gram.tolist()),
+            gram=_rounded(every.mean(axis=0)),
             branches=branches,
+            branch_grams={b: _rounded(gram) for b, gram in grams.items()} if len(grams) > 1 else {},
             provenance={
                 "kind": "calibrated",
                 "prompts": self.requests,
                 "steps": len(self.sigmas),
                 "ratio_std": spread,
+                "gram_relative_error": float(f"{np.linalg.norm(error) / np.linalg.norm(every.mean(axis=0)):.3g}"),
                 "date": datetime.now(UTC).date().isoformat(),
                 "versions": {"vllm_omni": __version__, "torch": torch.__version__, "python": platform.python_version()},
                 **provenance,
@@ -75,12 +86,16 @@ class Calibration:
         )
 
 
+def _rounded(gram: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(f"{v:.9g}") for v in row) for row in gram.tolist())
+
+
 class CalibrationRecord:
     """Stands where a request's cache stands, never skips, and keeps every residual."""
 
     def __init__(self, calibration: Calibration, steps: int, sigmas: tuple[float, ...]) -> None:
         self._calibration, self._steps, self._sigmas = calibration, steps, sigmas
-        self._kept: dict[Key, dict[int, torch.Tensor]] = {}
+        self._kept: dict[Key, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._computed = 0
         self.plan = None
         self.settings: dict[str, object] = {"backend": "magcache", "calibrate": True}
@@ -91,14 +106,16 @@ class CalibrationRecord:
     def wants(self, key: Key, step: int) -> bool:
         return True
 
-    def put(self, key: Key, step: int, residual: torch.Tensor) -> None:
-        self._kept.setdefault(key, {})[step] = residual.to(device="cpu", dtype=torch.float32)
+    def put(self, key: Key, step: int, after: torch.Tensor, before: torch.Tensor) -> None:
+        residual, norm = ops.residual_norm(after, before, torch.float32)
+        self._kept.setdefault(key, {})[step] = residual.cpu(), norm.cpu()
 
     def did(self, key: Key, step: int, computed: bool) -> None:
         self._computed = max(self._computed, step + 1)
         kept = self._kept.get(key, {})
         if len(kept) == self._steps:  # this branch is complete
-            self._calibration.add(key[1], self._sigmas, [kept[s] for s in range(self._steps)])
+            residuals, norms = zip(*(kept[s] for s in range(self._steps)), strict=True)
+            self._calibration.add(key[1], self._sigmas, residuals, norms)
             del self._kept[key]
 
     def drop(self) -> None:

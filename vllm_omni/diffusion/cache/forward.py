@@ -11,6 +11,7 @@ import torch
 from vllm_omni.diffusion.cache.gate import Gate, GateCache, Look
 from vllm_omni.diffusion.cache.request_cache import CachePlan, Forecast, Key
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
+from vllm_omni.kernels import ops
 
 
 class Record(Protocol):
@@ -27,7 +28,7 @@ class Record(Protocol):
 
     def forecast(self, key: Key, step: int, rows: int) -> Forecast | None: ...
     def wants(self, key: Key, step: int) -> bool: ...
-    def put(self, key: Key, step: int, residual: torch.Tensor) -> None: ...
+    def put(self, key: Key, step: int, after: torch.Tensor, before: torch.Tensor) -> None: ...
     def did(self, key: Key, step: int, computed: bool) -> None: ...
     def drop(self) -> None: ...
 
@@ -48,12 +49,9 @@ class Member:
 
 def correction(forecasts: Sequence[tuple[slice, Forecast]], hidden_states: torch.Tensor) -> torch.Tensor:
     """x + sum_j w_j r_j, row by row; x of shape (rows, tokens, channels) is not changed."""
-    out = hidden_states.clone()
-    for rows, terms in forecasts:
-        part = out[rows]
-        for residual, weight in terms:
-            part.add_(residual, alpha=weight)
-    return out
+    terms = [(residual, weight, rows.start) for rows, forecast in forecasts for residual, weight in forecast]
+    residuals, weights, first_rows = (list(column) for column in zip(*terms, strict=True)) if terms else ([], [], [])
+    return ops.forecast(hidden_states, residuals, weights, first_rows)
 
 
 def probe(gate: Gate, stack: BlockStack, run: Callable[[], Any]) -> torch.Tensor:
@@ -70,8 +68,8 @@ def note_computed(
             first = stack.first_residual(member.rows) if stack is not None else None
             own = _first_tensor(output)[member.rows]
             member.cache.learn(member.key, member.step, latents[member.rows], own, first)
-        if stack is not None and member.wants and (residual := stack.residual(member.rows)) is not None:
-            member.cache.put(member.key, member.step, residual)
+        if stack is not None and member.wants and (ends := stack.ends(member.rows)) is not None:
+            member.cache.put(member.key, member.step, *ends)
         member.cache.did(member.key, member.step, computed=True)
 
 

@@ -22,6 +22,7 @@ from vllm_omni.diffusion.cache.request_cache import Forecast, Key
 from vllm_omni.diffusion.cache.store import CacheStore, ResidualShelf
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.kernels import ops
 
 
 class Look(Enum):
@@ -170,7 +171,8 @@ class GateCache:
         elif first is not None:
             keep(seen, FIRST, first)
 
-    def put(self, key: Key, step: int, residual: torch.Tensor) -> None:
+    def put(self, key: Key, step: int, after: torch.Tensor, before: torch.Tensor) -> None:
+        residual = ops.residual(after, before, after.dtype)
         if self.gate.look is Look.FIRST_BLOCK:
             seen = self._shelf(self._seen, key)
             if FIRST not in seen:

@@ -6,32 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_omni.diffusion.cache.selector import canonical_name
-from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.data import PRESETS, PROMISES, DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError, check_keys
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "high": {"mag_threshold": 0.06, "mag_max_skip_steps": 1, "mag_retention_ratio": 0.2},
-    "balanced": {"mag_threshold": 0.12, "mag_max_skip_steps": 2, "mag_retention_ratio": 0.15},
-    "fast": {"mag_threshold": 0.24, "mag_max_skip_steps": 5, "mag_retention_ratio": 0.1},
-    "paper": {
-        "mag_threshold": 0.24,
-        "mag_max_skip_steps": 5,
-        "mag_retention_ratio": 0.1,
-        "predictor": "reuse",
-        "compute_last_step": False,
-        "curve_resampling": "nearest",
-    },
-}
 _SHORT = {
     "threshold": "mag_threshold",
     "max_skip_steps": "mag_max_skip_steps",
     "retention_ratio": "mag_retention_ratio",
 }
-_OF_THE_ENGINE = {"memory_budget_mb", "mag_calibrate"}
+_OF_THE_ENGINE = {"memory_budget_mb", "mag_calibrate", "residual_dtype"}
 _FIELDS = set(DiffusionCacheConfig.model_fields) - _OF_THE_ENGINE
 
-_PROMISES = ("nfe", "speedup")
+_NAMES = ("auto", *PRESETS)
 _RULE = ("preset", *_SHORT, *_SHORT.values())
+__all__ = ["PRESETS", "Choice", "request_choice"]
 
 Choice = tuple[str, DiffusionCacheConfig] | None  # backend and settings, or no cache
 
@@ -43,8 +31,8 @@ def request_choice(asked: Any, engine: Choice) -> Choice:
     if isinstance(asked, str):
         if asked in ("off", "none"):
             return None
-        if asked not in PRESETS:
-            raise InvalidValueError("cache", asked, f"must be 'off', a dict, or one of {', '.join(map(repr, PRESETS))}")
+        if asked not in _NAMES:
+            raise InvalidValueError("cache", asked, f"must be 'off', a dict, or one of {', '.join(map(repr, _NAMES))}")
         asked = {"preset": asked}
     if not isinstance(asked, Mapping):
         raise InvalidValueError("cache", asked, "must be None, 'off', a preset's name or a dict of overrides")
@@ -55,9 +43,9 @@ def request_choice(asked: Any, engine: Choice) -> Choice:
     backend = canonical_name(asked.get("backend") or default)
     values = _engines_values(engine, backend)
     if (preset := asked.get("preset")) is not None:
-        if preset not in PRESETS:
-            raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, PRESETS))}")
-        values |= PRESETS[str(preset)]
+        if preset not in _NAMES:
+            raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, _NAMES))}")
+        values |= PRESETS.get(str(preset), {})
     for key, value in asked.items():
         if key not in ("enabled", "backend", "preset"):
             values[_long_name(str(key), backend)] = value
@@ -84,13 +72,16 @@ def _long_name(key: str, backend: str) -> str:
 
 
 def _one_plan(asked: Mapping[str, Any], values: dict[str, Any]) -> None:
-    """A plan named in the request (promise, mask or threshold rule) replaces the engine's, whatever kind that is."""
+    """A plan named in the request (promise, mask, preset or threshold rule) replaces the engine's, of whatever kind."""
     named = {key for key in asked if asked[key] is not None}
-    promise = next((name for name in _PROMISES if name in named), None)
+    promise = next((name for name in PROMISES if name in named), None)
     if promise and (rule := next((name for name in _RULE if name in named), None)):
         raise InvalidValueError(f"cache.{promise}", asked[promise], f"and {rule} each make the plan: give one")
     if "steps_mask" not in asked and (promise or named & {"mag_ratios", "profile", *_RULE}):
         values["steps_mask"] = None
-    for name in _PROMISES:
-        if name not in asked and named & {"steps_mask", *_PROMISES, *_RULE}:
+    plan = named & {"steps_mask", *PROMISES, *_RULE}
+    for name in PROMISES:
+        if name not in asked and plan:
             values[name] = None
+    if plan:
+        values["preset"] = asked.get("preset") if plan <= {"preset"} else None

@@ -16,26 +16,29 @@ def magcache_plan(
     max_skip_steps: int,
     retention_ratio: float,
     compute_last_step: bool = True,
+    others: Sequence[Sequence[float]] = (),
 ) -> Plan:
     """MagCache's threshold rule (Ma et al., NeurIPS 2025, arXiv 2506.09045, algorithm 1).
 
     From step int(rho T + 0.5) on, the magnitude error |1 - prod gamma| of keeping the last residual is summed; a step
     is skipped while the sum stays within `threshold` and the run within `max_skip_steps`. `ratios` is gamma, one per
     step. `compute_last_step` is our guard: magnitudes fall fastest at the end, where an error is not mended any more.
+    `others` are the curves of further guidance branches: the decision is joint, so the worst of the errors decides.
     """
     steps = len(ratios)
     retention = int(retention_ratio * steps + 0.5)
     plan = []
-    product, error, run = 1.0, 0.0, 0
+    curves = (ratios, *others)
+    products, errors, run = [1.0] * len(curves), [0.0] * len(curves), 0
     for step in range(steps):
         skip = False
         if step >= retention and step > 0:
-            product *= ratios[step]
+            products = [product * curve[step] for product, curve in zip(products, curves, strict=True)]
+            errors = [error + abs(1 - product) for error, product in zip(errors, products, strict=True)]
             run += 1
-            error += abs(1 - product)
-            skip = error <= threshold and run <= max_skip_steps
+            skip = max(errors) <= threshold and run <= max_skip_steps
         if not skip:
-            product, error, run = 1.0, 0.0, 0
+            products, errors, run = [1.0] * len(curves), [0.0] * len(curves), 0
         plan.append(not skip)
     if compute_last_step:
         plan[-1] = True

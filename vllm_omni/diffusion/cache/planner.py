@@ -1,10 +1,11 @@
 """The best plan for a promised number of full forwards: exact dynamic programming over expected errors. Pure.
 
-A cost table C[p, s, j] says what it costs to skip every step between the computed steps s and j, p being the computed
-step before s (p = s = 0 while there is but one). Every skipped step t pays the expected error of its forecast times
-|sigma_t - sigma_(t+1)|: what a wrong velocity moves the latents by. Gram costs divide that by sigma_t: a displacement
-at level sigma is one of the noise by 1 / sigma, and what the model then takes for noise shrinks with it (+8, +7 and
-+5 dB at 14, 9 and 7 of 28 forwards for `linear` on the demo). j = steps is the end of the run.
+Where a forecast builds on the last computed step alone, a cost table C[s, j] says what it costs to skip every step
+between the computed steps s and j, and planning takes full forwards x steps^2; where it builds on two, C[p, s, j] with
+p the computed step before s (p = s = 0 while there is but one), and steps times that. j = steps is the end of the run.
+Every skipped step t pays the expected error of its forecast times |sigma_t - sigma_(t+1)|: what a wrong velocity moves
+the latents by, divided by sigma_t: a displacement at level sigma is one of the noise by 1 / sigma, and
+what the model then takes for noise shrinks with it (docs/log.md has what that is worth, and which objectives lost).
 
 Prior art: shortest paths over cached steps (LeMiCa, NeurIPS 2025; DPCache's path-dependent costs, arXiv 2602.22654)
 with costs measured by running the model along every edge. Here they come from numbers that a profile has anyway, hence
@@ -25,24 +26,26 @@ def curve_costs(ratios: Sequence[float], sigmas: Sequence[float]) -> np.ndarray:
     """Costs from the magnitude curve alone: MagCache's error of reuse, |1 - prod gamma| (arXiv 2506.09045, eq. 5)."""
     height = np.cumsum(np.log(np.asarray(ratios, dtype=np.float64)))
     errors = np.abs(1 - np.exp(height[None, :] - height[:, None]))
-    return _accumulate(errors[None], _moves(sigmas))
+    return _accumulate(errors, _weight(sigmas))
 
 
-def gram_costs(gram: np.ndarray, sigmas: Sequence[float], predictor: str) -> np.ndarray:
+def gram_costs(gram: np.ndarray, sigmas: Sequence[float], predictor: str, gap: int | None = None) -> np.ndarray:
     """Costs from the residuals' Gram matrix: root of the expected squared error of this predictor's own forecasts.
 
     E||r_t - sum_j w_j r_j||^2 = w'G_AA w - 2 w'G_At + G_tt, exactly, for any weights w. Least squares attain the Schur
-    complement (L2P, arXiv 2604.26365, learns such weights); other predictors pay more. Predictors of three anchors are
-    planned as if they had the last two.
+    complement (L2P, arXiv 2604.26365, learns such weights); other predictors pay more. Predictors of
+    more are planned as if they had the last two. With `gap`, for schedules too long for pairs, so is every predictor of
+    two as if the computed step before the last always lay that many steps back.
     """
     weigh, order = PREDICTORS[predictor]
     steps = len(sigmas)
     step = np.arange(steps)
-    weight = _moves(sigmas) / np.maximum(np.abs(sigmas), np.finfo(np.float32).tiny)
-    if order == 1:
+    weight = _weight(sigmas)
+    if order == 1 or gap is not None:
         last, target = np.nonzero(step[:, None] < step[None, :])
-        errors = np.zeros((1, steps, steps))
-        errors[0, last, target] = forecast_error(gram, [last], target, weigh([last], target, sigmas, gram))
+        anchors = [last] if order == 1 or gap is None else [np.maximum(last - gap, 0), last]
+        errors = np.zeros((steps, steps))
+        errors[last, target] = forecast_error(gram, anchors, target, weigh(anchors, target, sigmas, gram))
         return _accumulate(errors, weight)
     errors = np.zeros((steps, steps, steps))
     first, later = np.zeros(steps - 1, dtype=int), step[1:]
@@ -67,15 +70,38 @@ def forecast_error(
 def best_plan(costs: np.ndarray, nfe: int, compute_last_step: bool = True) -> Plan:
     """The plan with exactly `nfe` computed steps and the least total cost; the first of equals, on every rank alike.
 
-    Bellman over (number of computed steps, the last two of them): D_n+1[s, j] = min_p D_n[p, s] + C[p, s, j]. The first
-    step computes, and with `compute_last_step` the last. ValueError where no such plan exists.
+    The first step computes, and with `compute_last_step` the last. ValueError where no such plan exists.
     """
-    steps = costs.shape[1]
+    steps = costs.shape[1] if costs.ndim == 3 else costs.shape[0]
     least = fewest_forwards(steps, compute_last_step)
     if not least <= nfe <= steps:
         raise ValueError(f"no plan of {steps} steps has {nfe} full forwards: from {least} to {steps}")
+    solve = _best_by_pairs if costs.ndim == 3 else _best_by_steps
+    computed = solve(costs, nfe, steps, compute_last_step)
+    return tuple(bool(flag) for flag in np.isin(np.arange(steps), computed))
+
+
+def _best_by_steps(costs: np.ndarray, nfe: int, steps: int, compute_last_step: bool) -> list[int]:
+    """Bellman over (number of computed steps, the last of them): D_n+1[j] = min_s D_n[s] + C[s, j]."""
     step = np.arange(steps)
-    onward = np.where(step[:, None] < step[None, :], costs[..., :steps], np.inf)
+    onward = np.where(step[:, None] < step, costs[:, :steps], np.inf)
+    least = np.full(steps, np.inf)
+    least[0] = 0.0
+    came_from = []
+    for _ in range(nfe - 1):
+        paths = least[:, None] + onward
+        came_from.append(np.argmin(paths, axis=0))
+        least = np.take_along_axis(paths, came_from[-1][None], axis=0)[0]
+    computed = [steps - 1 if compute_last_step else int(np.argmin(least + costs[:, steps]))]
+    for earlier in reversed(came_from):
+        computed.append(int(earlier[computed[-1]]))
+    return computed
+
+
+def _best_by_pairs(costs: np.ndarray, nfe: int, steps: int, compute_last_step: bool) -> list[int]:
+    """Bellman over (number of computed steps, the last two): D_n+1[s, j] = min_p D_n[p, s] + C[p, s, j]."""
+    step = np.arange(steps)
+    onward = np.where(step[:, None] < step, costs[..., :steps], np.inf)
     tables = [np.full((steps, steps), np.inf)]
     tables[0][0, 0] = 0.0
     for _ in range(nfe - 1):
@@ -86,20 +112,19 @@ def best_plan(costs: np.ndarray, nfe: int, compute_last_step: bool = True) -> Pl
     before, last = np.unravel_index(np.argmin(ends), ends.shape)
     computed = [int(last)]
     for table in reversed(tables[:-1]):
-        pair_costs = np.broadcast_to(onward, (steps, steps, steps))[:, before, last]
-        earlier = np.argmin(table[:, before] + pair_costs)
+        earlier = np.argmin(table[:, before] + onward[:, before, last])
         computed.append(int(before))
         before, last = earlier, before
-    return tuple(bool(flag) for flag in np.isin(step, computed))
+    return computed
 
 
 def plan_cost(costs: np.ndarray, plan: Plan) -> float:
     """What `best_plan` minimises, of any plan that computes step 0."""
-    steps = costs.shape[1]
-    table = np.broadcast_to(costs, (steps, steps, steps + 1))
     computed = [step for step, compute in enumerate(plan) if compute]
-    before = [0, *computed[:-1]]
-    return float(sum(table[p, s, j] for p, s, j in zip(before, computed, [*computed[1:], steps], strict=True)))
+    onward = [*computed[1:], len(plan)]
+    if costs.ndim == 2:
+        return float(costs[computed, onward].sum())
+    return float(costs[[0, *computed[:-1]], computed, onward].sum())
 
 
 def fewest_forwards(steps: int, compute_last_step: bool = True) -> int:
@@ -107,13 +132,13 @@ def fewest_forwards(steps: int, compute_last_step: bool = True) -> int:
     return 2 if steps > 1 and compute_last_step else 1
 
 
-def _moves(sigmas: Sequence[float]) -> np.ndarray:
-    """|sigma_t - sigma_(t+1)|; the level after the last step is 0."""
-    return np.abs(np.diff([*sigmas, 0.0]))
+def _weight(sigmas: Sequence[float]) -> np.ndarray:
+    """|sigma_t - sigma_(t+1)| / sigma_t; the level after the last step is 0."""
+    return np.abs(np.diff([*sigmas, 0.0])) / np.maximum(np.abs(sigmas), np.finfo(np.float32).tiny)
 
 
 def _accumulate(errors: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """C[p, s, j] from the error E[p, s, t] of each skipped step: the weighted sum over t between s and j."""
+    """C[..., s, j] from the error E[..., s, t] of each skipped step: the weighted sum over t between s and j."""
     step = np.arange(len(weight))
-    paid = np.where(step[:, None] < step[None, :], errors * weight, 0.0)
-    return np.concatenate([np.zeros((*paid.shape[:2], 1)), np.cumsum(paid, axis=-1)], axis=-1)
+    paid = np.where(step[:, None] < step, errors * weight, 0.0)
+    return np.concatenate([np.zeros((*paid.shape[:-1], 1)), np.cumsum(paid, axis=-1)], axis=-1)

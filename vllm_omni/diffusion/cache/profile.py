@@ -17,19 +17,29 @@ from pydantic import Field, field_validator, model_validator
 
 from vllm_omni.diffusion.data import PredictorName, as_curve
 from vllm_omni.diffusion.settings import Settings
+from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
 
 PROFILE_DIR = Path(__file__).parent / "profiles"
 MAX_PROFILE_BYTES = 64 * 2**20
+FORMAT = 2
+MAX_STEPS = 1000
+LARGEST = 1e12  # of any measured number: beyond it, squares and products overflow where nobody looks
 
 
 class CacheProfile(Settings):
     """`ratios` is gamma per step (1 first); `gram[s][t]` the mean of <r_s, r_t> over tokens, prompts and branches.
 
-    `predictor` is the one that was nearest to the uncached latents when the profile was made.
+    `predictor` is the one that was nearest to the uncached latents when the profile was made, and `forwards` the fewest
+    full forwards of its steps that were found good on pictures it had not seen (the preset "auto"). `branches` and
+    `branch_grams` hold the same per guidance branch.
     """
 
-    name: str = Field(min_length=1)
+    format: int = FORMAT
+    name: str = Field(min_length=1, max_length=200)
     transformer_class: str
     models: tuple[str, ...] = ()
     fingerprint: str | None = None
@@ -37,8 +47,17 @@ class CacheProfile(Settings):
     sigmas: tuple[float, ...] | None = None
     gram: tuple[tuple[float, ...], ...] | None = None
     predictor: PredictorName | None = None
+    forwards: int | None = Field(default=None, ge=2)
     branches: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    branch_grams: dict[str, tuple[tuple[float, ...], ...]] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format(cls, values: dict[str, Any]) -> dict[str, Any]:
+        if (found := values.setdefault("format", FORMAT)) != FORMAT:
+            raise InvalidValueError("format", found, f"must be {FORMAT}; calibrate again to have it in this one")
+        return values
 
     @field_validator("ratios", mode="before")
     @classmethod
@@ -48,14 +67,25 @@ class CacheProfile(Settings):
     @model_validator(mode="after")
     def _shapes(self) -> CacheProfile:
         steps = len(self.ratios)
+        if steps > MAX_STEPS:
+            raise InvalidValueError("ratios", steps, f"must be of at most {MAX_STEPS} steps")
+        if self.forwards is not None and self.forwards > steps:
+            raise InvalidValueError("forwards", self.forwards, f"must be at most the number of steps, {steps}")
+        for field, curve in {"ratios": self.ratios, **{f"branches.{b}": c for b, c in self.branches.items()}}.items():
+            if len(curve) != steps or not all(1 / LARGEST < ratio < LARGEST for ratio in curve):
+                fix = f"must be {steps} numbers between {1 / LARGEST:g} and {LARGEST:g}"
+                raise InvalidValueError(field, curve, fix)
         if self.sigmas is not None and len(self.sigmas) != steps:
             raise InvalidValueError("sigmas", len(self.sigmas), f"must have one value per step, {steps}")
-        if self.gram is not None:
-            matrix = np.asarray(self.gram, dtype=np.float64) if len({len(r) for r in self.gram}) == 1 else np.empty(0)
-            if matrix.shape != (steps, steps) or not np.isfinite(matrix).all() or self.sigmas is None:
-                raise InvalidValueError("gram", matrix.shape, f"must be a finite {steps} x {steps} matrix, with sigmas")
-            if not np.allclose(matrix, matrix.T, rtol=1e-3) or np.linalg.eigvalsh(matrix)[0] < -1e-3 * matrix.trace():
-                raise InvalidValueError("gram", matrix.shape, "must be symmetric and positive semi-definite")
+        for sigma in self.sigmas or ():
+            if not 0 <= sigma < LARGEST:
+                raise InvalidValueError("sigmas", sigma, f"must be noise levels from 0 to {LARGEST:g}")
+        grams = {"gram": self.gram, **{f"branch_grams.{b}": g for b, g in self.branch_grams.items()}}
+        for field, rows in grams.items():
+            if rows is not None:
+                _check_gram(field, rows, steps)
+        if self.gram is not None and self.sigmas is None:
+            raise InvalidValueError("sigmas", None, "must be given with gram")
         return self
 
     def __hash__(self) -> int:
@@ -66,24 +96,38 @@ class CacheProfile(Settings):
         path.write_text(self.model_dump_json(indent=1) + "\n")
 
 
+def _check_gram(field: str, rows: tuple[tuple[float, ...], ...], steps: int) -> None:
+    matrix = np.asarray(rows, dtype=np.float64) if len({len(row) for row in rows}) == 1 else np.empty(0)
+    if matrix.shape != (steps, steps) or not (np.abs(matrix) < LARGEST).all():
+        raise InvalidValueError(field, matrix.shape, f"must be a {steps} x {steps} matrix of numbers below {LARGEST:g}")
+    lowest = -1e-3 * matrix.trace() / steps
+    symmetric = np.allclose(matrix, matrix.T, rtol=1e-3)
+    if not symmetric or np.diag(matrix).min() < 0 or np.linalg.eigvalsh(matrix)[0] < lowest:
+        raise InvalidValueError(field, matrix.shape, "must be symmetric and positive semi-definite")
+
+
 def load_profile(path: Path) -> CacheProfile:
     """Read a profile file; `InvalidValueError` naming the file and what is wrong with it."""
     if not path.is_file():
-        raise InvalidValueError("profile", str(path), f"must be a profile file or one of {', '.join(profile_names())}")
+        raise InvalidValueError("profile", str(path), "must be a profile file, or a name such as 'demo'")
     if path.stat().st_size > MAX_PROFILE_BYTES:
         raise InvalidValueError("profile", str(path), f"must be smaller than {MAX_PROFILE_BYTES >> 20} MiB")
     try:
         content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # torn, not text, a number or nesting without end
         raise InvalidValueError("profile", str(path), f"must hold a complete JSON profile ({error})") from None
     try:
+        if isinstance(content, dict) and "format" not in content:
+            content["format"] = 1  # files of the first format did not say so
         return CacheProfile.from_dict(content)
     except InvalidValueError as error:
         raise InvalidValueError("profile", str(path), f"must hold a valid profile ({error})") from None
 
 
-def profile_names() -> list[str]:
-    return sorted(file.stem for file in PROFILE_DIR.glob("*.json"))
+def profile_names(transformer_class: str | None = None) -> list[str]:
+    """The shipped profiles; with a class, those of its checkpoints."""
+    names = sorted(file.stem for file in PROFILE_DIR.glob("*.json"))
+    return [n for n in names if transformer_class in (None, shipped_profile(n).transformer_class)]
 
 
 @cache
@@ -106,12 +150,28 @@ def _loaded(path: Path, changed: int) -> CacheProfile:
 
 
 def find_profile(model_name: str, fingerprint: str) -> CacheProfile | None:
-    """The shipped profile of this very checkpoint: by fingerprint of the weights, or by hub id."""
-    profiles = [shipped_profile(name) for name in profile_names()]
+    """The profile of this very checkpoint: by the hash of its weights, or, of those without a hash, by hub id.
+
+    Looks among the user's own (`profile_folder()`), then among those that come with the package. A file of the user's
+    that cannot be read is passed over with a warning.
+    """
+    profiles = [*_users_profiles(), *(shipped_profile(name) for name in profile_names())]
     for profile in profiles:
         if profile.fingerprint == fingerprint:
             return profile
-    return next((profile for profile in profiles if model_name in profile.models), None)
+    return next((p for p in profiles if p.fingerprint is None and model_name in p.models), None)
+
+
+def _users_profiles() -> list[CacheProfile]:
+    """The newest first."""
+    profiles = []
+    files = [(file.stat().st_mtime_ns, file) for file in profile_folder().glob("*.json")]
+    for changed, file in sorted(files, reverse=True):
+        try:
+            profiles.append(_loaded(file, changed))
+        except InvalidValueError as error:
+            logger.warning("passed over: %s", error)
+    return profiles
 
 
 def fingerprint(module: torch.nn.Module) -> str:
@@ -120,7 +180,7 @@ def fingerprint(module: torch.nn.Module) -> str:
     LoRA adapters beside the weights do not count: a request may run without them.
     """
     digest = hashlib.sha256()
-    for name, weight in sorted(module.named_parameters(), key=lambda pair: pair[0].replace('.base_layer', '')):
+    for name, weight in sorted(module.named_parameters(), key=lambda pair: pair[0].replace(".base_layer", "")):
         if ".lora_" in name:
             continue
         digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode())

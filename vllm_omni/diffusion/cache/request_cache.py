@@ -12,6 +12,7 @@ import torch
 from vllm_omni.diffusion.cache.plan import Plan
 from vllm_omni.diffusion.cache.predictor import Terms
 from vllm_omni.diffusion.cache.store import CacheStore, ResidualShelf
+from vllm_omni.kernels import ops
 
 Key = tuple[str, str]  # (denoiser, branch)
 Forecast = list[tuple[torch.Tensor, float]]  # residuals (rows, tokens, channels) and their weights
@@ -42,8 +43,12 @@ class CachePlan:
 class RequestCache:
     """The state of one request; residuals are keyed by denoiser, branch and step, and never leave it."""
 
-    def __init__(self, plan: CachePlan, store: CacheStore, settings: dict[str, object]) -> None:
+    def __init__(
+        self, plan: CachePlan, store: CacheStore, settings: dict[str, object], dtype: torch.dtype | None = None
+    ) -> None:
+        """`dtype` is what residuals are kept in; None is the model's own."""
         self._plan = plan
+        self._dtype = dtype
         self._settings = settings
         self._store = store
         self._shelves: dict[Key, ResidualShelf] = {}
@@ -76,10 +81,11 @@ class RequestCache:
         """Whether the residual of a computed `step` is worth taking."""
         return step < len(self.plan.needed_after) and step in self.plan.needed_after[step]
 
-    def put(self, key: Key, step: int, residual: torch.Tensor) -> None:
-        """Keep a residual. Where one branch finds no room, all branches compute: the decision is joint."""
+    def put(self, key: Key, step: int, after: torch.Tensor, before: torch.Tensor) -> None:
+        """Keep the residual after - before. Where one branch finds no room, all compute: the decision is joint."""
         if step in self._refused:
             return
+        residual = ops.residual(after, before, self._dtype or after.dtype)
         if key not in self._shelves:
             self._shelves[key] = ResidualShelf(self._store)
         if not self._shelves[key].put(step, residual):

@@ -33,6 +33,11 @@ class StackBackend(CacheBackend):
         self._session: Session | None = None
         self._modules: list[torch.nn.Module] = []
 
+    @property
+    def profile_name(self) -> str | None:
+        """Of the calibrated profile in use, where the backend has one."""
+        return None
+
     @abstractmethod
     def check(self, config: DiffusionCacheConfig, steps: int | None = None) -> None:
         """Refuse settings that this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""

@@ -190,7 +190,7 @@ class BlockStack:
 
     @contextmanager
     def tapped(self) -> Iterator[BlockStack]:
-        """Within, a forward runs every block, and afterwards `residual()` tells what they added."""
+        """Within, a forward runs every block, and afterwards `ends()` tells what they changed."""
         self.enter()
         try:
             yield self
@@ -223,17 +223,17 @@ class BlockStack:
         return noted[0]
 
     def first_residual(self, rows: slice = slice(None)) -> torch.Tensor | None:
-        """Like `residual`, of the first block alone."""
+        """out - in of the first block alone."""
         if self._input is None or self._first_output is None:
             return None
         return self._first_output[rows] - self._input[rows]
 
-    def residual(self, rows: slice = slice(None)) -> torch.Tensor | None:
-        """out - in of the image tokens for `rows` of the last tapped forward, shape (rows, tokens, channels).
+    def ends(self, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(after, before) the blocks: the image tokens of `rows` of the last tapped forward, (rows, tokens, channels).
 
         A tail that returns the fused text+image sequence has the image tokens last.
         """
         if self._input is None or self._output is None:
             return None
         before = self._input[rows]
-        return self._output[rows, -before.shape[1] :] - before
+        return self._output[rows, -before.shape[1] :], before

@@ -7,12 +7,14 @@ thread-local and greenlets share the thread, so a pipeline's own `no_grad` would
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from diffusers import DiffusionPipeline
 from greenlet import greenlet
 
 from vllm_omni.diffusion.denoisers import DENOISER_NAMES
@@ -78,6 +80,8 @@ class PipelineTask:
         own["_progress_bar_config"] = {"disable": True}
         own["maybe_free_model_hooks"] = _nothing  # the model outlives the request
         own.pop("_num_timesteps", None)
+        if isinstance(pipeline, DiffusionPipeline):
+            self.pipeline.__class__ = _on_device(type(pipeline), pipeline._execution_device)  # type: ignore[arg-type]
         for name in DENOISER_NAMES:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)
@@ -115,6 +119,12 @@ class PipelineTask:
     def _park(self, call: DenoiserCall) -> Any:
         assert self._engine is not None
         return self._engine.switch(call)
+
+
+@functools.lru_cache(maxsize=32)
+def _on_device(pipeline_class: type, device: torch.device) -> type:
+    """The class with its execution device known: diffusers walks every module for it, five times a request."""
+    return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
 
 
 def _nothing() -> None:

@@ -21,6 +21,7 @@ from vllm_omni.diffusion.hooks.block_stack import BlockStack
 from vllm_omni.diffusion.worker.adapters import AdapterSwitch
 from vllm_omni.diffusion.worker.batching import CallBinder, row_slices, take_rows
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Event, Failed, Finished, PipelineTask
+from vllm_omni.diffusion.worker.pace import Pace, Stopwatch, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.inputs.lora import Adapters
 from vllm_omni.logger import init_logger
@@ -58,6 +59,8 @@ class RequestState:
     undecided: bool = False  # its gate must look at the call first
     key: Hashable = None
     memory: dict[int, Any] = field(default_factory=dict)
+    size: Hashable = None  # what `pace` knows it by
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
     def skips(self) -> bool:
@@ -94,6 +97,7 @@ class ModelRunner:
         self.pipeline = pipeline
         self.modules = {n: m for n in DENOISER_NAMES if isinstance(m := vars(pipeline).get(n), torch.nn.Module)}
         self.binders = {n: CallBinder(n, m, DENOISERS.get(_class_name(m))) for n, m in self.modules.items()}
+        self.pace = Pace()
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, lora_modules or {})
         for name in (n for n, binder in self.binders.items() if binder.spec is None):
@@ -116,7 +120,9 @@ class ModelRunner:
         self.adapters.use(adapters)  # text encoders can have adapters too
         if preview_every is not None and can_preview(self.pipeline):
             state.preview_every, state.clock.observe = preview_every, state.observe
-        self._arrive(state, task.resume())
+        event = task.resume()
+        state.watch.encoding = time.perf_counter() - state.started
+        self._arrive(state, event)
         return state
 
     def run(self, states: Sequence[RequestState]) -> None:
@@ -124,15 +130,25 @@ class ModelRunner:
         if states[0].undecided:
             self._decide(states)
             return
+        timed = len(states) == 1 and self.pace.times(states[0].size, states[0].skips)
+        began = time.perf_counter()
         results = self._each_or_errors(states, self._forward)
+        if timed:
+            self.pace.wait()
         now = time.perf_counter()
         for state, result in zip(states, results, strict=True):
             state.denoising = now - state.started
             failed = isinstance(result, Exception)
-            resumed = time.perf_counter()
-            self._arrive(state, state.task.throw(result) if failed else state.task.resume(result))
-            if isinstance(state.event, Finished | Failed):
-                state.decoding = time.perf_counter() - resumed
+            step, skipped, resumed = state.step, state.skips, time.perf_counter()
+            event = state.task.throw(result) if failed else state.task.resume(result)
+            ended = isinstance(event, Finished | Failed)
+            took = time.perf_counter() - resumed
+            self.pace.note(state.size, state.watch, step, now - began + (0.0 if ended else took), timed, skipped)
+            if ended:
+                state.decoding = took
+            if isinstance(event, Finished):
+                self.pace.finish(state.size, state.watch, took)
+            self._arrive(state, event)
             if state.observed is not None:
                 self._preview(state, *state.observed)
 
@@ -163,7 +179,7 @@ class ModelRunner:
         state.rows = binder.rows(state.arguments)
         moment = state.clock.locate(call.denoiser, call.branch)
         if moment.run != state.run:
-            self._begin_schedule(state, moment.run)
+            self._begin_schedule(state, call.denoiser, moment.run)
         state.step = moment.step
         state.member, state.forecast, state.undecided = None, None, False
         if state.cache is not None and state.backend is not None and call.denoiser in state.backend.stacks:
@@ -195,14 +211,16 @@ class ModelRunner:
     def _batch_key(self, state: RequestState, binder: CallBinder) -> Hashable:
         return binder.key(state.arguments, state.request_id, state.memory), state.adapters
 
-    def _begin_schedule(self, state: RequestState, run: int) -> None:
+    def _begin_schedule(self, state: RequestState, denoiser: str, run: int) -> None:
         state.run = run
         state.steps, state.sigmas = state.clock.schedule()
         if state.cache is not None:
             state.cache.drop()
+        state.size = size_of(denoiser, state.arguments, state.task.arguments)
         if state.backend is not None:
+            config = self.pace.settle(state.config, state.size, state.steps) if state.config is not None else None
             state.cache = state.backend.refresh(
-                state.task.pipeline, state.steps, verbose=False, request_id=state.request_id, config=state.config
+                state.task.pipeline, state.steps, verbose=False, request_id=state.request_id, config=config
             )
 
     def _decide(self, states: Sequence[RequestState]) -> None:

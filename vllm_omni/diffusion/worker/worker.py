@@ -83,7 +83,7 @@ class DiffusionWorker:
     def profile_name(self) -> str | None:
         """Of the cache profile in use by default."""
         backend = self._backends.get(self._default[0]) if self._default is not None else None
-        return backend.profile.name if backend is not None and backend.profile is not None else None
+        return backend.profile_name if backend is not None else None
 
     @property
     def defaults(self) -> dict[str, Any]:

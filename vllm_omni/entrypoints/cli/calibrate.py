@@ -6,9 +6,11 @@ import argparse
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from math import exp, log
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -18,17 +20,23 @@ from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
 from vllm_omni.entrypoints.cli.generate import parse_size
+from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.data import check_text
 
 CHECKED_PROMPTS = 4
+CHECKED_SPEEDUPS = (2.0, 3.0, 4.0)
+WORST_DB = 30.0
+JUDGED_PAIRS = 64
+HELD_OUT_SEEDS = 49_000  # away from calibration's
+MAX_LINES = 100_000
 
 
 def calibrate(pipeline: Any, prompts: Sequence[str], name: str, seed: int = 0, **arguments: Any) -> CacheProfile:
     """A profile of `pipeline`'s checkpoint, averaged over `prompts` (seeds count up); `arguments` go to its call.
 
     Afterwards a few of the prompts run with other seeds, to find which predictor stays nearest to the uncached latents
-    under the default plan.
+    under plans made for it.
     """
     backend = MagCacheBackend(DiffusionCacheConfig(mag_calibrate=True))
     with _enabled(backend, pipeline):
@@ -40,7 +48,7 @@ def calibrate(pipeline: Any, prompts: Sequence[str], name: str, seed: int = 0, *
         name,
         type(pipeline.transformer).__name__,
         fingerprint(pipeline.transformer),
-        prompts_sha256=hashlib.sha256("\n".join(prompts).encode()).hexdigest(),
+        prompts_sha256=sha256_of(prompts),
         scheduler=type(scheduler).__name__,
         scheduler_config={k: v for k, v in scheduler.config.items() if "shift" in k},
         arguments=arguments,
@@ -56,16 +64,71 @@ def calibrate(pipeline: Any, prompts: Sequence[str], name: str, seed: int = 0, *
 def compare_predictors(
     pipeline: Any, profile: CacheProfile, prompts: Sequence[str], seed: int, arguments: dict[str, Any]
 ) -> dict[str, float]:
-    """Each predictor's mean distance to the uncached latents, relative to their norm, under the default plan."""
+    """Each predictor's distance to the uncached latents, relative to their norm, under its own plans.
+
+    The geometric mean over prompts and over speed-ups of 2 to 4: a decibel counts the same at each.
+    """
     exact = [_latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
     errors = {}
-    for predictor in PREDICTORS:
-        backend = MagCacheBackend(DiffusionCacheConfig(mag_ratios=profile.ratios))
-        with _enabled(backend, pipeline, profile.model_copy(update={"predictor": predictor})):  # what `auto` then takes
-            got = [_latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
-        away = [((a - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
-        errors[predictor] = round(sum(away) / len(away), 6)
+    for predictor in tqdm(PREDICTORS, desc="predictors", unit="predictor"):
+        away = []
+        for speedup in CHECKED_SPEEDUPS:
+            nfe = max(2, round(len(profile.ratios) / speedup))
+            backend = _cache(profile, nfe=nfe, predictor=predictor)
+            with _enabled(backend, pipeline, profile):
+                got = [_latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
+            away += [max(((a - b).norm() / b.norm()).item(), 1e-9) for a, b in zip(got, exact, strict=True)]
+        errors[predictor] = round(exp(sum(map(log, away)) / len(away)), 6)
     return errors
+
+
+def judge(pipeline: Any, profile: CacheProfile, prompts: Sequence[str], seed: int, **arguments: Any) -> CacheProfile:
+    """`profile` with `forwards`: the fewest full forwards that are good on `prompts`, which calibration has not seen.
+
+    Good: PSNR to the uncached picture (floats) is at least 30 dB on every prompt, and on average above that of the
+    uncached picture with as many steps. The provenance keeps what was measured on the way.
+    """
+    exact = _pictures(pipeline, prompts, seed, arguments)
+    table: dict[str, dict[str, float]] = {}
+    chosen = None
+    for nfe in range(2, len(profile.ratios) + 1):
+        with _enabled(_cache(profile, nfe=nfe), pipeline, profile):
+            cached = decibels(_pictures(pipeline, prompts, seed, arguments), exact)
+        fewer = decibels(_pictures(pipeline, prompts, seed, arguments | {"num_inference_steps": nfe}), exact)
+        table[str(nfe)] = {
+            "mean_db": round(float(cached.mean()), 2),
+            "worst_db": round(float(cached.min()), 2),
+            "fewer_steps_mean_db": round(float(fewer.mean()), 2),
+            "fewer_steps_worst_db": round(float(fewer.min()), 2),
+        }
+        if cached.min() >= WORST_DB and cached.mean() > fewer.mean():
+            chosen = nfe
+            break
+    judged = {"prompts": len(prompts), "prompts_sha256": sha256_of(prompts), "seed": seed, "forwards": table}
+    return profile.model_copy(update={"forwards": chosen, "provenance": profile.provenance | {"held_out": judged}})
+
+
+def decibels(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
+    """PSNR per picture, of pictures from 0 to 1."""
+    squared = ((got - exact) ** 2).reshape(len(exact), -1).mean(axis=1)
+    return -10 * np.log10(np.maximum(squared, 1e-30))
+
+
+def sha256_of(prompts: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+
+
+def _cache(profile: CacheProfile, **settings: Any) -> MagCacheBackend:
+    return MagCacheBackend(DiffusionCacheConfig(mag_ratios=profile.ratios, **settings))
+
+
+def _pictures(pipeline: Any, prompts: Sequence[str], seed: int, arguments: dict[str, Any]) -> np.ndarray:
+    rows = []
+    for index, prompt in enumerate(prompts):
+        generator = torch.Generator("cpu").manual_seed(seed + index)
+        images = pipeline(prompt, generator=generator, output_type="np", return_dict=False, **arguments)[0]
+        rows.append(np.asarray(images[0], dtype=np.float64))
+    return np.stack(rows)
 
 
 @contextmanager
@@ -94,9 +157,18 @@ def read_prompts(file: Path, limit: int) -> list[str]:
     return [lines[index * len(lines) // count] for index in range(count)]
 
 
+def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Every other line calibrates, beginning with the first; those between are held out, to judge by."""
+    return list(prompts[0::2]), list(prompts[1::2])
+
+
 def run(args: argparse.Namespace) -> int:
     """Write the profile and its chart."""
+    held_out: list[str] = []
     prompts = read_prompts(Path(args.prompts), args.limit)
+    if args.hold_out:
+        prompts, held_out = split(read_prompts(Path(args.prompts), MAX_LINES))
+        prompts, held_out = prompts[: args.limit], held_out[:JUDGED_PAIRS]
     width, height = parse_size(args.size)
     asked = {
         "num_inference_steps": args.steps,
@@ -111,12 +183,17 @@ def run(args: argparse.Namespace) -> int:
         )
     )
     profile = calibrate(pipeline, prompts, args.name or Path(args.model).name, args.seed, **arguments)
-    out = Path(args.out)
+    if held_out:
+        profile = judge(pipeline, profile, held_out, args.seed + HELD_OUT_SEEDS, **arguments)
+    out = Path(args.out) if args.out else profile_folder() / f"{profile.name}-{profile.fingerprint}.json"
     profile.save(out)
     draw(profile, out.with_suffix(".png"))
     print(f"{'step':>4} {'sigma':>7} {'gamma':>8}")
     for step, (sigma, ratio) in enumerate(zip(profile.sigmas or (), profile.ratios, strict=True)):
         print(f"{step:4} {sigma:7.4f} {ratio:8.5f}")
+    for nfe, row in profile.provenance.get("held_out", {}).get("forwards", {}).items():
+        print(f"{nfe:>3} full forwards: {row['mean_db']:.1f} dB, worst {row['worst_db']:.1f}; as many steps: ", end="")
+        print(f"{row['fewer_steps_mean_db']:.1f} dB, worst {row['fewer_steps_worst_db']:.1f}")
     print(f"{out}: {len(prompts)} prompts, {len(profile.ratios)} steps; best predictor: {profile.predictor}")
     print(f"chart: {out.with_suffix('.png')}")
     return 0

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_omni import check
+from vllm_omni.entrypoints.cli import quality
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.outputs.media import VIDEO_FORMATS
 from vllm_omni.version import __version__
@@ -31,8 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_generate(commands)
     _add_calibrate(commands)
+    quality.add_arguments(commands.add_parser("quality", help="a report: settings and peers against uncached pictures"))
     commands.add_parser("serve", help="an OpenAI-compatible image server", add_help=False)
-    if words[:1] not in (["serve"], ["generate"], ["calibrate"]) and "--omni" in sys.argv:
+    if words[:1] not in (["serve"], ["generate"], ["calibrate"], ["quality"]) and "--omni" in sys.argv:
         what = f"`vllm {words[0]} --omni`" if words else "`vllm --omni`"
         parser.error(f"{what} is nothing for diffusion models; leave --omni out, and vLLM handles it itself")
     serving = words[:1] == ["serve"]
@@ -49,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return run_serve(words[1:])
         if args.command == "generate":
             from vllm_omni.entrypoints.cli.generate import run
+        elif args.command == "quality":
+            run = quality.run
         else:
             from vllm_omni.entrypoints.cli.calibrate import run
         return run(args)
@@ -125,7 +129,14 @@ def _add_calibrate(commands: Any) -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed of the first prompt, counted up (default 0)")
     parser.add_argument("--name", help="the profile's name (default: the model's)")
     parser.add_argument(
-        "--out", required=True, metavar="FILE", help="profile file to write (.json); a chart goes beside it"
+        "--hold-out",
+        action="store_true",
+        help="keep every second line out of calibration, and choose the preset 'auto' on up to 64 of those",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        help="profile file to write (.json), a chart beside it (default: where the engine finds it by itself)",
     )
 
 

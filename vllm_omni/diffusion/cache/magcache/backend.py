@@ -8,17 +8,23 @@ import torch
 
 from vllm_omni.diffusion.cache.calibration import Calibration
 from vllm_omni.diffusion.cache.forward import Record
-from vllm_omni.diffusion.cache.magcache.plan import choose_predictor, plan_request, promised_forwards
+from vllm_omni.diffusion.cache.magcache.plan import (
+    choose_predictor,
+    plan_request,
+    preset_forwards,
+    promised_forwards,
+)
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.profile import CacheProfile, find_profile, fingerprint, named_profile, profile_names
 from vllm_omni.diffusion.cache.request_cache import CachePlan, RequestCache
 from vllm_omni.diffusion.cache.stack_backend import StackBackend
-from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.data import PROMISES, DiffusionCacheConfig
 from vllm_omni.diffusion.denoisers import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
+_KEPT_AS = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class MagCacheBackend(StackBackend):
@@ -33,11 +39,15 @@ class MagCacheBackend(StackBackend):
                 raise InvalidValueError(name, value, "is a TeaCache setting, magcache has no use for it; leave it out")
         self.calibration = Calibration() if config.mag_calibrate else None
         self._ratios: tuple[float, ...] | None = None
-        self._class = ""
+        self._class = self._fingerprint = ""
 
     def _spec(self, class_name: str) -> DenoiserSpec | None:
         strategy = MagCacheStrategyRegistry.get_if_exists(class_name)
         return strategy.spec if strategy is not None else None
+
+    @property
+    def profile_name(self) -> str | None:
+        return self.profile.name if self.profile is not None else None
 
     def plan(self, steps: int, sigmas: tuple[float, ...], config: DiffusionCacheConfig | None = None) -> CachePlan:
         """What a request of `steps` would do; pure, cheap, and the same on every rank."""
@@ -50,46 +60,67 @@ class MagCacheBackend(StackBackend):
 
     def check(self, config: DiffusionCacheConfig, steps: int | None = None) -> None:
         """Refuse settings that this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
-        if steps is not None:
+        if steps is not None and config.seconds is None:
             promised_forwards(config, steps)
-        self.plan(2, (1.0, 0.5), config.model_copy(update={"nfe": None, "speedup": None}))
+        self.plan(2, (1.0, 0.5), config.model_copy(update=dict.fromkeys(PROMISES)))
 
     def _record(self, steps: int, sigmas: tuple[float, ...], config: DiffusionCacheConfig | None = None) -> Record:
         if self.calibration is not None:
             return self.calibration.record(steps, sigmas)
         config = config or self.config
         profile = self._profile_for(config)
-        rule = {
+        plan = self.plan(steps, sigmas, config)
+        settings: dict[str, object] = {
+            "backend": "magcache",
+            **self._made_of(config, profile, steps),
+            "planned_forwards": plan.full_forwards,
+            "predictor": choose_predictor(config, profile),
+            "profile": profile.name if profile is not None else None,
+        }
+        return RequestCache(plan, self.store, settings, _KEPT_AS[self.config.residual_dtype])
+
+    def _made_of(self, config: DiffusionCacheConfig, profile: CacheProfile | None, steps: int) -> dict[str, object]:
+        """What the plan was made of, for the output: the promise, the preset or the mask, else the rule's settings."""
+        if config.promise:
+            return {**config.promise}
+        if config.steps_mask is not None:
+            return {"steps_mask": config.steps_mask}
+        preset = {} if config.preset is None else {"preset": config.preset}
+        if preset_forwards(config, profile, steps) is not None:
+            return {**preset}
+        return preset | {
             "threshold": config.mag_threshold,
             "max_skip_steps": config.mag_max_skip_steps,
             "retention_ratio": config.mag_retention_ratio,
         }
-        settings: dict[str, object] = {
-            "backend": "magcache",
-            **(config.promise or rule),
-            "predictor": choose_predictor(config, profile),
-            "profile": profile.name if profile is not None else None,
-        }
-        return RequestCache(self.plan(steps, sigmas, config), self.store, settings)
 
     def _profile_for(self, config: DiffusionCacheConfig) -> CacheProfile | None:
-        return self._named(config.profile) if config.profile not in (None, self.config.profile) else self.profile
+        if config.profile in (None, self.config.profile):
+            return self.profile
+        return self._named(config.profile, config.profile_insist)
 
-    def _named(self, name: str) -> CacheProfile:
+    def _named(self, name: str, insist: bool) -> CacheProfile:
         profile = named_profile(name)
         if profile.transformer_class != self._class:
             raise InvalidValueError(
                 "profile", name, f"must be of a {self._class}, not of a {profile.transformer_class}"
             )
+        if not insist and profile.fingerprint not in (None, self._fingerprint):
+            raise InvalidValueError(
+                "profile",
+                name,
+                f"was measured on other weights (hash {profile.fingerprint}, these: {self._fingerprint}); calibrate "
+                "this checkpoint, or take it all the same with profile_insist=True",
+            )
         return profile
 
     def _found(self, module: torch.nn.Module, model_name: str) -> None:
         """The profile named in the settings, or the checkpoint's own; a curve that the user gave comes first."""
-        self._class = _class_name(module)
+        self._class, self._fingerprint = _class_name(module), fingerprint(module)
         if self.config.profile:
-            self.profile = self._named(self.config.profile)
+            self.profile = self._named(self.config.profile, self.config.profile_insist)
         else:
-            self.profile = find_profile(model_name, fingerprint(module))
+            self.profile = find_profile(model_name, self._fingerprint)
         self._ratios = self.config.mag_ratios or MagCacheStrategyRegistry.users_curve(_class_name(module))
         if self.profile is not None:
             logger.info("magcache: profile %s", self.profile.name)
@@ -100,7 +131,7 @@ class MagCacheBackend(StackBackend):
                 None,
                 f"must be given: no magnitude curve is known for this checkpoint ({model_name or 'unnamed'}); "
                 "measure one with `vllm-omni calibrate MODEL` and pass profile='FILE', or, if it is one of these "
-                f"checkpoints, its profile by name: {', '.join(profile_names())}",
+                f"checkpoints, its profile by name: {', '.join(profile_names(self._class)) or 'none of this class'}",
             )
         choose_predictor(self.config, self.profile)
 

@@ -13,10 +13,12 @@ from vllm_omni.diffusion.cache.planner import best_plan, curve_costs, fewest_for
 from vllm_omni.diffusion.cache.predictor import NEED_GRAM, forecasts, resample_gram
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.cache.request_cache import CachePlan
-from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.data import PROMISES, DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
 
-MAX_PLANNED_STEPS = 100
+MAX_PAIR_STEPS = 100  # planning with pairs takes steps^3 time and memory, in the engine's loop
+MAX_PLANNED_STEPS = 1000
+SPEEDUPS = {"high": 1.5, "balanced": 2.0, "fast": 3.0}
 
 
 def choose_predictor(config: DiffusionCacheConfig, profile: CacheProfile | None) -> str:
@@ -39,7 +41,7 @@ def plan_request(
     steps: int,
     sigmas: tuple[float, ...],
 ) -> CachePlan:
-    """The whole run, decided before its first step."""
+    """The whole run, decided before its first step; InvalidValueError for a promise that cannot be kept."""
     if ratios is None and config.steps_mask is None:
         raise InvalidValueError("mag_ratios", None, "must be given where no steps_mask is and no curve is known")
     predictor = choose_predictor(config, profile)
@@ -47,18 +49,22 @@ def plan_request(
     gram = _gram_at(profile, sigmas)
     if config.steps_mask is not None:
         compute = mask_plan(config.steps_mask, steps, config.compute_last_step)
-    elif (nfe := promised_forwards(config, steps)) is not None:
+    elif (nfe := promised_forwards(config, steps) or preset_forwards(config, profile, steps)) is not None:
         assert curve is not None
-        costs = gram_costs(gram, sigmas, predictor) if gram is not None else curve_costs(curve, sigmas)
+        gap = steps // nfe if steps > MAX_PAIR_STEPS else None
+        costs = gram_costs(gram, sigmas, predictor, gap) if gram is not None else curve_costs(curve, sigmas)
         compute = best_plan(costs, nfe, config.compute_last_step)
     else:
         assert curve is not None
+        measured = profile.branches.values() if profile is not None and ratios == profile.ratios else ()
+        first, *others = [resample(branch, steps, config.curve_resampling) for branch in measured] or [curve]
         compute = magcache_plan(
-            curve,
+            first,
             config.mag_threshold,
             config.mag_max_skip_steps,
             config.mag_retention_ratio,
             config.compute_last_step,
+            others,
         )
     if gram is None and curve is not None and predictor == "gamma":  # it looks at magnitudes alone
         gram = np.diag(np.cumprod(curve) ** 2)
@@ -70,9 +76,9 @@ def promised_forwards(config: DiffusionCacheConfig, steps: int) -> int | None:
 
     A promise is kept or refused, never clamped: InvalidValueError names the nearest that can be kept.
     """
-    if config.promise and steps > MAX_PLANNED_STEPS:  # planning takes steps^3 time and memory, in the engine's loop
+    if config.promise and steps > MAX_PLANNED_STEPS:
         raise InvalidValueError(
-            "num_inference_steps", steps, f"must be at most {MAX_PLANNED_STEPS} with a promise (nfe, speedup)"
+            "num_inference_steps", steps, f"must be at most {MAX_PLANNED_STEPS} with a promise ({', '.join(PROMISES)})"
         )
     least = fewest_forwards(steps, config.compute_last_step)
     if config.nfe is not None:
@@ -82,12 +88,30 @@ def promised_forwards(config: DiffusionCacheConfig, steps: int) -> int | None:
                 "nfe", config.nfe, f"must be between {least} and {steps} for {steps} steps (nearest: {near})"
             )
         return config.nfe
+    if config.seconds is not None:
+        raise InvalidValueError("seconds", config.seconds, "needs the engine, which measures how long a forward takes")
     if config.speedup is None:
         return None
     if (nfe := round(steps / config.speedup)) < least:
         nearest = f"nearest: {steps / least:g}, {least} full forwards"
         raise InvalidValueError("speedup", config.speedup, f"is out of reach in {steps} steps ({nearest})")
     return nfe
+
+
+def preset_forwards(config: DiffusionCacheConfig, profile: CacheProfile | None, steps: int) -> int | None:
+    """The full forwards of a preset where the profile has a Gram matrix to plan with; None: the threshold rule.
+
+    "auto" is what calibration measured: `profile.forwards` of the profile's own steps, in proportion where there are
+    more, but never fewer than those; "balanced" where it was not measured.
+    """
+    if config.preset in (None, "paper") or profile is None or profile.gram is None or steps > MAX_PLANNED_STEPS:
+        return None
+    least = fewest_forwards(steps, config.compute_last_step)
+    if config.preset == "auto" and profile.forwards is not None:
+        wanted = max(profile.forwards, round(steps * profile.forwards / len(profile.ratios)))
+    else:
+        wanted = round(steps / SPEEDUPS.get(config.preset, SPEEDUPS["balanced"]))
+    return min(max(wanted, least), steps)
 
 
 def _gram_at(profile: CacheProfile | None, sigmas: Sequence[float]) -> np.ndarray | None:

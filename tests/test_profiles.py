@@ -1,0 +1,198 @@
+"""Profile files: found for the checkpoint they were measured on, refused for others; nothing is loaded of a bad one."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pipelines import run_latents, tiny_flux
+
+from vllm_omni.diffusion.cache.magcache import MagCacheBackend
+from vllm_omni.diffusion.cache.profile import (
+    FORMAT,
+    CacheProfile,
+    find_profile,
+    fingerprint,
+    load_profile,
+    profile_names,
+    shipped_profile,
+)
+from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.errors import InvalidValueError
+
+STEPS = 6
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's own profiles, instead of those of whoever runs the tests."""
+    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path / "profiles"))
+    (tmp_path / "profiles").mkdir()
+    return tmp_path / "profiles"
+
+
+def measured(pipe: Any, name: str = "mine") -> CacheProfile:
+    backend = MagCacheBackend(DiffusionCacheConfig(mag_calibrate=True))
+    backend.enable(pipe)
+    run_latents(pipe, 0, seed=0, num_inference_steps=STEPS)
+    backend.disable(pipe)
+    assert backend.calibration is not None
+    return backend.calibration.profile(name, "FluxTransformer2DModel", fingerprint(pipe.transformer))
+
+
+def content() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    vectors = np.cumsum(rng.standard_normal((STEPS, 8)), axis=0) + 2
+    return {
+        "format": FORMAT,
+        "name": "made",
+        "transformer_class": "FluxTransformer2DModel",
+        "ratios": [1.0, 1.05, 0.99, 0.98, 0.97, 0.9],
+        "sigmas": [1.0, 0.9, 0.75, 0.55, 0.3, 0.1],
+        "gram": (vectors @ vectors.T).tolist(),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------- found
+
+
+def test_shipped_profiles_are_valid_and_of_this_format() -> None:
+    for name in profile_names():
+        assert shipped_profile(name).format == FORMAT
+
+
+def test_a_profile_in_the_users_folder_is_found_for_its_checkpoint_alone(folder: Path) -> None:
+    pipe, other = tiny_flux(), tiny_flux()
+    with torch.no_grad():
+        next(other.transformer.parameters()).flatten()[0] += 1
+    measured(pipe).save(folder / "a.json")
+    backend = MagCacheBackend(DiffusionCacheConfig())
+    backend.enable(pipe)
+    assert backend.profile is not None and backend.profile.name == "mine"
+    with pytest.raises(InvalidValueError, match="no magnitude curve is known"):
+        MagCacheBackend(DiffusionCacheConfig()).enable(other)
+
+
+def test_the_newest_of_several_is_taken_and_a_bad_file_is_passed_over(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    monkeypatch.setattr(logging.getLogger("vllm_omni"), "propagate", True)
+    pipe = tiny_flux()
+    for age, name in enumerate(("older", "newer")):
+        measured(pipe, name).save(folder / f"{name}.json")
+        os.utime(folder / f"{name}.json", (1_000_000 + age, 1_000_000 + age))
+    (folder / "torn.json").write_text('{"name": "x"')
+    found = find_profile("", fingerprint(pipe.transformer))
+    assert found is not None and found.name == "newer"
+    assert "torn.json" in caplog.text
+
+
+def test_a_hub_id_is_not_enough_where_the_profile_knows_the_weights(folder: Path) -> None:
+    CacheProfile.from_dict(content() | {"models": ["some/model"], "fingerprint": "0" * 32}).save(folder / "a.json")
+    assert find_profile("some/model", "1" * 32) is None
+    found = find_profile("", "0" * 32)
+    assert found is not None and found.name == "made"
+
+
+# ----------------------------------------------------------------------------------------------------------- refused
+
+
+def test_other_weights_are_refused_unless_insisted_upon(tmp_path: Path) -> None:
+    pipe, file = tiny_flux(), tmp_path / "other.json"
+    CacheProfile.from_dict(content() | {"fingerprint": "0" * 32}).save(file)
+    backend = MagCacheBackend(DiffusionCacheConfig(profile=str(file)))
+    with pytest.raises(InvalidValueError, match=r"measured on other weights.*profile_insist=True"):
+        backend.enable(pipe)
+    assert backend.profile is None and not backend.is_enabled()
+    insisting = MagCacheBackend(DiffusionCacheConfig(profile=str(file), profile_insist=True, nfe=3))
+    insisting.enable(pipe)
+    run_latents(pipe, num_inference_steps=STEPS)
+    assert insisting.last_request is not None and insisting.last_request.computed_steps == 3
+
+
+def text_of(**changes: Any) -> Callable[[], str]:
+    return lambda: json.dumps(content() | changes)
+
+
+def gram_with(change: Callable[[np.ndarray], None]) -> Callable[[], str]:
+    def text() -> str:
+        made = content()
+        matrix = np.asarray(made["gram"])
+        change(matrix)
+        return json.dumps(made | {"gram": matrix.tolist()})
+
+    return text
+
+
+def negative_diagonal(matrix: np.ndarray) -> None:
+    matrix[2, 2] = -1.0
+
+
+def indefinite(matrix: np.ndarray) -> None:
+    matrix[1, 4] = matrix[4, 1] = 10 * matrix.max()
+
+
+HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
+    "truncated": (lambda: json.dumps(content())[:-40], "complete JSON"),
+    "empty": (lambda: "", "complete JSON"),
+    "deep nesting": (lambda: "[" * 200_000, "complete JSON"),
+    "nested provenance": (lambda: '{"provenance": ' + '{"a": ' * 100_000, "complete JSON"),
+    "endless number": (lambda: '{"ratios": [' + "9" * 5000 + "]}", "complete JSON"),
+    "old format": (lambda: json.dumps({k: v for k, v in content().items() if k != "format"}), "calibrate again"),
+    "new format": (text_of(format=FORMAT + 1), "format must be"),
+    "a format of another kind": (text_of(format=[FORMAT]), "format must be"),
+    "no class": (text_of(transformer_class=None), "transformer_class"),
+    "nan ratio": (text_of(ratios=[1, 1, float("nan"), 1, 1, 1]), r"ratios\[2\]"),
+    "huge ratio": (text_of(ratios=[1, 1e300, 1, 1, 1, 1]), "ratios must be"),
+    "negative ratio": (text_of(ratios=[1, -1, 1, 1, 1, 1]), r"ratios\[1\]"),
+    "ratios of text": (text_of(ratios="1,1,1"), "ratios"),
+    "no ratios": (text_of(ratios=[]), "ratios"),
+    "too many steps": (text_of(ratios=[1.0] * 1_000_000, sigmas=None, gram=None), "at most 1000 steps"),
+    "steps of a billion": (text_of(steps=10**9), "steps"),
+    "forwards of a billion": (text_of(forwards=10**9), "forwards must be at most"),
+    "no forwards": (text_of(forwards=0), "forwards"),
+    "nan sigma": (text_of(sigmas=[1, 0.9, float("nan"), 0.5, 0.3, 0.1]), "sigmas"),
+    "negative sigma": (text_of(sigmas=[1, 0.9, 0.8, 0.5, 0.3, -0.1]), "sigmas"),
+    "gram without sigmas": (text_of(sigmas=None), "sigmas"),
+    "huge gram": (gram_with(lambda matrix: matrix.__imul__(1e200)), "gram"),
+    "infinite gram": (gram_with(lambda matrix: matrix.__setitem__((0, 0), np.inf)), "gram"),
+    "negative diagonal": (gram_with(negative_diagonal), "gram.*positive semi-definite"),
+    "not positive semi-definite": (gram_with(indefinite), "gram.*positive semi-definite"),
+    "a branch of another length": (text_of(branches={"cond": [1.0, 1.0]}), "branches.cond"),
+    "a branch's matrix of nothing": (text_of(branch_grams={"cond": [[]]}), "branch_grams.cond"),
+    "unknown predictor": (text_of(predictor="oracle"), "predictor"),
+    "unknown key": (text_of(ratioes=[1]), "did you mean 'ratios'"),
+}
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_a_hostile_file_is_refused_with_its_name_and_nothing_is_loaded(how: str, tmp_path: Path) -> None:
+    text, message = HOSTILE[how]
+    file = tmp_path / "bad.json"
+    file.write_text(text())
+    with pytest.raises(InvalidValueError, match=message) as caught:
+        load_profile(file)
+    assert "bad.json" in str(caught.value)
+
+
+def test_the_file_that_the_hostile_ones_are_made_from_is_good(tmp_path: Path) -> None:
+    (tmp_path / "good.json").write_text(json.dumps(content()))
+    assert load_profile(tmp_path / "good.json").name == "made"
+
+
+def test_an_engine_with_a_hostile_profile_does_not_start(tmp_path: Path) -> None:
+    file = tmp_path / "bad.json"
+    file.write_text(gram_with(negative_diagonal)())
+    pipe = tiny_flux()
+    backend = MagCacheBackend(DiffusionCacheConfig(profile=str(file)))
+    with pytest.raises(InvalidValueError, match="positive semi-definite"):
+        backend.enable(pipe)
+    assert backend.profile is None and not backend.is_enabled() and not pipe.transformer._forward_hooks

@@ -1,0 +1,100 @@
+"""What was counted and what work costs, over every engine process there was. Numbers only."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm_omni.engine import cost
+from vllm_omni.engine.interface import EngineStats
+from vllm_omni.engine.wire import Report
+from vllm_omni.errors import DeadlineExceededError, RequestAbortedError
+
+_COUNTERS = (
+    "steps_computed",
+    "steps_skipped",
+    "forwards_computed",
+    "forwards_skipped",
+    "aborts_by_stage",
+    "batch_sizes",
+    "queue_wait_s",
+    "denoise_s",
+    "decode_s",
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is known of a request's work before the engine has seen it."""
+
+    pixels: int
+    steps: int  # times the pictures that share them
+
+
+class Ledger:
+    """Counters survive an engine process; gauges are its own."""
+
+    def __init__(self) -> None:
+        self.outcomes: Counter[str] = Counter()
+        self._stats, self._before = EngineStats(), EngineStats()  # of the present process, and of those before it
+        self._costs = cost.no_costs()
+        self._promised = 0.0  # when the last one sent away was told to come back
+
+    def note(self, report: Report) -> None:
+        self._stats, self._costs = report.stats, report.costs
+
+    def process_ended(self) -> None:
+        """What it counted stays; nothing runs any more."""
+        self._before = replace(self._before, **self._sums())
+        self._stats = EngineStats(recent=self._stats.recent)
+
+    def calm(self) -> None:
+        """Nothing is in flight: whoever comes back now finds room."""
+        self._promised = 0.0
+
+    def stats(self, in_flight: Collection[Size]) -> EngineStats:
+        """Counters since the beginning, gauges as of the last report, bounded by what is in flight."""
+        running = min(self._stats.running, len(in_flight))
+        return replace(
+            self._stats,
+            **self._sums(),
+            running=running,
+            waiting=len(in_flight) - running,
+            requests=dict(self.outcomes),
+            queued_cost_s=self._queued_cost(in_flight),
+        )
+
+    def retry_after_s(self, in_flight: Collection[Size]) -> float:
+        """For one more that is sent away: seconds until there should be room for it, at least one."""
+        now, queued = time.monotonic(), self._queued_cost(in_flight)
+        self._promised = cost.come_back(now, self._promised, queued / max(1, len(in_flight)), queued)
+        return max(1.0, self._promised - now)
+
+    def _queued_cost(self, in_flight: Collection[Size]) -> float:
+        """Planned seconds of all that is in flight: as the engine last told, and of what it had not seen then."""
+        if not in_flight:
+            return 0.0
+        unseen = len(in_flight) - self._stats.running - self._stats.waiting
+        newest = list(in_flight)[-unseen:] if unseen > 0 else []
+        share = self._costs.cached_share
+        needs = [(size.pixels, size.steps * share, size.steps * (1 - share), 1.0) for size in newest]
+        return self._stats.queued_cost_s + cost.total(self._costs, needs)
+
+    def _sums(self) -> dict[str, Any]:
+        return {name: _sum(vars(self._before)[name], vars(self._stats)[name]) for name in _COUNTERS}
+
+
+def outcome(error: Exception | None) -> str:
+    """The word under which an ended request is counted."""
+    if error is None:
+        return "finished"
+    if isinstance(error, RequestAbortedError):
+        return "aborted"
+    return "expired" if isinstance(error, DeadlineExceededError) else "failed"
+
+
+def _sum(one: Any, other: Any) -> Any:
+    return dict(Counter(one) + Counter(other)) if isinstance(one, dict) else one + other

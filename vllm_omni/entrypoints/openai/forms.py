@@ -1,0 +1,116 @@
+"""Multipart bodies: bracket keys (`cache[threshold]`), JSON in strings, and pictures. Knows no engine."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from vllm_omni.entrypoints.openai.errors import ApiError, invalid
+
+PICTURES = ("image", "image[]")
+MASKS = ("mask", "mask_image")
+URLS = ("url", "url[]")
+MAX_FIELDS = 200
+MAX_FIELD_BYTES = 8 * 2**20
+_KEY = re.compile(r"([A-Za-z_]\w{0,63})((?:\[\w{0,64}\]){0,4})")
+_AS_JSON = ("cache", "lora", "lora_request")
+
+
+@dataclass(frozen=True)
+class Form:
+    """Fields as a JSON body would have them, and the bytes (or data URLs) of the pictures."""
+
+    fields: dict[str, Any]
+    pictures: list[bytes]
+    urls: list[str]
+    masks: list[bytes]
+
+
+async def read_form(request: Request, max_pictures: int) -> Form:
+    """ApiError for a body that is no multipart form, or has too many parts. No part's name ever names a file."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise ApiError(400, "the body must be multipart/form-data", "invalid_request")
+    form = Form({}, [], [], [])
+    try:
+        async with request.form(max_files=max_pictures + 1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as got:
+            for key, value in got.multi_items():
+                if isinstance(value, UploadFile):
+                    _keep(form, key, await value.read())
+                elif key in URLS:
+                    form.urls.append(value)
+                elif key in PICTURES and value.startswith("data:"):
+                    form.urls.append(value)
+                else:
+                    _set(form.fields, key, value)
+    except HTTPException as error:
+        raise ApiError(400, f"the form cannot be read: {error.detail}", "invalid_request") from None
+    except (UnicodeDecodeError, KeyError, ValueError) as error:
+        if isinstance(error, ApiError):
+            raise
+        raise ApiError(400, "the form cannot be read", "invalid_request") from None
+    if len(form.pictures) + len(form.urls) > max_pictures:
+        raise invalid("image", f"at most {max_pictures} pictures")
+    return form
+
+
+def _keep(form: Form, key: str, data: bytes) -> None:
+    if key in PICTURES:
+        form.pictures.append(data)
+    elif key in MASKS:
+        form.masks.append(data)
+    else:
+        raise invalid(key[:100], f"{key[:100]!r} is no name of a picture; send image, image[] or mask", "unknown_parameter")
+
+
+def _set(fields: dict[str, Any], key: str, value: str) -> None:
+    """`a` -> a, `a[b]` -> {"a": {"b": …}}, `a[]` -> list; `a[][b]` -> list of dicts, a new one where b is there."""
+    if not (match := _KEY.fullmatch(key)):
+        raise invalid(key[:100], "a name is a word, with [keys] after it", "unknown_parameter")
+    path = [match[1], *re.findall(r"\[(\w*)\]", match[2])]
+    if len(path) == 1:
+        if path[0] in fields:
+            raise invalid(path[0], "is given twice")
+        fields[path[0]] = _json(path[0], value) if path[0] in _AS_JSON else value
+        return
+    here: Any = fields
+    for name, following in zip(path, [*path[1:], None], strict=True):
+        fresh: Any = _scalar(value) if following is None else [] if following == "" else {}
+        if isinstance(here, list):
+            if following is None or not here or not isinstance(here[-1], dict) or following in here[-1]:
+                here.append(fresh)
+            here = here[-1]
+        elif isinstance(here, dict) and name:
+            if following is None and name in here:
+                raise invalid(key[:100], "is given twice")
+            here = here.setdefault(name, fresh)
+        else:
+            raise invalid(key[:100], "contradicts another field of the form")
+        if following is not None and not isinstance(here, list if following == "" else dict):
+            raise invalid(key[:100], "contradicts another field of the form")
+
+
+def _scalar(text: str) -> Any:
+    """Inside brackets the client's types are lost: what reads as a number or truth value is one."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text) if len(text) < 40 else text
+        except ValueError:
+            continue
+    return text
+
+
+def _json(name: str, text: str) -> Any:
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise invalid(name, f"{name} looks like JSON and is none") from None

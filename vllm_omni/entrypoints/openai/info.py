@@ -1,0 +1,119 @@
+"""What is served, how it is, and what its cache did: models, health, version, cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse, Response
+
+from vllm_omni.entrypoints.openai.errors import unavailable
+from vllm_omni.entrypoints.openai.fields import QUALITY_CACHE
+from vllm_omni.entrypoints.openai.order import check_model
+from vllm_omni.entrypoints.openai.picture import FORMATS
+from vllm_omni.entrypoints.openai.state import Served, served
+from vllm_omni.errors import EngineDeadError
+from vllm_omni.version import __version__
+
+router = APIRouter(tags=["server"])
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> dict[str, Any]:
+    """One entry per name that the model is served under."""
+    here = served(request)
+    return {"object": "list", "data": [_model(name, here) for name in here.config.model_names]}
+
+
+@router.get("/v1/models/{model_id:path}")
+async def model(model_id: str, request: Request) -> dict[str, Any]:
+    """A model with what it can do, its defaults and the server's limits."""
+    here = served(request)
+    return _model(check_model(model_id, here.config), here)
+
+
+def _model(name: str, here: Served) -> dict[str, Any]:
+    info, config = here.info, here.config
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(here.started),
+        "owned_by": "vllm-omni",
+        "root": config.model_names[0],
+        "omni": {
+            "pipeline": info.pipeline,
+            "denoisers": info.denoisers,
+            "defaults": info.defaults,
+            "capabilities": {
+                "generations": not info.image_input,
+                "edits": info.image_input,
+                "partial_images": info.previews,
+                "negative_prompt": "negative_prompt" in info.parameters,
+                "output_formats": [name.lower() for name in FORMATS],
+            },
+            "limits": {
+                "n": config.max_n,
+                "num_inference_steps": config.max_steps,
+                "pixels": config.max_pixels,
+                "size_multiple": info.size_multiple,
+                "prompt_characters": config.max_prompt_characters,
+                "timeout_s": config.request_timeout_s,
+            },
+            "cache": {**info.cache, "quality": QUALITY_CACHE},
+        },
+    }
+
+
+@router.get("/health/live")
+async def live() -> Response:
+    """200 while the server's loop turns."""
+    return Response(status_code=200)
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> Response:
+    """200 while requests can be served; 503 while the model loads, restarts or drains."""
+    if not served(request).engine.ready:
+        raise unavailable(EngineDeadError("not ready"), "not_ready", 5.0)
+    return Response(status_code=200)
+
+
+@router.get("/health")
+@router.get("/ping")
+@router.post("/ping")
+async def health(request: Request) -> Response:
+    """200 while the engine answers; asks it."""
+    await served(request).engine.check_health()
+    return Response(status_code=200)
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    """The package's version."""
+    return {"version": __version__}
+
+
+@router.get("/v1/omni/cache")
+async def cache(request: Request) -> Response:
+    """Backend, settings, presets, and the skips of the last requests."""
+    here = served(request)
+    stats = await here.engine.stats()
+    total = stats.steps_computed + stats.steps_skipped
+    return JSONResponse(
+        {
+            "object": "omni.cache",
+            **here.info.cache,
+            "quality": QUALITY_CACHE,
+            "steps_computed": stats.steps_computed,
+            "steps_skipped": stats.steps_skipped,
+            "skip_ratio": stats.steps_skipped / total if total else 0.0,
+            "bytes": stats.cache_bytes,
+            "recent": [_recent(entry) for entry in stats.recent],
+        }
+    )
+
+
+def _recent(entry: dict[str, Any]) -> dict[str, Any]:
+    settings = entry.get("cache_settings")
+    short = None if settings is None else {k: v for k, v in settings.items() if not isinstance(v, list | tuple)}
+    return {**entry, "cache_settings": short}

@@ -1,0 +1,92 @@
+"""Orders running in the engine: one engine request per picture, ended together when their client goes away."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from vllm_omni.engine.interface import EngineClient
+from vllm_omni.entrypoints.openai.errors import ApiError
+from vllm_omni.entrypoints.openai.order import Order
+from vllm_omni.errors import InvalidValueError
+from vllm_omni.outputs import OmniRequestOutput
+
+T = TypeVar("T")
+Item = tuple[int, OmniRequestOutput]
+
+
+@dataclass
+class Jobs:
+    """What runs, by the id that the client was given."""
+
+    engine: EngineClient
+    running: dict[str, list[str]] = field(default_factory=dict)
+
+    async def cancel(self, job_id: str) -> bool:
+        """End a job within one step; False for an id that does not run."""
+        if (ids := self.running.get(job_id)) is None:
+            return False
+        await self.engine.abort(ids)
+        return True
+
+    async def run(self, order: Order, job_id: str) -> AsyncIterator[Item]:
+        """(index of the picture, progress or the finished output), as they come; raises the first failure.
+
+        Leaving the iterator, or a failure of one picture, ends them all.
+        """
+        if job_id in self.running:
+            raise InvalidValueError("X-Request-Id", job_id, "must not be in use")
+        self.running[job_id] = ids = [f"{job_id}-{i}" for i in range(len(order.params))]
+        inbox: asyncio.Queue[Item | BaseException] = asyncio.Queue()
+
+        async def one(index: int) -> None:
+            try:
+                stream = self.engine.generate(
+                    order.prompt, order.params[index], ids[index], priority=order.priority, timeout_s=order.timeout_s
+                )
+                async with aclosing(stream) as outputs:  # type: ignore[type-var]
+                    async for output in outputs:
+                        inbox.put_nowait((index, output))
+            except Exception as error:  # told to the one who waits for the job
+                inbox.put_nowait(error)
+
+        tasks = [asyncio.create_task(one(i)) for i in range(len(ids))]
+        try:
+            left = len(ids)
+            while left:
+                item = await inbox.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item[1].error is not None:
+                    raise item[1].error
+                left -= item[1].finished
+                yield item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            del self.running[job_id]
+
+
+async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away."""
+    task = asyncio.ensure_future(work)
+    watch = asyncio.create_task(gone(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ApiError(499, "the client closed the connection", "client_closed_request")
+        return task.result()
+    finally:
+        for one in (task, watch):
+            one.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def gone(receive: Callable[[], Awaitable[Any]]) -> None:
+    """Return when the client has closed the connection; to be called once the body has been read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,311 @@
+"""All rows of a report: over processes, within a time limit, and resumable.
+
+Whatever is done is kept in a folder under a name that holds everything it depends on (model, pairs, arguments, the
+code that drew it); a run that finds it there does not do it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from vllm_omni.errors import OmniError
+from vllm_omni.quality.bench import Bench, Model, Result
+from vllm_omni.quality.meter import Work
+from vllm_omni.quality.metrics import lpips
+from vllm_omni.quality.pairs import Pair, tuning
+from vllm_omni.quality.peers import PEERS
+from vllm_omni.quality.rows import GIVEN, TARGETS, Row, default_rows, fewer, given_rows, reference, urgency
+
+PACKAGE = Path(__file__).resolve().parent.parent
+SHEET_PAIRS = 6
+TUNING_PAIRS = 2
+CLOCK_PAIRS = 3
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a report is asked for. `settings` None: our own suite."""
+
+    model: Model
+    pairs: tuple[Pair, ...]
+    steps: tuple[int, ...]
+    folder: Path
+    settings: tuple[Any, ...] | None = None
+    peers: bool = False
+    processes: int = 1
+    limit_s: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What was drawn, and what the reader must be told about what was not."""
+
+    results: list[Result] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    references: dict[int, Path] = field(default_factory=dict)  # by steps, the first uncached pictures
+    seconds: float = 0.0
+
+
+class Desk:
+    """One process's model and its share of the work; every method looks into the folder first."""
+
+    def __init__(self, plan: Plan, threads: int | None) -> None:
+        self.plan = plan
+        _silence_loading()
+        self.bench = Bench(plan.model, threads)
+        described = [plan.model, plan.pairs, _digest("quality", ("bench", "meter", "metrics", "pairs", "peers"))]
+        versions = [importlib.metadata.version(name) for name in ("torch", "diffusers")]
+        self.engine_code = _digest("diffusion")  # as it was when it was loaded
+        self.identity = repr([*described, self.bench.fingerprint, versions])
+
+    def ratios(self, steps: int) -> tuple[float, ...]:
+        return self.bench.ratios(steps)
+
+    def reference(self, steps: int) -> tuple[np.ndarray, Work]:
+        """The uncached pictures and their work."""
+        file = self.file(reference(steps), "reference.npz")
+        if not file.is_file():
+            pictures, work = self.bench.draw(reference(steps), self.plan.pairs)
+            _write(file, lambda to: np.savez(to, pictures=pictures, done=work.done, forwards=np.array(work.forwards)))
+        with np.load(file) as kept:
+            forwards = [(int(rows), float(each)) for rows, each in kept["forwards"]]
+            return kept["pictures"], Work(int(kept["done"]), forwards)
+
+    def prepare(self, steps: int) -> Path:
+        """Draw the uncached pictures; gives the file of the first of them."""
+        file = self.file(reference(steps), "sheet.npy")
+        if not file.is_file():
+            few = self.reference(steps)[0][:SHEET_PAIRS].astype(np.float16)
+            _write(file, lambda to: np.save(to, few))
+        return file
+
+    def tune(self, peer: str, steps: int) -> list[float]:
+        row = Row(peer, peer, steps, peer=peer)
+        file = self.file(row, "tuned.json")
+        if not file.is_file():
+            pairs = tuning(list(self.plan.pairs), TUNING_PAIRS)
+            text = json.dumps(self.bench.tune(peer, steps, pairs, TARGETS))
+            _write(file, lambda to: to.write(text.encode()))
+        return json.loads(file.read_text())
+
+    def measure(self, row: Row) -> Result:
+        file = self.file(row, "result.json")
+        if not file.is_file():
+            exact, whole = self.reference(row.steps)
+            result, pictures = self.bench.measure(row, self.plan.pairs, exact, whole)
+            few = pictures[:SHEET_PAIRS].astype(np.float16)
+            result.sheet = str(self.file(row, "sheet.npy"))
+            _write(Path(result.sheet), lambda to: np.save(to, few))
+            _write(file, lambda to: to.write(json.dumps(asdict(result)).encode()))
+        kept = json.loads(file.read_text())
+        return Result(**kept | {"row": Row(**kept["row"])})
+
+    def clock(self, rows: tuple[Row, ...]) -> list[float]:
+        file = self.file(rows, "clock.json")
+        if not file.is_file():
+            pairs = tuning(list(self.plan.pairs), CLOCK_PAIRS)
+            text = json.dumps(self.bench.clock(rows, pairs))
+            _write(file, lambda to: to.write(text.encode()))
+        return json.loads(file.read_text())
+
+    def file(self, what: Row | tuple[Row, ...], ending: str) -> Path:
+        """Where something is kept. What our engine draws with a cache depends on the engine's code, too."""
+        rows = what if isinstance(what, tuple) else (what,)
+        engine = any(row.peer is None and row.request_cache != "off" for row in rows)
+        code = self.engine_code if engine else ""
+        key = hashlib.sha256(repr([self.identity, code, what]).encode()).hexdigest()[:20]
+        return self.plan.folder / f"{key}.{ending}"
+
+
+def run(plan: Plan) -> Outcome:
+    """Draw every row of `plan`, with a progress bar. OmniError where a setting cannot be had on this model."""
+    began = time.monotonic()
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    outcome = Outcome()
+    with _crew(plan) as crew, tqdm(desc="quality", unit="row", smoothing=0.1) as bar:
+        board = _Board(plan, crew, bar, outcome, None if plan.limit_s is None else began + plan.limit_s)
+        board.work([(_prepare, steps) for steps in plan.steps])
+        tasks: list[tuple[Any, ...]] = []
+        if plan.peers:
+            tasks += [(_tune, name, steps) for steps in plan.steps for name in _installed(outcome.notices)]
+        rows = [row for steps in plan.steps for row in _rows(plan, steps, crew)]
+        tasks += [(_measure, row) for row in sorted(rows, key=urgency)]
+        board.work(tasks)
+        known = {result.row for result in outcome.results}
+        controls = {fewer(r.row.steps, round(r.nfe)) for r in outcome.results if r.row.group == GIVEN}
+        board.work([(_measure, row) for row in sorted(controls - known, key=str)])
+        _clock_all(plan, board, outcome)
+        if plan.processes == 1:
+            crew.submit(_leave).result()
+    if missing := lpips()[1]:
+        outcome.notices.append(missing)
+    outcome.seconds = time.monotonic() - began
+    return outcome
+
+
+def _rows(plan: Plan, steps: int, crew: Executor) -> list[Row]:
+    if plan.settings is not None:
+        return given_rows(steps, plan.settings)
+    return default_rows(steps, crew.submit(_ratios, steps).result())
+
+
+def _installed(notices: list[str]) -> list[str]:
+    for name in (name for name, peer in PEERS.items() if not peer.installed):
+        notices.append(f"{name} is left out: {PEERS[name].package} is not installed")
+    return [name for name, peer in PEERS.items() if peer.installed]
+
+
+def _clock_all(plan: Plan, board: _Board, outcome: Outcome) -> None:
+    """Measured speed-ups, step count by step count."""
+    for steps in plan.steps:
+        rows = tuple(result.row for result in outcome.results if result.row.steps == steps)
+        if rows:
+            board.work([(_clock, rows)])
+
+
+class _Board:
+    """Hands out tasks and takes their results; after the deadline it hands out no more."""
+
+    def __init__(self, plan: Plan, crew: Executor, bar: Any, outcome: Outcome, deadline: float | None) -> None:
+        self.plan, self.crew, self.bar, self.outcome, self.deadline = plan, crew, bar, outcome, deadline
+
+    def work(self, tasks: list[tuple[Any, ...]]) -> None:
+        waiting, running = list(tasks), dict[Future[Any], tuple[Any, ...]]()
+        self.bar.total = (self.bar.total or 0) + len(tasks)
+        self.bar.refresh()
+        while waiting or running:
+            late = self.deadline is not None and time.monotonic() > self.deadline
+            if late and waiting:
+                names = ", ".join(_name(task) for task in waiting)
+                self.outcome.notices.append(f"left out, the time was up: {names}; run again to go on")
+                waiting.clear()
+            while waiting and len(running) < self.plan.processes:
+                task = waiting.pop(0)
+                self.bar.set_postfix_str(_name(task))
+                running[self.crew.submit(*task)] = task
+            done, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
+            for future in done:
+                more = self._take(running.pop(future), future)
+                waiting = more + waiting
+                self.bar.total += len(more)
+                self.bar.update()
+
+    def _take(self, task: tuple[Any, ...], future: Future[Any]) -> list[tuple[Any, ...]]:
+        """Keep a result; gives the tasks that follow from it. A peer that fails is a notice, ours is an error."""
+        error = future.exception()
+        what = task[1]
+        if error is not None:
+            peer = what if task[0] is _tune else what.peer if isinstance(what, Row) else None
+            if peer is None:
+                raise error
+            self.outcome.notices.append(f"{_name(task)} failed: {type(error).__name__}: {error}")
+        elif task[0] is _tune:
+            strengths = dict.fromkeys(future.result())
+            return [(_measure, Row(what, f"{what} {s:g}", task[2], peer=what, strength=s)) for s in strengths]
+        elif task[0] is _prepare:
+            self.outcome.references[what] = future.result()
+        elif task[0] is _measure:
+            self.outcome.results.append(future.result())
+        elif task[0] is _clock:
+            measured = dict(zip(what, future.result(), strict=True))
+            self.outcome.results = [
+                replace(result, times_measured=measured.get(result.row, result.times_measured))
+                for result in self.outcome.results
+            ]
+        return []
+
+
+def _name(task: tuple[Any, ...]) -> str:
+    function, what = task[0], task[1]
+    if function is _measure:
+        return f"{what.name} of {what.steps}"
+    if function is _clock:
+        return f"times of {what[0].steps} steps"
+    return f"{what} of {task[2]}: strengths" if function is _tune else f"{what} steps uncached"
+
+
+# What runs in a worker process. Each has one desk.
+_desk: Desk | None = None
+
+
+def _crew(plan: Plan) -> Executor:
+    if plan.processes == 1:
+        return ThreadPoolExecutor(1, initializer=_sit, initargs=(plan, None))
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(plan.processes, context, _sit, (plan, 1))
+
+
+def _sit(plan: Plan, threads: int | None) -> None:
+    global _desk
+    _desk = Desk(plan, threads)
+
+
+def _leave() -> None:
+    global _desk
+    if _desk is not None:
+        _desk.bench.close()
+    _desk = None
+
+
+def _at_desk(method: Callable[..., Any], *arguments: Any) -> Any:
+    assert _desk is not None
+    try:
+        return method(_desk, *arguments)
+    except OmniError as error:  # ours take three arguments and so do not survive the way to another process
+        raise OmniError(str(error)) from None
+
+
+def _prepare(steps: int) -> Path:
+    return _at_desk(Desk.prepare, steps)
+
+
+def _ratios(steps: int) -> tuple[float, ...]:
+    return _at_desk(Desk.ratios, steps)
+
+
+def _tune(peer: str, steps: int) -> list[float]:
+    return _at_desk(Desk.tune, peer, steps)
+
+
+def _measure(row: Row) -> Result:
+    return _at_desk(Desk.measure, row)
+
+
+def _clock(rows: tuple[Row, ...]) -> list[float]:
+    return _at_desk(Desk.clock, rows)
+
+
+def _silence_loading() -> None:
+    """One progress bar is enough."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _digest(folder: str, names: tuple[str, ...] | None = None) -> str:
+    """A hash of the package's own source (and profiles) in `folder`."""
+    files = [f for f in sorted((PACKAGE / folder).rglob("*")) if f.suffix in (".py", ".json")]
+    kept = [f for f in files if names is None or f.stem in names]
+    return hashlib.sha256(b"\0".join(f.read_bytes() for f in kept)).hexdigest()[:16]
+
+
+def _write(file: Path, fill: Callable[[Any], Any]) -> None:
+    """Whole or not at all: a run that is interrupted leaves nothing half-written."""
+    part = file.with_name(f"{file.name}.part")
+    with part.open("wb") as stream:
+        fill(stream)
+    part.replace(file)
