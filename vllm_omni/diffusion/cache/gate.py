@@ -82,9 +82,15 @@ class GateCache:
     plan = None
 
     def __init__(
-        self, gate: Gate, config: DiffusionCacheConfig, steps: int, sigmas: tuple[float, ...], store: CacheStore
+        self,
+        gate: Gate,
+        config: DiffusionCacheConfig,
+        steps: int,
+        sigmas: tuple[float, ...],
+        store: CacheStore,
+        kept_as: torch.dtype | None = None,
     ) -> None:
-        self.gate, self._sigmas, self._store = gate, sigmas, store
+        self.gate, self._sigmas, self._store, self._kept_as = gate, sigmas, store, kept_as
         given = config.model_fields_set
         self._threshold = config.rel_l1_thresh if config.rel_l1_thresh is not None else gate.threshold
         self._max_skips = config.mag_max_skip_steps if "mag_max_skip_steps" in given else gate.max_skip_steps
@@ -172,7 +178,7 @@ class GateCache:
             keep(seen, FIRST, first)
 
     def put(self, key: Key, step: int, after: torch.Tensor, before: torch.Tensor) -> None:
-        residual = ops.residual(after, before, after.dtype)
+        residual = ops.residual(after, before, self._kept_as or after.dtype)
         if self.gate.look is Look.FIRST_BLOCK:
             seen = self._shelf(self._seen, key)
             if FIRST not in seen:
@@ -228,7 +234,18 @@ def decide(looked: Sequence[Looked]) -> None:
         cache.decide(step, None if change is None else next(values))
 
 
-_PLANNED_ONLY = ("mag_ratios", "mag_threshold", "steps_mask", "nfe", "speedup", "profile", "mag_calibrate")
+_PLANNED_ONLY = (
+    "mag_ratios",
+    "mag_threshold",
+    "steps_mask",
+    "nfe",
+    "speedup",
+    "seconds",
+    "preset",
+    "profile",
+    "profile_insist",
+    "mag_calibrate",
+)
 
 
 def check_gate_config(name: str, config: DiffusionCacheConfig) -> None:

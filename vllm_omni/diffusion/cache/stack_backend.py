@@ -18,6 +18,8 @@ from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS, DenoiserSpe
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
 from vllm_omni.errors import InvalidValueError
 
+KEPT_AS = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # residual_dtype
+
 
 class StackBackend(CacheBackend):
     """`enable` on a pipeline, then run it (one anonymous request), or `refresh` per request, as the engine does."""
