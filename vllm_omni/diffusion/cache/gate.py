@@ -235,13 +235,13 @@ def decide(looked: Sequence[Looked]) -> None:
 
 
 _PLANNED_ONLY = (
-    "mag_ratios",
+    "preset",
     "mag_threshold",
+    "mag_ratios",
     "steps_mask",
     "nfe",
     "speedup",
     "seconds",
-    "preset",
     "profile",
     "profile_insist",
     "mag_calibrate",
@@ -252,7 +252,7 @@ def check_gate_config(name: str, config: DiffusionCacheConfig) -> None:
     """InvalidValueError for settings that a gate has no use for."""
     for field in _PLANNED_ONLY:
         value = vars(config)[field]
-        if field in config.model_fields_set and value not in (None, False):
+        if field in config.model_fields_set and value not in (None, False, "auto"):
             raise InvalidValueError(field, value, f"belongs to a plan, {name} decides from data; leave it out")
     if config.predictor in (*NEED_GRAM, "gamma"):
         allowed = ", ".join(map(repr, ("reuse", "linear", "damped")))
