@@ -74,7 +74,7 @@ def rule(nfe: int) -> dict[str, Any]:
 
 def tuned(omni: Any, captions: list[str], cache: dict[str, Any], nfe: int) -> float:
     low, high = 1e-3, 4.0
-    for _ in range(7):
+    for _ in range(6):
         middle = (low * high) ** 0.5
         _, forwards = pictures(omni, captions, cache | {"threshold": middle})
         low, high = (middle, high) if forwards > nfe else (low, middle)

@@ -40,7 +40,8 @@ class CacheDitBackend(CacheBackend):
 
         self.disable(pipeline)
         config, given = self.config, self.config.model_fields_set
-        settings: dict[str, Any] = {"residual_diff_threshold": config.rel_l1_thresh}
+        settings: dict[str, Any] = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0}  # its fast form, any depth
+        settings["residual_diff_threshold"] = config.rel_l1_thresh
         if "mag_max_skip_steps" in given:
             settings["max_continuous_cached_steps"] = config.mag_max_skip_steps
         if config.num_inference_steps is not None:
