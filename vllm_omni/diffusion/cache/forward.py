@@ -66,8 +66,8 @@ def note_computed(
     for member in members:
         if isinstance(member.cache, GateCache) and latents is not None:
             first = stack.first_residual(member.rows) if stack is not None else None
-            before, after = (_first_tensor(x)[member.rows] for x in (latents, output))
-            member.cache.learn(member.key, member.step, before, after, first)
+            own = _first_tensor(output)[member.rows]
+            member.cache.learn(member.key, member.step, latents[member.rows], own, first)
         if stack is not None and member.wants and (ends := stack.ends(member.rows)) is not None:
             member.cache.put(member.key, member.step, *ends)
         member.cache.did(member.key, member.step, computed=True)

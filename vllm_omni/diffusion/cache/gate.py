@@ -49,7 +49,7 @@ class Gate(ABC):
         """What a `LATENTS` gate compares, made of a call's latents (rows, ...)."""
         return latents
 
-    def learn(self, seen: ResidualShelf, latents: torch.Tensor, output: torch.Tensor) -> None:
+    def learn(self, seen: ResidualShelf, latents: torch.Tensor, output: torch.Tensor) -> None:  # noqa: B027 - most need not
         """Take in a computed step's latents and output, where the rule needs them."""
 
     @abstractmethod
@@ -82,9 +82,15 @@ class GateCache:
     plan = None
 
     def __init__(
-        self, gate: Gate, config: DiffusionCacheConfig, steps: int, sigmas: tuple[float, ...], store: CacheStore
+        self,
+        gate: Gate,
+        config: DiffusionCacheConfig,
+        steps: int,
+        sigmas: tuple[float, ...],
+        store: CacheStore,
+        kept_as: torch.dtype | None = None,
     ) -> None:
-        self.gate, self._sigmas, self._store = gate, sigmas, store
+        self.gate, self._sigmas, self._store, self._kept_as = gate, sigmas, store, kept_as
         given = config.model_fields_set
         self._threshold = config.rel_l1_thresh if config.rel_l1_thresh is not None else gate.threshold
         self._max_skips = config.mag_max_skip_steps if "mag_max_skip_steps" in given else gate.max_skip_steps
@@ -172,7 +178,7 @@ class GateCache:
             keep(seen, FIRST, first)
 
     def put(self, key: Key, step: int, after: torch.Tensor, before: torch.Tensor) -> None:
-        residual = ops.residual(after, before, after.dtype)
+        residual = ops.residual(after, before, self._kept_as or after.dtype)
         if self.gate.look is Look.FIRST_BLOCK:
             seen = self._shelf(self._seen, key)
             if FIRST not in seen:
@@ -228,14 +234,25 @@ def decide(looked: Sequence[Looked]) -> None:
         cache.decide(step, None if change is None else next(values))
 
 
-_PLANNED_ONLY = ("mag_ratios", "mag_threshold", "steps_mask", "nfe", "speedup", "profile", "mag_calibrate")
+_PLANNED_ONLY = (
+    "preset",
+    "mag_threshold",
+    "mag_ratios",
+    "steps_mask",
+    "nfe",
+    "speedup",
+    "seconds",
+    "profile",
+    "profile_insist",
+    "mag_calibrate",
+)
 
 
 def check_gate_config(name: str, config: DiffusionCacheConfig) -> None:
     """InvalidValueError for settings that a gate has no use for."""
     for field in _PLANNED_ONLY:
         value = vars(config)[field]
-        if field in config.model_fields_set and value not in (None, False):
+        if field in config.model_fields_set and value not in (None, False, "auto"):
             raise InvalidValueError(field, value, f"belongs to a plan, {name} decides from data; leave it out")
     if config.predictor in (*NEED_GRAM, "gamma"):
         allowed = ", ".join(map(repr, ("reuse", "linear", "damped")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from vllm_omni.diffusion.cache.gate import Gate, GateCache, check_gate_config
-from vllm_omni.diffusion.cache.stack_backend import StackBackend
+from vllm_omni.diffusion.cache.stack_backend import KEPT_AS, StackBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 
 
@@ -27,4 +27,4 @@ class GateBackend(StackBackend):
 
     def _record(self, steps: int, sigmas: tuple[float, ...], config: DiffusionCacheConfig | None = None) -> GateCache:
         config = config or self.config
-        return GateCache(self.gate(config), config, steps, sigmas, self.store)
+        return GateCache(self.gate(config), config, steps, sigmas, self.store, KEPT_AS[self.config.residual_dtype])

@@ -56,13 +56,13 @@ def request_choice(asked: Any, engine: Choice) -> Choice:
 
 
 def _engines_values(engine: Choice, backend: str) -> dict[str, Any]:
-    """What a request inherits: all of the engine's settings, of another backend's only the budget."""
+    """What a request inherits: all of the engine's settings, of another backend's only how memory is used."""
     if engine is None:
         return {}
     values = engine[1].model_dump(exclude_unset=True)
     if backend == engine[0]:
         return values
-    return {name: value for name, value in values.items() if name == "memory_budget_mb"}
+    return {name: value for name, value in values.items() if name in _OF_THE_ENGINE - {"mag_calibrate"}}
 
 
 def _long_name(key: str, backend: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.cache.clock import SchedulerClock, schedule_of
 from vllm_omni.diffusion.cache.forward import Record
+from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.cache.standalone import Session, StandaloneHook, attach, detach
 from vllm_omni.diffusion.cache.store import CacheStore
 from vllm_omni.diffusion.data import DiffusionCacheConfig
@@ -17,11 +18,14 @@ from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS, DenoiserSpe
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
 from vllm_omni.errors import InvalidValueError
 
+KEPT_AS = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # residual_dtype
+
 
 class StackBackend(CacheBackend):
     """`enable` on a pipeline, then run it (one anonymous request), or `refresh` per request, as the engine does."""
 
     name: ClassVar[str]
+    profile: CacheProfile | None = None  # of the checkpoint, for backends that plan from one
 
     def __init__(self, config: DiffusionCacheConfig) -> None:
         super().__init__(config)

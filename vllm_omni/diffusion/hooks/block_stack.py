@@ -19,6 +19,7 @@ from vllm_omni.diffusion.denoisers import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
 
 Correction = Callable[[torch.Tensor], torch.Tensor]
+Note = Callable[[torch.Tensor], None]
 ATTENTIONS = ("attn", "attn1")  # what diffusers' blocks call their (first) attention
 
 
@@ -65,7 +66,7 @@ class _Reached(Exception):
 class _Probe(torch.nn.Module):
     """The first block, looked at: what it adds, or what its attention gets. The hidden states go on unchanged."""
 
-    def __init__(self, block: torch.nn.Module, returns: tuple[str, ...], attention: bool, note: Correction) -> None:
+    def __init__(self, block: torch.nn.Module, returns: tuple[str, ...], attention: bool, note: Note) -> None:
         super().__init__()
         self.block, self.returns, self.attention, self.note = block, returns, attention, note
 
@@ -212,12 +213,7 @@ class BlockStack:
         """
         first = self.lists[self._first]
         noted: list[torch.Tensor] = []
-
-        def note(x: torch.Tensor) -> torch.Tensor:
-            noted.append(x)
-            return x
-
-        block = _Probe(self.blocks[self._first][0], first.returns, attention, note)
+        block = _Probe(self.blocks[self._first][0], first.returns, attention, noted.append)
         lists: dict[str, torch.nn.Module] = {b.name: torch.nn.ModuleList() for b in self.lists}
         self._exchange(lists | {first.name: torch.nn.ModuleList([block])})
         try:

@@ -81,7 +81,7 @@ class PipelineTask:
         own["maybe_free_model_hooks"] = _nothing  # the model outlives the request
         own.pop("_num_timesteps", None)
         if device is not None:
-            self.pipeline.__class__ = _on_device(type(pipeline), device)
+            self.pipeline.__class__ = _on_device(type(pipeline), device)  # type: ignore[arg-type]
         for name in DENOISER_NAMES:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)

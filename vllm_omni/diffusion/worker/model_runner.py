@@ -247,7 +247,9 @@ class ModelRunner:
             seen = probe(gate, stack, partial(module, **binder.join([state.arguments for state in states])))
         looked: list[Looked] = []
         for state, own in zip(states, rows, strict=True):
-            assert state.member is not None and isinstance(cache := state.member.cache, GateCache)
+            assert state.member is not None
+            cache = state.member.cache
+            assert isinstance(cache, GateCache)
             if seen is None:
                 now = cache.gate.describe(state.arguments["hidden_states"], state.arguments, cache.sigma(state.step))
             else:

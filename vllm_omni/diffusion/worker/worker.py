@@ -13,6 +13,7 @@ from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
 from vllm_omni.diffusion.worker.model_runner import ModelRunner, RequestState
+from vllm_omni.errors import InvalidValueError
 
 
 class DiffusionWorker:
@@ -109,7 +110,13 @@ class DiffusionWorker:
         """The backend of that name, enabled on the pipeline when it is first asked for."""
         if name not in self._backends:
             backend = get_cache_backend(name, config)
-            assert isinstance(backend, StackBackend)
+            if not isinstance(backend, StackBackend):
+                raise InvalidValueError(
+                    "cache_backend",
+                    name,
+                    "keeps one state per model and cannot serve requests; enable it on a plain pipeline, "
+                    "or serve with 'fbcache', the same rule per request",
+                )
             backend.enable(self.pipeline, standalone=False)
             for other in self._backends.values():  # one budget for all
                 backend.store = other.store

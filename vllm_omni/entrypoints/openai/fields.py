@@ -28,7 +28,6 @@ QUALITY_CACHE: dict[str, str | None] = {
     "medium": "balanced",
     "low": "fast",
 }
-_number = {"allow_inf_nan": False}
 
 
 class ImageFields(BaseModel):
@@ -54,16 +53,16 @@ class ImageFields(BaseModel):
     # ours
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     num_inference_steps: int | None = Field(default=None, ge=1)
-    guidance_scale: float | None = Field(default=None, ge=0, le=100, **_number)
-    true_cfg_scale: float | None = Field(default=None, ge=0, le=100, **_number)
+    guidance_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
+    true_cfg_scale: float | None = Field(default=None, ge=0, le=100, allow_inf_nan=False)
     negative_prompt: str | None = None
     width: int | None = Field(default=None, ge=1)
     height: int | None = Field(default=None, ge=1)
-    strength: float | None = Field(default=None, ge=0, le=1, **_number)
+    strength: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     cache: str | dict[str, Any] | None = Field(default=None, description="off, a preset, or settings by name.")
     lora: str | dict[str, Any] | list[Any] | None = Field(default=None, description="Names registered at start-up.")
     priority: int | None = Field(default=None, ge=-1000, le=1000)
-    timeout_s: float | None = Field(default=None, gt=0, **_number)
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     include_timings: bool | None = None
     stream_progress: bool | None = Field(default=None, description="Progress events between the partial images.")
 

@@ -17,14 +17,13 @@ from vllm_omni.diffusion.cache.magcache.plan import (
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.profile import CacheProfile, find_profile, fingerprint, named_profile, profile_names
 from vllm_omni.diffusion.cache.request_cache import CachePlan, RequestCache
-from vllm_omni.diffusion.cache.stack_backend import StackBackend
+from vllm_omni.diffusion.cache.stack_backend import KEPT_AS, StackBackend
 from vllm_omni.diffusion.data import PROMISES, DiffusionCacheConfig
 from vllm_omni.diffusion.denoisers import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
-_KEPT_AS = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class MagCacheBackend(StackBackend):
@@ -38,7 +37,6 @@ class MagCacheBackend(StackBackend):
             if (value := vars(config)[name]) is not None:
                 raise InvalidValueError(name, value, "is a TeaCache setting, magcache has no use for it; leave it out")
         self.calibration = Calibration() if config.mag_calibrate else None
-        self.profile: CacheProfile | None = None
         self._ratios: tuple[float, ...] | None = None
         self._class = self._fingerprint = ""
 
@@ -78,7 +76,7 @@ class MagCacheBackend(StackBackend):
             "predictor": choose_predictor(config, profile),
             "profile": profile.name if profile is not None else None,
         }
-        return RequestCache(plan, self.store, settings, _KEPT_AS[self.config.residual_dtype])
+        return RequestCache(plan, self.store, settings, KEPT_AS[self.config.residual_dtype])
 
     def _made_of(self, config: DiffusionCacheConfig, profile: CacheProfile | None, steps: int) -> dict[str, object]:
         """What the plan was made of, for the output: the promise, the preset or the mask, else the rule's settings."""
