@@ -117,4 +117,6 @@ def adopt_logging() -> None:
     from vllm.logger import configure_logging
 
     configure_logging(LoggingConfig())
-    logging.getLogger("vllm_omni").parent = logging.getLogger("vllm")
+    ours = logging.getLogger("vllm_omni")
+    ours.handlers.clear()
+    ours.parent = logging.getLogger("vllm")

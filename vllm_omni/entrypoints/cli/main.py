@@ -21,7 +21,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     vLLM comes here too, with its own command line: `vllm serve MODEL --omni ...`.
     """
-    words = [word for word in (sys.argv[1:] if argv is None else argv) if word != "--omni"]
+    code = _run([word for word in (sys.argv[1:] if argv is None else argv) if word != "--omni"])
+    if argv is None and "--omni" in sys.argv:  # vLLM does not look at what it gets back
+        sys.exit(code)
+    return code
+
+
+def _run(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="vllm-omni",
         description="Generate and serve pictures with diffusion transformers, with an activation cache per request.",

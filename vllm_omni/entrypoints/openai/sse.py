@@ -31,7 +31,7 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         inbox: asyncio.Queue[Event | ApiError | None] = asyncio.Queue()
         pump = asyncio.create_task(self._pump(inbox))
-        pump.add_done_callback(lambda task: task.cancelled() or inbox.put_nowait(_last(task.exception())))
+        pump.add_done_callback(lambda task: task.cancelled() or inbox.put_nowait(_last(task.exception())))  # type: ignore[func-returns-value]
         write = asyncio.create_task(self._write(inbox, scope, receive, send))
         watch = asyncio.create_task(gone(receive))
         try:
