@@ -113,6 +113,8 @@ class StackBackend(CacheBackend):
         for module in self._modules:
             detach(module)
         self._modules.clear()
+        for stack in self.stacks.values():
+            stack.leave()  # an error while a residual was noted leaves its scope open
         self.stacks.clear()
         self.enabled = False
 
