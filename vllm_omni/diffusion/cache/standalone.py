@@ -70,7 +70,9 @@ class StandaloneHook(ModelHook):
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.stack.leave()
         record, moment = self.session.begin(self.name, self.branch)
-        rows = (kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]).shape[0]
+        rows = len(
+            args[0] if args else kwargs["hidden_states"] if "hidden_states" in kwargs else next(iter(kwargs.values()))
+        )
         self._member = Member(record, (self.name, moment.branch), moment.step, slice(0, rows))
         foreign = self.spec.adds_between_blocks(kwargs)
         terms = None if foreign else record.forecast(self._member.key, moment.step, rows)

@@ -70,6 +70,7 @@ class BlockStack:
     def __init__(self, module: torch.nn.Module, spec: DenoiserSpec) -> None:
         self.module = module
         self.lists = spec.stack
+        self._image_first = spec.image_first
         modules = dict(module.named_children())
         missing = [b.name for b in self.lists if b.name not in modules]
         if missing:
@@ -160,9 +161,11 @@ class BlockStack:
     def residual(self, rows: slice = slice(None)) -> torch.Tensor | None:
         """out - in of the image tokens for `rows` of the last tapped forward, shape (rows, tokens, channels).
 
-        A tail that returns the fused text+image sequence has the image tokens last.
+        Of a tail that returns the fused text+image sequence the image tokens alone are taken.
         """
         if self._input is None or self._output is None:
             return None
         before = self._input[rows]
-        return self._output[rows, -before.shape[1] :] - before
+        tokens = before.shape[1]
+        after = self._output[rows]
+        return (after[:, :tokens] if self._image_first else after[:, -tokens:]) - before

@@ -78,6 +78,8 @@ class PipelineTask:
         own["_progress_bar_config"] = {"disable": True}
         own["maybe_free_model_hooks"] = _nothing  # the model outlives the request
         own.pop("_num_timesteps", None)
+        if own.get("guider") is not None:  # it notes step and branch
+            own["guider"] = copy.copy(pipeline.guider)
         for name in DENOISER_NAMES:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)
