@@ -22,11 +22,16 @@ class BlockList:
 
 @dataclass(frozen=True)
 class DenoiserSpec:
-    """`stack` in execution order; `rows` hold one entry per sample, `shared` must be equal to be batched together."""
+    """`stack` in execution order; `rows` hold one entry per sample, `shared` must be equal to be batched together.
+
+    An argument in both has one entry per sample and decides how samples are laid out in the stack: only equal ones fit.
+    """
 
     stack: tuple[BlockList, ...]
     rows: tuple[str, ...]
     shared: tuple[str, ...] = ()
+    rows_in_dim_1: tuple[str, ...] = ()  # of `rows`, those with another dimension before the samples
+    image_first: bool = False  # a fused tail holds the image tokens before the text
     only_for_blocks: tuple[str, ...] = ()  # child modules whose output nothing but the blocks reads
     between_blocks: tuple[str, ...] = ()  # "argument" or "argument.key" that adds something to the stack: compute
 
@@ -62,8 +67,15 @@ DENOISERS: dict[str, DenoiserSpec] = {
     ),
     "QwenImageTransformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT),),
-        rows=("hidden_states", "encoder_hidden_states", "encoder_hidden_states_mask", "timestep", "img_shapes"),
-        shared=("img_shapes",),
+        rows=(
+            "hidden_states",
+            "encoder_hidden_states",
+            "encoder_hidden_states_mask",
+            "timestep",
+            "guidance",
+            "additional_t_cond",
+            "img_shapes",
+        ),
         between_blocks=("controlnet_block_samples",),
     ),
     "SD3Transformer2DModel": DenoiserSpec(
@@ -85,13 +97,26 @@ DENOISERS: dict[str, DenoiserSpec] = {
         stack=(BlockList("transformer_blocks", _IMAGE_TEXT), BlockList("single_transformer_blocks", _IMAGE_TEXT)),
         rows=("encoder_attention_mask", *_FLUX_ROWS),
     ),
+    "HunyuanVideo15Transformer3DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
+        rows=(
+            "hidden_states",
+            "timestep",
+            "timestep_r",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "encoder_hidden_states_2",
+            "encoder_attention_mask_2",
+            "image_embeds",
+        ),
+    ),
     "LTXVideoTransformer3DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _HIDDEN),),
         rows=("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),
     ),
     "CogVideoXTransformer3DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
-        rows=("hidden_states", "encoder_hidden_states", "timestep"),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "timestep_cond", "ofs"),
         shared=("image_rotary_emb",),
     ),
     "AuraFlowTransformer2DModel": DenoiserSpec(
@@ -100,6 +125,78 @@ DENOISERS: dict[str, DenoiserSpec] = {
     ),
     "CogView4Transformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
-        rows=("hidden_states", "encoder_hidden_states", "timestep", "original_size", "target_size", "crop_coords"),
+        rows=(
+            "hidden_states",
+            "encoder_hidden_states",
+            "timestep",
+            "original_size",
+            "target_size",
+            "crop_coords",
+            "attention_mask",
+        ),
+    ),
+    "ZImageTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("layers", _HIDDEN),),
+        rows=("x", "t", "cap_feats"),
+        between_blocks=("controlnet_block_samples",),
+    ),
+    "HiDreamImageTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("double_stream_blocks", _IMAGE_TEXT), BlockList("single_stream_blocks", _HIDDEN)),
+        rows=(
+            "hidden_states",
+            "timesteps",
+            "encoder_hidden_states_t5",
+            "encoder_hidden_states_llama3",
+            "pooled_embeds",
+            "hidden_states_masks",
+            "img_ids",
+            "img_sizes",
+        ),
+        rows_in_dim_1=("encoder_hidden_states_llama3",),
+        image_first=True,
+    ),
+    "Lumina2Transformer2DModel": DenoiserSpec(
+        stack=(BlockList("layers", _HIDDEN),),
+        rows=("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"),
+        shared=("encoder_attention_mask",),  # text and image share a sequence without padding: its length says where
+    ),
+    "OmniGenTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("layers", _HIDDEN),),
+        rows=("hidden_states", "timestep", "input_ids", "attention_mask", "position_ids"),
+    ),
+    "SanaTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _HIDDEN),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "guidance", "encoder_attention_mask"),
+        between_blocks=("controlnet_block_samples",),
+    ),
+    "PixArtTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _HIDDEN),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "added_cond_kwargs", "encoder_attention_mask"),
+    ),
+    "Kandinsky5Transformer3DModel": DenoiserSpec(
+        stack=(BlockList("visual_transformer_blocks", _HIDDEN),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "pooled_projections"),
+        shared=("visual_rope_pos", "text_rope_pos"),
+    ),
+    "MochiTransformer3DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),
+    ),
+    "HunyuanVideoFramepackTransformer3DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _IMAGE_TEXT), BlockList("single_transformer_blocks", _IMAGE_TEXT)),
+        rows=(
+            "encoder_attention_mask",
+            *_FLUX_ROWS,
+            "image_embeds",
+            "latents_clean",
+            "latents_history_2x",
+            "latents_history_4x",
+        ),
+        shared=(
+            "indices_latents",
+            "indices_latents_clean",
+            "indices_latents_history_2x",
+            "indices_latents_history_4x",
+        ),
     ),
 }

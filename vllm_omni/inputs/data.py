@@ -85,7 +85,7 @@ def normalise_prompt(prompt: Any) -> dict[str, Any]:
     given.update(media)
     if "prompt" in given:
         check_text("prompt", given["prompt"])
-    elif "prompt_embeds" not in given:
+    elif not any(key.startswith("prompt_embeds") for key in given):
         raise InvalidValueError("prompt", prompt, "must hold 'prompt' or 'prompt_embeds'")
     if "negative_prompt" in given and given["negative_prompt"] != "":
         check_text("negative_prompt", given["negative_prompt"])

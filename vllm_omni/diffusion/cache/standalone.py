@@ -72,8 +72,8 @@ class StandaloneHook(ModelHook):
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.stack.leave()
         record, moment = self.session.begin(self.name, self.branch)
-        self._latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        rows = self._latents.shape[0]
+        self._latents = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+        rows = len(self._latents)
         self._member = Member(record, (self.name, moment.branch), moment.step, slice(0, rows))
         foreign = self.spec.adds_between_blocks(kwargs)
         if isinstance(record, GateCache) and not foreign and record.wants_look(self._member.key, moment.step):

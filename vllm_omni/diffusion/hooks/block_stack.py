@@ -112,6 +112,7 @@ class BlockStack:
     def __init__(self, module: torch.nn.Module, spec: DenoiserSpec) -> None:
         self.module = module
         self.lists = spec.stack
+        self._image_first = spec.image_first
         modules = dict(module.named_children())
         missing = [b.name for b in self.lists if b.name not in modules]
         if missing:
@@ -231,9 +232,11 @@ class BlockStack:
     def ends(self, rows: slice = slice(None)) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(after, before) the blocks: the image tokens of `rows` of the last tapped forward, (rows, tokens, channels).
 
-        A tail that returns the fused text+image sequence has the image tokens last.
+        Of a tail that returns the fused text+image sequence the image tokens alone are taken.
         """
         if self._input is None or self._output is None:
             return None
         before = self._input[rows]
-        return self._output[rows, -before.shape[1] :], before
+        tokens = before.shape[1]
+        after = self._output[rows]
+        return (after[:, :tokens] if self._image_first else after[:, -tokens:]), before

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from diffusers.image_processor import VaeImageProcessor
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -30,7 +31,7 @@ class ArgumentBuilder:
         self._fps = float(defaults.get("fps", known))
         self._config = config
         processor = vars(pipeline).get("image_processor")
-        self.multiple = processor.config.vae_scale_factor if processor is not None else 1
+        self.multiple = processor.config.vae_scale_factor if isinstance(processor, VaeImageProcessor) else 1
 
     def build(self, request: OmniDiffusionRequest) -> dict[str, Any]:
         """Everything but the generator. InvalidValueError names what the pipeline does not take, or a limit."""

@@ -19,6 +19,7 @@ class CallBinder:
         self._names = list(inspect.signature(type(module).forward).parameters)[1:]
         self._rows = frozenset(spec.rows) if spec else frozenset()
         self._shared = frozenset(spec.shared) if spec else frozenset()
+        self._dims = dict.fromkeys(spec.rows_in_dim_1, 1) if spec else {}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         return dict(zip(self._names, args, strict=False)) | kwargs
@@ -43,7 +44,7 @@ class CallBinder:
         try:
             for name, value in arguments.items():
                 if name in self._rows:
-                    parts.append((name, _row_shape(value, rows)))
+                    parts.append((name, _row_shape(value, rows, self._dims.get(name, 0))))
                 if name in self._shared or name not in self._rows:
                     parts.append((name, _equal(value, memory if name in self._shared else None)))
         except TypeError:
@@ -56,9 +57,9 @@ class CallBinder:
             return calls[0]
         first = calls[0]
         return first | {
-            name: _joined([call[name] for call in calls])
+            name: _joined([call[name] for call in calls], self._dims.get(name, 0))
             for name in self._rows
-            if isinstance(first.get(name), torch.Tensor | list)
+            if first.get(name) is not None
         }
 
 
@@ -69,24 +70,27 @@ def row_slices(counts: Sequence[int]) -> list[slice]:
 
 
 def take_rows(output: Any, rows: slice) -> Any:
-    """One request's part of a denoiser's output: tensor, tuple, list, or a dict-like model output."""
-    if isinstance(output, torch.Tensor):
+    """One request's part of a denoiser's output: a tensor or list of rows, in a tuple or a dict-like model output."""
+    if isinstance(output, torch.Tensor | list):
         return output[rows]
     if isinstance(output, dict):
         return type(output)(**{name: take_rows(value, rows) for name, value in output.items()})
-    if isinstance(output, tuple | list):
-        return type(output)(take_rows(value, rows) for value in output)
+    if isinstance(output, tuple):
+        return tuple(take_rows(value, rows) for value in output)
     return output
 
 
-def _row_shape(value: Any, rows: int) -> Hashable:
+def _row_shape(value: Any, rows: int, dim: int) -> Hashable:
     """What must agree of an argument with one entry per row; TypeError where it is not one."""
     if value is None:
         return None
-    if isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == rows:
-        return value.shape[1:], value.dtype
+    if isinstance(value, torch.Tensor) and value.ndim > dim and value.shape[dim] == rows:
+        return value.shape[:dim], value.shape[dim + 1 :], value.dtype
     if isinstance(value, list) and len(value) == rows:
-        return "list"
+        entries = tuple((e.shape, e.dtype) if isinstance(e, torch.Tensor) else _equal(e, None) for e in value)
+        return entries[0] if len(set(entries)) == 1 else entries
+    if isinstance(value, dict):
+        return tuple((name, _row_shape(entry, rows, dim)) for name, entry in value.items())
     raise TypeError(type(value))
 
 
@@ -106,10 +110,13 @@ def _equal(value: Any, memory: dict[int, Any] | None) -> Hashable:
     raise TypeError(type(value))
 
 
-def _joined(values: Sequence[Any]) -> Any:
-    if isinstance(values[0], list):
+def _joined(values: Sequence[Any], dim: int) -> Any:
+    first = values[0]
+    if isinstance(first, list):
         return [entry for value in values for entry in value]
-    return torch.cat(list(values))
+    if isinstance(first, dict):
+        return {name: _joined([value[name] for value in values], dim) for name in first}
+    return torch.cat(list(values), dim) if first is not None else None
 
 
 def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:

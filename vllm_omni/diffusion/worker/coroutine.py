@@ -82,6 +82,8 @@ class PipelineTask:
         own.pop("_num_timesteps", None)
         if device is not None:
             self.pipeline.__class__ = _on_device(type(pipeline), device)  # type: ignore[arg-type]
+        if own.get("guider") is not None:  # it notes step and branch
+            own["guider"] = copy.copy(pipeline.guider)
         for name in DENOISER_NAMES:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)
