@@ -72,7 +72,7 @@ class StandaloneHook(ModelHook):
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self.stack.leave()
         record, moment = self.session.begin(self.name, self.branch)
-        self._latents = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), None))
+        self._latents = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), ()))
         rows = len(self._latents)
         self._member = Member(record, (self.name, moment.branch), moment.step, slice(0, rows))
         foreign = self.spec.adds_between_blocks(kwargs)
