@@ -73,7 +73,7 @@ class MagCacheBackend(StackBackend):
             "backend": "magcache",
             **self._made_of(config, profile, steps),
             "planned_forwards": plan.full_forwards,
-            "predictor": choose_predictor(config, profile),
+            "predictor": choose_predictor(config, profile, steps / plan.full_forwards),
             "profile": profile.name if profile is not None else None,
         }
         return RequestCache(plan, self.store, settings, KEPT_AS[self.config.residual_dtype])

@@ -21,11 +21,12 @@ MAX_PLANNED_STEPS = 1000
 SPEEDUPS = {"high": 1.5, "balanced": 2.0, "fast": 3.0}
 
 
-def choose_predictor(config: DiffusionCacheConfig, profile: CacheProfile | None) -> str:
-    """`auto` is what calibration found best for this checkpoint, otherwise reuse, which every curve allows."""
+def choose_predictor(config: DiffusionCacheConfig, profile: CacheProfile | None, speedup: float = 1.0) -> str:
+    """`auto` is what calibration found best for this checkpoint at this speed-up (steps per full forward), otherwise
+    reuse, which every curve allows."""
     has_gram = profile is not None and profile.gram is not None
     if config.predictor == "auto":
-        return (profile.predictor if profile is not None else None) or "reuse"
+        return (profile.predictor_at(speedup) if profile is not None else None) or "reuse"
     if config.predictor in NEED_GRAM and not has_gram:
         raise InvalidValueError(
             "predictor", config.predictor, "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"
@@ -44,7 +45,6 @@ def plan_request(
     """The whole run, decided before its first step; InvalidValueError for a promise that cannot be kept."""
     if ratios is None and config.steps_mask is None:
         raise InvalidValueError("mag_ratios", None, "must be given where no steps_mask is and no curve is known")
-    predictor = choose_predictor(config, profile)
     curve = resample(ratios, steps, config.curve_resampling) if ratios is not None else None
     gram = _gram_at(profile, sigmas)
     if config.steps_mask is not None:
@@ -52,6 +52,7 @@ def plan_request(
     elif (nfe := promised_forwards(config, steps) or preset_forwards(config, profile, steps)) is not None:
         assert curve is not None
         short = steps <= MAX_PAIR_STEPS
+        predictor = choose_predictor(config, profile, steps / nfe)
         costs = gram_costs(gram, sigmas, predictor) if gram is not None and short else curve_costs(curve, sigmas)
         compute = best_plan(costs, nfe, config.compute_last_step)
     else:
@@ -66,6 +67,7 @@ def plan_request(
             config.compute_last_step,
             others,
         )
+    predictor = choose_predictor(config, profile, steps / sum(compute))
     if gram is None and curve is not None and predictor == "gamma":  # it looks at magnitudes alone
         gram = np.diag(np.cumprod(curve) ** 2)
     return CachePlan.of(compute, forecasts(compute, sigmas, predictor, gram))
