@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from vllm_omni.diffusion.cache.clock import Schedule
 from vllm_omni.diffusion.cache.gate import Gate, GateCache, check_gate_config
 from vllm_omni.diffusion.cache.stack_backend import KEPT_AS, StackBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
@@ -25,6 +26,7 @@ class GateBackend(StackBackend):
         check_gate_config(self.name, config)
         self.gate(config)
 
-    def _record(self, steps: int, sigmas: tuple[float, ...], config: DiffusionCacheConfig | None = None) -> GateCache:
+    def _record(self, schedule: Schedule, config: DiffusionCacheConfig | None = None) -> GateCache:
         config = config or self.config
-        return GateCache(self.gate(config), config, steps, sigmas, self.store, KEPT_AS[self.config.residual_dtype])
+        kept_as = KEPT_AS[self.config.residual_dtype]
+        return GateCache(self.gate(config), config, schedule.steps, schedule.sigmas, self.store, kept_as)
