@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from vllm_omni.diffusion.loader import resolve_model
 from vllm_omni.entrypoints.cli.main import json_object
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.logger import init_logger
+from vllm_omni.logger import JsonLines, init_logger
 
 logger = init_logger(__name__)
 
@@ -202,6 +203,7 @@ def uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
         "access_log": not args.disable_uvicorn_access_log,
         "timeout_keep_alive": 5,
         "server_header": False,
+        "log_config": None,  # its lines go where ours go
     }
 
 
@@ -216,7 +218,9 @@ async def _serve(config: ServeConfig, options: dict[str, Any]) -> int:
         raise InvalidValueError(
             "--uds" if config.uds else "--port", where, f"cannot be used ({error.strerror})"
         ) from None
-    _vllm_compat.adopt_logging()
+    if config.log_json:
+        os.environ["VLLM_OMNI_LOG_JSON"] = "1"  # the engine process reads it
+    _vllm_compat.adopt_logging(JsonLines() if config.log_json else None)
     logger.info("serving %s: %s", config.model_names[0], json.dumps(config.engine_args, default=str))
     engine = ProcessEngineClient(
         config.engine_args, max_queued_requests=config.max_queued_requests, warmup=config.warmup

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from inspect import isclass
 from typing import Any
@@ -14,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from vllm_omni import _vllm_compat
 from vllm_omni.engine.interface import EngineClient
 from vllm_omni.entrypoints.openai import chat, images, info, metrics, page
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error, invalid
@@ -34,6 +34,8 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
         redirect_slashes=False,
         **{"docs_url": None, "redoc_url": None, "openapi_url": None, **docs},  # type: ignore[arg-type]
     )
+    if config.otlp_traces_endpoint:
+        _vllm_compat.start_tracing(config.otlp_traces_endpoint)
     state = app.state.served = Served(engine, config, Jobs(engine))
     for router in (images.router, chat.router, info.router, metrics.router):
         app.include_router(router)
@@ -52,6 +54,7 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
         max_body=int(config.max_body_mb * 2**20),
         open_paths=open_paths,
         statuses=state.statuses,
+        traced=bool(config.otlp_traces_endpoint),
     )
     if config.allowed_origins:  # outermost: a browser asks for leave without its key
         app.add_middleware(
@@ -62,8 +65,6 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
             allow_credentials=config.allow_credentials,
             expose_headers=("x-request-id", "retry-after"),
         )
-    if config.log_json:
-        _log_json()
     return app
 
 
@@ -85,14 +86,3 @@ def _add_middleware(app: FastAPI, name: str) -> None:
         app.add_middleware(found)  # type: ignore[arg-type]
     else:
         app.middleware("http")(found)
-
-
-def _log_json() -> None:
-    """One JSON object per line, with the request's id and route as fields of it."""
-    from pythonjsonlogger.json import JsonFormatter
-
-    root = logging.getLogger("vllm_omni")
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    root.handlers, root.propagate = [handler], False
-    root.setLevel(logging.INFO)
