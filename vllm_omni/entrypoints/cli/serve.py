@@ -109,7 +109,13 @@ def _add_behaviour(group: Any) -> None:
     add("--sse-keep-alive-interval", type=float, default=15.0, metavar="SECONDS", help="comments on quiet streams (15)")
     add("--allow-unknown-fields", action="store_true", help="ignore fields that the API does not have, do not refuse")
     add("--no-png-metadata", action="store_true", help="leave prompt, seed and settings out of PNG files")
-    add("--allowed-media-domains", nargs="+", default=[], metavar="HOST", help="fetch input pictures from these (none)")
+    add(
+        "--allowed-media-domains",
+        nargs="+",
+        default=[],
+        metavar="HOST",
+        help="fetch pictures from these (none)",
+    )
     add("--store-dir", metavar="FOLDER", help="where video jobs are kept (default: a temporary folder)")
     add("--log-json", action="store_true", help="one JSON object per log line")
     add("--log-prompts", action="store_true", help="write prompts into the log (never by default)")

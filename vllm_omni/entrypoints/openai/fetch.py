@@ -77,6 +77,8 @@ def _get(host: str, address: str, path: str, field: str, max_bytes: int) -> byte
         if reply.status != 200:
             raise _refused(field, f"was answered with {reply.status}; redirects are not followed")
         data = reply.read(max_bytes + 1)
+        if not late.is_alive():  # what came until then may look whole
+            raise _refused(field, f"took longer than {SECONDS:g} s")
     finally:
         late.cancel()
         secure.close()
