@@ -66,8 +66,7 @@ async def completions(request: Request) -> Response:
     check_model(fields.model, here.config)
     if bool(urls) != here.info.image_input:
         raise invalid("messages", "this model needs a picture" if not urls else "this model takes no picture")
-    limit = here.config.max_input_pixels
-    pictures = await asyncio.to_thread(lambda: tuple(picture.decode_data_url(url, "messages", limit) for url in urls))
+    pictures = await asyncio.to_thread(lambda: tuple(picture.decode_url(url, "messages", here.config) for url in urls))
     order = make_order(fields, here.info, here.config, pictures)
     here.note(request, order)
     job_id = request.state.request_id
@@ -97,7 +96,7 @@ def read_messages(messages: Any, max_pictures: int) -> tuple[str, list[str]]:
         elif part.get("type") == "image_url" and isinstance(part.get("image_url"), dict):
             urls.append(part["image_url"].get("url"))
         else:
-            raise invalid("messages", "a part is text, or image_url with a data: URL")
+            raise invalid("messages", "a part is text, or image_url with a URL")
     if len(urls) > max_pictures:
         raise invalid("messages", f"at most {max_pictures} pictures")
     return "\n".join(text), urls

@@ -107,7 +107,7 @@ def _pictures(form: Form, here: Served) -> tuple[Any, ...]:
     if form.masks:
         raise invalid("mask", "this model takes no mask", "unsupported_parameter")
     found = [picture.decode(data, "image", limit) for data in form.pictures]
-    found += [picture.decode_data_url(url, "url", limit) for url in form.urls]
+    found += [picture.decode_url(url, "url", here.config) for url in form.urls]
     if not found:
         raise invalid("image", "at least one picture is needed")
     return tuple(found)

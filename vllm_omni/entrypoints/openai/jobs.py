@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from vllm_omni.engine.interface import EngineClient
+from vllm_omni.entrypoints.openai import facts
 from vllm_omni.entrypoints.openai.errors import ApiError
 from vllm_omni.entrypoints.openai.order import Order
 from vllm_omni.errors import InvalidValueError
@@ -39,6 +40,7 @@ class Jobs:
         """
         if job_id in self.running:
             raise InvalidValueError("X-Request-Id", job_id, "must not be in use")
+        facts.note(model=order.model, size=order.size, n=len(order.params))
         self.running[job_id] = ids = [f"{job_id}-{i}" for i in range(len(order.params))]
         inbox: asyncio.Queue[Item | BaseException] = asyncio.Queue()
 
@@ -63,6 +65,8 @@ class Jobs:
                 item = await inbox.get()
                 if isinstance(item, BaseException):
                     raise item
+                if item[1].finished:
+                    facts.count(computed_steps=item[1].computed_steps, skipped_steps=item[1].skipped_steps)
                 if item[1].error is not None:
                     raise item[1].error
                 left -= item[1].finished

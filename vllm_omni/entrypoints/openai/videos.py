@@ -20,6 +20,7 @@ from vllm_omni.entrypoints.openai.state import Served, served
 from vllm_omni.entrypoints.openai.video_fields import REFERENCE, VideoFields, check_reference, make_video_order
 from vllm_omni.entrypoints.openai.video_jobs import VideoJobs
 from vllm_omni.entrypoints.openai.video_store import FILES, VideoJob, VideoStore
+from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs.media import encode_video
 
@@ -77,7 +78,7 @@ async def create(request: Request) -> Response:
     )
     check_model(fields.model, here.config)
     check_reference(bool(form.pictures or form.urls or reference is not None), here.info)
-    image = await asyncio.to_thread(_picture, form, reference, here.config.max_input_pixels)
+    image = await asyncio.to_thread(_picture, form, reference, here.config)
     order = make_video_order(fields, here.info, here.config, image)
     job = await jobs.create(order)
     told = {
@@ -176,13 +177,13 @@ def _as_json(job: VideoJob, jobs: VideoJobs) -> dict[str, Any]:
     }
 
 
-def _picture(form: Form, reference: Any, max_pixels: int) -> Image.Image | None:
+def _picture(form: Form, reference: Any, config: ServeConfig) -> Image.Image | None:
     """The picture of a form's file, of a data URL, or of `{"image_url": data URL}`."""
     if form.pictures:
-        return picture.decode(form.pictures[0], REFERENCE, max_pixels)
+        return picture.decode(form.pictures[0], REFERENCE, config.max_input_pixels)
     url = form.urls[0] if form.urls else reference
     if isinstance(url, dict):
         if set(url) != {"image_url"}:
             raise invalid(REFERENCE, f"{REFERENCE} takes image_url alone; no files are kept", "unsupported_parameter")
         url = url["image_url"]
-    return None if url is None else picture.decode_data_url(url, REFERENCE, max_pixels)
+    return None if url is None else picture.decode_url(url, REFERENCE, config)
