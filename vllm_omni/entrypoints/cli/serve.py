@@ -219,7 +219,10 @@ async def _serve(config: ServeConfig, options: dict[str, Any]) -> int:
     _vllm_compat.adopt_logging()
     logger.info("serving %s: %s", config.model_names[0], json.dumps(config.engine_args, default=str))
     engine = ProcessEngineClient(
-        config.engine_args, max_queued_requests=config.max_queued_requests, warmup=config.warmup
+        config.engine_args,
+        max_queued_requests=config.max_queued_requests,
+        warmup=config.warmup,
+        log_json=config.log_json,
     )
     try:
         await engine.start()

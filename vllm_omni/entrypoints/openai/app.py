@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from importlib import import_module
 from inspect import isclass
 from typing import Any
@@ -64,7 +63,9 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
             expose_headers=("x-request-id", "retry-after", "openai-poll-after-ms"),
         )
     if config.log_json:
-        _log_json()
+        from vllm_omni.engine.json_log import log_as_json
+
+        log_as_json()
     return app
 
 
@@ -86,14 +87,3 @@ def _add_middleware(app: FastAPI, name: str) -> None:
         app.add_middleware(found)  # type: ignore[arg-type]
     else:
         app.middleware("http")(found)
-
-
-def _log_json() -> None:
-    """One JSON object per line, with the request's id and route as fields of it."""
-    from pythonjsonlogger.json import JsonFormatter
-
-    root = logging.getLogger("vllm_omni")
-    handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
-    root.handlers, root.propagate = [handler], False
-    root.setLevel(logging.INFO)
