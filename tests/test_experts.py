@@ -165,7 +165,8 @@ def test_no_forecast_reaches_over_a_switch_and_the_plan_is_the_best(predictor: s
     assert profile.sigmas is not None
     sigmas, gram = profile.sigmas, np.asarray(profile.gram)
     weigh, order = PREDICTORS[predictor]
-    weight = np.abs(np.diff([*sigmas, 0.0])) / np.asarray(sigmas)
+    level = np.array([*sigmas, 0.0])
+    weight = np.abs(np.diff(level)) / np.maximum(level[1:], level[:-1] / 4)
 
     def cost(computed: tuple[int, ...], switches: tuple[int, ...]) -> float:
         total = 0.0

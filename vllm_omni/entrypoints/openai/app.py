@@ -64,7 +64,7 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
             allow_methods=config.allowed_methods,
             allow_headers=config.allowed_headers,
             allow_credentials=config.allow_credentials,
-            expose_headers=("x-request-id", "retry-after"),
+            expose_headers=("x-request-id", "retry-after", "openai-poll-after-ms"),
         )
     return app
 

@@ -87,7 +87,7 @@ class MagCacheBackend(StackBackend):
             "backend": "magcache",
             **self._made_of(config, profile, schedule),
             "planned_forwards": plan.full_forwards,
-            "predictor": choose_predictor(config, profile),
+            "predictor": choose_predictor(config, profile, schedule.steps / plan.full_forwards),
             "profile": profile.name if profile is not None else None,
         }
         if schedule.switches:

@@ -22,11 +22,12 @@ MAX_PLANNED_STEPS = 1000
 SPEEDUPS = {"high": 1.5, "balanced": 2.0, "fast": 3.0}
 
 
-def choose_predictor(config: DiffusionCacheConfig, profile: CacheProfile | None) -> str:
-    """`auto` is what calibration found best for this checkpoint, otherwise reuse, which every curve allows."""
+def choose_predictor(config: DiffusionCacheConfig, profile: CacheProfile | None, speedup: float = 1.0) -> str:
+    """`auto` is what calibration found best for this checkpoint at this speed-up (steps per full forward), otherwise
+    reuse, which every curve allows."""
     has_gram = profile is not None and profile.gram is not None
     if config.predictor == "auto":
-        return (profile.predictor if profile is not None else None) or "reuse"
+        return (profile.predictor_at(speedup) if profile is not None else None) or "reuse"
     if config.predictor in NEED_GRAM and not has_gram:
         raise InvalidValueError(
             "predictor", config.predictor, "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"
@@ -49,7 +50,6 @@ def plan_request(
     """
     if ratios is None and config.steps_mask is None:
         raise InvalidValueError("mag_ratios", None, "must be given where no steps_mask is and no curve is known")
-    predictor = choose_predictor(config, profile)
     curve = resample(ratios, steps, config.curve_resampling) if ratios is not None else None
     gram = _gram_at(profile, sigmas)
     if config.steps_mask is not None:
@@ -59,12 +59,14 @@ def plan_request(
         nfe := promised_forwards(config, steps, switches) or preset_forwards(config, profile, steps, switches)
     ) is not None:
         assert curve is not None
+        predictor = choose_predictor(config, profile, steps / nfe)
         compute = best_plan(_costs(curve, gram, sigmas, predictor, switches), nfe, config.compute_last_step)
     else:
         assert curve is not None
         measured = profile.branches.values() if profile is not None and ratios == profile.ratios else ()
         curves = [resample(branch, steps, config.curve_resampling) for branch in measured] or [curve]
         compute = _by_rule(curves, config, segments(steps, switches))
+    predictor = choose_predictor(config, profile, steps / sum(compute))
     if gram is None and curve is not None and predictor == "gamma":  # it looks at magnitudes alone
         gram = np.diag(np.cumprod(curve) ** 2)
     terms: dict[int, Terms] = {}
