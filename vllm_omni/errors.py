@@ -59,7 +59,7 @@ class NumericalError(OmniError):
     """The model's result holds NaN: a number overflowed its data type on the way. The request ends without pictures."""
 
     def __init__(self) -> None:
-        super().__init__("numerical_error: the result holds NaN; other settings, or a wider dtype, may help")
+        super().__init__("numerical_error: the result holds NaN; other settings, or a wider --dtype, may help")
 
 
 class QueueFullError(OmniError):
