@@ -14,6 +14,7 @@ def main() -> None:
     parser.add_argument("--size", default="832x480", help="WIDTHxHEIGHT (%(default)s)")
     parser.add_argument("--frames", type=int, default=81, help="4k + 1 for most models (%(default)s)")
     parser.add_argument("--steps", type=int, help="denoising steps (default: the model's own)")
+    parser.add_argument("--cache-backend", default="magcache", help="none, or %(default)s where a curve is known")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder of the video (%(default)s)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -21,7 +22,7 @@ def main() -> None:
     parameters = OmniDiffusionSamplingParams(
         width=width, height=height, num_frames=args.frames, num_inference_steps=args.steps, seed=7
     )
-    with Omni(args.model, cache_backend="magcache") as omni:  # a model without a curve is run uncached, and says so
+    with Omni(args.model, cache_backend=args.cache_backend) as omni:
         output = omni.generate(args.prompt, parameters)[0]
     if output.error is not None:
         raise output.error
