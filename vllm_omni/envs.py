@@ -12,11 +12,6 @@ def log_level() -> str:
     return level if level in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL") else "INFO"
 
 
-def log_json() -> bool:
-    """VLLM_OMNI_LOG_JSON: 1 for one JSON object per line; `serve --log-json` sets it for the engine process too."""
-    return os.environ.get("VLLM_OMNI_LOG_JSON") == "1"
-
-
 def profile_folder() -> Path:
     """VLLM_OMNI_PROFILES: where `vllm-omni calibrate` writes and the engine looks (~/.cache/vllm_omni/profiles)."""
     return Path(os.environ.get("VLLM_OMNI_PROFILES") or Path.home() / ".cache" / "vllm_omni" / "profiles")

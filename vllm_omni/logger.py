@@ -22,12 +22,18 @@ class JsonLines(logging.Formatter):
         return json.dumps(told, default=str)
 
 
+def log_as_json() -> None:
+    """From now on one JSON object per line, where the lines are ours."""
+    for handler in logging.getLogger("vllm_omni").handlers:
+        handler.setFormatter(JsonLines())
+
+
 def init_logger(name: str) -> logging.Logger:
     """The logger of a module; the first call gives the tree its handler, unless the application set one."""
     root = logging.getLogger("vllm_omni")
     if not root.handlers and not logging.getLogger().handlers:
         handler = logging.StreamHandler()
-        handler.setFormatter(JsonLines() if envs.log_json() else logging.Formatter(_LINE, "%H:%M:%S"))
+        handler.setFormatter(logging.Formatter(_LINE, "%H:%M:%S"))
         root.addHandler(handler)
         root.setLevel(envs.log_level())
     return logging.getLogger(name)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy
 import torch
 
 from vllm_omni.diffusion.cache.overrides import Choice
@@ -17,7 +18,7 @@ from vllm_omni.diffusion.sched.step_scheduler import StepScheduler
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
 from vllm_omni.diffusion.worker.model_runner import RequestState
 from vllm_omni.diffusion.worker.worker import DiffusionWorker
-from vllm_omni.errors import EngineClosedError, InvalidValueError, RequestAbortedError
+from vllm_omni.errors import EngineClosedError, InvalidValueError, NumericalError, RequestAbortedError
 from vllm_omni.outputs import OmniRequestOutput
 
 
@@ -247,6 +248,9 @@ def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
         output.error = event.error
         return output
     kind, result = next(iter(event.output.items()))  # a pipeline's output is an ordered dict: images, or frames
+    if isinstance(result, torch.Tensor | numpy.ndarray) and not torch.as_tensor(result).isfinite().all():
+        output.error = NumericalError()  # pictures are looked at where they are made
+        return output
     if entry.arguments.get("output_type") == "latent":
         with torch.inference_mode(False):  # the caller may want to train on it
             output.latents = result.clone()

@@ -78,6 +78,7 @@ class DiffusionWorker:
             config,
             request.params.preview_every,
             request.params.lora_request or (),
+            request.params.boundary_ratio,
         )
         return state, seed
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -224,12 +223,13 @@ async def _serve(config: ServeConfig, options: dict[str, Any]) -> int:
         raise InvalidValueError(
             "--uds" if config.uds else "--port", where, f"cannot be used ({error.strerror})"
         ) from None
-    if config.log_json:
-        os.environ["VLLM_OMNI_LOG_JSON"] = "1"  # the engine process reads it
     _vllm_compat.adopt_logging(JsonLines() if config.log_json else None)
     logger.info("serving %s: %s", config.model_names[0], json.dumps(config.engine_args, default=str))
     engine = ProcessEngineClient(
-        config.engine_args, max_queued_requests=config.max_queued_requests, warmup=config.warmup
+        config.engine_args,
+        max_queued_requests=config.max_queued_requests,
+        warmup=config.warmup,
+        log_json=config.log_json,
     )
     try:
         await engine.start()

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 
 from vllm_omni import _vllm_compat
 from vllm_omni.engine.interface import EngineClient
-from vllm_omni.entrypoints.openai import chat, images, info, metrics, page
+from vllm_omni.entrypoints.openai import chat, images, info, metrics, page, videos
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error, invalid
 from vllm_omni.entrypoints.openai.gate import OPEN_PATHS, Gate
 from vllm_omni.entrypoints.openai.jobs import Jobs
@@ -37,7 +37,8 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
     if config.otlp_traces_endpoint:
         _vllm_compat.start_tracing(config.otlp_traces_endpoint)
     state = app.state.served = Served(engine, config, Jobs(engine))
-    for router in (images.router, chat.router, info.router, metrics.router):
+    app.state.videos = videos.open_jobs(state)
+    for router in (images.router, videos.router, chat.router, info.router, metrics.router):
         app.include_router(router)
     open_paths = OPEN_PATHS
     if config.ui:

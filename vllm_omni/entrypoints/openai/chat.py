@@ -15,7 +15,7 @@ from vllm_omni.entrypoints.openai import picture, reply
 from vllm_omni.entrypoints.openai.errors import invalid
 from vllm_omni.entrypoints.openai.fields import check_fields, parse_json
 from vllm_omni.entrypoints.openai.jobs import unless_gone
-from vllm_omni.entrypoints.openai.order import Order, check_model, make_order
+from vllm_omni.entrypoints.openai.order import Order, check_makes, check_model, make_order
 from vllm_omni.entrypoints.openai.sse import Event, EventStream
 from vllm_omni.entrypoints.openai.state import Served, served
 
@@ -50,6 +50,7 @@ _SCHEMA = {
 async def completions(request: Request) -> Response:
     """A message whose content is pictures, as data URLs."""
     here = served(request)
+    check_makes(here.info, "image")
     given = parse_json(await request.body())
     messages = given.pop("messages", None)
     prompt, urls = read_messages(messages, here.config.max_input_images)

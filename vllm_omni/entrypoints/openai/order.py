@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vllm_omni.engine.interface import ModelInfo
 from vllm_omni.entrypoints.openai.errors import ApiError, invalid
@@ -93,6 +93,13 @@ def make_order(fields: ImageFields, info: ModelInfo, config: ServeConfig, pictur
         fields, prompt, params, width, height, steps, model, fields.priority or 0,
         fields.timeout_s or config.request_timeout_s, partial, warnings, len(pictures), tokens,
     )  # fmt: skip
+
+
+def check_makes(info: ModelInfo, what: Literal["image", "video"]) -> None:
+    """400 where the model that is served makes the other."""
+    if info.video_output != (what == "video"):
+        other = "videos: use /v1/videos" if info.video_output else "pictures: use /v1/images/generations or edits"
+        raise invalid("model", f"this model makes {other}", "unsupported_model")
 
 
 def check_model(name: str | None, config: ServeConfig) -> str:
