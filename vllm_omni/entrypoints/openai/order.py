@@ -132,7 +132,8 @@ def _size(fields: ImageFields, info: ModelInfo, config: ServeConfig, pictures: t
             field = name if fields.size in (None, "auto") else "size"
             raise invalid(field, f"{name} must be a multiple of {info.size_multiple} pixels, got {side}")
     if width * height > config.max_pixels:
-        raise invalid("size" if fields.size else "width", f"a picture may have at most {config.max_pixels} pixels")
+        field = "size" if fields.size not in (None, "auto") else "width" if width >= height else "height"
+        raise invalid(field, f"a picture may have at most {config.max_pixels} pixels")
     return width, height
 
 
