@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,10 @@ import torch
 from PIL import Image
 
 from vllm_omni import Omni
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+from vllm_omni.diffusion.loader import ASSETS
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine import cost
 from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.engine.process import Link
@@ -34,12 +41,14 @@ from vllm_omni.errors import (
     EngineDrainingError,
     InvalidValueError,
     ModelLoadError,
+    NumericalError,
     OmniError,
     QueueFullError,
     RequestAbortedError,
     UnknownKeyError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams as Params
+from vllm_omni.inputs.data import normalise_prompt
 from vllm_omni.outputs import OmniRequestOutput
 
 one_loop = pytest.mark.asyncio(loop_scope="module")
@@ -194,6 +203,24 @@ async def test_a_fault_of_one_request_ends_that_one_alone(client: ProcessEngineC
 
 
 @one_loop
+@pytest.mark.parametrize("output_type", [None, "np", "latent"])
+async def test_a_result_that_holds_nan_is_an_error_of_that_request(
+    client: ProcessEngineClient, output_type: str | None
+) -> None:
+    """The cached residuals are NaN too: they are dropped, and the neighbour in the batch is as it is alone."""
+    good = {"num_inference_steps": 10, "cache": "fast"}
+    alone = await last(client, "alone", **good)
+    empty = {"prompt_embeds": torch.full((1, 8, 128), torch.nan), "pooled_prompt_embeds": torch.zeros(1, 128)}
+    nan, beside = await asyncio.gather(
+        last(client, "nan", prompt=empty, output_type=output_type, **good), last(client, "beside", **good)
+    )
+    assert type(nan.error) is NumericalError and "numerical_error" in str(nan.error) and not nan.images
+    assert nan.latents is None
+    assert np.abs(np.asarray(beside.images[0], int) - np.asarray(alone.images[0], int)).max() <= 1
+    await idle(client)
+
+
+@one_loop
 async def test_frames_that_nobody_should_send_are_dropped(client: ProcessEngineClient) -> None:
     for body in (
         b"",
@@ -309,8 +336,9 @@ async def test_draining_ends_what_runs_and_takes_nothing_new(client: ProcessEngi
 
 
 @one_loop
-async def test_a_killed_and_a_hung_engine_are_replaced_twice_and_no_more() -> None:
-    quick = {"heartbeat_s": 0.2, "heartbeat_timeout_s": 2.0, "warmup": False, "max_restarts": 2}
+async def test_a_killed_and_a_hung_engine_are_replaced_twice_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    """By a signal, by standing still, and at last by a step that takes too long."""
+    quick = {"heartbeat_s": 0.2, "heartbeat_timeout_s": 2.0, "warmup": False, "max_restarts": 2, "step_timeout_s": 4.0}
     async with ProcessEngineClient(ARGS, **quick) as client:
         time.sleep(2.5)  # the front end's own loop stands still: the engine is not to blame
         await asyncio.sleep(0.6)
@@ -333,7 +361,8 @@ async def test_a_killed_and_a_hung_engine_are_replaced_twice_and_no_more() -> No
             assert (await last(client, "again", num_inference_steps=2)).ok
         stats = await client.stats()
         assert stats.restarts == 2 and stats.requests == {"failed": 12, "finished": 2}
-        os.kill(client._engine.process.pid, signal.SIGKILL)
+        slow = await last(client, "slow", num_inference_steps=2, cache="off", height=1024, width=1024)
+        assert isinstance(slow.error, EngineDeadError) and "its step has taken" in caplog.text
         await until(lambda: client._dead)
         with pytest.raises(EngineDeadError, match="died more than 2 times"):
             await last(client, "dead")
@@ -348,37 +377,132 @@ import asyncio
 from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 async def main():
-    client = await ProcessEngineClient({ARGS!r}, warmup=False).start()
+    client = await ProcessEngineClient({ARGS!r}, warmup=False, log_json=True).start()
     print(client._engine.process.pid, flush=True)
     async for _ in client.generate("x", OmniDiffusionSamplingParams(num_inference_steps=1000, cache="off"), "x"):
         pass
 asyncio.run(main())
 """
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert parent.stdout is not None
+    pipe = subprocess.PIPE
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
+    assert parent.stdout is not None and parent.stderr is not None
     pid = int(await asyncio.to_thread(parent.stdout.readline))
     await asyncio.sleep(0.3)
     parent.kill()
     assert await until(lambda: gone(pid), 5) < 5
     parent.wait()
-    parent.stdout.close()
+    with parent.stdout, parent.stderr:  # also: the engine's own log is JSON where the front end's is
+        logged = [json.loads(line) for line in parent.stderr if line.startswith("{")]
+    assert any(line["name"].startswith("vllm_omni.diffusion") and line["levelname"] == "INFO" for line in logged)
 
 
 @one_loop
-async def test_what_cannot_be_loaded_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+async def test_what_cannot_be_loaded_is_said_once_and_leaves_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UnknownKeyError, match="max_num_seqs"):
         ProcessEngineClient({"model": "demo", "max_num_seq": 4})
-    (tmp_path / "model_index.json").write_text("{")
-    client = ProcessEngineClient({"model": str(tmp_path)})
+    broken = tmp_path / "model"
+    shutil.copytree(ASSETS / "demo", broken)
+    weights = next((broken / "vae").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    client = ProcessEngineClient({"model": str(broken)})
     began = time.monotonic()
-    with pytest.raises(ModelLoadError, match="not complete JSON"):
+    with pytest.raises(ModelLoadError, match="is truncated"):
         await client.start()
     assert time.monotonic() - began < 10
+    assert "Traceback" not in capfd.readouterr().err and not caplog.records
     with pytest.raises(EngineDeadError):
         await last(client, "never")
     process = client._engine.process
     await client.shutdown()
     assert process.poll() is not None
+
+
+# ------------------------------------------------------------------------- the engine itself, with a fault put into it
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[DiffusionEngine]:
+    made = DiffusionEngine(OmniDiffusionConfig(**ARGS))
+    yield made
+    made.close()
+
+
+def add(engine: DiffusionEngine, name: str, prompt: str = "sun", **params: Any) -> None:
+    given = Params(**{"seed": 1, "num_inference_steps": 12, "cache": "fast"} | params)
+    engine.add_request(OmniDiffusionRequest(name, prompt, normalise_prompt(prompt), given))
+
+
+def finish(engine: DiffusionEngine) -> dict[str, OmniRequestOutput]:
+    ended: dict[str, OmniRequestOutput] = {}
+    while engine.has_unfinished_requests():
+        ended |= {output.request_id: output for output in engine.step()}
+    return ended
+
+
+@pytest.mark.parametrize("place", ["encode", "step", "cache", "decode"])
+def test_a_fault_at_any_place_costs_one_request(
+    engine: DiffusionEngine, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    add(engine, "alone")
+    alone = np.asarray(finish(engine)["alone"].images[0], int)
+    pipeline, seen = engine.worker.pipeline, []
+
+    def failing(original: Any, hits: Any) -> Any:
+        def act(*args: Any, **kwargs: Any) -> Any:
+            if hits(args, kwargs):
+                seen.append(place)
+                raise RuntimeError("injected")
+            return original(*args, **kwargs)
+
+        return act
+
+    if place == "encode":
+        failed = failing(pipeline.encode_prompt, lambda args, kwargs: kwargs["prompt"] == "bad")
+        monkeypatch.setattr(pipeline, "encode_prompt", failed)
+    elif place == "step":
+        module = pipeline.transformer
+        failed = failing(module.forward, lambda args, kwargs: bool((kwargs["guidance"] == 9.0).any()))
+        monkeypatch.setattr(module, "forward", failed)
+    elif place == "decode":  # the bad one is the first to end
+        monkeypatch.setattr(pipeline.vae, "decode", failing(pipeline.vae.decode, lambda args, kwargs: not seen))
+    for i in range(3):
+        add(engine, f"good-{i}")
+    add(engine, "bad", "bad", guidance_scale=9.0, **({"num_inference_steps": 2} if place == "decode" else {}))
+    first = engine.step()
+    if place == "cache":
+        cache = engine._entries["bad"].state.cache
+        monkeypatch.setattr(cache, "forecast", failing(cache.forecast, lambda args, kwargs: True))
+    ended = {output.request_id: output for output in first} | finish(engine)
+    assert seen and isinstance(ended["bad"].error, RuntimeError) and not ended["bad"].images
+    for i in range(3):
+        assert np.abs(np.asarray(ended[f"good-{i}"].images[0], int) - alone).max() <= 1
+    assert engine.worker.cache_bytes == 0
+
+
+def test_aborted_requests_leave_nothing_for_the_garbage_collector(engine: DiffusionEngine) -> None:
+    """What a request held is free the moment it ends: no cycle keeps its tensors until a collection."""
+
+    def tensors() -> int:
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    counts = []
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(3):
+            names = [f"left-{turn}-{i}" for i in range(8)]
+            for name in names:
+                add(engine, name)
+            for _ in range(3):
+                engine.step()
+            engine.abort(names)
+            assert len(engine.collect()) == 8
+            counts.append(tensors())
+    finally:
+        gc.enable()
+    assert counts[0] == counts[1] == counts[2] and engine.worker.cache_bytes == 0
 
 
 # ------------------------------------------------------------------------------------------------------- pure parts

@@ -6,6 +6,7 @@ OmniError
 ├── ModelLoadError (ValueError)         a model folder that cannot be served
 ├── RequestAbortedError                 the request was ended by its owner
 ├── DeadlineExceededError               its time-out ended the request
+├── NumericalError                      a result that holds NaN; that request alone fails
 ├── QueueFullError                      no room to wait; says when to come back
 ├── EngineDrainingError                 the engine is shutting down and takes nothing new
 ├── EngineDeadError                     the engine's process died or hangs; it is being restarted
@@ -52,6 +53,13 @@ class RequestAbortedError(OmniError):
 
 class DeadlineExceededError(OmniError):
     """The request did not end within its `timeout_s`; it was ended within one step of that."""
+
+
+class NumericalError(OmniError):
+    """The model's result holds NaN: a number overflowed its data type on the way. The request ends without pictures."""
+
+    def __init__(self) -> None:
+        super().__init__("numerical_error: the result holds NaN; other settings, or a wider --dtype, may help")
 
 
 class QueueFullError(OmniError):

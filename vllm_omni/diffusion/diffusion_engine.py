@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy
 import torch
 
 from vllm_omni.diffusion.cache.overrides import Choice
@@ -17,7 +18,7 @@ from vllm_omni.diffusion.sched.step_scheduler import StepScheduler
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
 from vllm_omni.diffusion.worker.model_runner import RequestState
 from vllm_omni.diffusion.worker.worker import DiffusionWorker
-from vllm_omni.errors import EngineClosedError, InvalidValueError, RequestAbortedError
+from vllm_omni.errors import EngineClosedError, InvalidValueError, NumericalError, RequestAbortedError
 from vllm_omni.outputs import OmniRequestOutput
 
 
@@ -32,6 +33,7 @@ class _Entry:
     state: RequestState | None = None
     seed: int | None = None
     fps: float | None = None
+    text_tokens: int = 0
     calls: int = 0  # denoiser calls made for it; more than its steps where guidance needs two
 
     @property
@@ -186,6 +188,7 @@ class DiffusionEngine:
             self._closed = True
 
     def _start(self, entry: _Entry) -> None:
+        entry.text_tokens = self.worker.text_tokens(entry.arguments)
         entry.state, entry.seed = self.worker.start(entry.request, entry.arguments, entry.choice)
         self._settle(entry.state)
 
@@ -226,7 +229,7 @@ def _outlook(entry: _Entry) -> Outlook:
 def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
     now = time.perf_counter()
     output = OmniRequestOutput(entry.request.request_id, entry.request.prompt, seed=entry.seed)
-    output.metrics = {"total_s": now - entry.arrived}
+    output.metrics = {"total_s": now - entry.arrived, "text_tokens": entry.text_tokens}
     if (state := entry.state) is not None:
         output.num_inference_steps = state.steps
         output.step = (state.steps or 0) if isinstance(event, Finished) else state.step
@@ -245,6 +248,9 @@ def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
         output.error = event.error
         return output
     kind, result = next(iter(event.output.items()))  # a pipeline's output is an ordered dict: images, or frames
+    if isinstance(result, torch.Tensor | numpy.ndarray) and not torch.as_tensor(result).isfinite().all():
+        output.error = NumericalError()  # pictures are looked at where they are made
+        return output
     if entry.arguments.get("output_type") == "latent":
         with torch.inference_mode(False):  # the caller may want to train on it
             output.latents = result.clone()

@@ -7,8 +7,6 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidValueError, ModelLoadError
 
@@ -97,6 +95,7 @@ def generation_defaults(model: str) -> dict[str, Any]:
 
 def load_pipeline(config: OmniDiffusionConfig) -> Any:
     """The diffusers pipeline on its device, as `config` asks. ModelLoadError says what is wrong with the folder."""
+    import torch  # only here: that a folder is wrong shows before seconds of imports
     from diffusers import DiffusionPipeline
 
     where = resolve_model(config.model)
@@ -107,7 +106,7 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
         raise InvalidValueError("enable_cpu_offload", True, "needs an accelerator to offload from; leave it out on cpu")
     try:
         pipeline = DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True, revision=config.revision)
-    except (OSError, ValueError, ImportError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, ImportError, AttributeError, KeyError, RuntimeError) as error:
         raise ModelLoadError(f"model {config.model!r} could not be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     if config.vae_use_slicing:

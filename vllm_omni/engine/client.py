@@ -21,6 +21,7 @@ from vllm_omni.engine.wire import (
     Outputs,
     Refused,
     Report,
+    Start,
     StartFailed,
     encode,
 )
@@ -66,6 +67,7 @@ class ProcessEngineClient:
         *,
         max_queued_requests: int = 256,
         warmup: bool = True,
+        log_json: bool = False,
         heartbeat_s: float = 0.5,
         heartbeat_timeout_s: float = 15.0,
         step_timeout_s: float = 600.0,
@@ -73,11 +75,12 @@ class ProcessEngineClient:
         restart_window_s: float = 600.0,
     ) -> None:
         config = OmniDiffusionConfig(**engine_args)  # what is wrong is said here
-        self._engine_args = {name: _plain(value) for name, value in engine_args.items()}
+        plain = {name: _plain(value) for name, value in engine_args.items()}
+        self._start = Start(plain, warmup, heartbeat_s, log_json)
         if max_queued_requests < 0:
             raise InvalidValueError("max_queued_requests", max_queued_requests, "must be 0 or more")
         self._limit = config.max_num_seqs + max_queued_requests
-        self._max_num_seqs, self._warmup, self._heartbeat_s = config.max_num_seqs, warmup, heartbeat_s
+        self._max_num_seqs, self._heartbeat_s = config.max_num_seqs, heartbeat_s
         self._heartbeat_timeout_s, self._step_timeout_s = heartbeat_timeout_s, step_timeout_s
         self._restarts = Restarts(max_restarts, restart_window_s)
         self._requests: dict[str, _Request] = {}
@@ -247,7 +250,7 @@ class ProcessEngineClient:
             failure: OmniError | None = None
             served = False
             try:
-                self._engine = await EngineProcess.spawn(self._engine_args, self._warmup, self._heartbeat_s)
+                self._engine = await EngineProcess.spawn(self._start)
             except OSError as error:
                 how = f"could not be started ({error.strerror})"
             else:
@@ -295,9 +298,9 @@ class ProcessEngineClient:
 
     def _lost(self, how: str, failure: OmniError | None) -> None:
         """The process is gone: its requests end, once each, and its counters are kept."""
-        logger.error(
-            "the engine process %s; %d requests end%s", how, len(self._requests), f": {failure}" if failure else ""
-        )
+        if self._started is None or self._started.done():  # else whoever starts it is told
+            ended = len(self._requests)
+            logger.error("the engine process %s; %d requests end%s", how, ended, f": {failure}" if failure else "")
         text = f"the engine process {how} while the request was in flight"
         self._end_all(lambda i: EngineDeadError(text, retry_after_s=self._load_s), "failed")
         self._ledger.process_ended()

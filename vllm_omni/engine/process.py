@@ -8,6 +8,7 @@ lives; the main thread runs the steps.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import queue
 import signal
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vllm_omni.engine.wire import (
     HEADER,
@@ -32,9 +34,13 @@ from vllm_omni.engine.wire import (
     encode,
 )
 from vllm_omni.errors import InvalidValueError, OmniError
-from vllm_omni.logger import init_logger
+from vllm_omni.logger import init_logger, log_as_json
 
-logger = init_logger(__name__)
+logger = init_logger("vllm_omni.engine.process")  # `__name__` is "__main__" here
+
+if TYPE_CHECKING:
+    from vllm_omni.engine.interface import ModelInfo
+    from vllm_omni.engine.loop import EngineLoop
 
 MAX_BACKLOG = 256  # events not read yet; beyond, progress is not told
 FLUSH_S = 5.0
@@ -136,6 +142,27 @@ def beat(link: Link, every_s: float, turn_began: Callable[[], float | None], par
         link.send(Heartbeat(None if began is None else max(0.0, time.monotonic() - began)))
 
 
+def _load(start: Start, link: Link) -> tuple[EngineLoop, ModelInfo]:
+    """The loop, ready to serve; OmniError where the model is wrong, before anything heavy is imported if that shows."""
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+    from vllm_omni.diffusion.loader import resolve_model
+
+    config = OmniDiffusionConfig(**start.engine_args)
+    resolve_model(config.model)
+    gc.disable()  # what is imported and loaded stays: looking through it again and again is a seventh of the start
+
+    from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+    from vllm_omni.engine.describe import describe
+    from vllm_omni.engine.loop import EngineLoop, warm_up
+
+    engine = DiffusionEngine(config)
+    loop = EngineLoop(engine, link.commands, link.send)
+    tokens = warm_up(engine, describe(engine, {}), loop.costs) if start.warmup else {}
+    gc.freeze()
+    gc.enable()
+    return loop, describe(engine, tokens)
+
+
 def main() -> int:
     """Load, say so, and serve until told to stop or alone."""
     parent = os.getppid()
@@ -147,26 +174,18 @@ def main() -> int:
     start = link.commands.get()
     if not isinstance(start, Start):
         return 2
-    loop = None
+    if start.log_json:
+        log_as_json()
+    loop: EngineLoop | None = None
     arguments = link, start.heartbeat_s, lambda: loop.turn_began if loop is not None else None, parent
     threading.Thread(target=beat, args=arguments, name="vllm-omni-beat", daemon=True).start()
 
-    from vllm_omni.diffusion.data import OmniDiffusionConfig
-    from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
-    from vllm_omni.engine.describe import describe
-    from vllm_omni.engine.loop import EngineLoop, warm_up
-
     try:
-        engine = DiffusionEngine(OmniDiffusionConfig(**start.engine_args))
-        running = EngineLoop(engine, link.commands, link.send)
-        tokens = warm_up(engine, describe(engine, {}), running.costs) if start.warmup else {}
-        info = describe(engine, tokens)
-    except OmniError as error:
-        logger.error("the engine cannot start: %s", error)
+        loop, info = _load(start, link)
+    except OmniError as error:  # whoever started this process says so
         link.send(StartFailed(error))
         link.close()
         return 1
-    loop = running
     link.send(Loaded(info))
     loop.run()
     link.close()

@@ -43,8 +43,8 @@ class EngineProcess:
         self.beaten = asyncio.Event()
 
     @classmethod
-    async def spawn(cls, engine_args: dict[str, Any], warmup: bool, heartbeat_s: float) -> EngineProcess:
-        """Start it and tell it what to load; it answers `Loaded` or `StartFailed`, or ends."""
+    async def spawn(cls, start: Start) -> EngineProcess:
+        """Start the process and tell it what to load; it answers `Loaded` or `StartFailed`, or ends."""
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
         reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_READ_BUFFER)
@@ -67,7 +67,7 @@ class EngineProcess:
         finally:
             theirs.close()
         engine = cls(process, reader, writer)
-        engine.send(encode(Start(engine_args, warmup, heartbeat_s)))
+        engine.send(encode(start))
         return engine
 
     def send(self, frame: bytes) -> None:

@@ -33,6 +33,7 @@ class Start(Struct, tag=True):
     engine_args: dict[str, Any]
     warmup: bool
     heartbeat_s: float
+    log_json: bool = False
 
 
 class Add(Struct, tag=True):

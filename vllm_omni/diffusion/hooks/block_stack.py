@@ -20,7 +20,7 @@ from vllm_omni.errors import InvalidValueError
 
 Correction = Callable[[torch.Tensor], torch.Tensor]
 Note = Callable[[torch.Tensor], None]
-ATTENTIONS = ("attn", "attn1")  # what diffusers' blocks call their (first) attention
+ATTENTIONS = ("attn", "attn1", "self_attention")  # what diffusers' blocks call their (first) attention
 
 
 class _Block(torch.nn.Module):
@@ -63,6 +63,11 @@ class _Reached(Exception):
     """Ends a block where its attention begins."""
 
 
+def first_attention(block: torch.nn.Module) -> torch.nn.Module | None:
+    """The attention that a block's input reaches first; None where no child has such a name."""
+    return next((m for name, m in block.named_modules() if name.rpartition(".")[2] in ATTENTIONS), None)
+
+
 class _Probe(torch.nn.Module):
     """The first block, looked at: what it adds, or what its attention gets. The hidden states go on unchanged."""
 
@@ -82,7 +87,8 @@ class _Probe(torch.nn.Module):
         return results[0] if len(results) == 1 else results
 
     def _attention_input(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        attention = next(child for name, child in self.block.named_children() if name in ATTENTIONS)
+        attention = first_attention(self.block)
+        assert attention is not None
         reached: list[torch.Tensor] = []
 
         def reach(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:

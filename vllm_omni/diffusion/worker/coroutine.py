@@ -13,10 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 import torch
 from greenlet import greenlet
 
 from vllm_omni.diffusion.denoisers import DENOISER_NAMES
+from vllm_omni.errors import NumericalError
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,10 @@ class PipelineTask:
 
     def _run(self) -> Event:
         try:
-            return Finished(self.pipeline(**self.arguments))
+            with numpy.errstate(invalid="raise"):  # of this greenlet alone: NaN becomes no black picture in silence
+                return Finished(self.pipeline(**self.arguments))
+        except FloatingPointError:
+            return Failed(NumericalError())
         except Exception as error:  # whatever a pipeline raises ends this request alone
             return Failed(error)
         finally:

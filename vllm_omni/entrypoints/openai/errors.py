@@ -17,6 +17,7 @@ from vllm_omni.errors import (
     EngineDeadError,
     EngineDrainingError,
     InvalidValueError,
+    NumericalError,
     QueueFullError,
     RequestAbortedError,
     UnknownKeyError,
@@ -87,6 +88,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return unavailable(error, "engine_dead", error.retry_after_s)
     if isinstance(error, DeadlineExceededError):
         return ApiError(504, str(error), "deadline_exceeded", type="server_error", headers=dict(_NEVER_RETRY))
+    if isinstance(error, NumericalError):
+        return ApiError(500, str(error), "numerical_error", type="server_error", headers=dict(_NEVER_RETRY))
     if isinstance(error, RequestAbortedError):
         return ApiError(499, str(error), "request_cancelled", headers=dict(_NEVER_RETRY))
     if isinstance(error, HTTPException):

@@ -64,6 +64,7 @@ class TeaCacheBackend(GateBackend):
         return TeaCacheGate(coefficients)
 
     def _found(self, module: torch.nn.Module, model_name: str) -> None:
+        super()._found(module, model_name)
         self._published = published_coefficients().get(model_name)
         self.gate(self.config)
 
