@@ -1,14 +1,13 @@
 """Plans and predictors at equal full forwards: PSNR in dB to the uncached picture, on the demo model.
 
 Rows: the same number of steps instead of a cache, MagCache's own plan (threshold tuned to that number), and the exact
-planner's plan made for each predictor. Captions run with seeds away from calibration, on float pictures (8-bit rounding
-would cap the figure); "worst" is the worst caption.
+planner's plan made for each predictor. Captions are the held-out ones (`vllm_omni/quality/pairs.py`), seeds away from
+calibration, pictures in floats (8-bit rounding would cap the figure); "worst" is the worst caption.
 """
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,12 +34,11 @@ def main() -> None:
 
 def measure(options: Any) -> tuple[list[list[str]], dict[str, dict[int, tuple[float, float]]]]:
     """The table's rows, and (mean, worst) by setting and number of full forwards."""
-    import vllm_omni
     from vllm_omni import Omni
     from vllm_omni.diffusion.cache.predictor import PREDICTORS
-    from vllm_omni.entrypoints.cli.calibrate import read_prompts
+    from vllm_omni.quality.pairs import held_out
 
-    captions = read_prompts(Path(vllm_omni.__file__).parent / "assets/demo/captions.txt", options.captions)
+    captions = [pair.prompt for pair in held_out("demo", options.captions)]
     figures: dict[str, dict[int, tuple[float, float]]] = {}
     with Omni(options.model, cache_backend="magcache") as omni:
         exact = pictures(omni, captions, "off")

@@ -359,6 +359,19 @@ def test_nothing_can_run_foreign_code() -> None:
     _check(wrong, "weights are safetensors and code is ours: no pickle, no torch.load, no trust_remote_code=True")
 
 
+def test_nothing_evaluates_text_or_listens_everywhere() -> None:
+    wrong = []
+    for module in MODULES:
+        for node in ast.walk(module.tree):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in {"eval", "exec", "os.system", "yaml.load"}:
+                wrong.append(f"{module.at(node.lineno)} {ast.unparse(node.func)}")
+            elif isinstance(node, ast.keyword) and node.arg == "shell" and _is_true(node.value):
+                wrong.append(f"{module.at(node.value.lineno)} shell=True")
+            elif isinstance(node, ast.Constant) and node.value in {"0.0.0.0", "::"}:
+                wrong.append(f"{module.at(node.lineno)} {node.value!r}")
+    _check(wrong, "text is never code, and a server listens on loopback unless told")
+
+
 def _is_true(node: ast.expr) -> bool:
     return isinstance(node, ast.Constant) and node.value is True
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -48,6 +50,16 @@ def test_vllm_keeps_what_is_its_own() -> None:
     ran = run([VLLM, "--version"])
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip().startswith("0.32")
+
+
+@needs_vllm
+def test_flags_in_the_docs_exist() -> None:
+    from vllm_omni.entrypoints.cli import serve
+
+    told = argparse.ArgumentParser.format_help(serve.build_parser())  # all of it: vLLM's own is cut short
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", told)) | {"--help"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", (ROOT / "docs" / "serving.md").read_text()))
+    assert len(named) > 5 and named <= flags, named - flags
 
 
 def test_omni_with_another_command_is_explained() -> None:

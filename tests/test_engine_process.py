@@ -393,7 +393,7 @@ asyncio.run(main())
     parent.wait()
     with parent.stdout, parent.stderr:  # also: the engine's own log is JSON where the front end's is
         logged = [json.loads(line) for line in parent.stderr if line.startswith("{")]
-    assert any(line["name"].startswith("vllm_omni.diffusion") and line["levelname"] == "INFO" for line in logged)
+    assert any(line["logger"].startswith("vllm_omni.diffusion") and line["level"] == "INFO" for line in logged)
 
 
 @one_loop

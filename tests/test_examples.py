@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import DiffusionPipeline, FluxImg2ImgPipeline
 from PIL import Image
+from pipelines import DEMO, tiny_wan
 
 ROOT = Path(__file__).resolve().parent.parent
 MAX_EXAMPLE_LINES = 40
@@ -18,6 +21,7 @@ PICTURES = {
     "magcache_on_diffusers": ["hamburger_magcache", "hamburger_plain"],
     "async_generation": ["cat_face", "guitar"],
 }
+MODELS = ("edit", "video")  # of a folder that the user gives
 JSON_KEYS = [
     "images",
     "nfe_uncached",
@@ -42,7 +46,7 @@ def run(script: str, *arguments: str) -> str:
 
 def test_every_example_is_tested_short_and_explained() -> None:
     found = {file.stem: file.read_text(encoding="utf-8") for file in (ROOT / "examples").glob("*.py")}
-    assert set(found) == set(PICTURES)
+    assert set(found) == {*PICTURES, *MODELS}
     for name, text in found.items():
         assert len(text.splitlines()) <= MAX_EXAMPLE_LINES, name
         assert text.startswith('"""'), name
@@ -57,6 +61,25 @@ def test_example_writes_its_pictures(name: str, tmp_path: Path) -> None:
         with Image.open(file) as picture:
             assert picture.size == (64, 64)
             assert max(high - low for low, high in picture.convert("RGB").getextrema()) > 50, f"{file} is flat"
+
+
+def test_example_edits_a_picture(tmp_path: Path) -> None:
+    demo = DiffusionPipeline.from_pretrained(DEMO, dtype=torch.float32, use_safetensors=True)
+    FluxImg2ImgPipeline(**demo.components).save_pretrained(tmp_path / "model")
+    Image.new("RGB", (64, 64), "orange").save(tmp_path / "in.png")
+    given = (str(tmp_path / "model"), str(tmp_path / "in.png"), "banana", "--steps", "8", "--out", str(tmp_path))
+    assert "steps computed" in run("examples/edit.py", *given)
+    first, second = (Image.open(tmp_path / f"in_{seed}.png").convert("RGB") for seed in (1, 2))
+    assert max(high - low for low, high in first.getextrema()) > 50 and first.tobytes() != second.tobytes()
+
+
+def test_example_makes_a_video(tmp_path: Path) -> None:
+    import imageio.v3 as imageio
+
+    tiny_wan().save_pretrained(tmp_path / "model")
+    given = ("--size", "32x32", "--frames", "5", "--steps", "3", "--cache-backend", "none", "--out", str(tmp_path))
+    assert "3 steps computed" in run("examples/video.py", str(tmp_path / "model"), "a rocket", *given)
+    assert imageio.imread(tmp_path / "video.mp4", plugin="FFMPEG").shape == (5, 32, 32, 3)
 
 
 def test_demo_draws_and_ends_with_its_json_line(tmp_path: Path) -> None:

@@ -38,24 +38,24 @@ def backend_on(pipeline: Any, mask: list[int]) -> MagCacheBackend:
 
 
 class Blocks:
-    """Forwards of the first block of every denoiser of a pipeline."""
+    """Forwards of the first block of every denoiser of a pipeline; with `rows`, the samples in them."""
 
-    def __init__(self, pipeline: Any) -> None:
+    def __init__(self, pipeline: Any, rows: bool = False) -> None:
         modules = [m for name in DENOISER_NAMES if (m := pipeline.components.get(name)) is not None]
         lists = [m.get_submodule(DENOISERS[type(m).__name__].stack[0].name) for m in modules]
-        self._counts = [0] * len(lists)
+        self.counts = [0] * len(lists)
         for i, blocks in enumerate(lists):
-            blocks[0].register_forward_hook(lambda *_, i=i: self._note(i))
+            blocks[0].register_forward_hook(lambda _, args, __, i=i: self._note(i, len(args[0]) if rows else 1))
 
-    def _note(self, i: int) -> None:
-        self._counts[i] += 1
+    def _note(self, i: int, count: int) -> None:
+        self.counts[i] += count
 
     @property
     def count(self) -> int:
-        return sum(self._counts)
+        return sum(self.counts)
 
     def reset(self) -> None:
-        self._counts = [0] * len(self._counts)
+        self.counts = [0] * len(self.counts)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

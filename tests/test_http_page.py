@@ -120,6 +120,24 @@ def test_a_screen_reader_has_names_for_everything(page: Browser) -> None:
     assert page.js("document.getElementById('status').getAttribute('aria-live')") == "polite"
 
 
+OVERLAPS = """(() => {
+  const all = [...document.querySelectorAll('input, select, textarea, button')];
+  const boxes = all.map(e => [e.id, e.getBoundingClientRect()]);
+  const wide = boxes.filter(([, b]) => b.left < 0 || b.right > innerWidth).map(([id]) => id);
+  const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+  const pairs = boxes.flatMap(([i, a], k) => boxes.slice(k + 1).filter(([, b]) => meet(a, b)).map(([j]) => i + j));
+  return [...wide, ...pairs, ...(document.documentElement.scrollWidth > innerWidth ? ['scrolls'] : [])];
+})()"""
+
+
+@pytest.mark.parametrize("width", [1000, 700, 400, 320])
+def test_nothing_overlaps_or_is_cut_off(page: Browser, width: int) -> None:
+    size = {"height": 760, "deviceScaleFactor": 1, "mobile": False}
+    page.call("Emulation.setDeviceMetricsOverride", width=width, **size)
+    assert page.js(OVERLAPS) == []
+    page.call("Emulation.setDeviceMetricsOverride", width=1000, **size)
+
+
 def test_errors_are_shown_and_stop_stops(page: Browser) -> None:
     page.js("document.getElementById('size').value = '63x63'; document.getElementById('form').requestSubmit()")
     page.until("document.getElementById('status').textContent.includes('multiple')")

@@ -64,7 +64,8 @@ def stated_cost(plan: Plan, sigmas: tuple[float, ...], gram: np.ndarray, predict
         mix[target] = -1.0
         for anchor, weight in terms:
             mix[anchor] = weight
-        total += abs(levels[target] - levels[target + 1]) / levels[target] * float(np.sqrt(max(mix @ gram @ mix, 0.0)))
+        moved = abs(levels[target] - levels[target + 1]) * float(np.sqrt(max(mix @ gram @ mix, 0.0)))
+        total += moved / max(levels[target + 1], levels[target] / 4)
     return total
 
 
@@ -99,7 +100,8 @@ def test_no_plan_is_better_under_curve_costs(compute_last_step: bool) -> None:
                 total, product = 0.0, 1.0
                 for step, compute in enumerate(plan):
                     product = 1.0 if compute else product * ratios[step]
-                    total += abs(levels[step] - levels[step + 1]) / levels[step] * abs(1 - product)
+                    moved = abs(levels[step] - levels[step + 1]) * abs(1 - product)
+                    total += moved / max(levels[step + 1], levels[step] / 4)
                 found[plan] = total
             plan = best_plan(costs, nfe, compute_last_step)
             assert found[plan] == pytest.approx(min(found.values()), rel=1e-9, abs=1e-12)

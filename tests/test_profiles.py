@@ -14,6 +14,7 @@ import torch
 from pipelines import run_latents, tiny_flux
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
+from vllm_omni.diffusion.cache.magcache.plan import plan_request
 from vllm_omni.diffusion.cache.profile import (
     FORMAT,
     CacheProfile,
@@ -168,7 +169,10 @@ HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
     "not positive semi-definite": (gram_with(indefinite), "gram.*positive semi-definite"),
     "a branch of another length": (text_of(branches={"cond": [1.0, 1.0]}), "branches.cond"),
     "a branch's matrix of nothing": (text_of(branch_grams={"cond": [[]]}), "branch_grams.cond"),
-    "unknown predictor": (text_of(predictor="oracle"), "predictor"),
+    "unknown predictor": (text_of(predictors=[[2.0, "oracle"]]), "predictors"),
+    "a predictor for no speed-up": (text_of(predictors=[[0.5, "linear"]]), "predictors must have speed-ups from 1"),
+    "a nan speed-up": (text_of(predictors=[[float("nan"), "linear"]]), "predictors"),
+    "speed-ups out of order": (text_of(predictors=[[3, "linear"], [2, "reuse"]]), "each above the one before"),
     "unknown key": (text_of(ratioes=[1]), "did you mean 'ratios'"),
 }
 
@@ -196,3 +200,22 @@ def test_an_engine_with_a_hostile_profile_does_not_start(tmp_path: Path) -> None
     with pytest.raises(InvalidValueError, match="positive semi-definite"):
         backend.enable(pipe)
     assert backend.profile is None and not backend.is_enabled() and not pipe.transformer._forward_hooks
+
+
+def test_auto_takes_the_predictor_calibrated_nearest_to_the_requests_speed_up() -> None:
+    """Whatever plans the request, and for the planner's costs as for the forecasts."""
+    predictors = [[1.5, "affine"], [2.0, "normed"], [3.0, "affine3"]]
+    profile = CacheProfile.from_dict(content() | {"predictors": predictors})
+    sigmas = profile.sigmas or ()
+    wanted = {1.0: "affine", 1.7: "affine", 1.8: "normed", 2.4: "normed", 2.5: "affine3", 50.0: "affine3"}
+    assert {speedup: profile.predictor_at(speedup) for speedup in wanted} == wanted
+    mask = (True, True, False, True, False, True)
+    for settings, name in [({"nfe": 4}, "affine"), ({"nfe": 3}, "normed"), ({"steps_mask": mask}, "affine")]:
+        auto = plan_request(DiffusionCacheConfig(**settings), profile.ratios, profile, STEPS, sigmas)
+        named = DiffusionCacheConfig(**settings, predictor=name)
+        assert auto == plan_request(named, profile.ratios, profile, STEPS, sigmas)
+        others = {"affine", "normed"} - {name}
+        assert auto != plan_request(
+            named.model_copy(update={"predictor": others.pop()}), profile.ratios, profile, STEPS, sigmas
+        )
+    assert CacheProfile.from_dict(content()).predictor_at(2.0) is None

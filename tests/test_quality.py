@@ -280,7 +280,7 @@ def test_margins() -> None:
     assert [(m.times, m.over) for m in report.best_peers(report.margins(rows))] == [(2.0, peer), (4.0, peer)]
 
 
-def test_default_preset_is_the_largest_whose_worst_pair_stays_above_30_db() -> None:
+def test_default_preset_is_the_largest_with_30_db_at_worst_that_beats_fewer_steps() -> None:
     def planned(steps: int, promise: float, decibels: list[float]) -> Result:
         return result(PLANNED, steps / promise, steps / promise, decibels, steps, cache={"speedup": promise})
 
@@ -289,6 +289,11 @@ def test_default_preset_is_the_largest_whose_worst_pair_stays_above_30_db() -> N
     chosen = report.default_preset(rows)
     assert chosen is not None and chosen["speedup"] == 3.0 and chosen["worst_db"] == {28: 31, 50: 30.5}
     assert report.default_preset(rows[2:3]) is None
+    at_nine = result(FEWER, 9.0, 9.0, [45, 45], 28)
+    assert report.default_preset([*rows, at_nine]) is not None, "40.5 dB on average are below 45"
+    assert report.default_preset([*rows, at_nine])["speedup"] == 2.0  # type: ignore[index]
+    at_nine.metrics["psnr"] = [40, 40]
+    assert report.default_preset([*rows, at_nine]) == chosen
 
 
 def test_the_rule_is_tuned_to_a_number_of_forwards(bench: Bench) -> None:

@@ -9,12 +9,13 @@ import argparse
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from vllm_omni.errors import OmniError
+from vllm_omni.errors import InvalidValueError, OmniError
 
 INSTALL_HINT = "install it with: pip install 'vllm-omni-magcache[gpu]' (or [cpu] on a machine without a GPU)"
 
@@ -111,12 +112,43 @@ async def serve_http(
     await closing
 
 
-def adopt_logging() -> None:
-    """Let `vllm_omni` log through vLLM's handlers, in its format."""
+def adopt_logging(formatter: logging.Formatter | None = None) -> None:
+    """Let `vllm_omni` and uvicorn log through vLLM's handlers, in its format or in the one given."""
     from vllm.config.logging import LoggingConfig
     from vllm.logger import configure_logging
 
     configure_logging(LoggingConfig())
-    ours = logging.getLogger("vllm_omni")
-    ours.handlers.clear()
-    ours.parent = logging.getLogger("vllm")
+    theirs = logging.getLogger("vllm")
+    for name in ("vllm_omni", "uvicorn"):
+        ours = logging.getLogger(name)
+        ours.handlers.clear()
+        ours.parent = theirs
+    if formatter is not None:
+        for handler in theirs.handlers:
+            handler.setFormatter(formatter)
+
+
+def start_tracing(endpoint: str) -> None:
+    """Send spans to an OpenTelemetry collector as vLLM does: gRPC, or what OTEL_EXPORTER_OTLP_TRACES_PROTOCOL says."""
+    from vllm.tracing import init_tracer, is_tracing_available
+
+    if not is_tracing_available():
+        raise InvalidValueError("--otlp-traces-endpoint", endpoint, "needs the opentelemetry packages that vLLM names")
+    init_tracer("vllm_omni", endpoint)
+
+
+def record_span(name: str, began_ns: int, headers: Mapping[str, str], facts: Mapping[str, str | int | float]) -> None:
+    """A span that ends now, under the caller's trace where `headers` name one; vLLM's names for what it names too."""
+    from vllm.tracing import SpanAttributes, SpanKind, extract_trace_context, instrument_manual
+
+    names = {
+        "request_id": SpanAttributes.GEN_AI_REQUEST_ID,
+        "model": SpanAttributes.GEN_AI_RESPONSE_MODEL,
+        "n": SpanAttributes.GEN_AI_REQUEST_N,
+        "seconds": SpanAttributes.GEN_AI_LATENCY_E2E,
+        "method": "http.request.method",
+        "route": "http.route",
+        "status": "http.response.status_code",
+    }
+    attributes = {names.get(key, f"vllm_omni.{key}"): value for key, value in facts.items()}
+    instrument_manual(name, began_ns, time.time_ns(), attributes, extract_trace_context(headers), SpanKind.SERVER)

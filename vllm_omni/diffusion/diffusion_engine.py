@@ -33,6 +33,7 @@ class _Entry:
     state: RequestState | None = None
     seed: int | None = None
     fps: float | None = None
+    text_tokens: int = 0
     calls: int = 0  # denoiser calls made for it; more than its steps where guidance needs two
 
     @property
@@ -187,6 +188,7 @@ class DiffusionEngine:
             self._closed = True
 
     def _start(self, entry: _Entry) -> None:
+        entry.text_tokens = self.worker.text_tokens(entry.arguments)
         entry.state, entry.seed = self.worker.start(entry.request, entry.arguments, entry.choice)
         self._settle(entry.state)
 
@@ -227,7 +229,7 @@ def _outlook(entry: _Entry) -> Outlook:
 def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
     now = time.perf_counter()
     output = OmniRequestOutput(entry.request.request_id, entry.request.prompt, seed=entry.seed)
-    output.metrics = {"total_s": now - entry.arrived}
+    output.metrics = {"total_s": now - entry.arrived, "text_tokens": entry.text_tokens}
     if (state := entry.state) is not None:
         output.num_inference_steps = state.steps
         output.step = (state.steps or 0) if isinstance(event, Finished) else state.step

@@ -3,30 +3,39 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.cache.overrides import PRESETS
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.preview import can_preview
 from vllm_omni.engine.interface import ModelInfo
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 _TOLD = (
     "num_inference_steps",
     "height",
     "width",
+    "num_frames",
     "guidance_scale",
     "true_cfg_scale",
     "max_sequence_length",
     "strength",
 )
+# What families call the factors of their VAE.
+_SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
+_TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
 
 
 def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
     """`tokens`: latent tokens that were seen in the denoiser, by pixels of the picture."""
     worker = engine.worker
-    pipeline, multiple = worker.pipeline, worker.size_multiple
+    pipeline = worker.pipeline
     signature = inspect.signature(type(pipeline).__call__).parameters
+    video = "num_frames" in signature
+    multiple = max(worker.size_multiple, _side(pipeline, worker.runner.modules) if video else 1)
     named = engine.config.model
     return ModelInfo(
         name=Path(named).expanduser().name if Path(named).expanduser().is_dir() else named,
@@ -39,8 +48,21 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
         cache=_cache(engine),
         previews=can_preview(pipeline),
         image_input="image" in signature,
-        video_output="num_frames" in signature,
+        video_output=video,
+        fps=worker.fps(OmniDiffusionRequest("", "", {}, OmniDiffusionSamplingParams())),
+        frame_multiple=_first(pipeline, _TEMPORAL) if video else 1,
     )
+
+
+def _side(pipeline: Any, denoisers: Mapping[str, Any]) -> int:
+    """Pixels of a token's side in a video: what the VAE packs, times the patch; an image pipeline tells its own."""
+    patch = next((module.config.get("patch_size") for module in denoisers.values()), None)
+    sides = patch if isinstance(patch, list | tuple) else (patch or 1,)
+    return _first(pipeline, _SPATIAL) * int(sides[-1])
+
+
+def _first(pipeline: Any, names: tuple[str, ...]) -> int:
+    return next((int(vars(pipeline)[name]) for name in names if name in vars(pipeline)), 1)
 
 
 def _defaults(pipeline: Any, signature: Any, told: dict[str, Any]) -> dict[str, Any]:

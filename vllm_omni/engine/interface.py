@@ -25,6 +25,8 @@ class ModelInfo:
     previews: bool  # True where partial images can be made
     image_input: bool  # True where the pipeline takes a picture
     video_output: bool = False
+    fps: float = 16.0  # frames per second that the model's videos are made for
+    frame_multiple: int = 1  # a video has a multiple of it plus one frames: what the VAE packs into one
 
 
 @dataclass(frozen=True)

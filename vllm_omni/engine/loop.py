@@ -199,7 +199,7 @@ class EngineLoop:
 
 
 def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[int, int]:
-    """One short run at the model's own size: first-call costs are paid, and a row's cost is known.
+    """One short run at the model's own size (few frames): first-call costs are paid, and a row's cost is known.
 
     Gives the denoiser's latent tokens by pixels of the picture. A model that will not run so is served all the same.
     """
@@ -217,7 +217,8 @@ def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[
         from PIL import Image
 
         prompt["multi_modal_data"] = {"image": Image.new("RGB", (size["width"], size["height"]), "gray")}
-    params = OmniDiffusionSamplingParams(num_inference_steps=3, seed=0, cache="off", **size)
+    few: dict[str, Any] = {"num_frames": 1 + info.frame_multiple} if info.video_output else {}
+    params = OmniDiffusionSamplingParams(num_inference_steps=3, seed=0, cache="off", **size, **few)
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in engine.worker.runner.modules.values()]
     try:
         engine.add_request(OmniDiffusionRequest("warm-up", prompt, normalise_prompt(prompt), params))

@@ -34,7 +34,7 @@ from vllm_omni.engine.wire import (
     encode,
 )
 from vllm_omni.errors import InvalidValueError, OmniError
-from vllm_omni.logger import init_logger
+from vllm_omni.logger import init_logger, log_as_json
 
 logger = init_logger("vllm_omni.engine.process")  # `__name__` is "__main__" here
 
@@ -175,8 +175,6 @@ def main() -> int:
     if not isinstance(start, Start):
         return 2
     if start.log_json:
-        from vllm_omni.engine.json_log import log_as_json
-
         log_as_json()
     loop: EngineLoop | None = None
     arguments = link, start.heartbeat_s, lambda: loop.turn_began if loop is not None else None, parent

@@ -22,6 +22,7 @@ class OmniDiffusionSamplingParams(Settings):
     or a dict of overrides. `lora_request` names adapters registered at start-up: ``"style"``,
     ``{"name": "style", "scale": 0.8}``, or a list of them. `preview_every` steps, a progress report carries the images
     as they stand (flow matching). `fps`: frames per second of a video's file (default: the model's own).
+    `boundary_ratio`: of the noise schedule, where a model's second expert takes over (Wan 2.2).
     """
 
     num_inference_steps: int | None = Field(default=None, ge=1)
@@ -35,6 +36,7 @@ class OmniDiffusionSamplingParams(Settings):
     fps: float | None = Field(default=None, gt=0)
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     guidance_scale_2: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    boundary_ratio: float | None = Field(default=None, ge=0, le=1)
     true_cfg_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     negative_prompt: str | None = None
     strength: float | None = Field(default=None, ge=0, le=1)

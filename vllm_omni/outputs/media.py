@@ -6,6 +6,7 @@ Knows no engine. A video is a list of PIL frames of one size; `fps` is in frames
 from __future__ import annotations
 
 import io
+import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -58,6 +59,19 @@ def encode_video(frames: Sequence[Image.Image], format: str, fps: float) -> byte
         buffer, format, save_all=True, append_images=list(frames[1:]), duration=1000 / fps, loop=0, **options
     )
     return buffer.getvalue()
+
+
+def contact_sheet(frames: Sequence[Image.Image], most: int = 25, side: int = 256) -> Image.Image:
+    """Up to `most` frames at equal distances, row by row on one picture, each at most `side` pixels wide and high."""
+    count = min(most, len(frames))
+    shown = [frames[round(i * (len(frames) - 1) / max(1, count - 1))] for i in range(count)]
+    scale = min(1.0, side / max(shown[0].size))
+    width, height = (max(1, round(length * scale)) for length in shown[0].size)
+    columns = math.ceil(math.sqrt(count))
+    sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height))
+    for i, frame in enumerate(shown):
+        sheet.paste(frame.convert("RGB").resize((width, height)), (i % columns * width, i // columns * height))
+    return sheet
 
 
 def save_video(frames: Sequence[Image.Image], path: Path, fps: float) -> None:

@@ -170,7 +170,7 @@ def _installed(notices: list[str]) -> list[str]:
 def _clock_all(plan: Plan, board: _Board, outcome: Outcome) -> None:
     """Measured speed-ups, step count by step count."""
     for steps in plan.steps:
-        rows = tuple(result.row for result in outcome.results if result.row.steps == steps)
+        rows = tuple(sorted((r.row for r in outcome.results if r.row.steps == steps), key=str))  # in any order drawn
         if rows:
             board.work([(_clock, rows)])
 

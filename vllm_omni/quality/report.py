@@ -99,12 +99,17 @@ def interpolate(points: Sequence[Result], work: float) -> float | None:
 
 
 def default_preset(results: Sequence[Result]) -> dict[str, Any] | None:
-    """The largest planned speed-up whose worst pair stays above the limit at every step count of the report."""
+    """The largest planned speed-up whose worst pair stays above the limit at every step count of the report, and whose
+    mean is above that of as many steps without a cache.
+    """
     counts = {result.row.steps for result in results}
     planned = [result for result in results if result.row.group == PLANNED]
+    control = {(r.row.steps, round(r.nfe)): mean(r) for r in results if r.row.group == FEWER}
     for promise in sorted(PROMISES, reverse=True):
         at = [r for r in planned if r.row.request_cache == {"speedup": promise}]
         if {r.row.steps for r in at} == counts and all(worst(r) >= WORST_DB for r in at):
+            if any(mean(r) <= control.get((r.row.steps, round(r.nfe)), 0.0) for r in at):
+                continue
             lows = {r.row.steps: round(worst(r), 2) for r in at}
             return {"speedup": promise, "worst_db": lows, "limit_db": WORST_DB, "scanned": list(PROMISES)}
     return None

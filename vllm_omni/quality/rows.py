@@ -17,7 +17,7 @@ from vllm_omni.errors import InvalidValueError
 UNCACHED, FEWER, PLANNED, RULE, GIVEN = "uncached", "fewer steps", "planned", "MagCache rule, reuse", "given"
 PROMISES = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)  # the scan from which the default preset is chosen
 TARGETS = (1.5, 2.0, 3.0, 4.0)  # where other methods are compared
-OTHER_PREDICTORS = ("linear", "normed")
+OTHER_PREDICTORS = ("linear",)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import torch
+
+from vllm_omni.diffusion.cache.segments import Switches
+
 DEFAULT_BRANCH = "default"
 
 
@@ -17,10 +21,18 @@ class Moment(NamedTuple):
     branch: str
 
 
+class Schedule(NamedTuple):
+    """What a run will do: how many steps, the noise level of each, and where another denoiser takes over."""
+
+    steps: int
+    sigmas: tuple[float, ...]
+    switches: Switches = ()
+
+
 class Clock(Protocol):
     def locate(self, denoiser: str, branch: str | None) -> Moment: ...
-    def schedule(self) -> tuple[int, tuple[float, ...]]:
-        """Steps of the schedule that is running, and the noise level of each."""
+    def schedule(self) -> Schedule:
+        """The schedule that is running."""
 
     def stop(self) -> None: ...
 
@@ -72,7 +84,7 @@ class SchedulerClock:
             branch = DEFAULT_BRANCH if ordinal == 0 else f"{DEFAULT_BRANCH}-{ordinal}"
         return Moment(self._run, self._step, branch)
 
-    def schedule(self) -> tuple[int, tuple[float, ...]]:
+    def schedule(self) -> Schedule:
         return schedule_of(self._pipeline)
 
 
@@ -92,27 +104,38 @@ class CallClock:
         self._seen.add(key)
         return Moment(self._calls // self.steps, self._calls % self.steps, key[1])
 
-    def schedule(self) -> tuple[int, tuple[float, ...]]:
-        return self.steps, tuple(1 - i / self.steps for i in range(self.steps))
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, tuple(1 - i / self.steps for i in range(self.steps)))
 
     def stop(self) -> None:
         self._calls = 0
         self._seen.clear()
 
 
-def schedule_of(pipeline: Any) -> tuple[int, tuple[float, ...]]:
-    """(steps, sigmas) of the schedule a pipeline is about to run: what it really runs, not what was asked for.
+def schedule_of(pipeline: Any) -> Schedule:
+    """The schedule a pipeline is about to run: what it really runs, not what was asked for.
 
     One device read, once per request. Schedulers without sigmas give their timesteps as a fraction instead.
     """
     scheduler = pipeline.scheduler
     timesteps = scheduler.timesteps
     steps = vars(pipeline).get("_num_timesteps") or len(timesteps)
+    switches = _switches(pipeline, timesteps[-steps:])
     sigmas = vars(scheduler).get("sigmas")
     if sigmas is not None and len(sigmas) > steps:
-        return steps, tuple(float(s) for s in sigmas.tolist()[-steps - 1 : -1])
+        return Schedule(steps, tuple(float(s) for s in sigmas.tolist()[-steps - 1 : -1]), switches)
     span = float(scheduler.config.num_train_timesteps)
-    return steps, tuple(float(t) / span for t in timesteps.tolist()[-steps:])
+    return Schedule(steps, tuple(float(t) / span for t in timesteps.tolist()[-steps:]), switches)
+
+
+def _switches(pipeline: Any, timesteps: torch.Tensor) -> Switches:
+    """Wan 2.2's experts: the first is for timesteps from `boundary_ratio` of the training's on, the second for those
+    below; the comparison is the pipeline's own."""
+    boundary = vars(pipeline).get("_internal_dict", {}).get("boundary_ratio")
+    if boundary is None:
+        return ()
+    noisy = (timesteps >= boundary * pipeline.scheduler.config.num_train_timesteps).tolist()
+    return tuple(step for step in range(1, len(noisy)) if noisy[step] != noisy[step - 1])
 
 
 def _before(method: Callable[..., Any], note: Callable[[], None]) -> Callable[..., Any]:

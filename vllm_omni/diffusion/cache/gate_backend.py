@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import torch
 
+from vllm_omni.diffusion.cache.clock import Schedule
 from vllm_omni.diffusion.cache.gate import Gate, GateCache, Look, check_gate_config
 from vllm_omni.diffusion.cache.stack_backend import KEPT_AS, StackBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
@@ -39,6 +40,7 @@ class GateBackend(StackBackend):
         if self.rule.look is Look.MODULATED and first_attention(first) is None:
             raise InvalidValueError("cache_backend", self.name, f"finds no attention in the blocks of {name}")
 
-    def _record(self, steps: int, sigmas: tuple[float, ...], config: DiffusionCacheConfig | None = None) -> GateCache:
+    def _record(self, schedule: Schedule, config: DiffusionCacheConfig | None = None) -> GateCache:
         config = config or self.config
-        return GateCache(self.gate(config), config, steps, sigmas, self.store, KEPT_AS[self.config.residual_dtype])
+        kept_as = KEPT_AS[self.config.residual_dtype]
+        return GateCache(self.gate(config), config, schedule.steps, schedule.sigmas, self.store, kept_as)

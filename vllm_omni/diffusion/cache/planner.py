@@ -3,9 +3,9 @@
 Where a forecast builds on the last computed step alone, a cost table C[s, j] says what it costs to skip every step
 between the computed steps s and j, and planning takes full forwards x steps^2; where it builds on two, C[p, s, j] with
 p the computed step before s (p = s = 0 while there is but one), and steps times that. j = steps is the end of the run.
-Every skipped step t pays the expected error of its forecast times |sigma_t - sigma_(t+1)|: what a wrong velocity moves
-the latents by, divided by sigma_t: a displacement at level sigma is one of the noise by 1 / sigma, and
-what the model then takes for noise shrinks with it (docs/log.md has what that is worth, and which objectives lost).
+Every skipped step t pays the expected error of its forecast times |sigma_t - sigma_(t+1)|, what a wrong velocity moves
+the latents by, divided by sigma_(t+1), the level at which they then are: a displacement there is one of the noise by
+1 / sigma, and what the model takes for noise shrinks with it (docs/log.md has what that is worth, and what lost).
 
 Prior art: shortest paths over cached steps (LeMiCa, NeurIPS 2025; DPCache's path-dependent costs, arXiv 2602.22654)
 with costs measured by running the model along every edge. Here they come from numbers that a profile has anyway, hence
@@ -22,6 +22,7 @@ from vllm_omni.diffusion.cache.plan import Plan
 from vllm_omni.diffusion.cache.predictor import PREDICTORS
 
 WIDE = 200
+
 
 def curve_costs(ratios: Sequence[float], sigmas: Sequence[float]) -> np.ndarray:
     """Costs from the magnitude curve alone: MagCache's error of reuse, |1 - prod gamma| (arXiv 2506.09045, eq. 5)."""
@@ -138,8 +139,10 @@ def fewest_forwards(steps: int, compute_last_step: bool = True) -> int:
 
 
 def _weight(sigmas: Sequence[float]) -> np.ndarray:
-    """|sigma_t - sigma_(t+1)| / sigma_t; the level after the last step is 0."""
-    return np.abs(np.diff([*sigmas, 0.0])) / np.maximum(np.abs(sigmas), np.finfo(np.float32).tiny)
+    """|sigma_t - sigma_(t+1)| / sigma_(t+1), the latter taken for no less than a quarter of sigma_t: the last is 0."""
+    level = np.abs([*sigmas, 0.0])
+    after = np.maximum(level[1:], level[:-1] / 4)
+    return np.abs(np.diff(level)) / np.maximum(after, np.finfo(np.float32).tiny)
 
 
 def _accumulate(errors: np.ndarray, weight: np.ndarray) -> np.ndarray:

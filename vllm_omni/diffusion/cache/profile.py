@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,9 @@ LARGEST = 1e12  # of any measured number: beyond it, squares and products overfl
 class CacheProfile(Settings):
     """`ratios` is gamma per step (1 first); `gram[s][t]` the mean of <r_s, r_t> over tokens, prompts and branches.
 
-    `predictor` is the one that was nearest to the uncached latents when the profile was made, and `forwards` the fewest
-    full forwards of its steps that were found good on pictures it had not seen (the preset "auto"). `branches` and
-    `branch_grams` hold the same per guidance branch.
+    `predictors` are those that were nearest to the uncached latents when the profile was made, each with the speed-up
+    it was nearest at, and `forwards` the fewest full forwards of its steps that were found good on pictures it had not
+    seen (the preset "auto"). `branches` and `branch_grams` hold the same per guidance branch.
     """
 
     format: int = FORMAT
@@ -46,7 +47,7 @@ class CacheProfile(Settings):
     ratios: tuple[float, ...]
     sigmas: tuple[float, ...] | None = None
     gram: tuple[tuple[float, ...], ...] | None = None
-    predictor: PredictorName | None = None
+    predictors: tuple[tuple[float, PredictorName], ...] = ()
     forwards: int | None = Field(default=None, ge=2)
     branches: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     branch_grams: dict[str, tuple[tuple[float, ...], ...]] = Field(default_factory=dict)
@@ -63,6 +64,14 @@ class CacheProfile(Settings):
     @classmethod
     def _curve(cls, value: Any) -> Any:
         return as_curve("ratios", value)
+
+    @field_validator("predictors", mode="after")
+    @classmethod
+    def _ascending(cls, value: tuple[tuple[float, PredictorName], ...]) -> tuple[tuple[float, PredictorName], ...]:
+        speedups = [speedup for speedup, _ in value]
+        if not all(1 <= speedup < LARGEST for speedup in speedups) or speedups != sorted(set(speedups)):
+            raise InvalidValueError("predictors", speedups, "must have speed-ups from 1 up, each above the one before")
+        return value
 
     @model_validator(mode="after")
     def _shapes(self) -> CacheProfile:
@@ -87,6 +96,12 @@ class CacheProfile(Settings):
         if self.gram is not None and self.sigmas is None:
             raise InvalidValueError("sigmas", None, "must be given with gram")
         return self
+
+    def predictor_at(self, speedup: float) -> PredictorName | None:
+        """The one calibrated nearest to this speed-up (steps per full forward), in ratio; None where none was."""
+        if not self.predictors:
+            return None
+        return min(self.predictors, key=lambda entry: abs(math.log(entry[0] / speedup)))[1]
 
     def __hash__(self) -> int:
         return hash((self.name, self.fingerprint, self.ratios))

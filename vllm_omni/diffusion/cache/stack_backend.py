@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from vllm_omni.diffusion.cache.base import CacheBackend
-from vllm_omni.diffusion.cache.clock import SchedulerClock, schedule_of
+from vllm_omni.diffusion.cache.clock import Schedule, SchedulerClock, schedule_of
 from vllm_omni.diffusion.cache.forward import Record
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.cache.standalone import Session, StandaloneHook, attach, detach
@@ -45,7 +45,7 @@ class StackBackend(CacheBackend):
         """Refuse settings that this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
 
     @abstractmethod
-    def _record(self, steps: int, sigmas: tuple[float, ...], config: DiffusionCacheConfig | None = None) -> Record:
+    def _record(self, schedule: Schedule, config: DiffusionCacheConfig | None = None) -> Record:
         """The state of a request that is about to run this schedule."""
 
     def _spec(self, class_name: str) -> DenoiserSpec | None:
@@ -102,8 +102,7 @@ class StackBackend(CacheBackend):
             if self._session is not None:
                 self._session.restart()
             return None
-        steps, sigmas = schedule_of(pipeline)
-        return self._record(steps, sigmas, config)
+        return self._record(schedule_of(pipeline), config)
 
     def disable(self, pipeline: Any) -> None:
         if self._session is not None:

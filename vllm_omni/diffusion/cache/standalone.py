@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers import CacheMixin
 
-from vllm_omni.diffusion.cache.clock import Clock, Moment
+from vllm_omni.diffusion.cache.clock import Clock, Moment, Schedule
 from vllm_omni.diffusion.cache.forward import Member, Record, correction, note_computed, note_skipped, probe
 from vllm_omni.diffusion.cache.gate import GateCache, Look, decide
 from vllm_omni.diffusion.denoisers import DenoiserSpec
@@ -18,7 +18,7 @@ from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
 
 HOOK_NAME = "mag_cache"
-MakeRecord = Callable[[int, tuple[float, ...]], Record]
+MakeRecord = Callable[[Schedule], Record]
 
 
 class Session:
@@ -35,7 +35,7 @@ class Session:
         if self.record is None or moment.run != self._run:
             self.restart()
             self._run = moment.run
-            self.record = self._make_record(*self.clock.schedule())
+            self.record = self._make_record(self.clock.schedule())
         return self.record, moment
 
     def restart(self) -> None:

@@ -14,7 +14,17 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidValueError, check_keys
 
 _RENAMED = {"num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt")}
-_OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
+_OURS = {
+    "seed",
+    "cache",
+    "preview_every",
+    "extra_args",
+    "fps",
+    "lora_request",
+    "generator",
+    "output_type",
+    "boundary_ratio",
+}
 # The frame rate that a family was trained at, by the beginning of its pipeline's name (the models' own cards).
 _FRAME_RATES = {"CogVideoX": 8, "HunyuanVideo": 24, "Kandinsky5": 24, "LTX": 25, "Mochi": 30, "SkyReels": 24, "Wan": 16}
 _RESERVED = {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "return_dict"}
@@ -25,6 +35,7 @@ class ArgumentBuilder:
 
     def __init__(self, pipeline: Any, defaults: Mapping[str, Any], config: OmniDiffusionConfig) -> None:
         self._name = type(pipeline).__name__
+        self._two_experts = vars(pipeline).get("transformer_2") is not None
         self._accepted = set(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
         self.defaults = {key: value for key, value in defaults.items() if key in self._accepted}
         known = next((rate for name, rate in _FRAME_RATES.items() if self._name.startswith(name)), 16)
@@ -45,6 +56,8 @@ class ArgumentBuilder:
             if target is None:
                 raise InvalidValueError(name, value, f"is not an argument of {self._name}; leave it out")
             arguments[target] = value
+        if (boundary := request.params.boundary_ratio) is not None and not self._two_experts:
+            raise InvalidValueError("boundary_ratio", boundary, "is where a second expert takes over; leave it out")
         check_keys("extra_args", request.params.extra_args, self._accepted - _RESERVED)
         arguments |= request.params.extra_args
         if request.params.fps is not None and "frame_rate" in self._accepted:  # LTX is conditioned on it

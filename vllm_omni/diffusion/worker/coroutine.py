@@ -113,10 +113,8 @@ class PipelineTask:
 
     def _run(self) -> Event:
         try:
-            with numpy.errstate(invalid="raise"):  # of this greenlet alone: NaN becomes no black picture in silence
+            with numpy.errstate(invalid="call", call=_no_number):  # of this greenlet alone: NaN becomes no black picture in silence
                 return Finished(self.pipeline(**self.arguments))
-        except FloatingPointError:
-            return Failed(NumericalError())
         except Exception as error:  # whatever a pipeline raises ends this request alone
             return Failed(error)
         finally:
@@ -132,6 +130,11 @@ class PipelineTask:
 def _on_device(pipeline_class: type, device: torch.device) -> type:
     """The class with its execution device known: diffusers walks through all modules for it, in every request."""
     return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
+
+
+def _no_number(kind: str, flag: int) -> None:
+    """numpy's word for NaN on its way into a picture."""
+    raise NumericalError
 
 
 def _nothing() -> None:

@@ -102,10 +102,8 @@ class ModelRunner:
         self.pace = Pace()
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, lora_modules or {})
-        for name in (n for n, binder in self.binders.items() if binder.spec is None):
-            logger.warning(
-                "%s is not described: its requests run one per forward, uncached", _class_name(self.modules[name])
-            )
+        for name in sorted({_class_name(self.modules[n]) for n, b in self.binders.items() if b.spec is None}):
+            logger.warning("%s is not described: its requests run one per forward, uncached", name)
 
     def start(
         self,
@@ -115,9 +113,15 @@ class ModelRunner:
         config: DiffusionCacheConfig | None,
         preview_every: int | None = None,
         adapters: Adapters = (),
+        boundary_ratio: float | None = None,
     ) -> RequestState:
-        """Begin a request: runs its text encoders, and parks it at its first denoiser call."""
+        """Begin a request: runs its text encoders, and parks it at its first denoiser call.
+
+        `boundary_ratio` is where a second denoiser takes over, where it is not the pipeline's own.
+        """
         task = PipelineTask(self.pipeline, arguments, self._device)
+        if boundary_ratio is not None:
+            task.pipeline.register_to_config(boundary_ratio=boundary_ratio)  # of the request's own copy
         state = RequestState(request_id, task, backend, config, SchedulerClock(task.pipeline), adapters=adapters)
         self.adapters.use(adapters)  # text encoders can have adapters too
         if preview_every is not None and can_preview(self.pipeline):
@@ -215,12 +219,14 @@ class ModelRunner:
 
     def _begin_schedule(self, state: RequestState, denoiser: str, run: int) -> None:
         state.run = run
-        state.steps, state.sigmas = state.clock.schedule()
+        state.steps, state.sigmas, switches = state.clock.schedule()
         if state.cache is not None:
             state.cache.drop()
         state.size = size_of(denoiser, state.arguments, state.task.arguments)
         if state.backend is not None:
-            config = self.pace.settle(state.config, state.size, state.steps) if state.config is not None else None
+            config = state.config
+            if config is not None:
+                config = self.pace.settle(config, state.size, state.steps, switches)
             state.cache = state.backend.refresh(
                 state.task.pipeline, state.steps, verbose=False, request_id=state.request_id, config=config
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.cache.planner import fewest_forwards
+from vllm_omni.diffusion.cache.segments import Switches, forced_steps
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
 
@@ -84,7 +84,9 @@ class Pace:
         self._close(size, watch)
         self._of(size).ends.note(watch.encoding + decoding)
 
-    def settle(self, config: DiffusionCacheConfig, size: Hashable, steps: int) -> DiffusionCacheConfig:
+    def settle(
+        self, config: DiffusionCacheConfig, size: Hashable, steps: int, switches: Switches = ()
+    ) -> DiffusionCacheConfig:
         """`config` with the most full forwards that its `seconds` allow, `nfe`.
 
         InvalidValueError where nothing of this size has been measured, or where even the fewest forwards take longer.
@@ -98,7 +100,7 @@ class Pace:
             )
         left = config.seconds - known.ends.seconds - steps * known.skipped.seconds
         each = max(known.computed.seconds - known.skipped.seconds, 1e-9)
-        least = fewest_forwards(steps, config.compute_last_step)
+        least = len(forced_steps(steps, config.compute_last_step, switches))
         if (nfe := min(int(left / each), steps)) < least:
             nearest = config.seconds - left + least * each
             fix = f"is out of reach for {steps} steps of this size (nearest: {nearest:.3g}, {least} full forwards)"
@@ -126,5 +128,6 @@ class Pace:
 def size_of(denoiser: str, arguments: Mapping[str, Any], asked: Mapping[str, Any]) -> Hashable:
     """What makes two requests take equally long per step: the denoiser, its latents' shape, and guided or not."""
     hidden = arguments.get("hidden_states", next(iter(arguments.values())))
+    shapes = tuple(tuple(latents.shape) for latents in (hidden if isinstance(hidden, list) else [hidden]))
     guided = [float(asked.get(name) or 1) > 1 for name in ("guidance_scale", "true_cfg_scale")]
-    return denoiser, tuple(hidden.shape), *guided, asked.get("negative_prompt") is None
+    return denoiser, shapes, *guided, asked.get("negative_prompt") is None

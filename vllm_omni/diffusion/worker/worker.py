@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm_omni.diffusion.cache.overrides import Choice, request_choice
@@ -52,6 +52,19 @@ class DiffusionWorker:
         """Frames per second at which a video of this request is to be shown."""
         return self._arguments.fps(request)
 
+    def text_tokens(self, arguments: Mapping[str, Any]) -> int:
+        """Tokens of prompt and negative prompt, without padding, for the text encoder that reads most of them."""
+        parts, texts = vars(self.pipeline), [arguments.get(name) for name in ("prompt", "negative_prompt")]
+        readers = [parts[name] for name in ("tokenizer", "tokenizer_2", "tokenizer_3") if parts.get(name) is not None]
+        limits = [reader.model_max_length for reader in readers]
+        if limits:  # of several, the last is the one that a longer or shorter sequence can be asked of
+            limits[-1] = min(limits[-1], arguments.get("max_sequence_length") or limits[-1])
+        counts = [
+            sum(min(len(read(text)["input_ids"]), limit) for text in texts if text)
+            for read, limit in zip(readers, limits, strict=True)
+        ]
+        return max(counts, default=0)
+
     def start(
         self, request: OmniDiffusionRequest, arguments: dict[str, Any], choice: Choice
     ) -> tuple[RequestState, int | None]:
@@ -65,6 +78,7 @@ class DiffusionWorker:
             config,
             request.params.preview_every,
             request.params.lora_request or (),
+            request.params.boundary_ratio,
         )
         return state, seed
 

@@ -20,7 +20,7 @@ from vllm_omni.diffusion.loader import resolve_model
 from vllm_omni.entrypoints.cli.main import json_object
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.logger import init_logger
+from vllm_omni.logger import JsonLines, init_logger
 
 logger = init_logger(__name__)
 
@@ -108,7 +108,13 @@ def _add_behaviour(group: Any) -> None:
     add("--sse-keep-alive-interval", type=float, default=15.0, metavar="SECONDS", help="comments on quiet streams (15)")
     add("--allow-unknown-fields", action="store_true", help="ignore fields that the API does not have, do not refuse")
     add("--no-png-metadata", action="store_true", help="leave prompt, seed and settings out of PNG files")
-    add("--allowed-media-domains", nargs="+", default=[], metavar="HOST", help="fetch input pictures from these (none)")
+    add(
+        "--allowed-media-domains",
+        nargs="+",
+        default=[],
+        metavar="HOST",
+        help="fetch pictures from these (none)",
+    )
     add("--store-dir", metavar="FOLDER", help="where video jobs are kept (default: a temporary folder)")
     add("--log-json", action="store_true", help="one JSON object per log line")
     add("--log-prompts", action="store_true", help="write prompts into the log (never by default)")
@@ -202,6 +208,7 @@ def uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
         "access_log": not args.disable_uvicorn_access_log,
         "timeout_keep_alive": 5,
         "server_header": False,
+        "log_config": None,  # its lines go where ours go
     }
 
 
@@ -216,7 +223,7 @@ async def _serve(config: ServeConfig, options: dict[str, Any]) -> int:
         raise InvalidValueError(
             "--uds" if config.uds else "--port", where, f"cannot be used ({error.strerror})"
         ) from None
-    _vllm_compat.adopt_logging()
+    _vllm_compat.adopt_logging(JsonLines() if config.log_json else None)
     logger.info("serving %s: %s", config.model_names[0], json.dumps(config.engine_args, default=str))
     engine = ProcessEngineClient(
         config.engine_args,

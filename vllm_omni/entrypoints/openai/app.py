@@ -13,8 +13,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from vllm_omni import _vllm_compat
 from vllm_omni.engine.interface import EngineClient
-from vllm_omni.entrypoints.openai import chat, images, info, metrics, page
+from vllm_omni.entrypoints.openai import chat, images, info, metrics, page, videos
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error, invalid
 from vllm_omni.entrypoints.openai.gate import OPEN_PATHS, Gate
 from vllm_omni.entrypoints.openai.jobs import Jobs
@@ -33,8 +34,11 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
         redirect_slashes=False,
         **{"docs_url": None, "redoc_url": None, "openapi_url": None, **docs},  # type: ignore[arg-type]
     )
+    if config.otlp_traces_endpoint:
+        _vllm_compat.start_tracing(config.otlp_traces_endpoint)
     state = app.state.served = Served(engine, config, Jobs(engine))
-    for router in (images.router, chat.router, info.router, metrics.router):
+    app.state.videos = videos.open_jobs(state)
+    for router in (images.router, videos.router, chat.router, info.router, metrics.router):
         app.include_router(router)
     open_paths = OPEN_PATHS
     if config.ui:
@@ -51,6 +55,7 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
         max_body=int(config.max_body_mb * 2**20),
         open_paths=open_paths,
         statuses=state.statuses,
+        traced=bool(config.otlp_traces_endpoint),
     )
     if config.allowed_origins:  # outermost: a browser asks for leave without its key
         app.add_middleware(
@@ -59,12 +64,8 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
             allow_methods=config.allowed_methods,
             allow_headers=config.allowed_headers,
             allow_credentials=config.allow_credentials,
-            expose_headers=("x-request-id", "retry-after"),
+            expose_headers=("x-request-id", "retry-after", "openai-poll-after-ms"),
         )
-    if config.log_json:
-        from vllm_omni.engine.json_log import log_as_json
-
-        log_as_json()
     return app
 
 

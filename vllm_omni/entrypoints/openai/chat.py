@@ -15,7 +15,7 @@ from vllm_omni.entrypoints.openai import picture, reply
 from vllm_omni.entrypoints.openai.errors import invalid
 from vllm_omni.entrypoints.openai.fields import check_fields, parse_json
 from vllm_omni.entrypoints.openai.jobs import unless_gone
-from vllm_omni.entrypoints.openai.order import Order, check_model, make_order
+from vllm_omni.entrypoints.openai.order import Order, check_makes, check_model, make_order
 from vllm_omni.entrypoints.openai.sse import Event, EventStream
 from vllm_omni.entrypoints.openai.state import Served, served
 
@@ -50,6 +50,7 @@ _SCHEMA = {
 async def completions(request: Request) -> Response:
     """A message whose content is pictures, as data URLs."""
     here = served(request)
+    check_makes(here.info, "image")
     given = parse_json(await request.body())
     messages = given.pop("messages", None)
     prompt, urls = read_messages(messages, here.config.max_input_images)
@@ -65,8 +66,7 @@ async def completions(request: Request) -> Response:
     check_model(fields.model, here.config)
     if bool(urls) != here.info.image_input:
         raise invalid("messages", "this model needs a picture" if not urls else "this model takes no picture")
-    limit = here.config.max_input_pixels
-    pictures = await asyncio.to_thread(lambda: tuple(picture.decode_data_url(url, "messages", limit) for url in urls))
+    pictures = await asyncio.to_thread(lambda: tuple(picture.decode_url(url, "messages", here.config) for url in urls))
     order = make_order(fields, here.info, here.config, pictures)
     here.note(request, order)
     job_id = request.state.request_id
@@ -96,7 +96,7 @@ def read_messages(messages: Any, max_pictures: int) -> tuple[str, list[str]]:
         elif part.get("type") == "image_url" and isinstance(part.get("image_url"), dict):
             urls.append(part["image_url"].get("url"))
         else:
-            raise invalid("messages", "a part is text, or image_url with a data: URL")
+            raise invalid("messages", "a part is text, or image_url with a URL")
     if len(urls) > max_pictures:
         raise invalid("messages", f"at most {max_pictures} pictures")
     return "\n".join(text), urls

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,6 +17,7 @@ ALIASES = {
     "num_outputs_per_prompt": "n",
 }
 NOT_HERE = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup", "input_fidelity")
+F = TypeVar("F", bound="CommonFields")
 QUALITY_CACHE: dict[str, str | None] = {
     "max": "off",
     "hd": "off",
@@ -30,24 +30,15 @@ QUALITY_CACHE: dict[str, str | None] = {
 }
 
 
-class ImageFields(BaseModel):
-    """`POST /v1/images/generations`, and all of `/v1/images/edits` but its pictures."""
+class CommonFields(BaseModel):
+    """What a request may say, whatever it makes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     prompt: str = Field(min_length=1, description="What to draw.")
     model: str | None = Field(default=None, max_length=512)
-    n: int | None = Field(default=None, ge=1, description="Pictures; the i-th has the seed seed + i.")
     size: str | None = Field(default=None, max_length=32, description="WIDTHxHEIGHT, or auto: the model's own.")
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = None
-    background: Literal["transparent", "opaque", "auto"] | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
-    output_compression: int | None = Field(default=None, ge=0, le=100)
-    response_format: Literal["b64_json", "url"] | None = None
-    stream: bool | None = None
-    partial_images: int | None = Field(default=None, ge=0, le=3)
-    moderation: Literal["low", "auto"] | None = None
-    style: Literal["vivid", "natural"] | None = None
     user: str | None = Field(default=None, max_length=512)
     safety_identifier: str | None = Field(default=None, max_length=512)
     # ours
@@ -58,11 +49,26 @@ class ImageFields(BaseModel):
     negative_prompt: str | None = None
     width: int | None = Field(default=None, ge=1)
     height: int | None = Field(default=None, ge=1)
-    strength: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     cache: str | dict[str, Any] | None = Field(default=None, description="off, a preset, or settings by name.")
     lora: str | dict[str, Any] | list[Any] | None = Field(default=None, description="Names registered at start-up.")
     priority: int | None = Field(default=None, ge=-1000, le=1000)
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+class ImageFields(CommonFields):
+    """`POST /v1/images/generations`, and all of `/v1/images/edits` but its pictures."""
+
+    n: int | None = Field(default=None, ge=1, description="Pictures; the i-th has the seed seed + i.")
+    background: Literal["transparent", "opaque", "auto"] | None = None
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: int | None = Field(default=None, ge=0, le=100)
+    response_format: Literal["b64_json", "url"] | None = None
+    stream: bool | None = None
+    partial_images: int | None = Field(default=None, ge=0, le=3)
+    moderation: Literal["low", "auto"] | None = None
+    style: Literal["vivid", "natural"] | None = None
+    # ours
+    strength: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     include_timings: bool | None = None
     stream_progress: bool | None = Field(default=None, description="Progress events between the partial images.")
 
@@ -105,20 +111,26 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def check_fields(given: dict[str, Any], *, strict: bool, allow_unknown: bool, max_prompt: int) -> ImageFields:
     """Fields as given -> fields as meant; ApiError for the first that is wrong."""
+    return check_fields_of(ImageFields, given, strict=strict, allow_unknown=allow_unknown, max_prompt=max_prompt)
+
+
+def check_fields_of(kind: type[F], given: dict[str, Any], *, strict: bool, allow_unknown: bool, max_prompt: int) -> F:
+    """The same for the fields of any kind of request."""
     values: dict[str, Any] = {}
     for key, value in given.items():
         name = ALIASES.get(key, key)
         if name in NOT_HERE:
             raise invalid(key[:100], f"{key} is not supported by this server", "unsupported_parameter")
-        if name not in ImageFields.model_fields:
+        if name not in kind.model_fields:
             if allow_unknown:
                 continue
-            raise invalid(key[:100], str(UnknownKeyError("the request", key[:100], _names())), "unknown_parameter")
+            known = [*kind.model_fields, *ALIASES]
+            raise invalid(key[:100], str(UnknownKeyError("the request", key[:100], known)), "unknown_parameter")
         if name in values and values[name] != value:
             raise invalid(key, f"{key} and {name} mean the same and differ; give one")
         values[name] = value
     try:
-        fields = ImageFields.model_validate(values, strict=strict)
+        fields = kind.model_validate(values, strict=strict)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         raise invalid(".".join(str(part) for part in first["loc"][:1]), f"{first['loc'][0]}: {first['msg']}") from None
@@ -126,10 +138,6 @@ def check_fields(given: dict[str, Any], *, strict: bool, allow_unknown: bool, ma
     for name in ("negative_prompt", "model", "user", "safety_identifier"):
         _check_text(name, vars(fields)[name] or "", max_prompt, blank=True)
     return fields
-
-
-def _names() -> Iterable[str]:
-    return [*ImageFields.model_fields, *ALIASES]
 
 
 def _check_text(name: str, text: str, limit: int, *, blank: bool) -> None:

@@ -32,8 +32,13 @@ class Form:
     masks: list[bytes]
 
 
-async def read_form(request: Request, max_pictures: int) -> Form:
-    """ApiError for a body that is no multipart form, or has too many parts. No part's name ever names a file."""
+async def read_form(
+    request: Request, max_pictures: int, pictures: tuple[str, ...] = PICTURES, urls: tuple[str, ...] = URLS
+) -> Form:
+    """ApiError for a body that is no multipart form, or has too many parts. No part's name ever names a file.
+
+    `pictures` and `urls`: the names that parts with pictures, or with data URLs of them, may have.
+    """
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "the body must be multipart/form-data", "invalid_request")
     form = Form({}, [], [], [])
@@ -43,8 +48,8 @@ async def read_form(request: Request, max_pictures: int) -> Form:
         ) as got:
             for key, value in got.multi_items():
                 if isinstance(value, UploadFile):
-                    _keep(form, key, await value.read())
-                elif key in URLS or (key in PICTURES and value.startswith("data:")):
+                    _keep(form, key, await value.read(), pictures)
+                elif key in urls or (key in pictures and value.startswith("data:")):
                     form.urls.append(value)
                 else:
                     _set(form.fields, key, value)
@@ -55,19 +60,18 @@ async def read_form(request: Request, max_pictures: int) -> Form:
             raise
         raise ApiError(400, "the form cannot be read", "invalid_request") from None
     if len(form.pictures) + len(form.urls) > max_pictures:
-        raise invalid("image", f"at most {max_pictures} pictures")
+        raise invalid(pictures[0], f"at most {max_pictures} pictures")
     return form
 
 
-def _keep(form: Form, key: str, data: bytes) -> None:
-    if key in PICTURES:
+def _keep(form: Form, key: str, data: bytes, pictures: tuple[str, ...]) -> None:
+    if key in pictures:
         form.pictures.append(data)
-    elif key in MASKS:
+    elif key in MASKS and pictures == PICTURES:
         form.masks.append(data)
     else:
-        raise invalid(
-            key[:100], f"{key[:100]!r} is no name of a picture; send image, image[] or mask", "unknown_parameter"
-        )
+        names = " or ".join([*pictures, *(("mask",) if pictures == PICTURES else ())])
+        raise invalid(key[:100], f"{key[:100]!r} is no name of a picture; send {names}", "unknown_parameter")
 
 
 def _set(fields: dict[str, Any], key: str, value: str) -> None:

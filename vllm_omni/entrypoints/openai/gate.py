@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import re
 import time
 from collections import Counter
+from contextlib import suppress
 from hashlib import sha256
 from uuid import uuid4
 
@@ -14,12 +16,15 @@ from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vllm_omni import _vllm_compat
+from vllm_omni.entrypoints.openai import facts
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})  # probes carry no key
+LINGER_S = 2.0  # for the rest of a body that is refused: closing at once would reset the connection, answer and all
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -27,9 +32,11 @@ class Gate:
     """ASGI middleware around the whole application. Without the key nothing is answered but `open_paths`."""
 
     def __init__(
-        self, app: ASGIApp, keys: tuple[str, ...], max_body: int, open_paths: frozenset[str], statuses: Counter[int]
-    ) -> None:
+        self, app: ASGIApp, keys: tuple[str, ...], max_body: int, open_paths: frozenset[str], statuses: Counter[int],
+        traced: bool = False,
+    ) -> None:  # fmt: skip
         self.app, self.max_body, self.open_paths, self.statuses = app, max_body, open_paths, statuses
+        self.traced = traced
         self.keys = [sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -42,7 +49,8 @@ class Gate:
         asked = headers.get("x-request-id", "")
         request_id = asked if _CLIENT_ID.fullmatch(asked) else uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
-        began, status = time.monotonic(), 0
+        began, began_ns, status = time.monotonic(), time.time_ns(), 0
+        known = facts.begin(request_id=request_id, method=scope["method"])
 
         async def reply(message: Message) -> None:
             nonlocal status
@@ -59,19 +67,18 @@ class Gate:
                 logger.exception("request %s failed", request_id)
             if status:
                 raise  # the reply had begun: closing the connection is all that is left
+            if isinstance(error, ApiError):
+                await _discard(receive)
             await as_api_error(error).response()(scope, receive, reply)
         finally:
             self.statuses[status] += 1
-            level = logging.DEBUG if get_route_path(scope) in OPEN_PATHS else logging.INFO
-            facts = {
-                "request_id": request_id,
-                "method": scope["method"],
-                "status": status,
-                "seconds": round(time.monotonic() - began, 4),
-            }
             route = scope.get("route")
             path = route.path if route is not None else "(none)"
-            logger.log(level, "%s %s -> %d", scope["method"], path, status, extra=facts | {"route": path})
+            known |= {"route": path, "status": status, "seconds": round(time.monotonic() - began, 4)}
+            level = logging.DEBUG if get_route_path(scope) in OPEN_PATHS else logging.INFO
+            logger.log(level, "%s %s -> %d", scope["method"], path, status, extra=known)
+            if self.traced and path.startswith("/v1/"):
+                _vllm_compat.record_span(f"{scope['method']} {path}", began_ns, headers, known)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         if self.keys and get_route_path(scope) not in self.open_paths and not self._known(headers):
@@ -109,3 +116,11 @@ class Gate:
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body may have at most {self.max_body} bytes", "request_too_large",
                         headers={"Connection": "close"})  # fmt: skip
+
+
+async def _discard(receive: Receive) -> None:
+    """Read what the client still sends, for a while, and keep none of it."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            while (await receive()).get("more_body", False):
+                pass

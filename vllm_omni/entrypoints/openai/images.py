@@ -13,7 +13,7 @@ from vllm_omni.entrypoints.openai.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.fields import ImageFields, check_fields, parse_json
 from vllm_omni.entrypoints.openai.forms import Form, read_form
 from vllm_omni.entrypoints.openai.jobs import unless_gone
-from vllm_omni.entrypoints.openai.order import Order, check_model, make_order
+from vllm_omni.entrypoints.openai.order import Order, check_makes, check_model, make_order
 from vllm_omni.entrypoints.openai.sse import EventStream
 from vllm_omni.entrypoints.openai.state import Served, served
 
@@ -36,6 +36,7 @@ def _form_schema() -> dict[str, Any]:
 async def generations(request: Request) -> Response:
     """Pictures of a prompt: an ImagesResponse, or with `stream` its events."""
     here = served(request)
+    check_makes(here.info, "image")
     _only_json(request)
     given = parse_json(await request.body())
     fields = check_fields(
@@ -54,6 +55,7 @@ async def generations(request: Request) -> Response:
 async def edits(request: Request) -> Response:
     """Pictures of a prompt and of pictures given."""
     here = served(request)
+    check_makes(here.info, "image")
     form = await read_form(request, here.config.max_input_images)
     fields = check_fields(
         form.fields,
@@ -105,7 +107,7 @@ def _pictures(form: Form, here: Served) -> tuple[Any, ...]:
     if form.masks:
         raise invalid("mask", "this model takes no mask", "unsupported_parameter")
     found = [picture.decode(data, "image", limit) for data in form.pictures]
-    found += [picture.decode_data_url(url, "url", limit) for url in form.urls]
+    found += [picture.decode_url(url, "url", here.config) for url in form.urls]
     if not found:
         raise invalid("image", "at least one picture is needed")
     return tuple(found)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from vllm_omni.engine.interface import EngineClient
+from vllm_omni.entrypoints.openai import facts
 from vllm_omni.entrypoints.openai.errors import ApiError
 from vllm_omni.entrypoints.openai.order import Order
-from vllm_omni.errors import InvalidValueError
+from vllm_omni.errors import InvalidValueError, RequestAbortedError
 from vllm_omni.outputs import OmniRequestOutput
 
 T = TypeVar("T")
@@ -23,13 +24,16 @@ class Jobs:
     """What runs, by the id that the client was given."""
 
     engine: EngineClient
-    running: dict[str, list[str]] = field(default_factory=dict)
+    running: dict[str, asyncio.Queue[Item | BaseException]] = field(default_factory=dict)
 
     async def cancel(self, job_id: str) -> bool:
-        """End a job within one step; False for an id that does not run."""
-        if (ids := self.running.get(job_id)) is None:
+        """End a job within one step; False for an id that does not run.
+
+        The job itself is told, not the engine: a job may be so young that the engine has not heard of it.
+        """
+        if (inbox := self.running.get(job_id)) is None:
             return False
-        await self.engine.abort(ids)
+        inbox.put_nowait(RequestAbortedError(f"request {job_id} was cancelled"))
         return True
 
     async def run(self, order: Order, job_id: str) -> AsyncIterator[Item]:
@@ -39,8 +43,10 @@ class Jobs:
         """
         if job_id in self.running:
             raise InvalidValueError("X-Request-Id", job_id, "must not be in use")
-        self.running[job_id] = ids = [f"{job_id}-{i}" for i in range(len(order.params))]
+        facts.note(model=order.model, size=order.size, n=len(order.params))
+        ids = [f"{job_id}-{i}" for i in range(len(order.params))]
         inbox: asyncio.Queue[Item | BaseException] = asyncio.Queue()
+        self.running[job_id] = inbox
 
         async def one(index: int) -> None:
             stream = self.engine.generate(
@@ -63,6 +69,8 @@ class Jobs:
                 item = await inbox.get()
                 if isinstance(item, BaseException):
                     raise item
+                if item[1].finished:
+                    facts.count(computed_steps=item[1].computed_steps, skipped_steps=item[1].skipped_steps)
                 if item[1].error is not None:
                     raise item[1].error
                 left -= item[1].finished

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vllm_omni.engine.interface import ModelInfo
 from vllm_omni.entrypoints.openai.errors import ApiError, invalid
@@ -95,6 +95,13 @@ def make_order(fields: ImageFields, info: ModelInfo, config: ServeConfig, pictur
     )  # fmt: skip
 
 
+def check_makes(info: ModelInfo, what: Literal["image", "video"]) -> None:
+    """400 where the model that is served makes the other."""
+    if info.video_output != (what == "video"):
+        other = "videos: use /v1/videos" if info.video_output else "pictures: use /v1/images/generations or edits"
+        raise invalid("model", f"this model makes {other}", "unsupported_model")
+
+
 def check_model(name: str | None, config: ServeConfig) -> str:
     """The name in replies; 404 for one that is not served here."""
     if name is None:
@@ -125,7 +132,8 @@ def _size(fields: ImageFields, info: ModelInfo, config: ServeConfig, pictures: t
             field = name if fields.size in (None, "auto") else "size"
             raise invalid(field, f"{name} must be a multiple of {info.size_multiple} pixels, got {side}")
     if width * height > config.max_pixels:
-        raise invalid("size" if fields.size else "width", f"a picture may have at most {config.max_pixels} pixels")
+        field = "size" if fields.size not in (None, "auto") else "width" if width >= height else "height"
+        raise invalid(field, f"a picture may have at most {config.max_pixels} pixels")
     return width, height
 
 

@@ -12,6 +12,8 @@ from typing import Any
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from vllm_omni.entrypoints.openai.errors import invalid
+from vllm_omni.entrypoints.openai.fetch import fetch
+from vllm_omni.entrypoints.serve_config import ServeConfig
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 
@@ -55,10 +57,17 @@ def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
         raise invalid(field, "must be a whole PNG, JPEG or WebP picture", "invalid_image") from None
 
 
-def decode_data_url(url: Any, field: str, max_pixels: int) -> Image.Image:
-    """The picture of a `data:` URL; no other address is ever opened."""
-    if not isinstance(url, str) or not url.startswith("data:"):
+def decode_url(url: Any, field: str, config: ServeConfig) -> Image.Image:
+    """The picture of a `data:` URL, or behind an address where the operator allows its host; may block on that."""
+    limit = config.max_input_pixels
+    if isinstance(url, str) and url.startswith("data:"):
+        return _decode_data_url(url, field, limit)
+    if not isinstance(url, str) or not config.allowed_media_domains:
         raise invalid(field, "must be a data: URL; this server opens no addresses", "invalid_image")
+    return decode(fetch(url, field, config.allowed_media_domains, int(config.max_body_mb * 2**20)), field, limit)
+
+
+def _decode_data_url(url: str, field: str, max_pixels: int) -> Image.Image:
     head, comma, body = url.partition(",")
     if not comma or not head.endswith(";base64"):
         raise invalid(field, "must be a data: URL in base64", "invalid_image")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -16,12 +15,10 @@ from vllm_omni.entrypoints.openai.order import Order
 from vllm_omni.entrypoints.openai.sse import Event
 from vllm_omni.outputs import OmniRequestOutput
 
-CHARACTERS_PER_TOKEN = 4  # the front end has no tokenizer: text tokens are an estimate, and documented as one
 
-
-def usage(order: Order, info: ModelInfo) -> dict[str, Any]:
-    """Latent tokens of the pictures, exactly; tokens of the text, about."""
-    text = math.ceil(len(order.fields.prompt) / CHARACTERS_PER_TOKEN)
+def usage(order: Order, info: ModelInfo, output: OmniRequestOutput) -> dict[str, Any]:
+    """Latent tokens of all the pictures, and tokens of the text as the text encoder read it for one of them."""
+    text = int(output.metrics["text_tokens"])
     made = round(order.width * order.height * info.tokens_per_pixel) * len(order.params)
     given = order.input_tokens
     return {
@@ -51,7 +48,9 @@ def facts(order: Order, index: int, output: OmniRequestOutput) -> dict[str, Any]
     }
     if order.fields.include_timings:
         told["timings"] = {
-            name: round(value, 4) for name, value in {**output.stage_durations, **output.metrics}.items()
+            name: round(value, 4)
+            for name, value in {**output.stage_durations, **output.metrics}.items()
+            if name.endswith("_s")
         }
     return told
 
@@ -92,20 +91,21 @@ async def encoded(order: Order, index: int, output: OmniRequestOutput, metadata:
 async def collect(jobs: Jobs, order: Order, job_id: str, metadata: bool) -> dict[str, Any]:
     """The `ImagesResponse` of an order."""
     data: list[dict[str, Any]] = [{} for _ in order.params]
+    told: dict[str, Any] = {}
     made: list[dict[str, Any]] = [{} for _ in order.params]
     async with aclosing(jobs.run(order, job_id)) as items:  # type: ignore[type-var]
         async for index, output in items:
             if output.finished:
+                told["usage"] = usage(order, jobs.engine.info, output)
                 made[index] = facts(order, index, output)
                 data[index] = {
                     "b64_json": await encoded(order, index, output, metadata),
                     "seed": made[index]["seed"],
                 }
-    told = {"request_id": job_id, "model": order.model, "images": made, "warnings": list(order.warnings)}
-    reply = {"created": int(time.time()), "data": data, **looks(order), "usage": usage(order, jobs.engine.info)}
     if order.fields.safety_identifier is not None:
-        reply["safety_identifier"] = order.fields.safety_identifier
-    return reply | {"omni": told}
+        told["safety_identifier"] = order.fields.safety_identifier
+    told["omni"] = {"request_id": job_id, "model": order.model, "images": made, "warnings": list(order.warnings)}
+    return {"created": int(time.time()), "data": data, **looks(order), **told}
 
 
 async def events(jobs: Jobs, order: Order, job_id: str, metadata: bool, kind: str) -> AsyncIterator[Event]:
@@ -121,7 +121,7 @@ async def events(jobs: Jobs, order: Order, job_id: str, metadata: bool, kind: st
                 done = {
                     **base,
                     "b64_json": await encoded(order, index, output, metadata),
-                    "usage": usage(order, jobs.engine.info),
+                    "usage": usage(order, jobs.engine.info, output),
                     "omni": {"request_id": job_id, **facts(order, index, output)},
                 }
                 yield f"{kind}.completed", {"type": f"{kind}.completed", **done}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from vllm_omni.diffusion.cache.calibration import Calibration
+from vllm_omni.diffusion.cache.clock import Schedule
 from vllm_omni.diffusion.cache.forward import Record
 from vllm_omni.diffusion.cache.magcache.plan import (
     choose_predictor,
@@ -39,6 +40,7 @@ class MagCacheBackend(StackBackend):
         self.calibration = Calibration() if config.mag_calibrate else None
         self._ratios: tuple[float, ...] | None = None
         self._class = self._fingerprint = ""
+        self._said_nothing_to_gain = False
 
     def _spec(self, class_name: str) -> DenoiserSpec | None:
         strategy = MagCacheStrategyRegistry.get_if_exists(class_name)
@@ -48,14 +50,23 @@ class MagCacheBackend(StackBackend):
     def profile_name(self) -> str | None:
         return self.profile.name if self.profile is not None else None
 
-    def plan(self, steps: int, sigmas: tuple[float, ...], config: DiffusionCacheConfig | None = None) -> CachePlan:
-        """What a request of `steps` would do; pure, cheap, and the same on every rank."""
+    def plan(
+        self,
+        steps: int,
+        sigmas: tuple[float, ...],
+        config: DiffusionCacheConfig | None = None,
+        switches: tuple[int, ...] = (),
+    ) -> CachePlan:
+        """What a request of `steps` would do; pure, cheap, and the same on every rank.
+
+        `switches` are the steps at which another denoiser takes over.
+        """
         config = config or self.config
         profile = self._profile_for(config)
         ratios = config.mag_ratios or (self._ratios if profile is self.profile else None)
         if ratios is None and profile is not None:
             ratios = profile.ratios
-        return plan_request(config, ratios, profile, steps, sigmas)
+        return plan_request(config, ratios, profile, steps, sigmas, switches)
 
     def check(self, config: DiffusionCacheConfig, steps: int | None = None) -> None:
         """Refuse settings that this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
@@ -63,29 +74,36 @@ class MagCacheBackend(StackBackend):
             promised_forwards(config, steps)
         self.plan(2, (1.0, 0.5), config.model_copy(update=dict.fromkeys(PROMISES)))
 
-    def _record(self, steps: int, sigmas: tuple[float, ...], config: DiffusionCacheConfig | None = None) -> Record:
+    def _record(self, schedule: Schedule, config: DiffusionCacheConfig | None = None) -> Record:
         if self.calibration is not None:
-            return self.calibration.record(steps, sigmas)
+            return self.calibration.record(schedule.steps, schedule.sigmas)
         config = config or self.config
         profile = self._profile_for(config)
-        plan = self.plan(steps, sigmas, config)
+        plan = self.plan(schedule.steps, schedule.sigmas, config, schedule.switches)
+        if all(plan.compute) and not self._said_nothing_to_gain:
+            self._said_nothing_to_gain = True
+            logger.info("magcache: nothing to gain in %d steps, every one of them computes", schedule.steps)
         settings: dict[str, object] = {
             "backend": "magcache",
-            **self._made_of(config, profile, steps),
+            **self._made_of(config, profile, schedule),
             "planned_forwards": plan.full_forwards,
-            "predictor": choose_predictor(config, profile),
+            "predictor": choose_predictor(config, profile, schedule.steps / plan.full_forwards),
             "profile": profile.name if profile is not None else None,
         }
+        if schedule.switches:
+            settings["switches"] = schedule.switches
         return RequestCache(plan, self.store, settings, KEPT_AS[self.config.residual_dtype])
 
-    def _made_of(self, config: DiffusionCacheConfig, profile: CacheProfile | None, steps: int) -> dict[str, object]:
+    def _made_of(
+        self, config: DiffusionCacheConfig, profile: CacheProfile | None, schedule: Schedule
+    ) -> dict[str, object]:
         """What the plan was made of, for the output: the promise, the preset or the mask, else the rule's settings."""
         if config.promise:
             return {**config.promise}
         if config.steps_mask is not None:
             return {"steps_mask": config.steps_mask}
         preset = {} if config.preset is None else {"preset": config.preset}
-        if preset_forwards(config, profile, steps) is not None:
+        if preset_forwards(config, profile, schedule.steps, schedule.switches) is not None:
             return {**preset}
         return preset | {
             "threshold": config.mag_threshold,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_omni.diffusion.cache.clock import CallClock
+from vllm_omni.diffusion.cache.clock import CallClock, Schedule
 from vllm_omni.diffusion.cache.magcache.config import MagCacheConfig
 from vllm_omni.diffusion.cache.magcache.plan import plan_request
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategy, MagCacheStrategyRegistry, get_strategy
@@ -36,8 +36,8 @@ def apply_mag_cache_hook(
     settings = config.as_cache_config()
     store = CacheStore()
 
-    def make(steps: int, sigmas: tuple[float, ...]) -> RequestCache:
-        return RequestCache(plan_request(settings, ratios, None, steps, sigmas), store, config.__dict__)
+    def make(schedule: Schedule) -> RequestCache:
+        return RequestCache(plan_request(settings, ratios, None, *schedule), store, config.__dict__)
 
     session = Session(CallClock(config.num_inference_steps), make)
     hook = StandaloneHook("transformer", BlockStack(module, strategy.spec), strategy.spec, session)
