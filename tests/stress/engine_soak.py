@@ -1,6 +1,6 @@
 """Storms of aborts and a long run of short requests: memory, files and threads stay flat, pictures stay right.
 
-`python tests/stress/engine_soak.py [aborts=3000] [requests=1500]`; the last line is JSON, exit code 0 if all holds. The
+`python tests/stress/engine_soak.py [aborts=12000] [requests=600]`; the last line is JSON, exit code 0 if all holds. The
 storm comes in three parts: an allocator grows to what a storm needs in the first, and a leak goes on in the others.
 """
 
@@ -133,4 +133,4 @@ async def main(aborts: int, requests: int) -> int:
 
 if __name__ == "__main__":
     numbers = [int(value) for value in sys.argv[1:]]
-    sys.exit(asyncio.run(main(*(numbers + [3000, 1500][len(numbers) :]))))
+    sys.exit(asyncio.run(main(*(numbers + [12000, 600][len(numbers) :]))))
