@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,6 +11,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from families import FAMILIES, Family
 
+from vllm_omni.diffusion.cache.profile import profile_names, shipped_profile
 from vllm_omni.diffusion.denoisers import DENOISERS
 
 PAGE = ROOT / "docs" / "models.md"
@@ -30,16 +30,32 @@ A denoiser class that is not listed is served as well: uncached, one call at a t
 |---|---|---|---|---|---|---|---|---|
 """
 
+CURVES = """
+## Curves taken by checkpoint
+
+Of denoisers that the table has; the other profiles that ship are taken by name alone (`profile=`).
+
+| Profile | Denoiser | Checkpoint | Steps | Source |
+|---|---|---|---|---|
+"""
+
 FOOT = """
-Not tested: OmniGen's pipeline needs torchvision, FramePack's was not tried; both denoisers are described.
+Not in the table, hence served uncached: OmniGen, whose pipeline needs torchvision and could not be tested here, and
+FramePack, whose pipeline returns its latents in sections, which the engine's outputs do not hold.
 """
 
 
-def curves() -> dict[str, int]:
-    """Profiles that ship, per denoiser class."""
-    folder = ROOT / "vllm_omni" / "diffusion" / "cache" / "profiles"
-    classes = [json.loads(path.read_text(encoding="utf-8")).get("transformer_class") for path in folder.glob("*.json")]
-    return Counter(classes)
+def curves() -> str:
+    """The profiles that are taken by themselves, by checkpoint, and where they are from."""
+    rows = []
+    for name in profile_names():
+        profile = shipped_profile(name)
+        if (profile.models or profile.fingerprint) and profile.transformer_class in DENOISERS:
+            taken = ", ".join(profile.models) or "by its weights"
+            cells = [name, profile.transformer_class, taken, str(len(profile.ratios))]
+            source = profile.provenance.get("source") or profile.provenance.get("kind", "")
+            rows.append("| " + " | ".join([*cells, str(source).replace("|", "/")]) + " |")
+    return CURVES + "\n".join(rows) + "\n"
 
 
 def row(name: str, curves: dict[str, int], family: Family | None) -> str:
@@ -56,9 +72,9 @@ def page() -> str:
     tested: dict[str, list[Family | None]] = {name: [] for name in DENOISERS}
     for family in FAMILIES:
         tested[type(family.build().transformer).__name__].append(family)
-    shipped = curves()
+    shipped = Counter(shipped_profile(name).transformer_class for name in profile_names())
     rows = [row(name, shipped, family) for name, families in tested.items() for family in families or [None]]
-    return HEAD + "\n".join(rows) + "\n" + FOOT
+    return HEAD + "\n".join(rows) + "\n" + FOOT + curves()
 
 
 if __name__ == "__main__":

@@ -160,10 +160,6 @@ DENOISERS: dict[str, DenoiserSpec] = {
         rows=("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"),
         shared=("encoder_attention_mask",),  # text and image share a sequence without padding: its length says where
     ),
-    "OmniGenTransformer2DModel": DenoiserSpec(
-        stack=(BlockList("layers", _HIDDEN),),
-        rows=("hidden_states", "timestep", "input_ids", "attention_mask", "position_ids"),
-    ),
     "SanaTransformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _HIDDEN),),
         rows=("hidden_states", "encoder_hidden_states", "timestep", "guidance", "encoder_attention_mask"),
@@ -181,22 +177,5 @@ DENOISERS: dict[str, DenoiserSpec] = {
     "MochiTransformer3DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
         rows=("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),
-    ),
-    "HunyuanVideoFramepackTransformer3DModel": DenoiserSpec(
-        stack=(BlockList("transformer_blocks", _IMAGE_TEXT), BlockList("single_transformer_blocks", _IMAGE_TEXT)),
-        rows=(
-            "encoder_attention_mask",
-            *_FLUX_ROWS,
-            "image_embeds",
-            "latents_clean",
-            "latents_history_2x",
-            "latents_history_4x",
-        ),
-        shared=(
-            "indices_latents",
-            "indices_latents_clean",
-            "indices_latents_history_2x",
-            "indices_latents_history_4x",
-        ),
     ),
 }

@@ -113,7 +113,7 @@ class PipelineTask:
 
     def _run(self) -> Event:
         try:
-            with numpy.errstate(invalid="call", call=_no_number):  # of this greenlet alone: NaN becomes no black picture in silence
+            with numpy.errstate(invalid="call", call=_no_number):  # of this greenlet alone
                 return Finished(self.pipeline(**self.arguments))
         except Exception as error:  # whatever a pipeline raises ends this request alone
             return Failed(error)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +90,7 @@ class _Meter(Gate):
 
 
 class _MeterBackend(GateBackend):
-    name: ClassVar[str] = "teacache"
+    name, rule = "teacache", _Meter
 
     def __init__(self) -> None:
         super().__init__(DiffusionCacheConfig(mag_retention_ratio=0.0, compute_last_step=False))
