@@ -539,7 +539,7 @@ def test_a_lying_picture_or_array_is_refused() -> None:
 
 
 def test_unknown_errors_cross_without_their_text() -> None:
-    output = OmniRequestOutput("a", error=RuntimeError("at 0x7f00dead in /root/secret.py"))
+    output = OmniRequestOutput("a", error=RuntimeError("at 0x7f00dead in /srv/secret.py"))
     (back,) = decode_event(encode(Outputs([output]))[4:]).outputs
     assert type(back.error) is OmniError and "RuntimeError" in str(back.error) and "secret" not in str(back.error)
 
