@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import io
 import math
+import struct
 import tempfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +19,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vllm_omni.errors import InvalidValueError
 
-IMAGE_FORMATS = {"png": "PNG", "jpeg": "JPEG", "jpg": "JPEG", "webp": "WEBP"}
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 VIDEO_FORMATS = ("mp4", "gif", "webp")
 MAX_INPUT_PIXELS = 64 * 2**20
+# What Pillow raises of bytes that somebody made up.
+_UNREADABLE = (
+    UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, TypeError,
+    IndexError, KeyError, struct.error, zlib.error, MemoryError,
+)  # fmt: skip
 
 
 def open_image(source: Path | bytes, field: str = "image", max_pixels: int = MAX_INPUT_PIXELS) -> Image.Image:
@@ -30,16 +37,14 @@ def open_image(source: Path | bytes, field: str = "image", max_pixels: int = MAX
     """
     shown = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
-        picture = Image.open(
-            io.BytesIO(source) if isinstance(source, bytes) else source, formats=("PNG", "JPEG", "WEBP")
-        )
+        picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
         if picture.width * picture.height > max_pixels:
             size = f"{picture.width}x{picture.height}"
             raise InvalidValueError(field, size, f"must have at most {max_pixels} pixels")
         return ImageOps.exif_transpose(picture).convert("RGB")
     except FileNotFoundError:
         raise InvalidValueError(field, shown, "must be a file that exists") from None
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+    except _UNREADABLE as error:
         if isinstance(error, InvalidValueError):
             raise
         raise InvalidValueError(field, shown, "must be a whole PNG, JPEG or WebP picture") from None

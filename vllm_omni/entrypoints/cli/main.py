@@ -102,9 +102,11 @@ def _add_generate(commands: Any) -> None:
     parser.add_argument("--num-outputs-per-prompt", "-n", type=int, default=1, help="pictures per prompt (default 1)")
     parser.add_argument("--negative-prompt", help="what not to draw; needs --true-cfg-scale above 1 on FLUX")
     parser.add_argument("--true-cfg-scale", type=float, help="classifier-free guidance with a second branch")
-    parser.add_argument("--cache-backend", default="none", help="none (default) or magcache")
+    parser.add_argument(
+        "--cache-backend", default="none", help="none (default), magcache, easycache, seacache, teacache or fbcache"
+    )
     parser.add_argument("--cache-config", metavar="JSON", help="its settings, e.g. '{\"mag_threshold\": 0.12}'")
-    parser.add_argument("--cache", help="a preset: high, balanced, fast, paper; or off")
+    parser.add_argument("--cache", help="a preset: auto, high, balanced, fast, paper; or off")
     media = parser.add_argument_group("pictures in, videos out, adapters (where the model takes them)")
     media.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="picture to edit or to animate; again for several"

@@ -10,9 +10,9 @@ from starlette.responses import JSONResponse, Response
 from vllm_omni.entrypoints.openai.errors import unavailable
 from vllm_omni.entrypoints.openai.fields import QUALITY_CACHE
 from vllm_omni.entrypoints.openai.order import check_model
-from vllm_omni.entrypoints.openai.picture import FORMATS
 from vllm_omni.entrypoints.openai.state import Served, served
 from vllm_omni.errors import EngineDeadError
+from vllm_omni.outputs.media import IMAGE_FORMATS
 from vllm_omni.version import __version__
 
 router = APIRouter(tags=["server"])
@@ -51,7 +51,7 @@ def _model(name: str, here: Served) -> dict[str, Any]:
                 "input_reference": info.image_input and info.video_output,
                 "partial_images": info.previews,
                 "negative_prompt": "negative_prompt" in info.parameters,
-                "output_formats": [name.lower() for name in FORMATS],
+                "output_formats": [name.lower() for name in IMAGE_FORMATS],
             },
             "limits": {
                 "n": config.max_n,

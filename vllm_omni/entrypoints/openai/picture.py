@@ -5,17 +5,15 @@ from __future__ import annotations
 import base64
 import io
 import json
-import struct
-import zlib
 from typing import Any
 
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, PngImagePlugin
 
 from vllm_omni.entrypoints.openai.errors import invalid
 from vllm_omni.entrypoints.openai.fetch import fetch
 from vllm_omni.entrypoints.serve_config import ServeConfig
-
-FORMATS = ("PNG", "JPEG", "WEBP")
+from vllm_omni.errors import InvalidValueError
+from vllm_omni.outputs.media import open_image
 
 
 def encode(image: Image.Image, kind: str, compression: int | None, parameters: dict[str, Any] | None) -> str:
@@ -45,16 +43,12 @@ def _as_text(parameters: dict[str, Any]) -> str:
 def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
     """An upright RGB picture; a 400 that names the field for everything else. Its size is read before its pixels."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            width, height = image.size
-            if min(width, height) < 2 or width * height > max_pixels:
-                raise invalid(field, f"a picture must have 2x2 to {max_pixels} pixels", "invalid_image")
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return upright.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError, KeyError,
-            struct.error, zlib.error, Image.DecompressionBombError, MemoryError):  # fmt: skip
-        raise invalid(field, "must be a whole PNG, JPEG or WebP picture", "invalid_image") from None
+        picture = open_image(data, field, max_pixels)
+    except InvalidValueError as error:
+        raise invalid(field, str(error), "invalid_image") from None
+    if min(picture.size) < 2:
+        raise invalid(field, "a picture must have at least 2x2 pixels", "invalid_image")
+    return picture
 
 
 def decode_url(url: Any, field: str, config: ServeConfig) -> Image.Image:
