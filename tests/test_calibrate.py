@@ -74,7 +74,7 @@ def test_a_checkpoint_without_a_profile_is_calibrated_found_and_served(
     profile.save(tmp_path / "new.json")
     backend = MagCacheBackend(DiffusionCacheConfig())
     backend.enable(pipe)
-    assert backend.profile == load_profile(tmp_path / "new.json")
+    assert backend.profiles == (load_profile(tmp_path / "new.json"),)
 
 
 def test_the_split_is_every_other_line(tmp_path: Path) -> None:
@@ -99,11 +99,12 @@ def test_bad_arguments_name_the_option(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "x.json").exists()
 
 
-def test_the_shipped_profile_of_the_demo_holds_out_every_other_caption() -> None:
+@pytest.mark.parametrize("name", ["demo", "demo-50"])
+def test_the_shipped_profiles_of_the_demo_hold_out_every_other_caption(name: str) -> None:
     import vllm_omni
 
     root = Path(vllm_omni.__file__).parent
-    said = json.loads((root / "diffusion/cache/profiles/demo.json").read_text())["provenance"]
+    said = json.loads((root / f"diffusion/cache/profiles/{name}.json").read_text())["provenance"]
     kept, held_out = split(read_prompts(root / "assets/demo/captions.txt", 10_000))
     assert said["prompts_sha256"] == sha256_of(kept[: said["prompts"]])
     assert said["held_out"]["prompts"] >= 64

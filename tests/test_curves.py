@@ -7,7 +7,7 @@ import pytest
 from vllm_omni.diffusion.cache.curve import resample
 from vllm_omni.diffusion.cache.magcache.plan import plan_request
 from vllm_omni.diffusion.cache.plan import magcache_plan
-from vllm_omni.diffusion.cache.profile import find_profile, profile_names, shipped_profile
+from vllm_omni.diffusion.cache.profile import find_profiles, profile_names, shipped_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 
 PUBLISHED = [name for name in profile_names() if shipped_profile(name).provenance.get("kind") == "published"]
@@ -35,10 +35,9 @@ def test_a_checkpoint_has_one_curve_and_a_class_has_none() -> None:
     assert len(claimed) == len(set(claimed)) >= 25
     for name in PUBLISHED:
         for model in shipped_profile(name).models:
-            found = find_profile(model, "no such fingerprint")
-            assert found is not None and found.name == name
+            assert [p.name for p in find_profiles(model, "no such fingerprint")] == [name]
     for stranger in ("black-forest-labs/FLUX.1-schnell", "black-forest-labs/FLUX.2-klein-4B", "FluxTransformer2DModel"):
-        assert find_profile(stranger, "no such fingerprint") is None
+        assert not find_profiles(stranger, "no such fingerprint")
 
 
 def test_branches_decide_jointly() -> None:

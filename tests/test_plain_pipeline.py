@@ -568,7 +568,7 @@ def test_a_broken_profile_file_loads_nothing(
     backend = MagCacheBackend(DiffusionCacheConfig(profile=file))
     with pytest.raises(InvalidValueError, match=BROKEN[how]):
         backend.enable(pipe)
-    assert not backend.is_enabled() and backend.profile is None
+    assert not backend.is_enabled() and not backend.profiles
     assert not pipe.transformer._forward_hooks and not {"step", "set_timesteps"} & vars(pipe.scheduler).keys()
 
 

@@ -18,7 +18,7 @@ from vllm_omni.diffusion.cache.magcache.plan import plan_request
 from vllm_omni.diffusion.cache.profile import (
     FORMAT,
     CacheProfile,
-    find_profile,
+    find_profiles,
     fingerprint,
     load_profile,
     profile_names,
@@ -38,10 +38,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "profiles"
 
 
-def measured(pipe: Any, name: str = "mine") -> CacheProfile:
+def measured(pipe: Any, name: str = "mine", steps: int = STEPS) -> CacheProfile:
     backend = MagCacheBackend(DiffusionCacheConfig(mag_calibrate=True))
     backend.enable(pipe)
-    run_latents(pipe, 0, seed=0, num_inference_steps=STEPS)
+    run_latents(pipe, 0, seed=0, num_inference_steps=steps)
     backend.disable(pipe)
     assert backend.calibration is not None
     return backend.calibration.profile(name, "FluxTransformer2DModel", fingerprint(pipe.transformer))
@@ -75,7 +75,7 @@ def test_a_profile_in_the_users_folder_is_found_for_its_checkpoint_alone(folder:
     measured(pipe).save(folder / "a.json")
     backend = MagCacheBackend(DiffusionCacheConfig())
     backend.enable(pipe)
-    assert backend.profile is not None and backend.profile.name == "mine"
+    assert [profile.name for profile in backend.profiles] == ["mine"]
     with pytest.raises(InvalidValueError, match="no magnitude curve is known"):
         MagCacheBackend(DiffusionCacheConfig()).enable(other)
 
@@ -91,16 +91,34 @@ def test_the_newest_of_several_is_taken_and_a_bad_file_is_passed_over(
         measured(pipe, name).save(folder / f"{name}.json")
         os.utime(folder / f"{name}.json", (1_000_000 + age, 1_000_000 + age))
     (folder / "torn.json").write_text('{"name": "x"')
-    found = find_profile("", fingerprint(pipe.transformer))
-    assert found is not None and found.name == "newer"
+    assert [p.name for p in find_profiles("", fingerprint(pipe.transformer))] == ["newer", "older"]
+    backend = MagCacheBackend(DiffusionCacheConfig(nfe=3))
+    backend.enable(pipe)
+    run_latents(pipe, num_inference_steps=STEPS)
+    assert backend.last_request is not None and backend.last_request.settings["profile"] == "newer"
     assert "torn.json" in caplog.text
+
+
+def test_of_profiles_at_several_step_counts_the_nearest_in_ratio_is_taken(folder: Path) -> None:
+    """And as the demo has two, its own settings say which one a request had."""
+    long, short = measured(tiny_flux(), "long", 12), measured(tiny_flux(), "short")
+    for profile in (long, short):
+        profile.save(folder / f"{profile.name}.json")
+    pipe = tiny_flux()
+    backend = MagCacheBackend(DiffusionCacheConfig(speedup=2))
+    backend.enable(pipe)
+    assert backend.profile_name is not None and set(backend.profile_name.split(", ")) == {"long", "short"}
+    for steps, expected in ((4, "short"), (8, "short"), (9, "long"), (12, "long"), (40, "long")):
+        run_latents(pipe, num_inference_steps=steps)
+        assert backend.last_request is not None
+        assert backend.last_request.settings["profile"] == expected, steps
+    assert {len(p.ratios) for p in find_profiles("", shipped_profile("demo").fingerprint or "")} == {28, 50}
 
 
 def test_a_hub_id_is_not_enough_where_the_profile_knows_the_weights(folder: Path) -> None:
     CacheProfile.from_dict(content() | {"models": ["some/model"], "fingerprint": "0" * 32}).save(folder / "a.json")
-    assert find_profile("some/model", "1" * 32) is None
-    found = find_profile("", "0" * 32)
-    assert found is not None and found.name == "made"
+    assert not find_profiles("some/model", "1" * 32)
+    assert [p.name for p in find_profiles("", "0" * 32)] == ["made"]
 
 
 # ----------------------------------------------------------------------------------------------------------- refused
@@ -112,7 +130,7 @@ def test_other_weights_are_refused_unless_insisted_upon(tmp_path: Path) -> None:
     backend = MagCacheBackend(DiffusionCacheConfig(profile=str(file)))
     with pytest.raises(InvalidValueError, match=r"measured on other weights.*profile_insist=True"):
         backend.enable(pipe)
-    assert backend.profile is None and not backend.is_enabled()
+    assert not backend.profiles and not backend.is_enabled()
     insisting = MagCacheBackend(DiffusionCacheConfig(profile=str(file), profile_insist=True, nfe=3))
     insisting.enable(pipe)
     run_latents(pipe, num_inference_steps=STEPS)
@@ -199,16 +217,21 @@ def test_an_engine_with_a_hostile_profile_does_not_start(tmp_path: Path) -> None
     backend = MagCacheBackend(DiffusionCacheConfig(profile=str(file)))
     with pytest.raises(InvalidValueError, match="positive semi-definite"):
         backend.enable(pipe)
-    assert backend.profile is None and not backend.is_enabled() and not pipe.transformer._forward_hooks
+    assert not backend.profiles and not backend.is_enabled() and not pipe.transformer._forward_hooks
 
 
-def test_auto_takes_the_predictor_calibrated_nearest_to_the_requests_speed_up() -> None:
+def test_auto_takes_the_predictor_calibrated_nearest_to_the_requests_full_forwards() -> None:
     """Whatever plans the request, and for the planner's costs as for the forecasts."""
     predictors = [[1.5, "affine"], [2.0, "normed"], [3.0, "affine3"]]
     profile = CacheProfile.from_dict(content() | {"predictors": predictors})
     sigmas = profile.sigmas or ()
-    wanted = {1.0: "affine", 1.7: "affine", 1.8: "normed", 2.4: "normed", 2.5: "affine3", 50.0: "affine3"}
-    assert {speedup: profile.predictor_at(speedup) for speedup in wanted} == wanted
+    wanted = {None: "affine", 40: "affine", 6: "affine", 4: "affine", 3: "normed", 2: "affine3", 1: "affine3"}
+    assert {forwards: profile.predictor_at(forwards) for forwards in wanted} == wanted
+    config = DiffusionCacheConfig(nfe=3)
+    longer = (*sigmas[:1], *np.linspace(sigmas[0], sigmas[-1], 10)[1:].tolist())  # as many forwards, as far apart
+    named = config.model_copy(update={"predictor": "normed"})
+    at_ten = [plan_request(c, profile.ratios, profile, 10, longer) for c in (config, named)]
+    assert at_ten[0] == at_ten[1]
     mask = (True, True, False, True, False, True)
     for settings, name in [({"nfe": 4}, "affine"), ({"nfe": 3}, "normed"), ({"steps_mask": mask}, "affine")]:
         auto = plan_request(DiffusionCacheConfig(**settings), profile.ratios, profile, STEPS, sigmas)
@@ -218,4 +241,4 @@ def test_auto_takes_the_predictor_calibrated_nearest_to_the_requests_speed_up() 
         assert auto != plan_request(
             named.model_copy(update={"predictor": others.pop()}), profile.ratios, profile, STEPS, sigmas
         )
-    assert CacheProfile.from_dict(content()).predictor_at(2.0) is None
+    assert CacheProfile.from_dict(content()).predictor_at(2) is None

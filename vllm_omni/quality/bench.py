@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from vllm_omni.diffusion.cache.curve import resample
-from vllm_omni.diffusion.cache.profile import find_profile, fingerprint
+from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint, nearest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
 from vllm_omni.entrypoints.omni import Omni
@@ -76,7 +76,7 @@ class Bench:
     def ratios(self, steps: int) -> tuple[float, ...]:
         """The checkpoint's magnitude curve at `steps`. InvalidValueError where it has no profile."""
         name = str(self.pipeline.config.get("_name_or_path", ""))
-        profile = find_profile(name, self.fingerprint)
+        profile = nearest(find_profiles(name, self.fingerprint), steps)
         if profile is None:
             fix = "has no profile of its own: measure one with `vllm-omni calibrate`, or give --settings"
             raise InvalidValueError("MODEL", name, fix)

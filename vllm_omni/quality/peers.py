@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_omni.diffusion.cache.profile import find_profile, fingerprint
+from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint, nearest
 
 Enable = Callable[[Any, int, float], None]  # pipeline, steps, strength
 
@@ -61,7 +61,8 @@ def private(pipeline: Any) -> Any:
 def _magcache(pipeline: Any, steps: int, strength: float) -> None:
     from diffusers import MagCacheConfig
 
-    profile = find_profile(str(pipeline.config.get("_name_or_path", "")), fingerprint(pipeline.transformer))
+    known = find_profiles(str(pipeline.config.get("_name_or_path", "")), fingerprint(pipeline.transformer))
+    profile = nearest(known, steps)
     assert profile is not None  # our own rows ask for it before any peer runs
     longest = steps  # the paper's cap of 3 to 5 bars 4x on some curves; the threshold bounds a run all the same
     config = MagCacheConfig(strength, longest, 0.1, num_inference_steps=steps, mag_ratios=list(profile.ratios))

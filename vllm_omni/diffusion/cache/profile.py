@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -97,10 +98,11 @@ class CacheProfile(Settings):
             raise InvalidValueError("sigmas", None, "must be given with gram")
         return self
 
-    def predictor_at(self, speedup: float) -> PredictorName | None:
-        """The one calibrated nearest to this speed-up (steps per full forward), in ratio; None where none was."""
+    def predictor_at(self, forwards: int | None = None) -> PredictorName | None:
+        """The one calibrated with the number of full forwards nearest to this, in ratio; None where none was."""
         if not self.predictors:
             return None
+        speedup = len(self.ratios) / (forwards or len(self.ratios))
         return min(self.predictors, key=lambda entry: abs(math.log(entry[0] / speedup)))[1]
 
     def __hash__(self) -> int:
@@ -164,17 +166,20 @@ def _loaded(path: Path, changed: int) -> CacheProfile:
     return load_profile(path)
 
 
-def find_profile(model_name: str, fingerprint: str) -> CacheProfile | None:
-    """The profile of this very checkpoint: by the hash of its weights, or, of those without a hash, by hub id.
+def find_profiles(model_name: str, fingerprint: str) -> tuple[CacheProfile, ...]:
+    """The profiles of this very checkpoint: by the hash of its weights, or, of those without a hash, by hub id.
 
-    Looks among the user's own (`profile_folder()`), then among those that come with the package. A file of the user's
-    that cannot be read is passed over with a warning.
+    The user's own (`profile_folder()`) come first, then those that come with the package. A file of the user's that
+    cannot be read is passed over with a warning.
     """
     profiles = [*_users_profiles(), *(shipped_profile(name) for name in profile_names())]
-    for profile in profiles:
-        if profile.fingerprint == fingerprint:
-            return profile
-    return next((p for p in profiles if p.fingerprint is None and model_name in p.models), None)
+    known = tuple(p for p in profiles if p.fingerprint == fingerprint)
+    return known or tuple(p for p in profiles if p.fingerprint is None and model_name in p.models)
+
+
+def nearest(profiles: Sequence[CacheProfile], steps: int) -> CacheProfile | None:
+    """The one measured at the step count nearest to `steps`, in ratio; the first of equals. None: there is none."""
+    return min(profiles, key=lambda p: abs(math.log(len(p.ratios) / steps)), default=None)
 
 
 def _users_profiles() -> list[CacheProfile]:

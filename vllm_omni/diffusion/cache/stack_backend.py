@@ -25,7 +25,7 @@ class StackBackend(CacheBackend):
     """`enable` on a pipeline, then run it (one anonymous request), or `refresh` per request, as the engine does."""
 
     name: ClassVar[str]
-    profile: CacheProfile | None = None  # of the checkpoint, for backends that plan from one
+    profiles: tuple[CacheProfile, ...] = ()  # of the checkpoint, for backends that plan from one
 
     def __init__(self, config: DiffusionCacheConfig) -> None:
         super().__init__(config)
@@ -37,7 +37,7 @@ class StackBackend(CacheBackend):
 
     @property
     def profile_name(self) -> str | None:
-        """Of the calibrated profile in use, where the backend has one."""
+        """Of the calibrated profiles in use, where the backend has some."""
         return None
 
     @abstractmethod

@@ -134,7 +134,7 @@ def _pictures(pipeline: Any, prompts: Sequence[str], seed: int, arguments: dict[
 @contextmanager
 def _enabled(backend: MagCacheBackend, pipeline: Any, profile: CacheProfile | None = None) -> Iterator[None]:
     backend.enable(pipeline)
-    backend.profile = profile or backend.profile
+    backend.profiles = backend.profiles if profile is None else (profile,)
     try:
         yield
     finally:
@@ -185,7 +185,8 @@ def run(args: argparse.Namespace) -> int:
     profile = calibrate(pipeline, prompts, args.name or Path(args.model).name, args.seed, **arguments)
     if held_out:
         profile = judge(pipeline, profile, held_out, args.seed + HELD_OUT_SEEDS, **arguments)
-    out = Path(args.out) if args.out else profile_folder() / f"{profile.name}-{profile.fingerprint}.json"
+    file = f"{profile.name}-{profile.fingerprint}-{len(profile.ratios)}.json"  # one per step count
+    out = Path(args.out) if args.out else profile_folder() / file
     profile.save(out)
     draw(profile, out.with_suffix(".png"))
     print(f"{'step':>4} {'sigma':>7} {'gamma':>8}")

@@ -16,7 +16,14 @@ from vllm_omni.diffusion.cache.magcache.plan import (
     promised_forwards,
 )
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
-from vllm_omni.diffusion.cache.profile import CacheProfile, find_profile, fingerprint, named_profile, profile_names
+from vllm_omni.diffusion.cache.profile import (
+    CacheProfile,
+    find_profiles,
+    fingerprint,
+    named_profile,
+    nearest,
+    profile_names,
+)
 from vllm_omni.diffusion.cache.request_cache import CachePlan, RequestCache
 from vllm_omni.diffusion.cache.stack_backend import KEPT_AS, StackBackend
 from vllm_omni.diffusion.data import PROMISES, DiffusionCacheConfig
@@ -48,7 +55,7 @@ class MagCacheBackend(StackBackend):
 
     @property
     def profile_name(self) -> str | None:
-        return self.profile.name if self.profile is not None else None
+        return ", ".join(profile.name for profile in self.profiles) or None
 
     def plan(
         self,
@@ -62,8 +69,8 @@ class MagCacheBackend(StackBackend):
         `switches` are the steps at which another denoiser takes over.
         """
         config = config or self.config
-        profile = self._profile_for(config)
-        ratios = config.mag_ratios or (self._ratios if profile is self.profile else None)
+        profile = self._profile_for(config, steps)
+        ratios = config.mag_ratios or (None if self._names_another(config) else self._ratios)
         if ratios is None and profile is not None:
             ratios = profile.ratios
         return plan_request(config, ratios, profile, steps, sigmas, switches)
@@ -78,7 +85,7 @@ class MagCacheBackend(StackBackend):
         if self.calibration is not None:
             return self.calibration.record(schedule.steps, schedule.sigmas)
         config = config or self.config
-        profile = self._profile_for(config)
+        profile = self._profile_for(config, schedule.steps)
         plan = self.plan(schedule.steps, schedule.sigmas, config, schedule.switches)
         if all(plan.compute) and not self._said_nothing_to_gain:
             self._said_nothing_to_gain = True
@@ -87,7 +94,7 @@ class MagCacheBackend(StackBackend):
             "backend": "magcache",
             **self._made_of(config, profile, schedule),
             "planned_forwards": plan.full_forwards,
-            "predictor": choose_predictor(config, profile, schedule.steps / plan.full_forwards),
+            "predictor": choose_predictor(config, profile, plan.full_forwards),
             "profile": profile.name if profile is not None else None,
         }
         if schedule.switches:
@@ -111,10 +118,14 @@ class MagCacheBackend(StackBackend):
             "retention_ratio": config.mag_retention_ratio,
         }
 
-    def _profile_for(self, config: DiffusionCacheConfig) -> CacheProfile | None:
-        if config.profile in (None, self.config.profile):
-            return self.profile
-        return self._named(config.profile, config.profile_insist)
+    def _profile_for(self, config: DiffusionCacheConfig, steps: int) -> CacheProfile | None:
+        """The one that the request names, or of the checkpoint's the one measured nearest to its step count."""
+        if self._names_another(config):
+            return self._named(config.profile or "", config.profile_insist)
+        return nearest(self.profiles, steps)
+
+    def _names_another(self, config: DiffusionCacheConfig) -> bool:
+        return config.profile not in (None, self.config.profile)
 
     def _named(self, name: str, insist: bool) -> CacheProfile:
         profile = named_profile(name)
@@ -132,16 +143,16 @@ class MagCacheBackend(StackBackend):
         return profile
 
     def _found(self, module: torch.nn.Module, model_name: str) -> None:
-        """The profile named in the settings, or the checkpoint's own; a curve that the user gave comes first."""
+        """The profile named in the settings, or the checkpoint's own ones; a curve that the user gave comes first."""
         self._class, self._fingerprint = _class_name(module), fingerprint(module)
         if self.config.profile:
-            self.profile = self._named(self.config.profile, self.config.profile_insist)
+            self.profiles = (self._named(self.config.profile, self.config.profile_insist),)
         else:
-            self.profile = find_profile(model_name, self._fingerprint)
+            self.profiles = find_profiles(model_name, self._fingerprint)
         self._ratios = self.config.mag_ratios or MagCacheStrategyRegistry.users_curve(_class_name(module))
-        if self.profile is not None:
-            logger.info("magcache: profile %s", self.profile.name)
-        nothing = self._ratios is None and self.profile is None and self.config.steps_mask is None
+        if self.profiles:
+            logger.info("magcache: profile %s", self.profile_name)
+        nothing = self._ratios is None and not self.profiles and self.config.steps_mask is None
         if nothing and self.calibration is None:
             raise InvalidValueError(
                 "mag_ratios",
@@ -150,7 +161,7 @@ class MagCacheBackend(StackBackend):
                 "measure one with `vllm-omni calibrate MODEL` and pass profile='FILE', or, if it is one of these "
                 f"checkpoints, its profile by name: {', '.join(profile_names(self._class)) or 'none of this class'}",
             )
-        choose_predictor(self.config, self.profile)
+        choose_predictor(self.config, next(iter(self.profiles), None))
 
 
 def _class_name(module: Any) -> str:

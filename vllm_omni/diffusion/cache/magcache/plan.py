@@ -22,12 +22,15 @@ MAX_PLANNED_STEPS = 1000
 SPEEDUPS = {"high": 1.5, "balanced": 2.0, "fast": 3.0}
 
 
-def choose_predictor(config: DiffusionCacheConfig, profile: CacheProfile | None, speedup: float = 1.0) -> str:
-    """`auto` is what calibration found best for this checkpoint at this speed-up (steps per full forward), otherwise
-    reuse, which every curve allows."""
+def choose_predictor(config: DiffusionCacheConfig, profile: CacheProfile | None, forwards: int | None = None) -> str:
+    """`auto` is what calibration found best for this checkpoint with so many full forwards, else reuse, which every
+    curve allows.
+
+    Forwards, not steps per forward, set how far apart in sigma the anchors are, whatever the step count.
+    """
     has_gram = profile is not None and profile.gram is not None
     if config.predictor == "auto":
-        return (profile.predictor_at(speedup) if profile is not None else None) or "reuse"
+        return (profile.predictor_at(forwards) if profile is not None else None) or "reuse"
     if config.predictor in NEED_GRAM and not has_gram:
         raise InvalidValueError(
             "predictor", config.predictor, "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"
@@ -59,14 +62,14 @@ def plan_request(
         nfe := promised_forwards(config, steps, switches) or preset_forwards(config, profile, steps, switches)
     ) is not None:
         assert curve is not None
-        predictor = choose_predictor(config, profile, steps / nfe)
+        predictor = choose_predictor(config, profile, nfe)
         compute = best_plan(_costs(curve, gram, sigmas, predictor, switches), nfe, config.compute_last_step)
     else:
         assert curve is not None
         measured = profile.branches.values() if profile is not None and ratios == profile.ratios else ()
         curves = [resample(branch, steps, config.curve_resampling) for branch in measured] or [curve]
         compute = _by_rule(curves, config, segments(steps, switches))
-    predictor = choose_predictor(config, profile, steps / sum(compute))
+    predictor = choose_predictor(config, profile, sum(compute))
     if gram is None and curve is not None and predictor == "gamma":  # it looks at magnitudes alone
         gram = np.diag(np.cumprod(curve) ** 2)
     terms: dict[int, Terms] = {}
