@@ -107,7 +107,9 @@ def test_of_profiles_at_several_step_counts_the_nearest_in_ratio_is_taken(folder
     pipe = tiny_flux()
     backend = MagCacheBackend(DiffusionCacheConfig(speedup=2))
     backend.enable(pipe)
-    assert backend.profile_name is not None and set(backend.profile_name.split(", ")) == {"long", "short"}
+    assert set(backend.profile_names) == {"long", "short"}
+    named = backend.refresh(pipe, None, request_id="x", config=DiffusionCacheConfig(speedup=2, profile="short"))
+    assert named is not None and named.settings["profile"] == "short"
     for steps, expected in ((4, "short"), (8, "short"), (9, "long"), (12, "long"), (40, "long")):
         run_latents(pipe, num_inference_steps=steps)
         assert backend.last_request is not None

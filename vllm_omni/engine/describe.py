@@ -82,7 +82,7 @@ def _defaults(pipeline: Any, signature: Any, told: dict[str, Any]) -> dict[str, 
 def _cache(engine: DiffusionEngine) -> dict[str, Any]:
     choice = engine.worker.default_cache
     if choice is None:
-        return {"backend": None, "settings": {}, "profile": None, "presets": PRESETS}
+        return {"backend": None, "settings": {}, "profiles": [], "presets": PRESETS}
     backend, config = choice
     settings = config.model_dump(exclude_none=True, exclude={"mag_ratios", "profile"})
-    return {"backend": backend, "settings": settings, "profile": engine.worker.profile_name, "presets": PRESETS}
+    return {"backend": backend, "settings": settings, "profiles": engine.worker.profile_names, "presets": PRESETS}

@@ -21,7 +21,7 @@ class ModelInfo:
     parameters: tuple[str, ...]  # names that the pipeline's call takes
     size_multiple: int  # height and width must be multiples of it, in pixels
     tokens_per_pixel: float  # latent tokens of a picture ÷ its pixels: for `usage`
-    cache: dict[str, Any]  # backend, its settings, the profile in use, the presets by name
+    cache: dict[str, Any]  # backend, its settings, the profiles in use, the presets by name
     previews: bool  # True where partial images can be made
     image_input: bool  # True where the pipeline takes a picture
     video_output: bool = False

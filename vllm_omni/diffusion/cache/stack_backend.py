@@ -36,9 +36,9 @@ class StackBackend(CacheBackend):
         self._modules: list[torch.nn.Module] = []
 
     @property
-    def profile_name(self) -> str | None:
-        """Of the calibrated profiles in use, where the backend has some."""
-        return None
+    def profile_names(self) -> list[str]:
+        """Of the calibrated profiles in use."""
+        return [profile.name for profile in self.profiles]
 
     @abstractmethod
     def check(self, config: DiffusionCacheConfig, steps: int | None = None) -> None:

@@ -94,10 +94,10 @@ class DiffusionWorker:
         return self._default
 
     @property
-    def profile_name(self) -> str | None:
-        """Of the cache profile in use by default."""
+    def profile_names(self) -> list[str]:
+        """Of the cache profiles in use by default."""
         backend = self._backends.get(self._default[0]) if self._default is not None else None
-        return backend.profile_name if backend is not None else None
+        return backend.profile_names if backend is not None else []
 
     @property
     def defaults(self) -> dict[str, Any]:

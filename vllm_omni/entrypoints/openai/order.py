@@ -144,9 +144,10 @@ def _cache(fields: ImageFields, info: ModelInfo) -> Any:
         return QUALITY_CACHE[fields.quality or "auto"] if info.cache.get("backend") else None
     if isinstance(asked, str):
         return asked
-    profile = asked.get("profile")
-    if profile is not None and (not isinstance(profile, str) or profile != info.cache.get("profile")):
-        raise invalid("cache.profile", "cache.profile must be the name of a profile that the server has loaded")
+    known = info.cache.get("profiles", [])
+    if (profile := asked.get("profile")) is not None and (not isinstance(profile, str) or profile not in known):
+        names = ", ".join(known) or "it has none"
+        raise invalid("cache.profile", f"cache.profile must name a profile of this checkpoint: {names}")
     for name, value in asked.items():
         if isinstance(value, list | tuple | str) and len(value) > MAX_LIST:
             raise invalid(f"cache.{name}"[:100], f"may have at most {MAX_LIST} entries")

@@ -53,10 +53,6 @@ class MagCacheBackend(StackBackend):
         strategy = MagCacheStrategyRegistry.get_if_exists(class_name)
         return strategy.spec if strategy is not None else None
 
-    @property
-    def profile_name(self) -> str | None:
-        return ", ".join(profile.name for profile in self.profiles) or None
-
     def plan(
         self,
         steps: int,
@@ -128,7 +124,8 @@ class MagCacheBackend(StackBackend):
         return config.profile not in (None, self.config.profile)
 
     def _named(self, name: str, insist: bool) -> CacheProfile:
-        profile = named_profile(name)
+        own = next((profile for profile in self.profiles if profile.name == name), None)
+        profile = own or named_profile(name)
         if profile.transformer_class != self._class:
             raise InvalidValueError(
                 "profile", name, f"must be of a {self._class}, not of a {profile.transformer_class}"
@@ -151,7 +148,7 @@ class MagCacheBackend(StackBackend):
             self.profiles = find_profiles(model_name, self._fingerprint)
         self._ratios = self.config.mag_ratios or MagCacheStrategyRegistry.users_curve(_class_name(module))
         if self.profiles:
-            logger.info("magcache: profile %s", self.profile_name)
+            logger.info("magcache: profile %s", ", ".join(self.profile_names))
         nothing = self._ratios is None and not self.profiles and self.config.steps_mask is None
         if nothing and self.calibration is None:
             raise InvalidValueError(
