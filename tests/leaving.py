@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,8 +21,8 @@ from http_server import Running, serve
 from vllm_omni.entrypoints.openai import picture, sse, video_jobs
 
 PROBE = Path(__file__).resolve().parent / "probe"
-ENCODE_S, STEP_S, DECODE_S, FILE_S = 0.04, 0.02, 0.04, 0.04  # each part takes so much longer, and can be met
-STEPS = 8
+ENCODE_S, STEP_S, DECODE_S, FILE_S = 0.04, 0.01, 0.04, 0.04  # each part takes so much longer, and can be met
+STEPS = 6
 Event = tuple[float, str, tuple[str, ...]]  # monotonic time, what began, requests
 
 
@@ -82,7 +82,7 @@ class Route:
 
 
 IMAGES, EDITS, CHAT, VIDEOS = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions", "/v1/videos"
-SHOWN = {"stream": True, "stream_progress": True, "partial_images": 3}
+SHOWN = {"stream": True, "stream_progress": True}
 ASKED = {"prompt": "x", "steps": STEPS, "cache": "fast"}
 
 
@@ -123,6 +123,7 @@ class Leaving:
     kind: str
     png: bytes
     png_url: str
+    http: httpx.Client
     _ids: int = 0
 
     @property
@@ -135,7 +136,7 @@ class Leaving:
         busy = self._occupy() if point == "queued" else None
         tried = 0
         while left.count < count and tried < 3 * count:
-            if point == "queued" and not self.server.do(self._stats_now()).running:
+            if busy is not None and not self.server.engine._requests:
                 busy = self._occupy()
             self._one(route, point, tried, left)
             tried += 1
@@ -153,9 +154,10 @@ class Leaving:
 
     def _one(self, route: Route, point: str, turn: int, left: Left) -> None:
         self._ids += 1
-        name, since = f"left-{self._ids}", len(self.trace.events)
+        name, since = f"left-{self._ids:05d}", len(self.trace.events)
         with socket.create_connection(("127.0.0.1", int(self.server.url.rpartition(":")[2])), timeout=20) as gone:
-            gone.sendall(self._request(route, name))
+            shown = {"partial_images": 3} if point == "event" and route.path != CHAT else {}
+            gone.sendall(self._request(replace(route, body=route.body | shown), name))
             key = name if not route.job else ""
             if point == "queued":
                 self._until(lambda: self._known(route, name) and len(self.server.engine._requests) > 1)
@@ -167,11 +169,10 @@ class Leaving:
                 self.trace.wait(since, point, "" if point in ("decode", "file") else key, nth)
             gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             over = [e[1] for e in self.trace.events[since:]]
-            gone.close()
         if route.job:
-            listed = httpx.get(self.server.url + VIDEOS, params={"limit": 1}).json()["data"]
-            httpx.delete(f"{self.server.url}{VIDEOS}/{listed[0]['id']}")
-            key = listed[0]["id"]
+            key = self.http.get(VIDEOS, params={"limit": 1}).json()["data"][0]["id"]
+            self.http.delete(f"{VIDEOS}/{key}")
+            over = [e[1] for e in self.trace.events[since:]]
         at = time.monotonic()
         if {"encode": "step", "step": "decode", "decode": "file"}.get(point) in over:
             left.missed += 1
@@ -211,17 +212,14 @@ class Leaving:
         self.trace.wait(since, "step")
         return busy
 
-    async def _stats_now(self) -> Any:
-        return await self.server.engine.stats()
-
     def _stats(self) -> Any:
         """Once nothing is in flight and the engine has said so."""
         if self.kind == "videos":
-            for job in httpx.get(self.server.url + VIDEOS, params={"limit": 100}).json()["data"]:
-                httpx.delete(f"{self.server.url}{VIDEOS}/{job['id']}")
+            for job in self.http.get(VIDEOS, params={"limit": 100}).json()["data"]:
+                self.http.delete(f"{VIDEOS}/{job['id']}")
         self._until(lambda: not self.server.engine._requests)
         time.sleep(0.3)
-        return self.server.do(self._stats_now())
+        return self.server.do(self.server.engine.stats())
 
     @staticmethod
     def _until(condition: Callable[[], Any]) -> None:
@@ -256,4 +254,5 @@ def leaving(kind: str, model: str, png: bytes, png_url: str) -> Iterator[Leaving
         )
         encoding = mock.patch.object(picture, "encode", slowly(picture.encode, lambda: trace.note("file")))
         with writing, encoding, mock.patch.object(sse, "FIRST_S", 0.05), serve(args, sse_keep_alive_s=0.05) as server:
-            yield Leaving(server, trace, kind, png, png_url)
+            with httpx.Client(base_url=server.url, timeout=30) as http:
+                yield Leaving(server, trace, kind, png, png_url, http)

@@ -1,4 +1,7 @@
-"""The real command, from start to SIGTERM: a picture, a span, JSON lines, the open sockets, and nothing left behind."""
+"""The real command, from start to SIGTERM: a picture, a span, JSON lines, the open sockets, and nothing left behind.
+
+Also under load, and where it cannot start.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -89,33 +95,38 @@ def spans(bodies: list[bytes]) -> list[dict[str, object]]:
     return told
 
 
+@contextmanager
+def started(folder: Path, *flags: str, **variables: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`vllm serve demo --omni` and its URL; its log is folder/log, and its temporary files are in folder/scratch."""
+    port = free_port()
+    (folder / "scratch").mkdir()
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "scratch"), "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    words = [VLLM, "serve", "demo", "--omni", "--cache-backend", "magcache", "--port", str(port), *flags]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment | variables, cwd=folder)
+    try:
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def left_behind(folder: Path, pids: list[int], shared_memory: set[str]) -> list[str]:
+    """Processes, files and sockets, and names of shared memory that are there after the end."""
+    files = [str(path) for path in (folder / "scratch").rglob("*") if path.is_file() or path.is_socket()]
+    return [*(f"/proc/{pid}" for pid in pids if Path(f"/proc/{pid}").exists()), *files,
+            *(set(os.listdir("/dev/shm")) - shared_memory)]  # fmt: skip
+
+
 def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -> None:
     endpoint, bodies = collector
-    port, scratch = free_port(), tmp_path / "scratch"
-    scratch.mkdir()
     shm = set(os.listdir("/dev/shm"))
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1",
-        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
-    }  # fmt: skip
-    words = [
-        "serve",
-        "demo",
-        "--omni",
-        "--cache-backend",
-        "magcache",
-        "--port",
-        str(port),
-        "--api-key",
-        KEY,
-        "--log-json",
-    ]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [VLLM, *words, "--otlp-traces-endpoint", endpoint], stdout=log, stderr=log, env=environment, cwd=tmp_path
-        )
-    try:
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=30)
+    flags = ("--api-key", KEY, "--log-json", "--otlp-traces-endpoint", endpoint)
+    with started(tmp_path, *flags, OTEL_EXPORTER_OTLP_TRACES_PROTOCOL="http/protobuf") as (process, url):
+        client = OpenAI(base_url=url + "/v1", api_key=KEY, max_retries=30)
         made = client.images.with_raw_response.generate(
             prompt=PROMPT,
             extra_body={"seed": 1, "steps": 12},
@@ -123,19 +134,14 @@ def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -
         )
         assert made.parse().data[0].b64_json and made.parse().usage.input_tokens_details.text_tokens > 3
         (omni,) = made.parse().model_extra["omni"]["images"]
-        assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 401
+        assert httpx.get(url + "/v1/models").status_code == 401
         pids = family(process.pid)
         assert len(pids) >= 2
-        assert listening(pids) == {f"0100007F:{port:04X}"}
+        assert listening(pids) == {f"0100007F:{int(url.rpartition(':')[2]):04X}"}
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
     log_text = (tmp_path / "log").read_text()
-    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == [], log_text
-    left = [path for path in scratch.rglob("*") if path.is_file() or path.is_socket()]
-    assert left == [] and set(os.listdir("/dev/shm")) <= shm
+    assert left_behind(tmp_path, pids, shm) == [], log_text
     assert KEY not in log_text and PROMPT not in log_text
     ours = [json.loads(line) for line in log_text.splitlines() if line.startswith("{")]
     replies = [line for line in ours if line.get("route") == "/v1/images/generations"]
@@ -147,3 +153,48 @@ def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -
     assert not any(PROMPT.encode() in body for body in bodies)
     plain = [line for line in log_text.splitlines() if not line.startswith("{")]
     assert not any("vllm_omni" in line or "uvicorn" in line for line in plain), plain
+
+
+def answer(url: str, **body: object) -> tuple[int, str]:
+    """Status and code of the error; 0 where no answer came."""
+    try:
+        reply = httpx.post(url + "/v1/images/generations", json={"prompt": "x", "cache": "off"} | body, timeout=60)
+    except httpx.TransportError:
+        return 0, ""
+    return reply.status_code, reply.json().get("error", {}).get("code", "")
+
+
+@pytest.mark.parametrize(("patience_s", "ends"), [(60, {(200, "")}), (1, {(200, ""), (499, "request_cancelled")})])
+def test_sigterm_under_load(tmp_path: Path, patience_s: int, ends: set[tuple[int, str]]) -> None:
+    """What runs and waits is finished, or told that it is not; nothing new is taken; nothing is left."""
+    shm = set(os.listdir("/dev/shm"))
+    flags = ("--max-num-seqs", "16", "--shutdown-timeout", str(patience_s))
+    with started(tmp_path, *flags) as (process, url), ThreadPoolExecutor(24) as pool:
+        until = time.monotonic() + 60
+        while answer(url, steps=1) != (200, ""):
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        pids = family(process.pid)
+        steps = 24 if patience_s > 30 else 200
+        load = [pool.submit(answer, url, steps=steps) for _ in range(24)]
+        while 'num_requests_waiting{model_name="demo"} 8.0' not in httpx.get(url + "/metrics").text:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        assert answer(url, steps=1) in ((503, "draining"), (0, ""))
+        assert process.wait(patience_s + 5) == 0
+        assert {future.result() for future in load} == ends
+    assert left_behind(tmp_path, pids, shm) == [], (tmp_path / "log").read_text()
+
+
+def test_a_port_in_use_is_said_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with started(tmp_path, "--port", port) as (process, _):
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 2
+    assert usage.ru_utime + usage.ru_stime < 10  # the wall's clock on a machine with nothing else to do
+    ours = [line for line in (tmp_path / "log").read_text().splitlines() if "vllm-omni" in line]
+    assert ours == [f"vllm-omni serve: --port cannot be used (Address already in use), got '127.0.0.1:{port}'"]
+    assert left_behind(tmp_path, [], set(os.listdir("/dev/shm"))) == []

@@ -174,7 +174,11 @@ def _cache_config(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     settings = dict(PRESETS[text]) if text in PRESETS else json_object("--cache-config", text)
-    DiffusionCacheConfig.from_dict(settings or {})
+    config = DiffusionCacheConfig.from_dict(settings or {})
+    if config.profile is not None:
+        from vllm_omni.diffusion.cache.profile import named_profile
+
+        named_profile(config.profile)
     return settings
 
 
