@@ -253,6 +253,9 @@ def leaving(kind: str, model: str, png: bytes, png_url: str) -> Iterator[Leaving
             video_jobs.VideoJobs, "_write", slowly(video_jobs.VideoJobs._write, lambda: trace.note("file"))
         )
         encoding = mock.patch.object(picture, "encode", slowly(picture.encode, lambda: trace.note("file")))
-        with writing, encoding, mock.patch.object(sse, "FIRST_S", 0.05), serve(args, sse_keep_alive_s=0.05) as server:
-            with httpx.Client(base_url=server.url, timeout=30) as http:
-                yield Leaving(server, trace, kind, png, png_url, http)
+        first = mock.patch.object(sse, "FIRST_S", 0.05)
+        with (
+            writing, encoding, first, serve(args, sse_keep_alive_s=0.05) as server,
+            httpx.Client(base_url=server.url, timeout=30) as http,
+        ):  # fmt: skip
+            yield Leaving(server, trace, kind, png, png_url, http)

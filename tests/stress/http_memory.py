@@ -28,7 +28,7 @@ import http_common as web
 import memray
 
 CLIENTS = 16
-GROWS = 1.5  # times what the recording of a third of the length left, ...
+GROWS = 2.0  # times what the recording of a third of the length left, ...
 LEAST_BYTES_PER_REQUEST = 1.0  # ... and this much for each request at least
 PACKAGE = str(web.ROOT / "vllm_omni")
 SETTLE_S = 1.5  # for the last report, and for the signal to be seen
@@ -85,7 +85,7 @@ def main(count: int) -> dict[str, Any]:
         gauges, rss = [], []
         parts = (count // 4, count - count // 4)
         with web.command("--max-num-seqs", "8", probe=probe) as server:
-            asyncio.run(requests(server.url, 100, 10**6))  # every kind of work once: what is kept for good is kept now
+            asyncio.run(requests(server.url, count // 4, 10**6))  # every kind of work once: what is kept for good is kept now
             gauges.append(web.gauges(server.url))
             for number, part in enumerate(parts):
                 time.sleep(SETTLE_S)

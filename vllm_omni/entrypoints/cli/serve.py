@@ -211,6 +211,7 @@ def uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
         "log_level": args.uvicorn_log_level,
         "access_log": not args.disable_uvicorn_access_log,
         "timeout_keep_alive": 5,
+        "timeout_graceful_shutdown": 5,  # all is answered by then; who does not read it does not hold up the end
         "server_header": False,
         "log_config": None,  # its lines go where ours go
     }
@@ -235,12 +236,15 @@ async def _serve(config: ServeConfig, options: dict[str, Any]) -> int:
         warmup=config.warmup,
         log_json=config.log_json,
     )
+
+    async def stop() -> None:
+        await engine.drain(config.shutdown_timeout_s)
+        await engine.shutdown()  # what has not ended is told so: the server waits for its replies
+
     try:
         await engine.start()
         app = build_app(engine, config)
-        await _vllm_compat.serve_http(
-            app, sock, lambda: engine.drain(config.shutdown_timeout_s), config.shutdown_timeout_s, **options
-        )
+        await _vllm_compat.serve_http(app, sock, stop, config.shutdown_timeout_s, **options)
     finally:
         await engine.shutdown()
     return 0
