@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -244,6 +245,8 @@ async def _serve(config: ServeConfig, options: dict[str, Any]) -> int:
     try:
         await engine.start()
         app = build_app(engine, config)
+        gc.collect()
+        gc.freeze()  # what is imported stays: looking through it again holds up every reply for tenths of a second
         await _vllm_compat.serve_http(app, sock, stop, config.shutdown_timeout_s, **options)
     finally:
         await engine.shutdown()
