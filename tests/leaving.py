@@ -124,11 +124,18 @@ class Leaving:
     png: bytes
     png_url: str
     http: httpx.Client
+    counts: Path
     _ids: int = 0
 
     @property
     def routes(self) -> dict[str, Route]:
         return routes(self.kind, self.png_url)
+
+    @property
+    def counted(self) -> list[tuple[int, int]]:
+        """Bytes of the cache as the engine counted them, and of its tensors that lived, at every report so far."""
+        pairs = (line.split() for line in self.counts.read_text().splitlines())
+        return [(int(gauge), int(live)) for gauge, live in pairs]
 
     def run(self, route: Route, point: str, count: int) -> Left:
         """`count` clients leave at `point`, those of "step" at each step in turn."""
@@ -246,6 +253,7 @@ def leaving(kind: str, model: str, png: bytes, png_url: str) -> Iterator[Leaving
         paths = [str(PROBE), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         os.environ |= {"OMNI_PROBE_TRACE": f"{folder}/trace", "OMNI_PROBE_SLOW": f"{ENCODE_S},{STEP_S},{DECODE_S}"}
+        os.environ["OMNI_PROBE_CACHE"] = f"{folder}/counts"
         args = {"model": model, "max_num_seqs": 1, "cache_backend": "magcache", "max_inference_steps": 1000}
         if kind == "videos":
             args["cache_config"] = {"mag_ratios": [1.0] * 50}
@@ -258,4 +266,4 @@ def leaving(kind: str, model: str, png: bytes, png_url: str) -> Iterator[Leaving
             writing, encoding, first, serve(args, sse_keep_alive_s=0.05) as server,
             httpx.Client(base_url=server.url, timeout=30) as http,
         ):  # fmt: skip
-            yield Leaving(server, trace, kind, png, png_url, http)
+            yield Leaving(server, trace, kind, png, png_url, http, Path(folder, "counts"))

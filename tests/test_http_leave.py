@@ -1,4 +1,4 @@
-"""Clients that leave while their request is queued, encoded, denoised, decoded, written out and streamed.
+"""Clients that leave while their request is queued, encoded, denoised, decoded, written out and streamed; its bytes.
 
 The long run, of all routes, is `stress/http_leave.py`.
 """
@@ -32,3 +32,11 @@ def test_a1_leaving_at_every_point(clients: Leaving, name: str) -> None:
         left = clients.run(route, point, 2)
         assert left.count == 2 and left.most_steps_after <= 1 and not left.wrong, (point, left)
         assert left.longest_s < 1.0, (point, left)
+
+
+def test_m3_the_gauge_is_what_the_tensors_hold(clients: Leaving) -> None:
+    body = {"prompt": "x", "steps": "60", "strength": "1.0", "cache": "fast"}
+    reply = clients.http.post("/v1/images/edits", data=body, files={"image": clients.png})
+    assert reply.status_code == 200, reply.text
+    counted = clients.counted
+    assert all(gauge == live for gauge, live in counted) and max(counted)[0] > 0
