@@ -126,6 +126,7 @@ class Leaving:
     http: httpx.Client
     counts: Path
     _ids: int = 0
+    _last: Any = None  # statistics, when nothing was in flight
 
     @property
     def routes(self) -> dict[str, Route]:
@@ -139,7 +140,7 @@ class Leaving:
 
     def run(self, route: Route, point: str, count: int) -> Left:
         """`count` clients leave at `point`, those of "step" at each step in turn."""
-        left, before = Left(), self._stats()
+        left, before = Left(), self._last or self._stats()
         busy = self._occupy() if point == "queued" else None
         tried = 0
         while left.count < count and tried < 3 * count:
@@ -149,7 +150,7 @@ class Leaving:
             tried += 1
         if busy is not None:
             busy.close()
-        after = self._stats()
+        after = self._last = self._stats()
         aborted = sum(after.aborts_by_stage.values()) - sum(before.aborts_by_stage.values())
         if point == "queued":
             aborted = after.aborts_by_stage.get("queued", 0) - before.aborts_by_stage.get("queued", 0)
