@@ -22,7 +22,7 @@ from vllm_omni.entrypoints.openai import picture, sse, video_jobs
 
 PROBE = Path(__file__).resolve().parent / "probe"
 ENCODE_S, STEP_S, DECODE_S, FILE_S = 0.04, 0.01, 0.04, 0.04  # each part takes so much longer, and can be met
-STEPS = 6
+STEPS, BUSY_STEPS = 6, 1000
 Event = tuple[float, str, tuple[str, ...]]  # monotonic time, what began, requests
 
 
@@ -40,17 +40,20 @@ class Trace:
         self._add((time.monotonic(), what, ids))
 
     def wait(self, since: int, what: str, name: str = "", nth: int = 1) -> float:
-        """Until `what` has begun for the nth time after `since` events, for a request of that name; its time."""
+        """Until `what` has begun for the nth time after `since` events, for a request of that name; its time.
+
+        Where it is not told for whom, it is for the one request there is.
+        """
         with self._news:
-            found: list[Event] = []
+            found: list[float] = []
 
             def came() -> bool:
-                found[:] = [e for e in self.events[since:] if e[1] == what and any(name in i for i in (*e[2], name))]
-                found[:] = [e for e in found if not e[2] or any(name in i for i in e[2])]
+                told = self.events[since:]
+                found[:] = [at for at, w, ids in told if w == what and (not ids or any(name in i for i in ids))]
                 return len(found) >= nth
 
             assert self._news.wait_for(came, 20), (what, name, self.events[since:][-20:])
-            return found[nth - 1][0]
+            return found[nth - 1]
 
     def steps_after(self, since: int, name: str, left: float) -> int:
         """Steps that were begun with that request after it was left."""
@@ -174,7 +177,7 @@ class Leaving:
                 gone.recv(1)
             else:
                 nth = 1 + turn % STEPS if point == "step" else 1
-                self.trace.wait(since, point, "" if point in ("decode", "file") else key, nth)
+                self.trace.wait(since, point, key, nth)
             gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             over = [e[1] for e in self.trace.events[since:]]
         if route.job:
@@ -214,7 +217,7 @@ class Leaving:
         since = len(self.trace.events)
         route = next(iter(self.routes.values()))
         steps = "num_inference_steps" if route.job else "steps"
-        long = Route(route.path, route.body | {steps: 200, "cache": "off"}, route.form)
+        long = Route(route.path, route.body | {steps: BUSY_STEPS, "cache": "off"}, route.form)
         busy = socket.create_connection(("127.0.0.1", int(self.server.url.rpartition(":")[2])))
         busy.sendall(self._request(long, f"busy-{since}"))
         self.trace.wait(since, "step")
@@ -255,7 +258,7 @@ def leaving(kind: str, model: str, png: bytes, png_url: str) -> Iterator[Leaving
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         os.environ |= {"OMNI_PROBE_TRACE": f"{folder}/trace", "OMNI_PROBE_SLOW": f"{ENCODE_S},{STEP_S},{DECODE_S}"}
         os.environ["OMNI_PROBE_CACHE"] = f"{folder}/counts"
-        args = {"model": model, "max_num_seqs": 1, "cache_backend": "magcache", "max_inference_steps": 1000}
+        args = {"model": model, "max_num_seqs": 1, "cache_backend": "magcache", "max_inference_steps": BUSY_STEPS}
         if kind == "videos":
             args["cache_config"] = {"mag_ratios": [1.0] * 50}
         writing = mock.patch.object(
@@ -264,7 +267,7 @@ def leaving(kind: str, model: str, png: bytes, png_url: str) -> Iterator[Leaving
         encoding = mock.patch.object(picture, "encode", slowly(picture.encode, lambda: trace.note("file")))
         first = mock.patch.object(sse, "FIRST_S", 0.05)
         with (
-            writing, encoding, first, serve(args, sse_keep_alive_s=0.05) as server,
+            writing, encoding, first, serve(args, sse_keep_alive_s=0.05, max_steps=BUSY_STEPS) as server,
             httpx.Client(base_url=server.url, timeout=30) as http,
         ):  # fmt: skip
             yield Leaving(server, trace, kind, png, png_url, http, Path(folder, "counts"))
