@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+from vllm_omni.diffusion.loader import ASSETS
 from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.serve_config import ServeConfig
 
 ENGINE_ARGS = {"model": "demo", "cache_backend": "magcache", "max_num_seqs": 4}
+
+
+def repainting_demo(folder: Path) -> Path:
+    """The demo's weights as an image-to-image pipeline: a folder that differs in one line."""
+    folder.mkdir()
+    for entry in (ASSETS / "demo").iterdir():
+        if entry.name != "model_index.json":
+            (folder / entry.name).symlink_to(entry)
+    index = json.loads((ASSETS / "demo/model_index.json").read_text()) | {"_class_name": "FluxImg2ImgPipeline"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 @dataclass

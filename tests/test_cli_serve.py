@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from vllm_omni import check, plugin
+from vllm_omni.entrypoints.cli import serve
+from vllm_omni.errors import InvalidValueError
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = Path(sys.executable).with_name("vllm")
@@ -54,8 +56,6 @@ def test_vllm_keeps_what_is_its_own() -> None:
 
 @needs_vllm
 def test_flags_in_the_docs_exist() -> None:
-    from vllm_omni.entrypoints.cli import serve
-
     told = argparse.ArgumentParser.format_help(serve.build_parser())  # all of it: vLLM's own is cut short
     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", told)) | {"--help"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", (ROOT / "docs" / "serving.md").read_text()))
@@ -67,6 +67,12 @@ def test_omni_with_another_command_is_explained() -> None:
     ran = run([sys.executable, "-c", code, "bench", "serve", "--omni"])
     assert ran.returncode == 2
     assert "leave --omni out" in ran.stderr
+
+
+def test_a_misspelt_profile_is_said_before_a_model_loads() -> None:
+    assert serve._cache_config('{"profile": "demo"}') == {"profile": "demo"}
+    with pytest.raises(InvalidValueError, match="must be a profile file, or a name such as 'demo', got 'dmo'"):
+        serve._cache_config('{"profile": "dmo"}')
 
 
 @pytest.mark.parametrize(

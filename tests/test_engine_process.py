@@ -556,6 +556,10 @@ def test_planned_seconds_follow_what_was_measured() -> None:
     for _ in range(200):
         cost.note(costs.computed, 4096, 0.2)
     assert costs.computed[4096] == pytest.approx(0.2, rel=1e-3)
+    for _ in range(500):  # forwards of 16 rows in 1.6 s and of one in 0.4 s: 17 rows in 2 s, not 0.25 s a row
+        cost.note_rows(costs.computed, 4096, 1.6, 16)
+        cost.note_rows(costs.computed, 4096, 0.4, 1)
+    assert costs.computed[4096] == pytest.approx(2.0 / 17, rel=0.03)
     for pixels in range(1000):
         cost.note(costs.computed, pixels, 1.0)
     assert len(costs.computed) == 64

@@ -16,12 +16,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from http_server import Running, serve
+from http_server import Running, repainting_demo, serve
 from openai import APIStatusError, AsyncOpenAI, NotFoundError, OpenAI
 from PIL import Image
 from starlette.routing import Route
 
-import vllm_omni
 from vllm_omni.entrypoints.openai.gate import OPEN_PATHS
 
 KEY = "a-key"
@@ -307,15 +306,7 @@ def _example(server: Running, folder: Path, name: str, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def repainter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """The demo's weights as an image-to-image pipeline: the folder differs in one line."""
-    demo = Path(vllm_omni.__file__).parent / "assets" / "demo"
-    folder = tmp_path_factory.mktemp("models") / "repaint"
-    folder.mkdir()
-    for entry in demo.iterdir():
-        if entry.name != "model_index.json":
-            (folder / entry.name).symlink_to(entry)
-    index = json.loads((demo / "model_index.json").read_text()) | {"_class_name": "FluxImg2ImgPipeline"}
-    (folder / "model_index.json").write_text(json.dumps(index))
+    folder = repainting_demo(tmp_path_factory.mktemp("models") / "repaint")
     with serve({"model": str(folder), "max_num_seqs": 4}) as running:
         yield running
 

@@ -1,4 +1,7 @@
-"""The real command, from start to SIGTERM: a picture, a span, JSON lines, the open sockets, and nothing left behind."""
+"""The real command, from start to SIGTERM: a picture, a span, JSON lines, the open sockets, and nothing left behind.
+
+Also under load, and where it cannot start.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,6 +26,7 @@ from openai import OpenAI
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = Path(sys.executable).with_name("vllm")
+AUTH = {"Authorization": "Bearer sk-marker-of-a-key"}
 KEY, PROMPT = "sk-marker-of-a-key", "marker prompt red apple"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 pytestmark = pytest.mark.skipif(not VLLM.exists(), reason="no vLLM beside this Python; tools/setup.sh installs it")
@@ -89,33 +96,65 @@ def spans(bodies: list[bytes]) -> list[dict[str, object]]:
     return told
 
 
+@contextmanager
+def started(folder: Path, *flags: str, **variables: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`vllm serve demo --omni` and its URL; its log is folder/log, and its temporary files are in folder/scratch."""
+    port = free_port()
+    (folder / "scratch").mkdir()
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "scratch"), "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    words = [VLLM, "serve", "demo", "--omni", "--cache-backend", "magcache", "--port", str(port), *flags]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(words, stdout=log, stderr=log, env=environment | variables, cwd=folder)
+    try:
+        yield process, f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+def left_behind(folder: Path, pids: list[int], shared_memory: set[str]) -> list[str]:
+    """Processes, files and sockets, and names of shared memory that are there after the end."""
+    files = [str(path) for path in (folder / "scratch").rglob("*") if path.is_file() or path.is_socket()]
+    return [*(f"/proc/{pid}" for pid in pids if Path(f"/proc/{pid}").exists()), *files,
+            *(set(os.listdir("/dev/shm")) - shared_memory)]  # fmt: skip
+
+
+def answer(url: str, steps: int) -> tuple[int, str]:
+    """Status and code of the error; 0 where no answer came."""
+    body = {"prompt": "x", "cache": "off", "steps": steps}
+    try:
+        reply = httpx.post(url + "/v1/images/generations", json=body, headers=AUTH, timeout=60)
+    except httpx.TransportError:
+        return 0, ""
+    return reply.status_code, reply.json().get("error", {}).get("code", "")
+
+
+def sigterm_under_load(
+    process: subprocess.Popen[bytes], url: str, steps: int, within_s: float
+) -> list[tuple[int, str]]:
+    """The answers of 16 requests that ran and 8 that waited when the server was told to end; nothing new was taken."""
+    with ThreadPoolExecutor(24) as pool:
+        load = [pool.submit(answer, url, steps) for _ in range(24)]
+        while 'num_requests_waiting{model_name="demo"} 8.0' not in httpx.get(url + "/metrics", headers=AUTH).text:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.5)
+        late = answer(url, steps=1)
+        code = process.wait(within_s)
+        told = [future.result() for future in load]
+    assert late in ((503, "draining"), (0, "")) and code == 0
+    return told
+
+
 def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -> None:
     endpoint, bodies = collector
-    port, scratch = free_port(), tmp_path / "scratch"
-    scratch.mkdir()
     shm = set(os.listdir("/dev/shm"))
-    environment = os.environ | {
-        "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1",
-        "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
-    }  # fmt: skip
-    words = [
-        "serve",
-        "demo",
-        "--omni",
-        "--cache-backend",
-        "magcache",
-        "--port",
-        str(port),
-        "--api-key",
-        KEY,
-        "--log-json",
-    ]
-    with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(
-            [VLLM, *words, "--otlp-traces-endpoint", endpoint], stdout=log, stderr=log, env=environment, cwd=tmp_path
-        )
-    try:
-        client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=KEY, max_retries=30)
+    flags = ("--api-key", KEY, "--log-json", "--otlp-traces-endpoint", endpoint)
+    with started(tmp_path, *flags, OTEL_EXPORTER_OTLP_TRACES_PROTOCOL="http/protobuf") as (process, url):
+        client = OpenAI(base_url=url + "/v1", api_key=KEY, max_retries=30)
         made = client.images.with_raw_response.generate(
             prompt=PROMPT,
             extra_body={"seed": 1, "steps": 12},
@@ -123,27 +162,49 @@ def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -
         )
         assert made.parse().data[0].b64_json and made.parse().usage.input_tokens_details.text_tokens > 3
         (omni,) = made.parse().model_extra["omni"]["images"]
-        assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 401
+        assert httpx.get(url + "/v1/models").status_code == 401
         pids = family(process.pid)
         assert len(pids) >= 2
-        assert listening(pids) == {f"0100007F:{port:04X}"}
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
+        assert listening(pids) == {f"0100007F:{int(url.rpartition(':')[2]):04X}"}
+        assert sigterm_under_load(process, url, steps=24, within_s=30) == [(200, "")] * 24  # the queued ones too
     log_text = (tmp_path / "log").read_text()
-    assert [pid for pid in pids if Path(f"/proc/{pid}").exists()] == [], log_text
-    left = [path for path in scratch.rglob("*") if path.is_file() or path.is_socket()]
-    assert left == [] and set(os.listdir("/dev/shm")) <= shm
+    assert left_behind(tmp_path, pids, shm) == [], log_text
     assert KEY not in log_text and PROMPT not in log_text
     ours = [json.loads(line) for line in log_text.splitlines() if line.startswith("{")]
     replies = [line for line in ours if line.get("route") == "/v1/images/generations"]
-    assert [line["request_id"] for line in replies] == [made.headers["x-request-id"]], log_text
-    (span,) = [span for span in spans(bodies) if span["name"] == "POST /v1/images/generations"]
-    assert span["trace"] == TRACE and span["gen_ai.request.id"] == made.headers["x-request-id"]
+    assert [line["status"] for line in replies].count(200) == 25 and len(replies) == 26, log_text
+    assert replies[0]["request_id"] == made.headers["x-request-id"]
+    (span,) = [span for span in spans(bodies) if span.get("gen_ai.request.id") == made.headers["x-request-id"]]
+    assert span["trace"] == TRACE and span["name"] == "POST /v1/images/generations"
     assert span["vllm_omni.computed_steps"] == replies[0]["computed_steps"] == omni["computed_steps"] > 0
     assert span["vllm_omni.skipped_steps"] == omni["skipped_steps"]
     assert not any(PROMPT.encode() in body for body in bodies)
     plain = [line for line in log_text.splitlines() if not line.startswith("{")]
     assert not any("vllm_omni" in line or "uvicorn" in line for line in plain), plain
+
+
+def test_what_is_not_done_in_time_is_told_so(tmp_path: Path) -> None:
+    """Long requests, and one second for them: the client is sent elsewhere, and the server ends."""
+    shm = set(os.listdir("/dev/shm"))
+    with started(tmp_path, "--shutdown-timeout", "1") as (process, url):
+        until = time.monotonic() + 60
+        while answer(url, steps=1) != (200, ""):
+            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
+            time.sleep(0.1)
+        pids = family(process.pid)
+        assert sigterm_under_load(process, url, steps=200, within_s=6) == [(503, "draining")] * 24
+    log_text = (tmp_path / "log").read_text()
+    assert left_behind(tmp_path, pids, shm) == [] and "Traceback" not in log_text, log_text
+
+
+def test_a_port_in_use_is_said_at_once(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with started(tmp_path, "--port", port) as (process, _):
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 2
+    assert usage.ru_utime + usage.ru_stime < 10  # the wall's clock on a machine with nothing else to do
+    ours = [line for line in (tmp_path / "log").read_text().splitlines() if "vllm-omni" in line]
+    assert ours == [f"vllm-omni serve: --port cannot be used (Address already in use), got '127.0.0.1:{port}'"]
+    assert left_behind(tmp_path, [], set(os.listdir("/dev/shm"))) == []

@@ -104,7 +104,7 @@ def listen(host: str, port: int, uds: str | None) -> socket.socket:
 async def serve_http(
     app: Any, sock: socket.socket, on_shutdown: Callable[[], Awaitable[None]], timeout: float, **uvicorn_options: Any
 ) -> None:
-    """Serve until SIGTERM or SIGINT; then `on_shutdown` runs (it drains the engine), and then connections close."""
+    """Serve until SIGTERM or SIGINT; then `on_shutdown` runs (it ends the engine), and then connections close."""
     from vllm.entrypoints.launchers.launcher import serve_http as vllm_serve_http
 
     app.state.engine_client = _EngineForVllm(on_shutdown, asyncio.get_running_loop(), timeout)

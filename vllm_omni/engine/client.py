@@ -32,7 +32,6 @@ from vllm_omni.errors import (
     InvalidValueError,
     OmniError,
     QueueFullError,
-    RequestAbortedError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.logger import init_logger
@@ -187,7 +186,7 @@ class ProcessEngineClient:
         if self._closed:
             return
         self._closed, self._loaded = True, False
-        self._end_all(lambda i: RequestAbortedError(f"request {i} was aborted: the engine shuts down"), "aborted")
+        self._end_all(lambda i: EngineClosedError(f"request {i} was aborted: the engine shuts down"), "aborted")
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])

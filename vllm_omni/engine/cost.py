@@ -9,7 +9,8 @@ from vllm_omni.engine.wire import UnitCosts
 UNKNOWN_ROW_S = 1.0  # a row of a computed forward nobody has measured yet
 _SHARE_SKIPPED = 0.1  # of a computed row, where no skipped one has been measured
 _KEPT_SIZES = 64
-_WEIGHT = 0.1
+_WEIGHT = 0.1  # of a request's measurement
+_ROW_WEIGHT = 0.02  # of a row's
 
 
 def no_costs() -> UnitCosts:
@@ -17,12 +18,17 @@ def no_costs() -> UnitCosts:
     return UnitCosts({}, {}, {}, 1.0)
 
 
-def note(table: dict[int, float], pixels: int, seconds: float) -> None:
+def note(table: dict[int, float], pixels: int, seconds: float, weight: float = _WEIGHT) -> None:
     """One more measurement of `seconds` for pictures of `pixels`."""
     old = table.pop(pixels, None)
-    table[pixels] = seconds if old is None else old + _WEIGHT * (seconds - old)
+    table[pixels] = seconds if old is None else old + weight * (seconds - old)
     while len(table) > _KEPT_SIZES:  # sizes are the clients' choice
         del table[next(iter(table))]
+
+
+def note_rows(table: dict[int, float], pixels: int, seconds: float, rows: int) -> None:
+    """A forward of so many `rows`. Each counts alike: a row of a small batch costs more, and there are few of them."""
+    note(table, pixels, seconds / rows, 1.0 - (1.0 - _ROW_WEIGHT) ** rows)
 
 
 def note_share(costs: UnitCosts, computed: int, skipped: int) -> None:

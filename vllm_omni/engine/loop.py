@@ -160,7 +160,7 @@ class EngineLoop:
             self._batches[done.rows] += 1
             self._seconds["denoise"] += done.forward_s
             table = self.costs.skipped if done.skipped else self.costs.computed
-            cost.note(table, done.pixels, done.forward_s / done.rows)
+            cost.note_rows(table, done.pixels, done.forward_s, done.rows)
         if done.ended:
             cost.note(self.costs.ends, done.pixels, self._encode_s + done.decode_s / done.ended)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -174,7 +175,11 @@ def _cache_config(text: str | None) -> dict[str, Any] | None:
     if text is None:
         return None
     settings = dict(PRESETS[text]) if text in PRESETS else json_object("--cache-config", text)
-    DiffusionCacheConfig.from_dict(settings or {})
+    config = DiffusionCacheConfig.from_dict(settings or {})
+    if config.profile is not None:
+        from vllm_omni.diffusion.cache.profile import named_profile
+
+        named_profile(config.profile)
     return settings
 
 
@@ -207,6 +212,7 @@ def uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
         "log_level": args.uvicorn_log_level,
         "access_log": not args.disable_uvicorn_access_log,
         "timeout_keep_alive": 5,
+        "timeout_graceful_shutdown": 5,  # all is answered by then; who does not read it does not hold up the end
         "server_header": False,
         "log_config": None,  # its lines go where ours go
     }
@@ -231,12 +237,17 @@ async def _serve(config: ServeConfig, options: dict[str, Any]) -> int:
         warmup=config.warmup,
         log_json=config.log_json,
     )
+
+    async def stop() -> None:
+        await engine.drain(config.shutdown_timeout_s)
+        await engine.shutdown()  # what has not ended is told so: the server waits for its replies
+
     try:
         await engine.start()
         app = build_app(engine, config)
-        await _vllm_compat.serve_http(
-            app, sock, lambda: engine.drain(config.shutdown_timeout_s), config.shutdown_timeout_s, **options
-        )
+        gc.collect()
+        gc.freeze()  # what is imported stays: looking through it again holds up every reply for tenths of a second
+        await _vllm_compat.serve_http(app, sock, stop, config.shutdown_timeout_s, **options)
     finally:
         await engine.shutdown()
     return 0
