@@ -37,6 +37,7 @@ def serve(engine_args: dict[str, Any] | None = None, **settings: Any) -> Iterato
     """Serve until the block ends, on a free port of the loopback interface."""
     config = ServeConfig(engine_args=engine_args or ENGINE_ARGS, **settings)
     sock = socket.create_server(("127.0.0.1", 0))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as the real server's
     box: dict[str, Any] = {}
     up = threading.Event()
 

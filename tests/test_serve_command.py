@@ -124,6 +124,9 @@ def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -
         assert made.parse().data[0].b64_json and made.parse().usage.input_tokens_details.text_tokens > 3
         (omni,) = made.parse().model_extra["omni"]["images"]
         assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 401
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as kept:
+            took = [kept.get("/v1/models").elapsed.total_seconds() for _ in range(10)]
+        assert min(took[1:]) < 0.02, "a reply on a connection that is kept waits for a delayed acknowledgement"
         pids = family(process.pid)
         assert len(pids) >= 2
         assert listening(pids) == {f"0100007F:{port:04X}"}
