@@ -63,13 +63,14 @@ class Gate:
             self._admit(scope, headers)
             await self.app(scope, self._counted(receive), reply)
         except Exception as error:  # whatever it was, the client gets the envelope and the server lives
-            if not isinstance(error, ApiError):
+            told = as_api_error(error)
+            if told.status == 500:  # of the others the client's own mistakes are most: no traceback for each
                 logger.exception("request %s failed", request_id)
             if status:
                 raise  # the reply had begun: closing the connection is all that is left
             if isinstance(error, ApiError):
                 await _discard(receive)
-            await as_api_error(error).response()(scope, receive, reply)
+            await told.response()(scope, receive, reply)
         finally:
             self.statuses[status] += 1
             route = scope.get("route")
