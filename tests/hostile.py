@@ -105,6 +105,7 @@ def good_pictures() -> dict[str, tuple[bytes, Image.Image]]:
     with zipfile.ZipFile(archive, "w") as file:
         file.writestr("../../evil", "x")
     grey = (np.mgrid[0:48, 0:64][1] * 1040).astype(np.uint16)
+    shown = Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")
     deep = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.repeat(grey[..., None], 3, axis=2))
     cmyk = saved(scene("CMYK"), "JPEG", quality=95)
     frames = [scene(), Image.new("RGB", (64, 48), "red")]
@@ -113,8 +114,8 @@ def good_pictures() -> dict[str, tuple[bytes, Image.Image]]:
         "PNG": (saved(plain), plain),
         "APNG": (saved(frames[0], "PNG", save_all=True, append_images=frames[1:], duration=100), plain),
         "CMYK JPEG": (cmyk, Image.open(io.BytesIO(cmyk)).convert("RGB")),
-        "16 bits of grey": (saved(Image.fromarray(grey)), Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")),
-        "16 bits of RGB": (raw_png(64, 48, deep, depth=16), Image.fromarray((grey >> 8).astype(np.uint8)).convert("RGB")),
+        "16 bits of grey": (saved(Image.fromarray(grey)), shown),
+        "16 bits of RGB": (raw_png(64, 48, deep, depth=16), shown),
         "turned PNG": (saved(plain, exif=exif), plain.transpose(Image.Transpose.ROTATE_270)),
         "turned WebP": (saved(plain, "WEBP", lossless=True, exif=exif), plain.transpose(Image.Transpose.ROTATE_270)),
         "palette": (saved(plain.quantize(16)), plain.quantize(16).convert("RGB")),
@@ -122,3 +123,24 @@ def good_pictures() -> dict[str, tuple[bytes, Image.Image]]:
         "PNG and ZIP": (saved(plain) + archive.getvalue(), plain),
         "PNG and HTML": (saved(plain) + b"<html><script>alert(1)</script>", plain),
     }  # fmt: skip
+
+
+def deep(levels: int, inner: str = "1") -> str:
+    return '{"a":' * levels + inner + "}" * levels
+
+
+def nested(levels: int) -> str:
+    return "[" * levels + "]" * levels
+
+
+# Members of a JSON object that no request may have.
+MEMBERS = [
+    *(f'"{field}": {value}' for field in ("cache", "lora") for value in (
+        deep(5), deep(900), nested(900), deep(50_000), '{"threshold": NaN}', '{"threshold": -1e400}',
+        '{"threshold": 1e400}', '{"mag_ratios": [NaN]}', f'{{"max_skip_steps": {2**70}}}', '"\\ud800"',
+        '{"\\udfff": 1}', '{"name": "\\ud800"}', '{"a": 1, "a": 2}', f'{{"a": [{"1," * 2000}1]}}', '[["a", 1e999]]',
+    )),
+    '"prompt": "a", "prompt": "b"', f'"prompt": {deep(900)}', f'"user": "{"x" * 5000}"', '"model": "\\ud800"',
+    '"user": "\\udc00"', '"negative_prompt": "\\ud800"', '"size": "\\ud800"', f'"size": "{"9" * 5000}x1"',
+    '"x\\ud800": 1', f'"{"k" * 100_000}": 1', f'"seed": {"9" * 4000}', f'"prompt": "{"x" * 1_000_000}"',
+]  # fmt: skip
