@@ -37,6 +37,59 @@ def test_vllm_hands_over_with_omni() -> None:
     assert last.endswith("got 'magcahce'")
 
 
+BAD = [
+    ("demo --cache-backend magcahce", "cache_backend must be one of 'none', 'magcache'"),
+    ("demo --cache_config {", "--cache-config must be JSON"),
+    ("demo --cache-config=fastest", "--cache-config must be JSON"),
+    ("demo --host 0.0.0.0 --max-steps 0", "max_steps"),
+    ("demo --max-steps many", "argument --max-steps: invalid int value: 'many'"),
+    ("demo --port 1 --max-body-mb nan", "max_body_mb"),
+    ("demo --tensor-parallel-size 2", "--tensor-parallel-size must be 1"),
+    ("demo --lora-modules ink", "--lora-modules must be NAME=PATH"),
+    ("no/such/model --ui", "'no/such/model' does not exist"),
+    ("--max-n 65 demo", "max_n"),
+]
+
+
+@needs_vllm
+def test_own_flags_are_refused_before_vllm_is_imported() -> None:
+    code = (
+        "import sys; from vllm_omni.entrypoints.cli.main import main\n"
+        "for line in sys.argv[1:]:\n"
+        "    try: code = main(['serve', *line.split()])\n"
+        "    except SystemExit as error: code = error.code\n"
+        "    assert code == 2, line\n"
+        "    assert not {'vllm', 'torch'} & set(sys.modules), line\n"
+    )
+    ran = run([sys.executable, "-c", code, *(line for line, _ in BAD)])
+    assert ran.returncode == 0, ran.stderr
+    told = [line for line in ran.stderr.splitlines() if ": " in line and not line.startswith("usage")]
+    assert len(told) == len(BAD), ran.stderr
+    for (_, wanted), line in zip(BAD, told, strict=True):
+        assert wanted in line, (wanted, line)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("demo --api-key A B --ui", "demo --api-key *** *** --ui"),
+        ("demo --api_key=A", "demo --api-key=***"),
+        ("--api A --max-n 2 demo", "--api *** --max-n 2 demo"),
+    ],
+)
+def test_keys_are_not_in_ps(words: str, shown: str) -> None:
+    """Nor is anything else changed; a process without a key keeps its command line."""
+    pytest.importorskip("setproctitle")
+    code = (
+        "import sys; from vllm_omni.entrypoints.cli.serve import hide_keys; hide_keys(sys.argv[2:]);"
+        "print(open('/proc/self/cmdline').read().replace(chr(0), ' ').strip())"
+    )
+    ran = run([sys.executable, "-c", code, "serve", *words.split()])
+    assert ran.stdout.strip().endswith(f" serve {shown}"), ran.stdout + ran.stderr
+    ran = run([sys.executable, "-c", code, "serve", "demo", "--ui"])
+    assert ran.stdout.strip().endswith(" serve demo --ui"), ran.stdout + ran.stderr
+
+
 @needs_vllm
 @needs_plugin
 def test_vllm_hands_over_without_omni() -> None:

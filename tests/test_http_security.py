@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from hostile import NUMBERS, PATHS, PRIVATE, bad_pictures, good_pictures, quickest, saved, scene, wrong_numbers
+from hostile import NUMBERS, PATHS, bad_pictures, good_pictures, quickest, saved, says_too_much, scene, wrong_numbers
 from http_server import Command, command, repaint_folder
 from PIL import Image
 
@@ -293,7 +293,7 @@ def test_s8_no_name_is_a_path(server: Command, http: httpx.Client, folder: Path)
             reply = http.post(EDITS, data={"prompt": "x", "steps": "1", field: name}, files={"image": picture})
             assert reply.status_code in (400, 404), (field, name, reply.text)
         sent = http.post(EDITS, data={"prompt": "x", "steps": "1"}, files={"image": (name, picture, "image/png")})
-        assert sent.status_code == 200, sent.text
+        assert sent.status_code == (400 if "\0" in name else 200), sent.text
         odd = http.post(EDITS, data={"prompt": "x", "steps": "1"}, files={name: ("a", picture, "image/png")})
         assert odd.status_code == 400, odd.text
         for method, path in (("GET", "/v1/models/"), ("DELETE", "/v1/images/jobs/"), ("GET", "/v1/videos/"),
@@ -311,6 +311,6 @@ def test_s8_no_name_is_a_path(server: Command, http: httpx.Client, folder: Path)
 
 def test_s14_no_error_says_too_much() -> None:
     """All the error bodies that the tests above were told."""
-    assert len(ERRORS) > 300 and not [text for text in ERRORS if PRIVATE.search(text)]
+    assert len(ERRORS) > 300 and not list(filter(says_too_much, ERRORS))
     assert KEY not in "".join(ERRORS)
     assert all(json.loads(text)["error"]["code"] for text in ERRORS if text.startswith("{"))

@@ -96,6 +96,7 @@ def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -
     shm = set(os.listdir("/dev/shm"))
     environment = os.environ | {
         "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch), "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1",
+        "VLLM_API_KEY": KEY,
         "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
     }  # fmt: skip
     words = [
@@ -106,8 +107,6 @@ def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -
         "magcache",
         "--port",
         str(port),
-        "--api-key",
-        KEY,
         "--log-json",
     ]
     with (tmp_path / "log").open("wb") as log:
@@ -129,6 +128,7 @@ def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -
         assert min(took[1:]) < 0.02, "a reply on a connection that is kept waits for a delayed acknowledgement"
         pids = family(process.pid)
         assert len(pids) >= 2
+        assert not any(KEY.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids)
         assert listening(pids) == {f"0100007F:{port:04X}"}
         process.send_signal(signal.SIGTERM)
         assert process.wait(30) == 0
