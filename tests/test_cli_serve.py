@@ -110,9 +110,32 @@ def test_flags_in_the_docs_exist() -> None:
     from vllm_omni.entrypoints.cli import serve
 
     told = argparse.ArgumentParser.format_help(serve.build_parser())  # all of it: vLLM's own is cut short
-    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", told)) | {"--help"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", told)) | {
+        "--help",
+        "--config",
+    }  # vLLM's parser takes that one before
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", (ROOT / "docs" / "serving.md").read_text()))
     assert len(named) > 5 and named <= flags, named - flags
+
+
+@needs_vllm
+def test_where_the_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line, else a file, else the environment, as vLLM has it; a blank variable is no key."""
+    from vllm_omni.entrypoints.cli import serve
+
+    file = tmp_path / "serve.yaml"
+    file.write_text("api-key: [from-file]\nmax-n: 3\n")
+
+    def keys(*words: str) -> tuple[str, ...]:
+        return serve.serve_config(serve.build_parser().parse_args(["demo", *words])).api_keys
+
+    assert keys() == ()
+    monkeypatch.setenv("VLLM_API_KEY", "from-environment")
+    assert keys() == ("from-environment",)
+    assert keys("--config", str(file)) == ("from-file",)
+    assert keys("--config", str(file), "--api-key", "a", "b") == ("a", "b")
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    assert keys() == ()
 
 
 def test_omni_with_another_command_is_explained() -> None:
