@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,3 +193,28 @@ def test_ignored(folder: Path, attack: Callable[[Path], None]) -> None:
     with Omni(str(folder), dtype="float32") as omni:
         assert omni.generate("x", {"num_inference_steps": 1, **DEFAULTS}, use_tqdm=False)[0].ok
     assert not (folder.parent / "canary").exists()
+
+
+def test_a_hub_model_is_checked_like_a_folder(folder: Path, tmp_path: Path) -> None:
+    """From a cache as the hub's client leaves it, without a network: a good model loads, a hostile one is refused."""
+    for name, attack in (("good", None), ("evil", pickle_as_a_shard)):
+        commit = "0" * 40
+        cached = tmp_path / "hub" / f"models--someone--{name}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text(commit)
+        copy = Path(shutil.copytree(folder, cached / "snapshots" / commit))
+        if attack is not None:
+            attack(copy)
+    code = (
+        "from vllm_omni import Omni\n"
+        "from vllm_omni.errors import ModelLoadError\n"
+        "Omni('someone/good', dtype='float32').close()\n"
+        "try: Omni('someone/evil', dtype='float32')\n"
+        "except ModelLoadError as error: print(error)\n"
+    )
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+    assert ran.returncode == 0, ran.stderr
+    assert "names 'evil.bin', which is no .safetensors file beside it" in ran.stdout, ran.stdout
+    assert not (tmp_path / "canary").exists()

@@ -119,7 +119,10 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     if config.enable_cpu_offload and device == "cpu":
         raise InvalidValueError("enable_cpu_offload", True, "needs an accelerator to offload from; leave it out on cpu")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True, revision=config.revision)
+        if not Path(where).is_dir():  # a hub id: what comes from there is checked like any other folder
+            where = str(DiffusionPipeline.download(where, use_safetensors=True, revision=config.revision))
+            check_folder(Path(where))
+        pipeline = DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, ImportError, AttributeError, KeyError, RuntimeError) as error:
         raise ModelLoadError(f"model {config.model!r} could not be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
