@@ -293,7 +293,7 @@ def test_s8_no_name_is_a_path(server: Command, http: httpx.Client, folder: Path)
             reply = http.post(EDITS, data={"prompt": "x", "steps": "1", field: name}, files={"image": picture})
             assert reply.status_code in (400, 404), (field, name, reply.text)
         sent = http.post(EDITS, data={"prompt": "x", "steps": "1"}, files={"image": (name, picture, "image/png")})
-        assert sent.status_code == (400 if "\0" in name else 200), sent.text
+        assert sent.status_code == (400 if len(name) > 4096 else 200), sent.text
         odd = http.post(EDITS, data={"prompt": "x", "steps": "1"}, files={name: ("a", picture, "image/png")})
         assert odd.status_code == 400, odd.text
         for method, path in (("GET", "/v1/models/"), ("DELETE", "/v1/images/jobs/"), ("GET", "/v1/videos/"),
