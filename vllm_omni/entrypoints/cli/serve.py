@@ -79,13 +79,13 @@ def hide_keys(words: Sequence[str]) -> None:
             shown.append(f"{flag}=***" if is_key and equals else word)
         else:
             shown.append("***" if is_key else word)
-    if shown == list(words):
+    if shown == list(words) or "serve" not in sys.orig_argv:  # no key, or called from a program
         return
     try:
         from setproctitle import setproctitle  # comes with vLLM
     except ImportError:
         return
-    setproctitle(" ".join([*sys.orig_argv[: len(sys.orig_argv) - len(words)], *shown]))
+    setproctitle(" ".join([*sys.orig_argv[: sys.orig_argv.index("serve") + 1], *shown]))
 
 
 def refuse_early(words: Sequence[str]) -> None:
