@@ -39,6 +39,59 @@ def test_vllm_hands_over_with_omni() -> None:
     assert last.endswith("got 'magcahce'")
 
 
+BAD = [
+    ("demo --cache-backend magcahce", "cache_backend must be one of 'none', 'magcache'"),
+    ("demo --cache_config {", "--cache-config must be JSON"),
+    ("demo --cache-config=fastest", "--cache-config must be JSON"),
+    ("demo --host 0.0.0.0 --max-steps 0", "max_steps"),
+    ("demo --max-steps many", "argument --max-steps: invalid int value: 'many'"),
+    ("demo --port 1 --max-body-mb nan", "max_body_mb"),
+    ("demo --tensor-parallel-size 2", "--tensor-parallel-size must be 1"),
+    ("demo --lora-modules ink", "--lora-modules must be NAME=PATH"),
+    ("no/such/model --ui", "'no/such/model' does not exist"),
+    ("--max-n 65 demo", "max_n"),
+]
+
+
+@needs_vllm
+def test_own_flags_are_refused_before_vllm_is_imported() -> None:
+    code = (
+        "import sys; from vllm_omni.entrypoints.cli.main import main\n"
+        "for line in sys.argv[1:]:\n"
+        "    try: code = main(['serve', *line.split()])\n"
+        "    except SystemExit as error: code = error.code\n"
+        "    assert code == 2, line\n"
+        "    assert not {'vllm', 'torch'} & set(sys.modules), line\n"
+    )
+    ran = run([sys.executable, "-c", code, *(line for line, _ in BAD)])
+    assert ran.returncode == 0, ran.stderr
+    told = [line for line in ran.stderr.splitlines() if ": " in line and not line.startswith("usage")]
+    assert len(told) == len(BAD), ran.stderr
+    for (_, wanted), line in zip(BAD, told, strict=True):
+        assert wanted in line, (wanted, line)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        ("demo --api-key A B --ui", "demo --api-key *** *** --ui"),
+        ("demo --api_key=A", "demo --api-key=***"),
+        ("--api A --max-n 2 demo", "--api *** --max-n 2 demo"),
+    ],
+)
+def test_keys_are_not_in_ps(words: str, shown: str) -> None:
+    """Nor is anything else changed; a process without a key keeps its command line."""
+    pytest.importorskip("setproctitle")
+    code = (
+        "import sys; from vllm_omni.entrypoints.cli.serve import hide_keys; hide_keys(sys.argv[2:]);"
+        "print(open('/proc/self/cmdline').read().replace(chr(0), ' ').strip())"
+    )
+    ran = run([sys.executable, "-c", code, "serve", *words.split()])
+    assert ran.stdout.strip().endswith(f" serve {shown}"), ran.stdout + ran.stderr
+    ran = run([sys.executable, "-c", code, "serve", "demo", "--ui"])
+    assert ran.stdout.strip().endswith(" serve demo --ui"), ran.stdout + ran.stderr
+
+
 @needs_vllm
 @needs_plugin
 def test_vllm_hands_over_without_omni() -> None:
@@ -57,9 +110,32 @@ def test_vllm_keeps_what_is_its_own() -> None:
 @needs_vllm
 def test_flags_in_the_docs_exist() -> None:
     told = argparse.ArgumentParser.format_help(serve.build_parser())  # all of it: vLLM's own is cut short
-    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", told)) | {"--help"}
+    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", told)) | {
+        "--help",
+        "--config",
+    }  # vLLM's parser takes that one before
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", (ROOT / "docs" / "serving.md").read_text()))
     assert len(named) > 5 and named <= flags, named - flags
+
+
+@needs_vllm
+def test_where_the_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command line, else a file, else the environment, as vLLM has it; a blank variable is no key."""
+    from vllm_omni.entrypoints.cli import serve
+
+    file = tmp_path / "serve.yaml"
+    file.write_text("api-key: [from-file]\nmax-n: 3\n")
+
+    def keys(*words: str) -> tuple[str, ...]:
+        return serve.serve_config(serve.build_parser().parse_args(["demo", *words])).api_keys
+
+    assert keys() == ()
+    monkeypatch.setenv("VLLM_API_KEY", "from-environment")
+    assert keys() == ("from-environment",)
+    assert keys("--config", str(file)) == ("from-file",)
+    assert keys("--config", str(file), "--api-key", "a", "b") == ("a", "b")
+    monkeypatch.setenv("VLLM_API_KEY", "")
+    assert keys() == ()
 
 
 def test_omni_with_another_command_is_explained() -> None:

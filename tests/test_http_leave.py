@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator
 
 import pytest
-from http_server import repainting_demo
+from http_server import repaint_folder
 from leaving import Leaving, leaving
 from PIL import Image
 
@@ -19,7 +19,7 @@ from PIL import Image
 def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Leaving]:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), "orange").save(buffer, "PNG")
-    model = str(repainting_demo(tmp_path_factory.mktemp("models") / "repaint"))
+    model = str(repaint_folder(tmp_path_factory.mktemp("models")))
     url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
     with leaving("edits", model, buffer.getvalue(), url) as made:
         yield made

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import subprocess
 import sys
@@ -17,10 +16,10 @@ import httpx
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-from http_server import Running, serve
+from hostile import VIDEO_NUMBERS, quickest, wrong_numbers
+from http_server import Running, serve, video_folder
 from openai import APIStatusError, OpenAI
 from PIL import Image
-from pipelines import tiny_wan
 from starlette.routing import Route
 
 from vllm_omni import Omni
@@ -43,10 +42,7 @@ class Server:
     """A server that can be stopped and started again on the same folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.model, self.store = folder / "wan", folder / "store"
-        tiny_wan().save_pretrained(self.model)
-        own = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 4}
-        (self.model / "generation_config.json").write_text(json.dumps(own))
+        self.model, self.store = video_folder(folder), folder / "store"
         self.running: Running
         self._stack = contextlib.ExitStack()
         self.start()
@@ -213,6 +209,30 @@ def test_what_is_wrong_is_named(server: Server, fields: dict[str, str], param: s
     assert reply.status_code == (404 if code == "model_not_found" else 400), reply.text
     error = reply.json()["error"]
     assert (error["param"], error["code"]) == (param, code), error
+    assert server.http("GET", "/v1/videos").json() == before
+
+
+@pytest.mark.parametrize("name", VIDEO_NUMBERS)
+def test_s2_numbers(server: Server, name: str) -> None:
+    """What is no value of the field is refused at once and named, as JSON and as a form; nothing is queued."""
+    before = server.http("GET", "/v1/videos").json()
+    named = {"steps": "num_inference_steps"}.get(name, name)
+    with httpx.Client(base_url=server.running.url, headers=AUTH) as http:
+        for value in wrong_numbers(name, VIDEO_NUMBERS):
+
+            def as_json(value: str = value) -> httpx.Response:
+                text = f'{{"prompt": "x", "{name}": {value}}}'
+                return http.post("/v1/videos", content=text, headers={"Content-Type": "application/json"})
+
+            def as_form(value: str = value) -> httpx.Response:
+                return http.post("/v1/videos", files={"prompt": (None, "x"), name: (None, value)})
+
+            for ask in (as_json, as_form):
+                reply = ask()
+                assert reply.status_code == 400 and len(reply.content) < 4096, (value, reply.text)
+                assert reply.json()["error"]["param"] in (name, named), (value, reply.text)
+        for ask in (as_json, as_form):
+            assert quickest(ask, 0.005) < 0.005
     assert server.http("GET", "/v1/videos").json() == before
 
 

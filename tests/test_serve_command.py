@@ -152,8 +152,9 @@ def sigterm_under_load(
 def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -> None:
     endpoint, bodies = collector
     shm = set(os.listdir("/dev/shm"))
-    flags = ("--api-key", KEY, "--log-json", "--otlp-traces-endpoint", endpoint)
-    with started(tmp_path, *flags, OTEL_EXPORTER_OTLP_TRACES_PROTOCOL="http/protobuf") as (process, url):
+    flags = ("--log-json", "--otlp-traces-endpoint", endpoint)
+    secret = {"VLLM_API_KEY": KEY, "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
+    with started(tmp_path, *flags, **secret) as (process, url):
         client = OpenAI(base_url=url + "/v1", api_key=KEY, max_retries=30)
         made = client.images.with_raw_response.generate(
             prompt=PROMPT,
@@ -163,8 +164,12 @@ def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -
         assert made.parse().data[0].b64_json and made.parse().usage.input_tokens_details.text_tokens > 3
         (omni,) = made.parse().model_extra["omni"]["images"]
         assert httpx.get(url + "/v1/models").status_code == 401
+        with httpx.Client(base_url=url) as kept:
+            took = [kept.get("/v1/models").elapsed.total_seconds() for _ in range(10)]
+        assert min(took[1:]) < 0.02, "a reply on a connection that is kept waits for a delayed acknowledgement"
         pids = family(process.pid)
         assert len(pids) >= 2
+        assert not any(KEY.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids)
         assert listening(pids) == {f"0100007F:{int(url.rpartition(':')[2]):04X}"}
         assert sigterm_under_load(process, url, steps=24, within_s=30) == [(200, "")] * 24  # the queued ones too
     log_text = (tmp_path / "log").read_text()

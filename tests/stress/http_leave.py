@@ -32,7 +32,7 @@ LIMIT_S = 0.5
 
 def model_of(kind: str, folder: Path) -> str:
     if kind == "edits":
-        return str(http_server.repainting_demo(folder / "repaint"))
+        return str(http_server.repaint_folder(folder))
     if kind == "videos":
         tiny_wan().save_pretrained(folder / "wan")
         own = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 4}

@@ -43,6 +43,8 @@ def check_folder(folder: Path) -> None:
         if name.startswith("_") or not (isinstance(entry, list) and len(entry) == 2) or entry[0] is None:
             continue
         part = folder / name
+        if Path(name).name != name:
+            raise ModelLoadError(f"{folder}: model_index.json names {name!r}, which is outside the folder")
         if not part.is_dir():
             raise ModelLoadError(f"{folder}: model_index.json names {name!r}, but there is no such folder")
         weights = [f for f in part.iterdir() if f.name.endswith(".safetensors")]
@@ -53,6 +55,16 @@ def check_folder(folder: Path) -> None:
             raise ModelLoadError(f"{part}: holds a config.json but no .safetensors weights")
         for file in weights:
             _check_safetensors(file)
+        for file in part.glob("*.index.json"):
+            _check_shards(file)
+
+
+def _check_shards(file: Path) -> None:
+    """Shards are safetensors beside their index: what else it names would be read, or unpickled."""
+    named = _read_json(file).get("weight_map")
+    for name in set(map(str, named.values())) if isinstance(named, dict) else ("no weight_map",):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ModelLoadError(f"{file}: names {name!r}, which is no .safetensors file beside it")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -69,6 +81,8 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _check_safetensors(file: Path) -> None:
     """The header tells how long the file must be (safetensors format: u64 length, JSON, data)."""
+    if not file.is_file():  # a link to nothing, or a pipe
+        raise ModelLoadError(f"{file}: is no file; copy it again")
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
@@ -105,7 +119,10 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     if config.enable_cpu_offload and device == "cpu":
         raise InvalidValueError("enable_cpu_offload", True, "needs an accelerator to offload from; leave it out on cpu")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True, revision=config.revision)
+        if not Path(where).is_dir():  # a hub id: what comes from there is checked like any other folder
+            where = str(DiffusionPipeline.download(where, use_safetensors=True, revision=config.revision))
+            check_folder(Path(where))
+        pipeline = DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, ImportError, AttributeError, KeyError, RuntimeError) as error:
         raise ModelLoadError(f"model {config.model!r} could not be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)

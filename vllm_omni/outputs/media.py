@@ -41,7 +41,10 @@ def open_image(source: Path | bytes, field: str = "image", max_pixels: int = MAX
         if picture.width * picture.height > max_pixels:
             size = f"{picture.width}x{picture.height}"
             raise InvalidValueError(field, size, f"must have at most {max_pixels} pixels")
-        return ImageOps.exif_transpose(picture).convert("RGB")
+        upright = ImageOps.exif_transpose(picture)
+        if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
+            upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+        return upright.convert("RGB")
     except FileNotFoundError:
         raise InvalidValueError(field, shown, "must be a file that exists") from None
     except _UNREADABLE as error:

@@ -9,11 +9,13 @@ import argparse
 import asyncio
 import gc
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_omni import _vllm_compat
+from vllm_omni import _vllm_compat, envs
 from vllm_omni.diffusion.cache.overrides import PRESETS
 from vllm_omni.diffusion.cache.selector import canonical_name
 from vllm_omni.diffusion.data import DiffusionCacheConfig
@@ -25,6 +27,7 @@ from vllm_omni.logger import JsonLines, init_logger
 
 logger = init_logger(__name__)
 
+USAGE = "vllm serve MODEL --omni [options]   |   vllm-omni serve MODEL [options]"
 EPILOG = """all flags: --help=all; one group or flag: --help=engine, --help=limits, --help=max-num-seqs
 
 examples:
@@ -42,7 +45,9 @@ _PARALLEL = ("tensor_parallel_size", "cfg_parallel_size", "ulysses_degree", "rin
 
 def run_serve(words: Sequence[str]) -> int:
     """Serve until a signal ends it."""
+    hide_keys(words)
     _vllm_compat.require()
+    refuse_early(words)
     args = build_parser().parse_args(list(words))
     config = serve_config(args)
     resolve_model(str(config.engine_args["model"]))
@@ -53,18 +58,52 @@ def build_parser() -> argparse.ArgumentParser:
     """vLLM's parser and server flags, and ours."""
     parser = _vllm_compat.make_parser(
         prog="vllm serve",
-        usage="vllm serve MODEL --omni [options]   |   vllm-omni serve MODEL [options]",
+        usage=USAGE,
         description="Serve a diffusion transformer behind the OpenAI Images API, with an activation cache per request.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", metavar="MODEL", help="'demo' (shipped), a diffusers model folder, or a hub id")
     parser.add_argument("--omni", action="store_true", help="tells vLLM that this is a diffusion model")
+    _add_own(parser)
+    _vllm_compat.add_frontend_flags(parser)
+    return parser
+
+
+def hide_keys(words: Sequence[str]) -> None:
+    """Blank the keys out of this process's command line, which `ps` shows to everybody on the machine."""
+    shown, is_key = [], False
+    for word in words:
+        flag, equals, _ = word.replace("_", "-").partition("=")
+        if word.startswith("--"):
+            is_key = len(flag) > 3 and "--api-key".startswith(flag)  # argparse takes a flag's beginning for the flag
+            shown.append(f"{flag}=***" if is_key and equals else word)
+        else:
+            shown.append("***" if is_key else word)
+    if shown == list(words) or "serve" not in sys.orig_argv:  # no key, or called from a program
+        return
+    try:
+        from setproctitle import setproctitle  # comes with vLLM
+    except ImportError:
+        return
+    setproctitle(" ".join([*sys.orig_argv[: sys.orig_argv.index("serve") + 1], *shown]))
+
+
+def refuse_early(words: Sequence[str]) -> None:
+    """Refuse what is wrong with the model's folder and our own flags before vLLM is imported, which takes seconds."""
+    parser = argparse.ArgumentParser(prog="vllm serve", usage=USAGE, add_help=False, allow_abbrev=False)
+    _add_own(parser)
+    dashed = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
+    given, _ = parser.parse_known_args(dashed)  # the rest is vLLM's: its flags, their values, `--config FILE`
+    given.model = words[0] if words and not words[0].startswith("-") else "demo"
+    resolve_model(given.model)
+    ServeConfig(**_own_settings(given))
+
+
+def _add_own(parser: argparse.ArgumentParser) -> None:
     _add_engine_flags(parser.add_argument_group("engine"))
     _add_limits(parser.add_argument_group("limits", "Checked before any work is done for a request."))
     _add_behaviour(parser.add_argument_group("behaviour"))
-    _vllm_compat.add_frontend_flags(parser)
-    return parser
 
 
 def _add_engine_flags(group: Any) -> None:
@@ -125,6 +164,21 @@ def _add_behaviour(group: Any) -> None:
 def serve_config(args: argparse.Namespace) -> ServeConfig:
     """The validated settings of a parsed command line. InvalidValueError names the flag."""
     given = vars(args)
+    lists = ("allowed_origins", "allowed_methods", "allowed_headers", "middleware")
+    theirs: dict[str, Any] = {name: given[name] for name in ("host", "port", "uds", "allow_credentials")}
+    theirs |= {name: tuple(given[name] or ()) for name in lists}
+    return ServeConfig(
+        root_path=args.root_path or "",
+        api_keys=tuple(args.api_key or filter(None, [envs.api_key()])),
+        fastapi_docs=not args.disable_fastapi_docs,
+        **theirs,
+        **_own_settings(args),
+    )
+
+
+def _own_settings(args: argparse.Namespace) -> dict[str, Any]:
+    """What our flags say, as arguments of `ServeConfig`."""
+    given = vars(args)
     for name in _PARALLEL:
         if given[name] != 1:
             raise InvalidValueError(f"--{name.replace('_', '-')}", given[name], "must be 1: one device serves a model")
@@ -139,35 +193,20 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
     }
     same = ("dtype", "device", "revision", "max_num_seqs", "enforce_eager", "enable_cpu_offload")
     engine |= {name: given[name] for name in (*same, "vae_use_slicing", "vae_use_tiling")}
-    plain: tuple[str, ...] = (
-        "host",
-        "port",
-        "uds",
-        "allow_credentials",
-        "max_queued_requests",
-        "max_n",
-        "max_steps",
-        "max_pixels",
-    )
-    plain += ("max_frames", "max_prompt_characters", "max_body_mb", "max_input_images", "max_input_pixels")
+    plain: tuple[str, ...] = ("max_queued_requests", "max_n", "max_steps", "max_pixels", "max_frames")
+    plain += ("max_prompt_characters", "max_body_mb", "max_input_images", "max_input_pixels")
     plain += ("allow_unknown_fields", "log_prompts", "log_json", "otlp_traces_endpoint", "ui")
-    lists = ("allowed_origins", "allowed_methods", "allowed_headers", "middleware", "allowed_media_domains")
-    values: dict[str, Any] = {name: given[name] for name in plain}
-    values |= {name: tuple(given[name] or ()) for name in lists}
-    return ServeConfig(
-        engine_args=engine,
-        served_model_names=tuple(args.served_model_name),
-        root_path=args.root_path or "",
-        api_keys=tuple(args.api_key or ()),
-        fastapi_docs=not args.disable_fastapi_docs,
-        warmup=not args.no_warmup,
-        shutdown_timeout_s=args.shutdown_timeout,
-        request_timeout_s=args.request_timeout,
-        sse_keep_alive_s=args.sse_keep_alive_interval,
-        png_metadata=not args.no_png_metadata,
-        store_dir=Path(args.store_dir) if args.store_dir else None,
-        **values,
-    )
+    return {name: given[name] for name in plain} | {
+        "engine_args": engine,
+        "served_model_names": tuple(args.served_model_name),
+        "allowed_media_domains": tuple(args.allowed_media_domains),
+        "warmup": not args.no_warmup,
+        "shutdown_timeout_s": args.shutdown_timeout,
+        "request_timeout_s": args.request_timeout,
+        "sse_keep_alive_s": args.sse_keep_alive_interval,
+        "png_metadata": not args.no_png_metadata,
+        "store_dir": Path(args.store_dir) if args.store_dir else None,
+    }
 
 
 def _cache_config(text: str | None) -> dict[str, Any] | None:

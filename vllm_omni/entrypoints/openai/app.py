@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse
 
 from vllm_omni import _vllm_compat
 from vllm_omni.engine.interface import EngineClient
-from vllm_omni.entrypoints.openai import chat, images, info, metrics, page, videos
+from vllm_omni.entrypoints.openai import chat, images, info, metrics, page, schemas, videos
 from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error, invalid
 from vllm_omni.entrypoints.openai.gate import OPEN_PATHS, Gate
 from vllm_omni.entrypoints.openai.jobs import Jobs
@@ -32,6 +32,7 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
         version=__version__,
         root_path=config.root_path,
         redirect_slashes=False,
+        responses=schemas.ERRORS,
         **{"docs_url": None, "redoc_url": None, "openapi_url": None, **docs},  # type: ignore[arg-type]
     )
     if config.otlp_traces_endpoint:

@@ -16,6 +16,7 @@ from vllm_omni.entrypoints.openai.errors import invalid
 from vllm_omni.entrypoints.openai.fields import check_fields, parse_json
 from vllm_omni.entrypoints.openai.jobs import unless_gone
 from vllm_omni.entrypoints.openai.order import Order, check_makes, check_model, make_order
+from vllm_omni.entrypoints.openai.schemas import ChatReply, replies
 from vllm_omni.entrypoints.openai.sse import Event, EventStream
 from vllm_omni.entrypoints.openai.state import Served, served
 
@@ -46,6 +47,7 @@ _SCHEMA = {
 @router.post(
     "/completions",
     openapi_extra={"requestBody": {"required": True, "content": {"application/json": {"schema": _SCHEMA}}}},
+    responses=replies(ChatReply, streams=True),
 )
 async def completions(request: Request) -> Response:
     """A message whose content is pictures, as data URLs."""

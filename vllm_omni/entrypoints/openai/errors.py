@@ -51,14 +51,18 @@ class ApiError(Exception):
 
     def body(self) -> dict[str, Any]:
         """The envelope; safe to show to anybody."""
-        message = _PRIVATE.sub("…", self.message)
-        if len(message) > MAX_MESSAGE_CHARACTERS:
-            message = message[: MAX_MESSAGE_CHARACTERS - 1] + "…"
-        message = message.encode("utf-8", "replace").decode()
-        return {"error": {"message": message, "type": self.type, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _safe(self.param)  # it may be a client's own word
+        return {"error": {"message": _safe(self.message), "type": self.type, "param": param, "code": self.code}}
 
     def response(self, headers: Mapping[str, str] | None = None) -> JSONResponse:
         return JSONResponse(self.body(), self.status, {**self.headers, **(headers or {})})
+
+
+def _safe(text: str) -> str:
+    text = _PRIVATE.sub("…", text)
+    if len(text) > MAX_MESSAGE_CHARACTERS:
+        text = text[: MAX_MESSAGE_CHARACTERS - 1] + "…"
+    return text.encode("utf-8", "replace").decode()
 
 
 def invalid(param: str | None, message: str, code: str = "invalid_value") -> ApiError:

@@ -80,31 +80,30 @@ class ImageFields(CommonFields):
 def parse_json(body: bytes) -> dict[str, Any]:
     """A JSON object; no NaN, no key twice, no depth that breaks a parser."""
     try:
-        value = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, _Twice):
-            raise invalid(error.key, "is given twice") from None
+        value = load_json(body)
+    except (ValueError, RecursionError):
         raise ApiError(400, "the body must be a JSON object in UTF-8", "invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object", "invalid_json")
     return value
 
 
-class _Twice(ValueError):
-    def __init__(self, key: str) -> None:
-        self.key = key[:100]
-        super().__init__(key)
+def load_json(text: bytes | str) -> Any:
+    """ApiError that names the key for a key that is there twice, or is NaN or Infinity; ValueError, RecursionError."""
+    return json.loads(text, parse_constant=_Constant, object_pairs_hook=_checked)
 
 
-def _no_constant(name: str) -> Any:
-    raise ValueError(name)
+class _Constant(str):
+    """NaN or Infinity, which JSON does not have, until its key is known."""
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:
-            raise _Twice(key)
+            raise invalid(key[:100], "is given twice")
+        if any(isinstance(entry, _Constant) for entry in (value if isinstance(value, list) else [value])):
+            raise invalid(key[:100], "must not be NaN or Infinity, which JSON does not have")
         seen[key] = value
     return seen
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from vllm_omni.entrypoints.openai.errors import ApiError, invalid
+from vllm_omni.entrypoints.openai.fields import load_json
 
 PICTURES = ("image", "image[]")
 MASKS = ("mask", "mask_image")
@@ -117,6 +117,6 @@ def _json(name: str, text: str) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return text
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError):
         raise invalid(name, f"{name} looks like JSON and is none") from None

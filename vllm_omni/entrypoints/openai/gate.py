@@ -64,13 +64,14 @@ class Gate:
             await self.app(scope, self._counted(receive), reply)
         except Exception as error:  # whatever it was, the client gets the envelope and the server lives
             told = as_api_error(error)
-            if told.status == 500:  # a full queue or a server that ends is no fault of ours
+            if told.status == 500:  # a client's mistake, a full queue or a server that ends is no fault of ours
                 logger.exception("request %s failed", request_id)
             if status:
                 raise  # the reply had begun: closing the connection is all that is left
             if isinstance(error, ApiError):
-                await _discard(receive)
-            await told.response()(scope, receive, reply)
+                await _refuse(error, receive, reply)  # its body has not been read
+            else:
+                await told.response()(scope, receive, reply)
         finally:
             self.statuses[status] += 1
             route = scope.get("route")
@@ -119,9 +120,13 @@ class Gate:
                         headers={"Connection": "close"})  # fmt: skip
 
 
-async def _discard(receive: Receive) -> None:
-    """Read what the client still sends, for a while, and keep none of it."""
+async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
+    """Answer at once; then read what the client still sends, for a while, and keep none of it."""
+    response = error.response()
+    await send({"type": "http.response.start", "status": error.status, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
     with suppress(TimeoutError):
         async with asyncio.timeout(LINGER_S):
             while (await receive()).get("more_body", False):
                 pass
+    await send({"type": "http.response.body"})

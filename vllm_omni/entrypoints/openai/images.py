@@ -14,6 +14,7 @@ from vllm_omni.entrypoints.openai.fields import ImageFields, check_fields, parse
 from vllm_omni.entrypoints.openai.forms import Form, read_form
 from vllm_omni.entrypoints.openai.jobs import unless_gone
 from vllm_omni.entrypoints.openai.order import Order, check_makes, check_model, make_order
+from vllm_omni.entrypoints.openai.schemas import Deleted, ImagesReply, replies
 from vllm_omni.entrypoints.openai.sse import EventStream
 from vllm_omni.entrypoints.openai.state import Served, served
 
@@ -32,7 +33,11 @@ def _form_schema() -> dict[str, Any]:
     return schema
 
 
-@router.post("/generations", openapi_extra=_body("application/json", ImageFields.model_json_schema()))
+@router.post(
+    "/generations",
+    openapi_extra=_body("application/json", ImageFields.model_json_schema()),
+    responses=replies(ImagesReply, streams=True),
+)
 async def generations(request: Request) -> Response:
     """Pictures of a prompt: an ImagesResponse, or with `stream` its events."""
     here = served(request)
@@ -51,7 +56,11 @@ async def generations(request: Request) -> Response:
     return await answer(here, request, make_order(fields, here.info, here.config), "image_generation")
 
 
-@router.post("/edits", openapi_extra=_body("multipart/form-data", _form_schema()))
+@router.post(
+    "/edits",
+    openapi_extra=_body("multipart/form-data", _form_schema()),
+    responses=replies(ImagesReply, streams=True),
+)
 async def edits(request: Request) -> Response:
     """Pictures of a prompt and of pictures given."""
     here = served(request)
@@ -76,7 +85,7 @@ async def variations() -> Response:
     raise ApiError(410, "variations are no more; use /v1/images/edits", "gone")
 
 
-@router.delete("/jobs/{job_id}")
+@router.delete("/jobs/{job_id}", responses=replies(Deleted))
 async def cancel(job_id: str, request: Request) -> Response:
     """End a running request within one step; its own reply says that it was cancelled."""
     if not await served(request).jobs.cancel(job_id):

@@ -7,9 +7,11 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from vllm_omni.entrypoints.openai import schemas
 from vllm_omni.entrypoints.openai.errors import unavailable
 from vllm_omni.entrypoints.openai.fields import QUALITY_CACHE
 from vllm_omni.entrypoints.openai.order import check_model
+from vllm_omni.entrypoints.openai.schemas import replies
 from vllm_omni.entrypoints.openai.state import Served, served
 from vllm_omni.errors import EngineDeadError
 from vllm_omni.outputs.media import IMAGE_FORMATS
@@ -18,14 +20,14 @@ from vllm_omni.version import __version__
 router = APIRouter(tags=["server"])
 
 
-@router.get("/v1/models")
+@router.get("/v1/models", responses=replies(schemas.Models))
 async def models(request: Request) -> dict[str, Any]:
     """One entry per name that the model is served under."""
     here = served(request)
     return {"object": "list", "data": [_model(name, here) for name in here.config.model_names]}
 
 
-@router.get("/v1/models/{model_id:path}")
+@router.get("/v1/models/{model_id:path}", responses=replies(schemas.Model))
 async def model(model_id: str, request: Request) -> dict[str, Any]:
     """A model with what it can do, its defaults and the server's limits."""
     here = served(request)
@@ -67,13 +69,13 @@ def _model(name: str, here: Served) -> dict[str, Any]:
     }
 
 
-@router.get("/health/live")
+@router.get("/health/live", response_class=Response)
 async def live() -> Response:
     """200 while the server's loop turns."""
     return Response(status_code=200)
 
 
-@router.get("/health/ready")
+@router.get("/health/ready", response_class=Response)
 async def ready(request: Request) -> Response:
     """200 while requests can be served; 503 while the model loads, restarts or drains."""
     if not served(request).engine.ready:
@@ -81,22 +83,22 @@ async def ready(request: Request) -> Response:
     return Response(status_code=200)
 
 
-@router.get("/health")
-@router.get("/ping")
-@router.post("/ping")
+@router.get("/health", response_class=Response)
+@router.get("/ping", response_class=Response)
+@router.post("/ping", response_class=Response)
 async def health(request: Request) -> Response:
     """200 while the engine answers; asks it."""
     await served(request).engine.check_health()
     return Response(status_code=200)
 
 
-@router.get("/version")
+@router.get("/version", responses=replies(schemas.Version))
 async def version() -> dict[str, str]:
     """The package's version."""
     return {"version": __version__}
 
 
-@router.get("/v1/omni/cache")
+@router.get("/v1/omni/cache", responses=replies(schemas.Cache))
 async def cache(request: Request) -> Response:
     """Backend, settings, presets, and the skips of the last requests."""
     here = served(request)

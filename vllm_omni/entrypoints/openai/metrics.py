@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from fastapi import APIRouter, Request
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from starlette.responses import Response
+from starlette.responses import PlainTextResponse, Response
 
 from vllm_omni.engine.interface import EngineStats
 from vllm_omni.entrypoints.openai.state import LATENCY_BOUNDS, Served, served
@@ -16,7 +16,7 @@ router = APIRouter(tags=["server"])
 BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
     here = served(request)

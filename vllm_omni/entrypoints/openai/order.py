@@ -16,6 +16,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 MAX_LIST = 1000  # entries of a curve or mask that a request may bring
 MAX_ADAPTERS = 16
+MAX_DEPTH = 4
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,7 @@ def _size(fields: ImageFields, info: ModelInfo, config: ServeConfig, pictures: t
 def _cache(fields: ImageFields, info: ModelInfo) -> Any:
     """The request's own setting, else what its quality stands for; profiles by name only, never a path."""
     asked = fields.cache
+    _check_plain(asked, "cache")
     if asked is None:
         return QUALITY_CACHE[fields.quality or "auto"] if info.cache.get("backend") else None
     if isinstance(asked, str):
@@ -148,16 +150,31 @@ def _cache(fields: ImageFields, info: ModelInfo) -> Any:
     if (profile := asked.get("profile")) is not None and (not isinstance(profile, str) or profile not in known):
         names = ", ".join(known) or "it has none"
         raise invalid("cache.profile", f"cache.profile must name a profile of this checkpoint: {names}")
-    for name, value in asked.items():
-        if isinstance(value, list | tuple | str) and len(value) > MAX_LIST:
-            raise invalid(f"cache.{name}"[:100], f"may have at most {MAX_LIST} entries")
     return asked
 
 
 def _adapters(lora: Any) -> Any:
     if isinstance(lora, list) and len(lora) > MAX_ADAPTERS:
         raise invalid("lora", f"at most {MAX_ADAPTERS} adapters")
+    _check_plain(lora, "lora")
     return lora
+
+
+def _check_plain(value: Any, field: str, depth: int = 0) -> None:
+    """Refuse what is too much, or could not cross to the engine: no field but these two holds values of any kind."""
+    if isinstance(value, dict | list | str) and len(value) > MAX_LIST:
+        raise invalid(field[:100], f"may have at most {MAX_LIST} entries")
+    if isinstance(value, dict | list) and depth == MAX_DEPTH:
+        raise invalid(field[:100], f"may be nested {MAX_DEPTH} deep at most")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise invalid(field[:100], "must be valid Unicode, without lone surrogates")
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise invalid(field[:100], "must be a number of 64 bits")
+    if isinstance(value, dict):
+        _check_plain(list(value), field, depth)
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        _check_plain(entry, f"{field}.{key}" if isinstance(value, dict) else field, depth + 1)
 
 
 def _known_to_model(values: dict[str, Any], info: ModelInfo) -> None:

@@ -16,6 +16,7 @@ from vllm_omni.entrypoints.openai.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.fields import check_fields_of, parse_json
 from vllm_omni.entrypoints.openai.forms import Form, read_form
 from vllm_omni.entrypoints.openai.order import check_makes, check_model
+from vllm_omni.entrypoints.openai.schemas import Deleted, VideoPage, VideoReply, replies
 from vllm_omni.entrypoints.openai.state import Served, served
 from vllm_omni.entrypoints.openai.video_fields import REFERENCE, VideoFields, check_reference, make_video_order
 from vllm_omni.entrypoints.openai.video_jobs import VideoJobs
@@ -57,7 +58,7 @@ def _body() -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
-@router.post("", openapi_extra=_body())
+@router.post("", openapi_extra=_body(), responses=replies(VideoReply))
 async def create(request: Request) -> Response:
     """Queue a video, from a multipart form or a JSON object; 503 where the queue is full."""
     here = served(request)
@@ -92,7 +93,7 @@ async def create(request: Request) -> Response:
     return _reply(job, jobs)
 
 
-@router.get("")
+@router.get("", responses=replies(VideoPage))
 async def page(
     request: Request,
     after: Annotated[str | None, Query(max_length=100)] = None,
@@ -109,14 +110,18 @@ async def page(
     return JSONResponse({"object": "list", "data": data, **ends, "has_more": len(found) > limit})
 
 
-@router.get("/{video_id}")
+@router.get("/{video_id}", responses=replies(VideoReply))
 async def retrieve(video_id: str, request: Request) -> Response:
     """Where a job stands. A job that failed is a 200 too: its `error` says why."""
     jobs = _jobs(request)
     return _reply(_found(video_id, jobs), jobs)
 
 
-@router.get("/{video_id}/content")
+@router.get(
+    "/{video_id}/content",
+    response_class=FileResponse,
+    responses={200: {"content": {kind: {} for kind in _MEDIA.values()}}},
+)
 async def content(
     video_id: str, request: Request, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
 ) -> Response:
@@ -129,7 +134,7 @@ async def content(
     return FileResponse(jobs.store.file(job, variant), media_type=_MEDIA[variant], filename=name)
 
 
-@router.delete("/{video_id}")
+@router.delete("/{video_id}", responses=replies(Deleted))
 async def delete(video_id: str, request: Request) -> Response:
     """End a job within one step, and forget it and its files."""
     if not _jobs(request).delete(video_id):
