@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Bench, Timing, arguments, begin, build_flux, interleaved, last_line, table
+from common import Bench, Size, Timing, arguments, begin, build_flux, interleaved, last_line, table
 
 BASE = {"requests": 1, "steps": 14, "side": 16, "depth": 2}  # 64 image tokens, 2 double and 4 single blocks
 SWEEPS = {"requests": (1, 2, 4, 8, 16), "steps": (7, 14, 28, 56), "side": (8, 16, 32, 64), "depth": (1, 2, 4, 8)}
@@ -44,7 +44,7 @@ def sweep(name: str, values: tuple[int, ...], options: Any) -> dict[str, Any]:
     for value in values:
         at = BASE | {name: value}
         for kind in ("uncached", "cached"):
-            bench = build_flux((at["depth"], 2 * at["depth"], 2, 64, at["side"]))
+            bench = build_flux(Size(at["depth"], 2 * at["depth"], 2, 64, at["side"]))
             jobs[kind, value] = _job(bench, at["requests"], at["steps"], kind == "cached")
     timings: dict[Any, Timing] = interleaved(jobs, options.repeats)
     x = {"side": [(v // 2) ** 2 for v in values], "depth": [3 * v for v in values]}.get(name, list(values))
