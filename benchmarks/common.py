@@ -178,17 +178,13 @@ def interleaved(jobs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int
     return timings
 
 
-def by_step(jobs: Mapping[str, Callable[[], Any]], repeats: int, steps: int) -> dict[str, tuple[float, Timing]]:
-    """As `interleaved`, for jobs that are one request each: (the sum over its parts of each part's fastest round, the
-    whole rounds).
-
-    A part ends where the scheduler's `step` returns. What a neighbour on the machine takes only ever adds, and it hits
-    other steps in every round: the sum is steady to a percent where whole rounds differ by thirty.
-    """
-    from diffusers import FlowMatchEulerDiscreteScheduler as Scheduler
+@contextmanager
+def stamped_steps() -> Iterator[list[float]]:
+    """For the duration, the list notes when each scheduler step ends. Enter it before anything wraps a scheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
 
     stamps: list[float] = []
-    own = Scheduler.step
+    own = FlowMatchEulerDiscreteScheduler.step
 
     @functools.wraps(own)
     def stamped(*args: Any, **kwargs: Any) -> Any:
@@ -196,21 +192,31 @@ def by_step(jobs: Mapping[str, Callable[[], Any]], repeats: int, steps: int) -> 
         stamps.append(now())
         return result
 
+    FlowMatchEulerDiscreteScheduler.step = stamped
+    try:
+        yield stamps
+    finally:
+        FlowMatchEulerDiscreteScheduler.step = own
+
+
+def by_step(
+    jobs: Mapping[str, Callable[[], Any]], repeats: int, stamps: list[float]
+) -> dict[str, tuple[float, Timing]]:
+    """As `interleaved`, for jobs that are one request each: (seconds summed over its steps, of each step its fastest
+    round; the whole rounds).
+
+    What a neighbour on the machine takes only ever adds, and it hits other steps in every round: the sum is steady to
+    a percent where whole rounds differ by thirty.
+    """
     parts: dict[str, list[list[float]]] = {name: [] for name in jobs}
 
     def timed(name: str) -> None:
         stamps[:] = [now()]
         jobs[name]()
         stamps.append(now())
-        if len(stamps) != steps + 2:
-            raise RuntimeError(f"{name} made {len(stamps) - 2} steps instead of {steps}")
         parts[name].append([b - a for a, b in pairwise(stamps)])
 
-    Scheduler.step = stamped
-    try:
-        interleaved({name: functools.partial(timed, name) for name in jobs}, repeats)
-    finally:
-        Scheduler.step = own
+    interleaved({name: functools.partial(timed, name) for name in jobs}, repeats)
     measured = {name: rounds[1:] for name, rounds in parts.items()}  # the first one warms up
     return {
         name: (sum(map(min, zip(*rounds, strict=True))), Timing([sum(r) for r in rounds]))

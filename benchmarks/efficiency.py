@@ -23,6 +23,7 @@ from common import (
     by_step,
     count_block_forwards,
     last_line,
+    stamped_steps,
     table,
 )
 
@@ -41,11 +42,12 @@ def main() -> None:
     options = parser.parse_args()
     result = {"benchmark": "efficiency", **begin(options), "sizes": {}}
     for size in options.sizes:
-        result["sizes"][size] = measure(size, options)
+        with stamped_steps() as stamps:
+            result["sizes"][size] = measure(size, options, stamps)
     last_line(result)
 
 
-def measure(size: str, options: Any) -> dict[str, Any]:
+def measure(size: str, options: Any, stamps: list[float]) -> dict[str, Any]:
     """One model size: every variant's efficiency."""
     from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
 
@@ -67,17 +69,15 @@ def measure(size: str, options: Any) -> dict[str, Any]:
 
     total = count_block_forwards(base.pipe.transformer, variants["uncached"][1])
     computed = {name: count_block_forwards(bench.pipe.transformer, run) for name, (bench, run) in variants.items()}
-    timings = by_step({name: run for name, (_, run) in variants.items()}, options.repeats, options.steps)
+    timings = by_step({name: run for name, (_, run) in variants.items()}, options.repeats, stamps)
 
     plain, _ = timings["uncached"]
     rows, figures = [], {}
     for name, (seconds, whole) in timings.items():
         speedup, ideal = plain / seconds, total / computed[name]
-        blocks = total // options.steps
-        rows.append(
-            [name, computed[name] // blocks, seconds, whole.median, whole.spread, speedup, ideal, speedup / ideal]
-        )
-        figures[name] = {"full_forwards": computed[name] // blocks, "speedup": speedup, "efficiency": speedup / ideal}
+        full = computed[name] * options.steps // total
+        rows.append([name, full, seconds, whole.median, whole.spread, speedup, ideal, speedup / ideal])
+        figures[name] = {"full_forwards": full, "speedup": speedup, "efficiency": speedup / ideal}
     milliseconds = 1e3 * plain / options.steps
     print(f"{size}: {base.parameters / 1e6:.1f} M parameters, {options.steps} steps of {milliseconds:.1f} ms uncached")
     headers = ["full forwards", "fastest steps s", "median s", "spread", "speed-up", "blocks saved", "efficiency"]
