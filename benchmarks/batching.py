@@ -6,7 +6,7 @@ the same run, in turn. Requests of 10 to 50 steps do not keep 16 rows full to th
 ratio for the batch sizes that really occurred, so that the two losses can be told apart. A second table says where the
 time goes on either side. Seconds are summed over steps, of each its fastest round (`common.by_step`).
 
-`--size` takes a random-weight model instead of the demo; with "large, many tokens" a row fills the machine, and
+`--size` takes a random-weight model instead of the demo; with "large-1088" a row fills the machine, and
 batching gains nothing. Bars: throughput ratio / limit >= 0.9 on the demo; ratio >= 0.98 where batching gains nothing.
 """
 
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from common import SIZES, Stopwatch, arguments, begin, build_flux, by_step, last_line, now, stamped_steps, table
 
-_FORWARDS = 10  # of one size in a row, per round
+_FORWARDS = 5  # of one size in a row, per round
 RULE = {"mag_threshold": 0.24, "mag_max_skip_steps": 5, "mag_retention_ratio": 0.1}
 EQUAL = {"predictor": "reuse", "compute_last_step": False, "curve_resampling": "nearest"}
 PROMPTS = ["red apple", "penguin", "guitar", "octopus", "sunflower", "soccer ball", "rainbow", "sailboat"]

@@ -34,7 +34,7 @@ _SEEDS = count()  # a prompt comes once
 
 def main() -> None:
     parser = arguments(__doc__)
-    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["small", "large"])
+    parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["small", "large", "small-72", "large-72"])
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--threshold", type=float, default=0.24)
     parser.add_argument("--max-skip-steps", type=int, default=5)

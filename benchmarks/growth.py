@@ -1,7 +1,7 @@
 """How cost grows with requests, steps, tokens and blocks: the engine's time, uncached and cached, as a power law.
 
-time = a * x^b: b is fitted by least squares on logarithms. In steps and blocks b is 1 where fixed costs are nothing; in
-requests it is below 1 as far as batching pays; in tokens it lies between 1 (matrices) and 2 (attention). "ideal" is the
+time = a * x^b: b is fitted by least squares on logarithms, of each job its fastest round. In steps and blocks b is 1
+where fixed costs are nothing; in requests it is below 1 as far as batching pays; in tokens it lies between 1 (matrices) and 2 (attention). "ideal" is the
 growth of what must be computed: rows, steps or blocks times tokens; only for tokens attention adds to it.
 """
 
@@ -50,7 +50,7 @@ def sweep(name: str, values: tuple[int, ...], options: Any) -> dict[str, Any]:
     x = {"side": [(v // 2) ** 2 for v in values], "depth": [3 * v for v in values]}.get(name, list(values))
     curve: dict[str, Any] = {"x": x}
     for kind in ("uncached", "cached"):
-        seconds = [timings[kind, value].median for value in values]
+        seconds = [timings[kind, value].fastest for value in values]
         slope, _ = np.polyfit(np.log(x), np.log(seconds), 1)
         curve |= {kind: seconds, f"{kind}_exponent": float(slope)}
     return curve

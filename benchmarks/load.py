@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, begin, last_line, table
+from common import arguments, begin, last_line, now, table
 
 from vllm_omni.diffusion.cache.profile import shipped_profile
 from vllm_omni.quality.peers import private
@@ -44,13 +44,14 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--requests", type=int, default=32, help="per round (default %(default)s)")
     parser.add_argument(
-        "--open-loads", type=float, nargs="+", default=[0.7, 1.2], help="of diffusers' MagCache capacity"
+        "--open-loads", type=float, nargs="*", default=[0.7, 1.2], help="of diffusers' MagCache capacity"
     )
     options = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "load", **begin(options), "model": "demo", "requests": options.requests}
     requests = [(PROMPTS[i % len(PROMPTS)], STEPS[(i * 3) % len(STEPS)], i) for i in range(options.requests)]
     engine, serial, static = Engine(), peers(), static_peers()
-    loads = [("closed", clients) for clients in options.clients] + [("open", share) for share in options.open_loads]
+    loads = [("closed", clients) for clients in options.clients]
+    loads += [("open", share) for share in options.open_loads if options.clock == "wall"]  # arrivals are in wall time
     shares = computed_shares(engine, serial, static, requests[: len(STEPS)])  # and everything has run once
     services: dict[str, list[list[float]]] = {name: [] for name in serial}
     rounds: dict[str, dict[tuple[str, float], list[Run]]] = {
@@ -138,13 +139,13 @@ def _queue(
 
 def serve_static(call: Callable[[list[Request]], Any], requests: list[Request], clients: int) -> Run:
     """Static batches in a closed loop: the waiting requests of equal step counts, oldest first, in one call."""
-    began = time.perf_counter()
+    began = now()
     waiting = list(range(min(clients, len(requests))))
     asked, upcoming, latencies = dict.fromkeys(waiting, 0.0), len(waiting), []
     while waiting:
         batch = [i for i in waiting if requests[i][1] == requests[waiting[0]][1]]
         call([requests[i] for i in batch])
-        passed = time.perf_counter() - began
+        passed = now() - began
         for i in batch:
             waiting.remove(i)
             latencies.append(passed - asked[i])
@@ -152,7 +153,7 @@ def serve_static(call: Callable[[list[Request]], Any], requests: list[Request], 
                 waiting.append(upcoming)
                 asked[upcoming] = passed
                 upcoming += 1
-    return time.perf_counter() - began, latencies
+    return now() - began, latencies
 
 
 def peers() -> dict[str, Callable[[Request], float]]:
@@ -263,9 +264,9 @@ class Engine:
         return self._run(requests, came, 0)
 
     def _run(self, requests: list[Request], came: list[float], clients: int) -> tuple[float, list[float]]:
-        began, asked, latencies, sent = time.perf_counter(), {}, [], 0
+        began, asked, latencies, sent = now(), {}, [], 0
         while len(latencies) < len(requests):
-            passed = time.perf_counter() - began
+            passed = now() - began
             while sent < len(came) and came[sent] <= passed:
                 asked[self._add(requests[sent])] = came[sent] if not clients else passed
                 sent += 1
@@ -275,11 +276,11 @@ class Engine:
             for output in self.omni.engine.step():
                 if output.error is not None:
                     raise output.error
-                passed = time.perf_counter() - began
+                passed = now() - began
                 latencies.append(passed - asked.pop(output.request_id))
                 if clients and len(came) < len(requests):
                     came.append(passed)
-        return time.perf_counter() - began, latencies
+        return now() - began, latencies
 
 
 def _plain() -> tuple[Any, dict[str, Any]]:
@@ -314,9 +315,9 @@ def _with_own_cache(pipe: Any, defaults: dict[str, Any], requests: list[Request]
 
 
 def _timed(job: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+    began = now()
     job()
-    return time.perf_counter() - began
+    return now() - began
 
 
 if __name__ == "__main__":
