@@ -1,8 +1,8 @@
 """How cost grows with requests, steps, tokens and blocks: the engine's time, uncached and cached, as a power law.
 
 time = a * x^b: b is fitted by least squares on logarithms, of each job its fastest round. In steps and blocks b is 1
-where fixed costs are nothing; in requests it is below 1 as far as batching pays; in tokens it lies between 1 (matrices) and 2 (attention). "ideal" is the
-growth of what must be computed: rows, steps or blocks times tokens; only for tokens attention adds to it.
+where fixed costs are nothing; in requests it is below 1 as far as batching pays; in tokens it lies between 1
+(matrices) and 2 (attention).
 """
 
 from __future__ import annotations
