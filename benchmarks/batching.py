@@ -4,7 +4,8 @@ Both sides run the plans of the published rule without a guard, so full forwards
 batching limit is what the hardware gives at best: transformer time per row at batch 1 / at batch 16, measured in
 the same run, in turn. Requests of 10 to 50 steps do not keep 16 rows full to the end; "occupancy limit" is the same
 ratio for the batch sizes that really occurred, so that the two losses can be told apart. A second table says where the
-time goes on either side. Seconds are summed over steps, of each its fastest round (`common.by_step`).
+time goes on either side: text encoders and VAE serve one request at a time, which bounds what whole requests can gain
+(`whole_request_limit`). Seconds are summed over steps, of each its fastest round (`common.by_step`).
 
 `--size` takes a random-weight model instead of the demo; with "large-1088" a row fills the machine, and
 batching gains nothing. Bars: throughput ratio / limit >= 0.9 on the demo; ratio >= 0.98 where batching gains nothing.
@@ -94,6 +95,9 @@ def measure(options: Any, result: dict[str, Any], stamps: list[float]) -> None:
         ],
     )
     where = _profile(omni, subject.pipe, batched, one_by_one)
+    share = where["one by one"]["transformer"] / where["one by one"]["total"]
+    whole = 1 / (1 - share + share / limit)
+    print(f"limit of whole requests, {1 - share:.2f} of whose time no batch shortens: {whole:.2f}\n")
     last_line(
         result
         | {
@@ -104,6 +108,7 @@ def measure(options: Any, result: dict[str, Any], stamps: list[float]) -> None:
             "throughput_ratio": ratio,
             "batching_limit": limit,
             "ratio_over_limit": ratio / limit,
+            "whole_request_limit": whole,
             "occupancy_limit": occupancy,
             "ratio_over_occupancy_limit": ratio / occupancy,
             "compute_forwards_by_rows": dict(sorted(sizes.items())),
