@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Family
+from peft import LoraConfig
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -34,8 +35,9 @@ def test_every_described_class_is_tested() -> None:
     assert tested == {name for name, spec in DENOISERS.items() if spec.conditioning}
 
 
-def latents(family: Family, pipeline: Any, i: int = 0) -> torch.Tensor:
+def latents(family: Family, pipeline: Any, i: int = 0, **more: Any) -> torch.Tensor:
     arguments = {**family.settings, **family.prompt(i), **family.guided(2.0 + i), "num_inference_steps": len(MASK)}
+    arguments |= more
     output = pipeline(**arguments, generator=torch.Generator("cpu").manual_seed(i), output_type="latent")
     return next(iter(output.values())).clone()
 
@@ -130,6 +132,20 @@ def test_weights_that_change_between_requests_are_seen(name: str) -> None:
                 weight.data.mul_(1.5)
     after = latents(family, pipeline)
     assert torch.equal(after, latents(family, fresh)) and not torch.allclose(after, before, atol=1e-4)
+
+
+def test_an_adapter_on_the_embedding_has_its_scale_in_skipped_steps_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = named("FLUX.1")
+    pipeline = family.build()
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=["linear_1", "linear_2"])
+    pipeline.transformer.add_adapter(config)
+    MagCacheBackend(DiffusionCacheConfig(**CACHE)).enable(pipeline)
+    half, full = [latents(family, pipeline, joint_attention_kwargs={"scale": scale}) for scale in (0.5, 1.0)]
+    assert not torch.allclose(half, full, atol=1e-4)
+    monkeypatch.setattr(Conditioning, "enter", lambda self, memory: None)
+    for scale, remembered in ((0.5, half), (1.0, full)):
+        assert torch.equal(latents(family, pipeline, joint_attention_kwargs={"scale": scale}), remembered)
 
 
 @pytest.mark.parametrize("name", ["FLUX.1", "CogView4"])

@@ -25,18 +25,20 @@ class _Remembering(torch.nn.Module):
     def __init__(self, name: str, child: torch.nn.Module) -> None:
         super().__init__()
         self.name = name
+        self.child = child
+        self.memory: Memory = {}
         self._sinusoids: Memory | None = None if next(child.parameters(), None) is not None else {}
-        self.use(child, {})
 
     def use(self, child: torch.nn.Module, memory: Memory) -> None:
-        """For one forward. `child` is not registered: its weights are the model's."""
-        vars(self).update(child=child, memory=memory if self._sinusoids is None else self._sinusoids)
+        """For one forward; `child` is whatever has its place now."""
+        self._modules["child"] = child  # as an assignment does it, less the checks
+        self.memory = memory if self._sinusoids is None else self._sinusoids
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or x.device.type != "cpu" or x.nbytes > _LARGEST or torch.is_grad_enabled():
             return self.child(x, *args, **kwargs)
         known = self.memory.setdefault(self.name, {})
-        key = (x.dtype, x.shape, x.reshape(-1).view(torch.uint8).numpy().tobytes())
+        key = (x.dtype, x.shape, x.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
         output = known.get(key)
         if output is None:
             while len(known) >= (_KEPT if self._sinusoids is None else _KEPT_SINUSOIDS):
