@@ -1,8 +1,10 @@
-"""What a request's skipped steps need not embed again: guidance, pooled text and sizes are the same in each of them.
+"""What skipped steps need not embed again: guidance, pooled text and sizes are a request's own and the same in each of
+them, and the timesteps of one schedule come again with the next request.
 
-For one forward, the children of an embedding module are exchanged for stand-ins that know their last outputs by the
-very bytes of the input, so nothing that is found can be wrong. Bytes are read on the CPU alone, where that is free;
-on a device every child runs as always.
+For one forward, the children of an embedding module are exchanged for stand-ins that know earlier outputs by the very
+values of the input. A request's own are always right, since its weights, adapters and scales do not change under it.
+Those of the request before are used once the first of them has been computed again and was the same to the bit.
+Values are read on the CPU alone, where that is free; on a device every child runs as always.
 """
 
 from __future__ import annotations
@@ -12,39 +14,57 @@ from typing import Any
 
 import torch
 
-Memory = dict[str, dict[Hashable, torch.Tensor]]  # a request's own: its model's weights and adapters do not change
+Known = dict[Hashable, torch.Tensor]
+Memory = dict[str, Known]  # a request's own, by child
 
 _LARGEST = 2**14  # bytes of an input worth comparing
 _KEPT = 4  # outputs of each child per request: its guidance branches, one step
-_KEPT_SINUSOIDS = 1024  # about a KB each
+_KEPT_OF_LAST = 256  # outputs of each child, over requests: steps of a schedule or two
 
 
 class _Remembering(torch.nn.Module):
-    """One child of an embedding. Without weights, as timesteps' sinusoids are, it remembers across requests."""
+    """Stands in for one child of an embedding."""
 
     def __init__(self, name: str, child: torch.nn.Module) -> None:
         super().__init__()
         self.name = name
         self.child = child
-        self.memory: Memory = {}
-        self._sinusoids: Memory | None = None if next(child.parameters(), None) is not None else {}
+        self._own: Known = {}
+        self._last: Known = {}
+        self._owner: Known = {}  # whose outputs `_last` are known to agree with
 
     def use(self, child: torch.nn.Module, memory: Memory) -> None:
         """For one forward; `child` is whatever has its place now."""
         self._modules["child"] = child  # as an assignment does it, less the checks
-        self.memory = memory if self._sinusoids is None else self._sinusoids
+        self._own = memory.setdefault(self.name, {})
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or x.device.type != "cpu" or x.nbytes > _LARGEST or torch.is_grad_enabled():
             return self.child(x, *args, **kwargs)
-        known = self.memory.setdefault(self.name, {})
-        key = (x.dtype, x.shape, x.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
-        output = known.get(key)
+        key = (x.dtype, x.shape, x.detach().double().numpy().tobytes())
+        output = self._own.get(key)
         if output is None:
-            while len(known) >= (_KEPT if self._sinusoids is None else _KEPT_SINUSOIDS):
-                del known[next(iter(known))]
-            output = known[key] = self.child(x)
+            output = self._ask(key, x)
+            _keep(self._own, key, output, _KEPT)
         return output
+
+    def _ask(self, key: Hashable, x: torch.Tensor) -> torch.Tensor:
+        known = self._last.get(key)
+        if known is not None and self._owner is self._own:
+            return known
+        output = self.child(x)
+        if self._owner is not self._own:  # another request: what was true of the last one may not be of this
+            if known is None or not torch.equal(known, output):
+                self._last.clear()
+            self._owner = self._own
+        _keep(self._last, key, output, _KEPT_OF_LAST)
+        return output
+
+
+def _keep(known: Known, key: Hashable, output: torch.Tensor, most: int) -> None:
+    known[key] = output
+    while len(known) > most:
+        del known[next(iter(known))]
 
 
 class Conditioning:
