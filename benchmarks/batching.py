@@ -1,78 +1,84 @@
-"""Mixed-step requests through one engine, against diffusers one after another with the same cache and seeds.
+"""Mixed-step requests through one engine, against diffusers with its own MagCache one after another.
 
-The batching limit is what the hardware gives at best: transformer time per row at batch 1 / at batch 16, measured in
+Both sides run the plans of the published rule without a guard, so full forwards are equal; they are counted. The
+batching limit is what the hardware gives at best: transformer time per row at batch 1 / at batch 16, measured in
 the same run, in turn. Requests of 10 to 50 steps do not keep 16 rows full to the end; "occupancy limit" is the same
 ratio for the batch sizes that really occurred, so that the two losses can be told apart. A second table says where the
-time goes on either side.
+time goes on either side: text encoders and VAE serve one request at a time, which bounds what whole requests can gain
+(`whole_request_limit`). Seconds are summed over steps, of each its fastest round (`common.by_step`).
 
-Bar: throughput ratio / limit >= 0.8.
+`--size` takes a random-weight model instead of the demo; with "large-1088" a row fills the machine, and
+batching gains nothing. Bars: throughput ratio / limit >= 0.9 on the demo; ratio >= 0.98 where batching gains nothing.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from common import Stopwatch, arguments, begin, interleaved, last_line, now, paired_ratio, table
+from common import SIZES, Stopwatch, arguments, begin, build_flux, by_step, last_line, now, stamped_steps, table
 
-_FORWARDS = 10  # of one size in a row, per round
+_FORWARDS = 5  # of one size in a row, per round
+RULE = {"mag_threshold": 0.24, "mag_max_skip_steps": 5, "mag_retention_ratio": 0.1}
+EQUAL = {"predictor": "reuse", "compute_last_step": False, "curve_resampling": "nearest"}
 PROMPTS = ["red apple", "penguin", "guitar", "octopus", "sunflower", "soccer ball", "rainbow", "sailboat"]
 
 
 def main() -> None:
     parser = arguments(__doc__, repeats=5)
-    parser.add_argument("--model", default="demo", help="shipped name or diffusers folder (default %(default)s)")
+    parser.add_argument("--size", choices=list(SIZES), help="random weights instead of the demo model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--min-steps", type=int, default=10)
     parser.add_argument("--max-steps", type=int, default=50)
-    parser.add_argument("--no-cache", action="store_true", help="both sides uncached")
     options = parser.parse_args()
-    result = {"benchmark": "batching", **begin(options), "model": options.model, "dtype": options.dtype}
+    result = {"benchmark": "batching", **begin(options), "model": options.size or "demo", "dtype": options.dtype}
+    with stamped_steps() as stamps:
+        measure(options, result, stamps)
 
-    from vllm_omni import Omni
 
-    engine_args: dict[str, Any] = {"dtype": options.dtype, "max_num_seqs": options.requests}
-    settings = None if options.no_cache else _cache_settings(options)
-    if settings is not None:
-        engine_args |= {"cache_backend": "magcache", "cache_config": settings}
-    omni = Omni(options.model, **engine_args)
-    plain = _PlainPipeline(options, settings)
-    requests = _requests(options)
+def measure(options: Any, result: dict[str, Any], stamps: list[float]) -> None:
+    """Both sides in turn, and the transformer alone."""
+    subject = Random(options) if options.size else Demo(options)
+    omni, requests = subject.omni, _requests(options)
 
     def batched() -> list[Any]:
-        params = [{"num_inference_steps": steps, "seed": seed} for _, steps, seed in requests]
-        outputs = omni.generate([prompt for prompt, _, _ in requests], params, use_tqdm=False)
+        params = [{"num_inference_steps": steps, "seed": seed} | subject.arguments for _, steps, seed in requests]
+        outputs = omni.generate([subject.prompt(request) for request in requests], params, use_tqdm=False)
         for output in outputs:
             if output.error is not None:
                 raise output.error
         return outputs
 
     def one_by_one() -> None:
-        for prompt, steps, seed in requests:
-            plain.run(prompt, steps, seed)
+        for request in requests:
+            subject.plain(request)
 
-    row_seconds = _row_seconds(omni, batched, options)
-    jobs: dict[str, Callable[[], Any]] = {"diffusers one by one": one_by_one, "engine": batched}
+    row_seconds = _row_seconds(omni, batched, stamps)
+    jobs: dict[str, Callable[[], Any]] = {"diffusers' MagCache one by one": one_by_one, "engine": batched}
     jobs |= {f"forward of {rows}": run for rows, run in row_seconds.items()}
-    timings = interleaved(jobs, options.repeats)
+    timings = by_step(jobs, options.repeats, stamps)
 
-    sequential, engine = timings["diffusers one by one"], timings["engine"]
-    ratio = paired_ratio(sequential, engine)
+    (sequential, _), (engine, _) = (timings[name] for name in list(jobs)[:2])
+    ratio = sequential / engine
     top = max(row_seconds)
-    limit = top * paired_ratio(timings["forward of 1"], timings[f"forward of {top}"])
-    sizes = _batch_sizes(omni, batched)
-    curve = {rows: timings[f"forward of {rows}"].median / _FORWARDS for rows in row_seconds}
+    curve = {rows: timings[f"forward of {rows}"][0] / _FORWARDS for rows in row_seconds}
+    limit = top * curve[1] / curve[top]
+    sizes = _batch_sizes(omni.engine.worker.pipeline, batched)
+    alone = _batch_sizes(subject.pipe, one_by_one)
+    if sum(rows * count for rows, count in sizes.items()) != alone[1]:
+        raise SystemExit(f"unequal work: {sizes} against {alone}")
     occupancy = _occupancy_limit(sizes, curve)
     steps = f"{options.min_steps} to {options.max_steps} steps"
-    print(f"{options.requests} requests, {steps}, {options.model}, {options.dtype}")
+    print(f"{options.requests} requests, {steps}, {result['model']}, {options.dtype}, {alone[1]} full forwards")
     table(
-        ["", "median s", "spread", "pictures/s"],
+        ["", "fastest steps s", "median s", "spread", "pictures/s"],
         [
-            [name, t.median, t.spread, options.requests / t.median]
-            for name, t in timings.items()
+            [name, seconds, whole.median, whole.spread, options.requests / seconds]
+            for name, (seconds, whole) in timings.items()
             if "forward" not in name
         ],
     )
@@ -88,17 +94,21 @@ def main() -> None:
             ["occupancy limit (batches as they occurred)", occupancy, ratio / occupancy],
         ],
     )
-    where = _profile(omni, plain, batched, one_by_one)
+    where = _profile(omni, subject.pipe, batched, one_by_one)
+    share = where["one by one"]["transformer"] / where["one by one"]["total"]
+    whole = 1 / (1 - share + share / limit)
+    print(f"limit of whole requests, {1 - share:.2f} of whose time no batch shortens: {whole:.2f}\n")
     last_line(
         result
         | {
-            "cache": settings,
             "requests": options.requests,
-            "seconds_one_by_one": sequential.median,
-            "seconds_engine": engine.median,
+            "full_forwards": alone[1],
+            "seconds_one_by_one": sequential,
+            "seconds_engine": engine,
             "throughput_ratio": ratio,
             "batching_limit": limit,
             "ratio_over_limit": ratio / limit,
+            "whole_request_limit": whole,
             "occupancy_limit": occupancy,
             "ratio_over_occupancy_limit": ratio / occupancy,
             "compute_forwards_by_rows": dict(sorted(sizes.items())),
@@ -115,46 +125,81 @@ def _requests(options: Any) -> list[tuple[str, int, int]]:
     return [(PROMPTS[i % len(PROMPTS)], options.min_steps + round(span * k / last), i) for i, k in enumerate(order)]
 
 
-def _cache_settings(options: Any) -> dict[str, Any]:
-    """The checkpoint's own profile; a model without one gets the FLUX curve, and the JSON line says so."""
-    from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy, MagCacheBackend
-    from vllm_omni.diffusion.data import DiffusionCacheConfig
-    from vllm_omni.errors import InvalidValueError
+class Demo:
+    """The demo model, in the engine and in a plain pipeline of its own."""
 
-    probe = MagCacheBackend(DiffusionCacheConfig())
+    def __init__(self, options: Any) -> None:
+        from vllm_omni import Omni
+        from vllm_omni.diffusion.cache.profile import shipped_profile
+        from vllm_omni.diffusion.data import OmniDiffusionConfig
+        from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
+
+        cache = {"cache_backend": "magcache", "cache_config": RULE | EQUAL}
+        self.omni = Omni("demo", dtype=options.dtype, max_num_seqs=options.requests, **cache)
+        self.pipe = load_pipeline(OmniDiffusionConfig(model="demo", dtype=options.dtype))
+        self.arguments: dict[str, Any] = {}
+        self._defaults = generation_defaults("demo")
+        self._ratios = shipped_profile("demo").ratios
+
+    def prompt(self, request: tuple[str, int, int]) -> str:
+        return request[0]
+
+    def plain(self, request: tuple[str, int, int]) -> None:
+        """One request of diffusers, its own MagCache on."""
+        prompt, steps, seed = request
+        with _own_cache(self.pipe, steps, self._ratios):
+            arguments = self._defaults | {"num_inference_steps": steps}
+            self.pipe(prompt, **arguments, generator=torch.Generator("cpu").manual_seed(seed))
+
+
+class Random:
+    """A model of random weights that both sides share, under FLUX's curve."""
+
+    def __init__(self, options: Any) -> None:
+        from vllm_omni import Omni
+        from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
+
+        self._bench, served = (bench := build_flux(options.size)), build_flux(options.size, bench)
+        for each in (bench, served):
+            each.pipe.to(getattr(torch, options.dtype))
+        self.pipe, self._ratios = bench.pipe, tuple(FluxMagCacheStrategy.FLUX_MAG_RATIOS)
+        self.omni = Omni.from_pipe(
+            served.pipe,
+            max_num_seqs=options.requests,
+            cache_backend="magcache",
+            cache_config=RULE | EQUAL | {"mag_ratios": self._ratios},
+            defaults={"height": bench.side, "width": bench.side},
+        )
+        self.arguments = {"output_type": "latent"}
+
+    def prompt(self, request: tuple[str, int, int]) -> dict[str, Any]:
+        return self._bench.conditioning(request[2])
+
+    def plain(self, request: tuple[str, int, int]) -> None:
+        """One request of diffusers, its own MagCache on."""
+        with _own_cache(self.pipe, request[1], self._ratios):
+            self._bench.plain(*request[1:])
+
+
+@contextmanager
+def _own_cache(pipe: Any, steps: int, ratios: Sequence[float]) -> Iterator[None]:
+    from diffusers import MagCacheConfig
+
+    config = MagCacheConfig(
+        threshold=RULE["mag_threshold"],
+        max_skip_steps=int(RULE["mag_max_skip_steps"]),
+        retention_ratio=RULE["mag_retention_ratio"],
+        num_inference_steps=steps,
+        mag_ratios=list(ratios),
+    )
+    pipe.transformer.enable_cache(config)
     try:
-        probe.enable(_load(options))
-    except InvalidValueError:
-        return {"mag_ratios": tuple(FluxMagCacheStrategy.FLUX_MAG_RATIOS)}
-    return {}
+        yield
+    finally:
+        pipe.transformer.disable_cache()
 
 
-def _load(options: Any) -> Any:
-    from vllm_omni.diffusion.data import OmniDiffusionConfig
-    from vllm_omni.diffusion.loader import load_pipeline
-
-    return load_pipeline(OmniDiffusionConfig(model=options.model, dtype=options.dtype))
-
-
-class _PlainPipeline:
-    """Plain diffusers with the cache on it, called with the model's own defaults."""
-
-    def __init__(self, options: Any, settings: dict[str, Any] | None) -> None:
-        from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-        from vllm_omni.diffusion.data import DiffusionCacheConfig
-        from vllm_omni.diffusion.loader import generation_defaults
-
-        self.pipe = _load(options)
-        self.defaults = generation_defaults(options.model)
-        if settings is not None:
-            MagCacheBackend(DiffusionCacheConfig(**settings)).enable(self.pipe)
-
-    def run(self, prompt: str, steps: int, seed: int) -> Any:
-        arguments = self.defaults | {"num_inference_steps": steps}
-        return self.pipe(prompt, **arguments, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
-
-
-def _row_seconds(omni: Any, batched: Callable[[], Any], options: Any) -> dict[int, Callable[[], Any]]:
+def _row_seconds(omni: Any, batched: Callable[[], Any], stamps: list[float]) -> dict[int, Callable[[], Any]]:
     """A job per batch size: the transformer alone, on arguments that the engine really joined."""
     transformer = omni.engine.worker.pipeline.transformer
     caught: list[dict[str, Any]] = []
@@ -178,20 +223,20 @@ def _row_seconds(omni: Any, batched: Callable[[], Any], options: Any) -> dict[in
             with torch.inference_mode():
                 for _ in range(_FORWARDS):
                     transformer(**part)
+                    stamps.append(now())
 
         return run
 
     return {count: job(count) for count in sorted({1, 2, 4, 8, rows}) if count <= rows}
 
 
-def _batch_sizes(omni: Any, batched: Callable[[], Any]) -> Counter[int]:
-    """Compute forwards by their number of rows."""
-    transformer = omni.engine.worker.pipeline.transformer
+def _batch_sizes(pipe: Any, job: Callable[[], Any]) -> Counter[int]:
+    """Compute forwards by their number of rows, counted at the first attention: diffusers' hook calls every block."""
     sizes: Counter[int] = Counter()
-    block = transformer.transformer_blocks[0]
-    handle = block.register_forward_hook(lambda m, args, kwargs, out: sizes.update([len(out[0])]), with_kwargs=True)
+    attention = pipe.transformer.transformer_blocks[0].attn
+    handle = attention.register_forward_hook(lambda m, args, kwargs, out: sizes.update([len(out[0])]), with_kwargs=True)
     try:
-        batched()
+        job()
     finally:
         handle.remove()
     return sizes
@@ -215,17 +260,11 @@ def _occupancy_limit(sizes: Counter[int], curve: dict[int, float]) -> float:
 def _profile(omni: Any, plain: Any, batched: Callable[[], Any], one_by_one: Callable[[], Any]) -> dict[str, Any]:
     """Milliseconds by part of the work, each side run once more with stopwatches on."""
     where: dict[str, dict[str, float]] = {}
-    for name, pipe, job in (("one by one", plain.pipe, one_by_one), ("engine", omni.engine.worker.pipeline, batched)):
+    for name, pipe, job in (("one by one", plain, one_by_one), ("engine", omni.engine.worker.pipeline, batched)):
         watch = Stopwatch()
-        transformer = pipe.transformer
-
-        def kind(transformer: Any = transformer) -> str:
-            return "transformer, computed" if len(transformer.transformer_blocks) > 1 else "transformer, skipped"
-
-        # a standalone cache watches the scheduler itself; the engine gives every request one of its own
-        scheduler = pipe.scheduler if "step" in vars(pipe.scheduler) else type(pipe.scheduler)
+        scheduler = type(pipe.scheduler)  # the engine gives every request one of its own
         targets = (
-            (transformer, "forward", kind),
+            (pipe.transformer, "forward", "transformer"),
             (type(pipe), "encode_prompt", "encode_prompt"),
             (pipe.vae, "decode", "vae.decode"),
             (scheduler, "step", "scheduler.step"),

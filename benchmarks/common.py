@@ -16,21 +16,35 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import torch
 
 warnings.filterwarnings("ignore")
 
-# name: (double blocks, single blocks, heads, head size, latent side). Tokens: (latent side / 2)^2 image + 8 text.
+
+class Size(NamedTuple):
+    """A FLUX transformer and what one request brings it. Image tokens: (latent side / 2)^2."""
+
+    double: int  # blocks
+    single: int
+    heads: int
+    head_size: int
+    latent_side: int
+    text_tokens: int = 8
+
+
 SIZES = {
-    "tiny": (2, 3, 2, 16, 8),
-    "small": (2, 4, 2, 64, 16),  # about 2 M parameters
-    "large": (4, 8, 8, 64, 16),  # about 71 M parameters, a forward of some 60 to 90 ms on 2 cores
-    "long": (4, 8, 8, 64, 32),  # the same at four times the tokens
+    "tiny": Size(2, 3, 2, 16, 8),
+    "small": Size(2, 4, 4, 32, 32, 64),  # 2.3 M parameters, 256 image and 64 text tokens
+    "large": Size(4, 8, 8, 64, 32, 64),  # 71 M parameters, the same tokens
+    "small-72": Size(2, 4, 2, 64, 16),  # 2.4 M, 64 and 8 tokens: a step costs little more than its launches
+    "large-72": Size(4, 8, 8, 64, 16),
+    "large-1088": Size(4, 8, 8, 64, 64, 64),  # 1024 image tokens
 }
-_AXES = {16: (4, 6, 6), 64: (8, 28, 28), 128: (16, 56, 56)}
-_TEXT_TOKENS, _TEXT_DIM = 8, 64
+_AXES = {16: (4, 6, 6), 32: (8, 12, 12), 64: (8, 28, 28), 128: (16, 56, 56)}
+_TEXT_DIM = 64
 _CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _clock = "wall"
 
@@ -65,6 +79,7 @@ class Bench:
 
     pipe: Any
     side: int  # pixels; what `height` and `width` take
+    text_tokens: int
 
     @property
     def parameters(self) -> int:
@@ -75,7 +90,7 @@ class Bench:
         generator = torch.Generator().manual_seed(10_000 + seed)
         kind = {"generator": generator, "dtype": self.pipe.transformer.dtype}
         return {
-            "prompt_embeds": torch.randn(1, _TEXT_TOKENS, _TEXT_DIM, **kind).to(DEVICE),
+            "prompt_embeds": torch.randn(1, self.text_tokens, _TEXT_DIM, **kind).to(DEVICE),
             "pooled_prompt_embeds": torch.randn(1, _TEXT_DIM, **kind).to(DEVICE),
         }
 
@@ -91,14 +106,14 @@ class Bench:
         ).images
 
 
-def build_flux(size: str | tuple[int, int, int, int, int], share: Bench | None = None) -> Bench:
-    """A random-weight FluxPipeline of a named size, or of one written as `SIZES` writes it.
+def build_flux(size: str | Size, share: Bench | None = None) -> Bench:
+    """A random-weight FluxPipeline of a named size, or of any other.
 
     `share`: with the very weights of that one, in its own modules.
     """
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-    double, single, heads, head_size, latent_side = SIZES[size] if isinstance(size, str) else size
+    double, single, heads, head_size, latent_side, text_tokens = SIZES[size] if isinstance(size, str) else size
     config = {
         "patch_size": 1,
         "in_channels": 64,
@@ -132,7 +147,7 @@ def build_flux(size: str | tuple[int, int, int, int, int], share: Bench | None =
     parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipe = FluxPipeline(scheduler=scheduler, vae=vae, transformer=transformer.eval(), **parts)
     pipe.set_progress_bar_config(disable=True)
-    return Bench(pipe.to(DEVICE), 2 * latent_side)
+    return Bench(pipe.to(DEVICE), 2 * latent_side, text_tokens)
 
 
 @dataclass
@@ -144,6 +159,10 @@ class Timing:
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+    @property
+    def fastest(self) -> float:
+        return min(self.seconds)
 
     @property
     def spread(self) -> float:
@@ -161,6 +180,52 @@ def interleaved(jobs: Mapping[str, Callable[[], Any]], repeats: int, warmup: int
         for name in list(jobs)[:: -1 if round_ % 2 else 1]:
             timings[name].seconds.append(seconds_of(jobs[name]))
     return timings
+
+
+@contextmanager
+def stamped_steps() -> Iterator[list[float]]:
+    """For the duration, the list notes when each scheduler step ends. Enter it before anything wraps a scheduler."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    stamps: list[float] = []
+    own = FlowMatchEulerDiscreteScheduler.step
+
+    @functools.wraps(own)
+    def stamped(*args: Any, **kwargs: Any) -> Any:
+        result = own(*args, **kwargs)
+        stamps.append(now())
+        return result
+
+    FlowMatchEulerDiscreteScheduler.step = stamped
+    try:
+        yield stamps
+    finally:
+        FlowMatchEulerDiscreteScheduler.step = own
+
+
+def by_step(
+    jobs: Mapping[str, Callable[[], Any]], repeats: int, stamps: list[float]
+) -> dict[str, tuple[float, Timing]]:
+    """As `interleaved`, for jobs that are one request each: (seconds summed over its steps, of each step its fastest
+    round; the whole rounds).
+
+    What a neighbour on the machine takes only ever adds, and it hits other steps in every round: the sum is steady to
+    a percent where whole rounds differ by thirty.
+    """
+    parts: dict[str, list[list[float]]] = {name: [] for name in jobs}
+
+    def timed(name: str) -> None:
+        stamps[:] = [now()]
+        jobs[name]()
+        stamps.append(now())
+        parts[name].append([b - a for a, b in pairwise(stamps)])
+
+    interleaved({name: functools.partial(timed, name) for name in jobs}, repeats)
+    measured = {name: rounds[1:] for name, rounds in parts.items()}  # the first one warms up
+    return {
+        name: (sum(map(min, zip(*rounds, strict=True))), Timing([sum(r) for r in rounds]))
+        for name, rounds in measured.items()
+    }
 
 
 def paired_ratio(over: Timing, under: Timing) -> float:

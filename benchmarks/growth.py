@@ -1,8 +1,8 @@
 """How cost grows with requests, steps, tokens and blocks: the engine's time, uncached and cached, as a power law.
 
-time = a * x^b: b is fitted by least squares on logarithms. In steps and blocks b is 1 where fixed costs are nothing; in
-requests it is below 1 as far as batching pays; in tokens it lies between 1 (matrices) and 2 (attention). "ideal" is the
-growth of what must be computed: rows, steps or blocks times tokens; only for tokens attention adds to it.
+time = a * x^b: b is fitted by least squares on logarithms, of each job its fastest round. In steps and blocks b is 1
+where fixed costs are nothing; in requests it is below 1 as far as batching pays; in tokens it lies between 1
+(matrices) and 2 (attention).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import Bench, Timing, arguments, begin, build_flux, interleaved, last_line, table
+from common import Bench, Size, Timing, arguments, begin, build_flux, interleaved, last_line, table
 
 BASE = {"requests": 1, "steps": 14, "side": 16, "depth": 2}  # 64 image tokens, 2 double and 4 single blocks
 SWEEPS = {"requests": (1, 2, 4, 8, 16), "steps": (7, 14, 28, 56), "side": (8, 16, 32, 64), "depth": (1, 2, 4, 8)}
@@ -44,13 +44,13 @@ def sweep(name: str, values: tuple[int, ...], options: Any) -> dict[str, Any]:
     for value in values:
         at = BASE | {name: value}
         for kind in ("uncached", "cached"):
-            bench = build_flux((at["depth"], 2 * at["depth"], 2, 64, at["side"]))
+            bench = build_flux(Size(at["depth"], 2 * at["depth"], 2, 64, at["side"]))
             jobs[kind, value] = _job(bench, at["requests"], at["steps"], kind == "cached")
     timings: dict[Any, Timing] = interleaved(jobs, options.repeats)
     x = {"side": [(v // 2) ** 2 for v in values], "depth": [3 * v for v in values]}.get(name, list(values))
     curve: dict[str, Any] = {"x": x}
     for kind in ("uncached", "cached"):
-        seconds = [timings[kind, value].median for value in values]
+        seconds = [timings[kind, value].fastest for value in values]
         slope, _ = np.polyfit(np.log(x), np.log(seconds), 1)
         curve |= {kind: seconds, f"{kind}_exponent": float(slope)}
     return curve

@@ -1,17 +1,16 @@
 """Many users: throughput and latency of mixed-step requests under load, against what else could serve them.
 
 Closed loop: so many clients, each asking again as soon as it has its picture. Open loop: requests arrive at random
-(Poisson), whether or not others are done. Peers run on the same weights:
+(Poisson), whether or not others are done. Peers run on the same weights, uncached and with the very plans of the engine
+(the published rule without a guard; `rows computed` counts them):
 
-- diffusers one by one, uncached; with its own MagCache; with cache-dit (`--cache-dit`)
-- diffusers in static batches: requests of equal step counts that are waiting go together
+- diffusers one by one; with its own MagCache; with cache-dit, which computes its first block in every step all the same
+- diffusers in static batches, with and without its own MagCache: waiting requests of equal step counts go together
 
-A peer serves one call at a time, so its queue is arithmetic: every request's service time is measured, interleaved with
-the engine's rounds, and waiting follows from the order of arrival. The engine really runs under the load. The engine
-and diffusers' MagCache run the same plans (published rule, no guard), so full forwards are equal; cache-dit decides for
-itself, and its computed share is printed.
+A peer that serves one request at a time needs no load to run under: every request's service time is measured,
+interleaved with the rounds of the others, and waiting follows from the order of arrival. All others really run.
 
-Bars: at 16 clients >= 0.9 of the batching limit over diffusers' MagCache (see batching.py); never slower than it.
+Bar: never slower than any peer. How near the batching limit the engine comes is `batching.py`'s question.
 """
 
 from __future__ import annotations
@@ -19,18 +18,25 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
-from common import arguments, begin, last_line, table
+from common import arguments, begin, last_line, now, table
+
+from vllm_omni.diffusion.cache.profile import shipped_profile
+from vllm_omni.quality.peers import private
 
 STEPS = (10, 20, 28, 50)
 RULE = {"mag_threshold": 0.24, "mag_max_skip_steps": 5, "mag_retention_ratio": 0.1}
 EQUAL = {"predictor": "reuse", "compute_last_step": False, "curve_resampling": "nearest"}
 PROMPTS = ["red apple", "penguin", "guitar", "octopus", "sunflower", "soccer ball", "rainbow", "sailboat"]
 
+ENGINE, OWN = "engine", "diffusers, own MagCache"
+
 Request = tuple[str, int, int]  # prompt, steps, seed
+Run = tuple[float, list[float]]  # seconds in all, latency of each request
 
 
 def main() -> None:
@@ -38,54 +44,57 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     parser.add_argument("--requests", type=int, default=32, help="per round (default %(default)s)")
     parser.add_argument(
-        "--open-loads", type=float, nargs="+", default=[0.7, 1.2], help="of diffusers' MagCache capacity"
+        "--open-loads", type=float, nargs="*", default=[0.7, 1.2], help="of diffusers' MagCache capacity"
     )
-    parser.add_argument("--cache-dit", action="store_true", help="serve with cache-dit, too; it must be installed")
     options = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "load", **begin(options), "model": "demo", "requests": options.requests}
     requests = [(PROMPTS[i % len(PROMPTS)], STEPS[(i * 3) % len(STEPS)], i) for i in range(options.requests)]
-    engine, serial = Engine(), peers(options.cache_dit)
-    services = {name: [run(request) for request in requests[:4]] and [] for name, run in serial.items()}
-    loads = [("closed", clients) for clients in options.clients] + [("open", share) for share in options.open_loads]
-    rounds: dict[tuple[str, float], list[tuple[float, list[float]]]] = {load: [] for load in loads}
-    engine.closed(requests[:4], 4)
+    engine, serial, static = Engine(), peers(), static_peers()
+    loads = [("closed", clients) for clients in options.clients]
+    loads += [("open", share) for share in options.open_loads if options.clock == "wall"]  # arrivals are in wall time
+    shares = computed_shares(engine, serial, static, requests[: len(STEPS)])  # and everything has run once
+    services: dict[str, list[list[float]]] = {name: [] for name in serial}
+    rounds: dict[str, dict[tuple[str, float], list[Run]]] = {
+        name: {load: [] for load in loads if name == ENGINE or (load[0] == "closed" and load[1] > 1)}
+        for name in (ENGINE, *static)
+    }
     for _ in range(options.repeats):
         for name, run in serial.items():
             services[name].append([run(request) for request in requests])
-        capacity = 1 / np.mean(services["diffusers, own MagCache"][-1])
-        for kind, amount in loads:
-            if kind == "closed":
-                rounds[kind, amount].append(engine.closed(requests, int(amount)))
+        capacity = 1 / np.mean(services[OWN][-1])
+        for load in loads:
+            kind, amount = load
+            if kind == "open":
+                came = arrivals(len(requests), amount * capacity)
+                rounds[ENGINE][load].append(engine.open(requests, came))
             else:
-                rounds[kind, amount].append(engine.open(requests, arrivals(len(requests), amount * capacity)))
-    shares = computed_shares(serial, requests[:4])
-    result["computed_share"] = shares
-    result["loads"] = [compare(load, rounds[load], services, requests) for load in loads]
+                rounds[ENGINE][load].append(engine.closed(requests, int(amount)))
+            for name, call in static.items():
+                if load in rounds[name]:
+                    rounds[name][load].append(serve_static(call, requests, int(amount)))
+    result["rows_computed"] = shares
+    result["loads"] = [compare(load, rounds, services) for load in loads]
     report(result)
     last_line(result)
 
 
 def compare(
     load: tuple[str, float],
-    rounds: list[tuple[float, list[float]]],
+    rounds: dict[str, dict[tuple[str, float], list[Run]]],
     services: dict[str, list[list[float]]],
-    requests: list[Request],
 ) -> dict[str, Any]:
     """Every system under one load: pictures per second and latency percentiles, medians over the rounds."""
     kind, amount = load
-    systems: dict[str, list[tuple[float, list[float]]]] = {"engine": rounds}
+    systems = {name: measured[load] for name, measured in rounds.items() if load in measured}
     for name, served in services.items():
         systems[name] = [_queue(load, times, services, i) for i, times in enumerate(served)]
-    batches = [_static(load, times, services, requests, i) for i, times in enumerate(services["diffusers"])]
-    if kind == "closed":
-        systems["diffusers, static batches"] = batches
     figures = {}
     for name, runs in systems.items():
         percentiles = np.median([np.percentile(latency, (50, 95, 99)) for _, latency in runs], axis=0)
         figures[name] = {
             "pictures_per_s": float(np.median([len(latency) / total for total, latency in runs])),
             **{f"p{p}_s": float(v) for p, v in zip((50, 95, 99), percentiles, strict=True)},
-            "engine_times": float(np.median([a / b for (a, _), (b, _) in zip(runs, rounds, strict=True)])),
+            "engine_times": float(np.median([a / b for (a, _), (b, _) in zip(runs, systems[ENGINE], strict=True)])),
         }
     return {"loop": kind, "amount": amount, "systems": figures}
 
@@ -97,7 +106,7 @@ def report(result: dict[str, Any]) -> None:
         for name, f in load["systems"].items():
             rows.append([f"{load['loop']}, {what}", name, *f.values()])
     table(["load", "system", "pictures/s", "p50 s", "p95 s", "p99 s", "engine's throughput, times"], rows)
-    print("blocks computed:", ", ".join(f"{name} {share:.2f}" for name, share in result["computed_share"].items()))
+    print("rows computed:", ", ".join(f"{name} {share:.3f}" for name, share in result["rows_computed"].items()))
 
 
 def arrivals(count: int, rate: float) -> list[float]:
@@ -114,7 +123,7 @@ def _queue(
 ) -> tuple[float, list[float]]:
     """(total, latencies) of one server, first come first served, from measured service times."""
     kind, amount = load
-    capacity = 1 / np.mean(services["diffusers, own MagCache"][round_])
+    capacity = 1 / np.mean(services[OWN][round_])
     came = arrivals(len(times), amount * capacity) if kind == "open" else []
     clock, ends, latencies = 0.0, [], []
     for i, seconds in enumerate(times):
@@ -128,106 +137,101 @@ def _queue(
     return clock, latencies
 
 
-def _static(
-    load: tuple[str, float], times: list[float], services: Any, requests: list[Request], round_: int
-) -> tuple[float, list[float]]:
-    """Static batches: the waiting requests of equal step counts, oldest first, served by a batched call."""
-    waiting = list(range(min(int(load[1]), len(requests)))) if load[0] == "closed" else []
-    asked = dict.fromkeys(waiting, 0.0)
-    upcoming, clock, latencies = len(waiting), 0.0, []
+def serve_static(call: Callable[[list[Request]], Any], requests: list[Request], clients: int) -> Run:
+    """Static batches in a closed loop: the waiting requests of equal step counts, oldest first, in one call."""
+    began = now()
+    waiting = list(range(min(clients, len(requests))))
+    asked, upcoming, latencies = dict.fromkeys(waiting, 0.0), len(waiting), []
     while waiting:
-        steps = requests[waiting[0]][1]
-        batch = [i for i in waiting if requests[i][1] == steps]
-        clock += sum(times[i] for i in batch) * BATCHED.seconds_share(len(batch))
+        batch = [i for i in waiting if requests[i][1] == requests[waiting[0]][1]]
+        call([requests[i] for i in batch])
+        passed = now() - began
         for i in batch:
             waiting.remove(i)
-            latencies.append(clock - asked[i])
+            latencies.append(passed - asked[i])
             if upcoming < len(requests):
                 waiting.append(upcoming)
-                asked[upcoming] = clock
+                asked[upcoming] = passed
                 upcoming += 1
-    return clock, latencies
+    return now() - began, latencies
 
 
-class _Batched:
-    """What a batched diffusers call costs per picture, over a single one; measured once per size."""
-
-    def __init__(self) -> None:
-        self._shares: dict[int, float] = {1: 1.0}
-
-    def seconds_share(self, size: int) -> float:
-        if size not in self._shares:
-            pipe, defaults = _plain()
-            alone, together = [], []
-            for _ in range(2):
-                alone.append(_timed(lambda: _call(pipe, defaults, (PROMPTS[0], 10, 0))))
-                prompts = [PROMPTS[i % len(PROMPTS)] for i in range(size)]
-                together.append(_timed(lambda p=prompts: _call(pipe, defaults, (p, 10, 0))))
-            self._shares[size] = min(together) / (size * min(alone))
-        return self._shares[size]
-
-
-BATCHED = _Batched()
-
-
-def peers(with_cache_dit: bool) -> dict[str, Callable[[Request], float]]:
+def peers() -> dict[str, Callable[[Request], float]]:
     """Name: a function that serves one request and gives the seconds it took."""
-    from diffusers import MagCacheConfig
-
-    from vllm_omni.diffusion.cache.profile import shipped_profile
-
     plain, defaults = _plain()
-    cached, _ = _plain()
-    ratios = list(shipped_profile("demo").ratios)
-
-    def own_cache(request: Request) -> float:
-        config = MagCacheConfig(
-            threshold=RULE["mag_threshold"],
-            max_skip_steps=int(RULE["mag_max_skip_steps"]),
-            retention_ratio=RULE["mag_retention_ratio"],
-            num_inference_steps=request[1],
-            mag_ratios=ratios,
-        )
-        cached.transformer.enable_cache(config)
-        try:
-            return _timed(lambda: _call(cached, defaults, request))
-        finally:
-            cached.transformer.disable_cache()
-
+    cached = private(plain)
     serial: dict[str, Callable[[Request], float]] = {
-        "diffusers": lambda request: _timed(lambda: _call(plain, defaults, request)),
-        "diffusers, own MagCache": own_cache,
+        "diffusers": lambda request: _timed(lambda: _call(plain, defaults, [request])),
+        OWN: lambda request: _timed(lambda: _with_own_cache(cached, defaults, [request])),
     }
-    if not with_cache_dit:
+    if find_spec("cache_dit") is None:
         return serial
     import cache_dit
 
-    dit, _ = _plain()
-    cache_dit.enable_cache(dit)
-    return serial | {"cache-dit, its defaults": lambda request: _timed(lambda: _call(dit, defaults, request))}
+    masked = {}
+    for steps in STEPS:  # a pipeline each: cache-dit's settings are a pipeline's
+        masked[steps] = private(plain)
+        config = cache_dit.DBCacheConfig(
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            max_warmup_steps=1,
+            num_inference_steps=steps,
+            steps_computation_mask=[int(computed) for computed in plan_of(steps)],
+            steps_computation_policy="static",
+        )
+        cache_dit.enable_cache(masked[steps], cache_config=config)
+    return serial | {"cache-dit": lambda request: _timed(lambda: _call(masked[request[1]], defaults, [request]))}
 
 
-def computed_shares(serial: dict[str, Callable[[Request], float]], requests: list[Request]) -> dict[str, float]:
-    """Attention calls over those of an uncached run, per peer."""
+def static_peers() -> dict[str, Callable[[list[Request]], Any]]:
+    """Name: a function that serves requests of equal step counts in one call."""
+    plain, defaults = _plain()
+    cached = private(plain)
+    return {
+        "diffusers, static batches": lambda requests: _call(plain, defaults, requests),
+        "diffusers, own MagCache, static batches": lambda requests: _with_own_cache(cached, defaults, requests),
+    }
+
+
+def plan_of(steps: int) -> tuple[bool, ...]:
+    """What the published rule computes on the demo's curve, without a guard."""
+    from vllm_omni.diffusion.cache.magcache import MagCacheBackend
+    from vllm_omni.diffusion.data import DiffusionCacheConfig
+
+    pipe, _ = _plain()
+    pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.0)
+    backend = MagCacheBackend(DiffusionCacheConfig(**RULE | EQUAL))
+    backend.enable(pipe, standalone=False)
+    record = backend.refresh(pipe, steps, request_id="plan")
+    assert record is not None and record.plan is not None
+    return record.plan.compute
+
+
+def computed_shares(
+    engine: Engine,
+    serial: dict[str, Callable[[Request], float]],
+    static: dict[str, Callable[[list[Request]], Any]],
+    requests: list[Request],
+) -> dict[str, float]:
+    """Rows that went through an attention, over those of an uncached run, for one request of each step count."""
     from diffusers.models.transformers.transformer_flux import FluxAttention
 
-    counts: dict[str, int] = {}
-    for name, run in serial.items():
-        count = 0
-        own = FluxAttention.forward
+    jobs: dict[str, Callable[[], Any]] = {ENGINE: lambda: engine.closed(requests, len(requests))}
+    jobs |= {name: (lambda run=run: [run(request) for request in requests]) for name, run in serial.items()}
+    jobs |= {name: (lambda call=call: [call([request]) for request in requests]) for name, call in static.items()}
+    counts = dict.fromkeys(jobs, 0)
+    own = FluxAttention.forward
+    for name, job in jobs.items():
 
-        def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            count += 1
-            return own(self, *args, **kwargs)  # noqa: B023
+        def counted(self: Any, hidden_states: Any, *args: Any, name: str = name, **kwargs: Any) -> Any:
+            counts[name] += len(hidden_states)
+            return own(self, hidden_states, *args, **kwargs)
 
         FluxAttention.forward = counted
         try:
-            for request in requests:
-                run(request)
+            job()
         finally:
             FluxAttention.forward = own
-        counts[name] = count
     return {name: count / counts["diffusers"] for name, count in counts.items()}
 
 
@@ -260,9 +264,9 @@ class Engine:
         return self._run(requests, came, 0)
 
     def _run(self, requests: list[Request], came: list[float], clients: int) -> tuple[float, list[float]]:
-        began, asked, latencies, sent = time.perf_counter(), {}, [], 0
+        began, asked, latencies, sent = now(), {}, [], 0
         while len(latencies) < len(requests):
-            passed = time.perf_counter() - began
+            passed = now() - began
             while sent < len(came) and came[sent] <= passed:
                 asked[self._add(requests[sent])] = came[sent] if not clients else passed
                 sent += 1
@@ -272,11 +276,11 @@ class Engine:
             for output in self.omni.engine.step():
                 if output.error is not None:
                     raise output.error
-                passed = time.perf_counter() - began
+                passed = now() - began
                 latencies.append(passed - asked.pop(output.request_id))
                 if clients and len(came) < len(requests):
                     came.append(passed)
-        return time.perf_counter() - began, latencies
+        return now() - began, latencies
 
 
 def _plain() -> tuple[Any, dict[str, Any]]:
@@ -286,16 +290,34 @@ def _plain() -> tuple[Any, dict[str, Any]]:
     return load_pipeline(OmniDiffusionConfig(model="demo")), generation_defaults("demo")
 
 
-def _call(pipe: Any, defaults: dict[str, Any], request: Any) -> Any:
-    prompt, steps, seed = request
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return pipe(prompt, **(defaults | {"num_inference_steps": steps}), generator=generator).images
+def _call(pipe: Any, defaults: dict[str, Any], requests: list[Request]) -> Any:
+    """One call for requests of equal step counts."""
+    generators = [torch.Generator("cpu").manual_seed(seed) for _, _, seed in requests]
+    arguments = defaults | {"num_inference_steps": requests[0][1]}
+    return pipe([prompt for prompt, _, _ in requests], **arguments, generator=generators).images
+
+
+def _with_own_cache(pipe: Any, defaults: dict[str, Any], requests: list[Request]) -> Any:
+    from diffusers import MagCacheConfig
+
+    config = MagCacheConfig(
+        threshold=RULE["mag_threshold"],
+        max_skip_steps=int(RULE["mag_max_skip_steps"]),
+        retention_ratio=RULE["mag_retention_ratio"],
+        num_inference_steps=requests[0][1],
+        mag_ratios=list(shipped_profile("demo").ratios),
+    )
+    pipe.transformer.enable_cache(config)
+    try:
+        return _call(pipe, defaults, requests)
+    finally:
+        pipe.transformer.disable_cache()
 
 
 def _timed(job: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+    began = now()
     job()
-    return time.perf_counter() - began
+    return now() - began
 
 
 if __name__ == "__main__":

@@ -15,26 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import arguments, begin, build_flux, last_line, table
+import torch
+from common import DEVICE, arguments, begin, build_flux, last_line, table
 
 PREDICTORS = ("reuse", "linear", "affine3")
 KEPT = ("model", "bfloat16")
-_PROCESS = """
-import json, re, sys
-sys.path.insert(0, "benchmarks")
-import torch
-from memory import load
-from common import DEVICE
-def status(field):
-    if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated() if field == "VmHWM" else torch.cuda.memory_allocated()
-    return 1024 * int(re.search(field + r":\\s+(\\d+)", open("/proc/self/status").read())[1])
-load({size!r}, 1, 2, {cached})
-before = status("VmRSS")
-open("/proc/self/clear_refs", "w").write("5")
-store = load({size!r}, {requests}, {steps}, {cached})
-print(json.dumps({{"peak": status("VmHWM") - before, "store": store}}))
-"""
+_PROCESS = (
+    "import sys; sys.path.insert(0, {folder!r}); import memory; memory.child({size!r}, {requests}, {steps}, {cached})"
+)
 
 
 def main() -> None:
@@ -73,6 +61,26 @@ def held(options: Any, predictor: str, kept: str) -> dict[str, float]:
     tokens = (bench.side // 4) ** 2
     one = tokens * transformer.inner_dim * transformer.dtype.itemsize
     return {"bytes": peak, "residuals": peak / one}
+
+
+def child(size: str, requests: int, steps: int, cached: bool) -> None:
+    """In a process of its own: one JSON line with the peak over what it held before, and the residuals' part of it."""
+    load(size, 1, 2, cached)
+    if DEVICE.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        before = _status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the high-water mark begins anew
+    store = load(size, requests, steps, cached)
+    peak = torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else _status("VmHWM")
+    print(json.dumps({"peak": peak - before, "store": store}), flush=True)
+
+
+def _status(name: str) -> int:
+    """Bytes of this process, by the system's account."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
 
 
 def load(size: str, requests: int, steps: int, cached: bool) -> int:
@@ -118,8 +126,11 @@ def _profile(transformer: Any, steps: int, folder: Path) -> str:
 
 
 def _process(options: Any, requests: int, cached: bool) -> dict[str, Any]:
-    code = _PROCESS.format(size=options.size, requests=requests, steps=options.steps, cached=cached)
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, text=True)
+    folder = str(Path(__file__).resolve().parent)
+    code = _PROCESS.format(folder=folder, size=options.size, requests=requests, steps=options.steps, cached=cached)
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    if run.returncode:
+        raise SystemExit(f"{requests} requests, cached {cached}: exit status {run.returncode}\n{run.stderr[-3000:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 

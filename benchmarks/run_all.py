@@ -23,13 +23,18 @@ BEGIN, END = "<!-- measured: written by benchmarks/run_all.py -->", "<!-- end of
 
 # name: (script, its arguments, its arguments with --quick)
 RUNS: dict[str, tuple[str, str, str]] = {
-    "efficiency": ("efficiency", "--sizes small large long", "--repeats 3 --sizes small large"),
+    "efficiency": ("efficiency", "--repeats 9", "--repeats 4"),
     "tax": ("tax", "", "--repeats 3"),
     "batching-float32": ("batching", "", "--repeats 2"),
-    "batching-bfloat16": ("batching", "--dtype bfloat16", "--repeats 2 --dtype bfloat16 --max-steps 30"),
-    "load": ("load", "", "--repeats 1 --requests 16 --clients 1 16 --open-loads 0.7"),
+    "batching-bfloat16": ("batching", "--dtype bfloat16", "--repeats 2 --dtype bfloat16"),
+    "batching-compute-bound": (
+        "batching",
+        "--size large-1088 --requests 4 --min-steps 6 --max-steps 12 --repeats 3",
+        "--size large-1088 --requests 2 --min-steps 6 --max-steps 8 --repeats 2",
+    ),
+    "load": ("load", "", "--repeats 2 --requests 16 --clients 16 --open-loads"),
     "memory": ("memory", "", "--concurrent 1 16"),
-    "growth": ("growth", f"--plot {IMAGES}/growth.png", f"--repeats 1 --plot {IMAGES}/growth.png"),
+    "growth": ("growth", "--plot docs/images/growth.png", "--repeats 1 --plot docs/images/growth.png"),
     "startup": ("startup", "", "--repeats 3"),
     "ops": ("ops", "", "--repeats 3 --dtypes float32"),
 }
@@ -111,6 +116,7 @@ def write_readme(results: dict[str, Any]) -> None:
 
 
 Row = tuple[str, str]
+OPS = ("forecast, 2 terms", "residual and norm")
 
 
 def _efficiency(result: dict[str, Any]) -> list[Row]:
@@ -132,16 +138,18 @@ def _tax(result: dict[str, Any]) -> list[Row]:
 
 
 def _batching(result: dict[str, Any]) -> list[Row]:
-    what = (
-        f"{result['requests']} mixed requests against diffusers one by one, same cache, demo model, {result['dtype']}"
-    )
-    return [(what, f"{result['throughput_ratio']:.2f}×, {result['ratio_over_limit']:.2f} of the batching limit")]
+    what = f"{result['requests']} mixed requests over diffusers' MagCache one by one, equal forwards, {result['model']}"
+    figure = f"{result['throughput_ratio']:.2f}×, {result['ratio_over_limit']:.2f} of the batching limit"
+    return [(f"{what}, {result['dtype']}", figure)]
 
 
 def _load(result: dict[str, Any]) -> list[Row]:
     load = max((x for x in result["loads"] if x["loop"] == "closed"), key=lambda x: x["amount"] == 16)
     return [
-        (f"{load['amount']} clients, closed loop: the engine's throughput over {name}", f"{f['engine_times']:.2f}×")
+        (
+            f"{load['amount']} clients, closed loop: the engine's throughput over {name}",
+            f"{f['engine_times']:.2f}×; {result['rows_computed'][name]:.2f} of all blocks computed",
+        )
         for name, f in load["systems"].items()
         if name != "engine"
     ]
@@ -150,6 +158,12 @@ def _load(result: dict[str, Any]) -> list[Row]:
 def _growth(result: dict[str, Any]) -> list[Row]:
     figures = (f"{name} {curve['cached_exponent']:.2f}" for name, curve in result["sweeps"].items())
     return [("cached time grows with x^b in", ", ".join(figures))]
+
+
+def _ops(result: dict[str, Any]) -> list[Row]:
+    figures = [case for case in result["cases"] if case["dtype"] == case["kept"]]
+    times = ", ".join(f"{min(c['times_twin'] for c in figures if c['op'] == op):.2f}×" for op in OPS)
+    return [("native forecast; residual and norm: over their torch twins, at least", times)]
 
 
 def _memory(result: dict[str, Any]) -> list[Row]:
@@ -172,10 +186,12 @@ ROWS: list[tuple[str, Callable[[dict[str, Any]], list[Row]]]] = [
     ("tax", _tax),
     ("batching-float32", _batching),
     ("batching-bfloat16", _batching),
+    ("batching-compute-bound", _batching),
     ("load", _load),
     ("memory", _memory),
     ("growth", _growth),
     ("startup", _startup),
+    ("ops", _ops),
 ]
 
 

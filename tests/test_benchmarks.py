@@ -53,6 +53,38 @@ def test_a_peers_queue_is_first_come_first_served(benchmark) -> None:
     assert latencies == [1.0, 3.0, 3.0, 2.0]  # the third asks when the first is done, the fourth when the second is
 
 
+def test_static_batches_take_those_of_equal_steps_that_wait(benchmark) -> None:
+    load = benchmark("load")
+    requests = [("a", steps, seed) for seed, steps in enumerate((10, 20, 10, 20, 10, 10))]
+    served: list[list[int]] = []
+    total, latencies = load.serve_static(lambda batch: served.append([seed for _, _, seed in batch]), requests, 4)
+    assert served == [[0, 2], [1, 3], [4, 5]]
+    assert len(latencies) == len(requests) and max(latencies) <= total
+
+
+def test_seconds_by_step_are_each_steps_fastest_round(benchmark, monkeypatch) -> None:
+    common = benchmark("common")
+    rounds = iter([[9, 9, 9], [5, 1, 2], [1, 4, 2]])  # seconds of three parts; the first round warms up
+    clock = 0.0
+
+    def now() -> float:
+        return clock
+
+    def job() -> None:
+        nonlocal clock
+        first, second, last = next(rounds)
+        for part in (first, second):
+            clock += part
+            stamps.append(now())
+        clock += last
+
+    stamps: list[float] = []
+    monkeypatch.setattr(common, "now", now)
+    seconds, whole = common.by_step({"job": job}, 2, stamps)["job"]
+    assert seconds == 1 + 1 + 2
+    assert whole.seconds == [8, 7]
+
+
 def test_readme_rows_come_from_results_between_the_markers(benchmark, tmp_path, monkeypatch) -> None:
     run_all = benchmark("run_all")
     readme = tmp_path / "README.md"

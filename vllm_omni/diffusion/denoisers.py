@@ -33,6 +33,9 @@ class DenoiserSpec:
     rows_in_dim_1: tuple[str, ...] = ()  # of `rows`, those with another dimension before the samples
     image_first: bool = False  # a fused tail holds the image tokens before the text
     only_for_blocks: tuple[str, ...] = ()  # child modules whose output nothing but the blocks reads
+    conditioning: tuple[
+        str, ...
+    ] = ()  # child modules whose own children embed time and a request's constants, each alone
     between_blocks: tuple[str, ...] = ()  # "argument" or "argument.key" that adds something to the stack: compute
 
     def adds_between_blocks(self, arguments: Mapping[str, Any]) -> bool:
@@ -57,12 +60,14 @@ DENOISERS: dict[str, DenoiserSpec] = {
         rows=_FLUX_ROWS,
         shared=("img_ids", "txt_ids"),
         only_for_blocks=("context_embedder", "pos_embed"),
+        conditioning=("time_text_embed",),
         between_blocks=("controlnet_block_samples", "controlnet_single_block_samples", *_IP_ADAPTER),
     ),
     "Flux2Transformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", ("hidden_states",))),
         rows=("hidden_states", "encoder_hidden_states", "timestep", "guidance"),
         shared=("img_ids", "txt_ids"),
+        conditioning=("time_guidance_embed",),
         # FLUX.2 joins the text stream to the image before its single blocks: its embedding is read without them, too
     ),
     "QwenImageTransformer2DModel": DenoiserSpec(
@@ -76,11 +81,13 @@ DENOISERS: dict[str, DenoiserSpec] = {
             "additional_t_cond",
             "img_shapes",
         ),
+        conditioning=("time_text_embed",),
         between_blocks=("controlnet_block_samples",),
     ),
     "SD3Transformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT),),
         rows=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+        conditioning=("time_text_embed",),
         between_blocks=("block_controlnet_hidden_states", "skip_layers", *_IP_ADAPTER),
     ),
     "WanTransformer3DModel": DenoiserSpec(
@@ -134,6 +141,7 @@ DENOISERS: dict[str, DenoiserSpec] = {
             "crop_coords",
             "attention_mask",
         ),
+        conditioning=("time_condition_embed",),
     ),
     "ZImageTransformer2DModel": DenoiserSpec(
         stack=(BlockList("layers", _HIDDEN),),

@@ -16,6 +16,7 @@ from vllm_omni.diffusion.cache.gate import GateCache, Look, decide
 from vllm_omni.diffusion.denoisers import DenoiserSpec
 from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
+from vllm_omni.diffusion.hooks.conditioning import Memory
 
 HOOK_NAME = "mag_cache"
 MakeRecord = Callable[[Schedule], Record]
@@ -27,6 +28,7 @@ class Session:
     def __init__(self, clock: Clock, make_record: MakeRecord) -> None:
         self.clock = clock
         self.record: Record | None = None
+        self.memory: dict[str, Memory] = {}  # by denoiser
         self._make_record = make_record
         self._run: int | None = None
 
@@ -43,6 +45,7 @@ class Session:
         if self.record is not None:
             self.record.drop()
         self.record = self._run = None
+        self.memory = {}
 
 
 class StandaloneHook(ModelHook):
@@ -81,7 +84,8 @@ class StandaloneHook(ModelHook):
         terms = None if foreign else record.forecast(self._member.key, moment.step, rows)
         self._skips = terms is not None
         if terms is not None:
-            self.stack.enter(partial(correction, [(slice(0, rows), terms)]))
+            memory = self.session.memory.setdefault(self.name, {})
+            self.stack.enter(partial(correction, [(slice(0, rows), terms)]), memory)
         elif self._member.wants and not foreign:
             self.stack.enter()
         return args, kwargs

@@ -3,8 +3,8 @@
 Nothing is patched: the `ModuleList`s of the stack are exchanged for the duration of one forward. *Tapped*, they hold
 the same blocks, the first and the last with a tap, so that out - in can be taken; *replaced*, they hold one block that
 adds the forecast, the others are empty, and modules that work for the blocks alone (rotary tables, the text embedding
-where nothing else reads it) are idle. Embedding and head run as always. Outside a scope the denoiser is exactly what
-diffusers made.
+where nothing else reads it) are idle. Embedding and head run as always, but for what `conditioning` remembers. Outside
+a scope the denoiser is exactly what diffusers made.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from vllm_omni.diffusion.denoisers import DenoiserSpec
+from vllm_omni.diffusion.hooks.conditioning import Conditioning, Memory
 from vllm_omni.errors import InvalidValueError
 
 Correction = Callable[[torch.Tensor], torch.Tensor]
@@ -137,6 +138,7 @@ class BlockStack:
         self._tapped = self._with_taps()
         idle = {name: _Idle() for name in spec.only_for_blocks if name in modules}
         self._replaced = self._without_blocks() | idle
+        self._conditioning = Conditioning(module, spec.conditioning)
 
     @property
     def count(self) -> int:
@@ -174,10 +176,12 @@ class BlockStack:
         assert self._correction is not None
         return self._correction(x)
 
-    def enter(self, correction: Correction | None = None) -> None:
+    def enter(self, correction: Correction | None = None, memory: Memory | None = None) -> None:
         """Begin a scope by hand (see the context managers): tapped, or replaced where a correction is given."""
         self._correction = correction
         self._exchange(self._tapped if correction is None else self._replaced)
+        if memory is not None:
+            self._conditioning.enter(memory)
 
     def _exchange(self, stand_ins: dict[str, torch.nn.Module]) -> None:
         if self._open:
@@ -192,6 +196,7 @@ class BlockStack:
         if not self._open:
             return
         self.module._modules.update(self._own)
+        self._conditioning.leave()
         self._correction = self._input = self._output = self._first_output = None
         self._open = False
 
@@ -205,9 +210,12 @@ class BlockStack:
             self.leave()
 
     @contextmanager
-    def replaced(self, correction: Correction) -> Iterator[BlockStack]:
-        """Within, a forward runs no block: `correction` maps the hidden states before the stack to those after it."""
-        self.enter(correction)
+    def replaced(self, correction: Correction, memory: Memory | None = None) -> Iterator[BlockStack]:
+        """Within, a forward runs no block: `correction` maps the hidden states before the stack to those after it.
+
+        `memory` is that of the one request whose rows these are; None where several share the forward.
+        """
+        self.enter(correction, memory)
         try:
             yield self
         finally:

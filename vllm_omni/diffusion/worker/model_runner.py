@@ -19,6 +19,7 @@ from vllm_omni.diffusion.cache.stack_backend import StackBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
+from vllm_omni.diffusion.hooks.conditioning import Memory
 from vllm_omni.diffusion.worker.adapters import AdapterSwitch
 from vllm_omni.diffusion.worker.batching import CallBinder, row_slices, take_rows
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Event, Failed, Finished, PipelineTask
@@ -60,6 +61,7 @@ class RequestState:
     undecided: bool = False  # its gate must look at the call first
     key: Hashable = None
     memory: dict[int, Any] = field(default_factory=dict)
+    embedded: dict[str, Memory] = field(default_factory=dict)  # by denoiser
     size: Hashable = None  # what `pace` knows it by
     watch: Stopwatch = field(default_factory=Stopwatch)
 
@@ -89,6 +91,7 @@ class RequestState:
         self.arguments, self.member, self.forecast = {}, None, None
         self.task.pipeline = None  # the pipeline's copy holds a proxy that holds the task
         self.memory.clear()
+        self.embedded.clear()
 
 
 class ModelRunner:
@@ -291,7 +294,8 @@ class ModelRunner:
         if states[0].skips:
             assert stack is not None
             forecasts = [(r, s.forecast) for s, r in zip(states, rows, strict=True) if s.forecast is not None]
-            with stack.replaced(partial(correction, forecasts)):
+            memory = states[0].embedded.setdefault(call.denoiser, {}) if len(states) == 1 else None
+            with stack.replaced(partial(correction, forecasts), memory):
                 output = module(**arguments)
             note_skipped(members)
         elif (
