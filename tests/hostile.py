@@ -29,8 +29,8 @@ VIDEO_NUMBERS: dict[str, tuple[float, float | None, type]] = {
     name: limits for name, limits in NUMBERS.items()
     if name not in ("n", "output_compression", "partial_images", "strength")
 } | {
-    "num_inference_steps": (1, 400, int), "steps": (1, 400, int), "num_frames": (1, None, int),
-    "fps": (1, 120, float), "guidance_scale_2": (0, 100, float),
+    "num_inference_steps": (1, 400, int), "steps": (1, 400, int), "num_frames": (1, None, int), "fps": (1, 120, float),
+    "guidance_scale_2": (0, 100, float),
 }  # fmt: skip
 
 PATHS = ["../x", "..%2fx", "%2e%2e/x", "%2e%2e%2f%2e%2e%2fetc%2fpasswd", "/etc/passwd", "a%00b", "....//x", "C:\\x",

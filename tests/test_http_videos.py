@@ -198,6 +198,7 @@ def test_full_queue_refuses_at_once(server: Server) -> None:
         ({"n": "2"}, "n", "unknown_parameter"),
         ({"sede": "2"}, "sede", "unknown_parameter"),
         ({"strength": "0.5"}, "strength", "unknown_parameter"),
+        ({"guidance_scale_2": "3"}, "guidance_scale_2", "unsupported_parameter"),
         ({"cache[treshold]": "0.5"}, "treshold", "unknown_parameter"),  # the engine says so
         ({"model": "sora-2"}, "model", "model_not_found"),
         ({"input_reference[image_url]": "data:image/png;base64,AAAA"}, "input_reference", "unsupported_parameter"),

@@ -62,8 +62,8 @@ def make_video_order(
     frames = _frames(fields, info, config)
     if frames * order.width * order.height * 3 > MAX_FRAME_BYTES * 0.99:  # it must cross from the engine's process
         raise invalid("size", f"{frames} frames of {order.size} are more than one request may have; ask for less")
-    if fields.guidance_scale_2 is not None and "guidance_scale_2" not in info.parameters:
-        raise invalid("guidance_scale_2", "this model has no guidance_scale_2", "unsupported_parameter")
+    if fields.guidance_scale_2 is not None and ("guidance_scale_2" not in info.parameters or len(info.denoisers) < 2):
+        raise invalid("guidance_scale_2", "is for models of two denoisers", "unsupported_parameter")
     fps = fields.fps or info.fps
     params = order.params[0].model_copy(
         update={"num_frames": frames, "fps": fps, "guidance_scale_2": fields.guidance_scale_2}
