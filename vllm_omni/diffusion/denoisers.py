@@ -33,9 +33,7 @@ class DenoiserSpec:
     rows_in_dim_1: tuple[str, ...] = ()  # of `rows`, those with another dimension before the samples
     image_first: bool = False  # a fused tail holds the image tokens before the text
     only_for_blocks: tuple[str, ...] = ()  # child modules whose output nothing but the blocks reads
-    conditioning: tuple[
-        str, ...
-    ] = ()  # child modules whose own children embed time and a request's constants, each alone
+    conditioning: tuple[str, ...] = ()  # child modules whose children embed time and a request's constants, each alone
     between_blocks: tuple[str, ...] = ()  # "argument" or "argument.key" that adds something to the stack: compute
 
     def adds_between_blocks(self, arguments: Mapping[str, Any]) -> bool:
