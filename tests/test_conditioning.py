@@ -122,6 +122,29 @@ def test_two_branches_embed_a_step_once() -> None:
     assert counts["condition_embedder"] == 2 * MASK.count(1) + 1
 
 
+def test_on_a_device_nothing_is_read_or_remembered() -> None:
+    """The meta device has no values: reading one raises."""
+    embedding = torch.nn.Sequential(torch.nn.Linear(4, 4, device="meta"))
+    holder = torch.nn.ModuleDict({"embedding": embedding})
+    conditioning, memory = Conditioning(holder, ("embedding",)), {}
+    x = torch.zeros(1, 4, device="meta")
+    with pytest.raises((NotImplementedError, RuntimeError)):
+        x.tolist()
+    calls = 0
+
+    def note(*_: Any) -> None:
+        nonlocal calls
+        calls += 1
+
+    embedding[0].register_forward_hook(note)
+    with torch.no_grad():
+        for _ in range(2):
+            conditioning.enter(memory)
+            assert holder["embedding"](x).shape == (1, 4)
+            conditioning.leave()
+    assert calls == 2 and memory == {"embedding.0": {}}
+
+
 @pytest.mark.parametrize("name", ["FLUX.1", "CogView4"])
 def test_weights_that_change_between_requests_are_seen(name: str) -> None:
     """As fusing an adapter does it: in place, behind autograd's back."""

@@ -27,6 +27,7 @@ from vllm_omni.diffusion.cache.magcache import (
 from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint, load_profile
 from vllm_omni.diffusion.cache.standalone import detach
 from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.hooks.conditioning import Conditioning
 from vllm_omni.errors import InvalidValueError
 
 CURVE = FluxMagCacheStrategy.FLUX_MAG_RATIOS
@@ -87,6 +88,7 @@ class Probe:
         self.ran.append(self._ran)
 
     def remove(self) -> None:
+        Conditioning.enter = self._own  # type: ignore[method-assign]
         for handle in self._handles:
             handle.remove()
 
@@ -650,12 +652,18 @@ class DispatchTrap(TorchDispatchMode):
 
 
 class Trap:
-    """Traps reads from the outermost pre hook of the transformer to its outermost post hook, but for step 0."""
+    """Traps reads from the outermost pre hook of the transformer to its outermost post hook, but for step 0.
+
+    What is trapped stands for a device, where no conditioning is remembered (test_conditioning.py: not a value is read
+    there); so none is here.
+    """
 
     def __init__(self, transformer: torch.nn.Module, calls_of_first_step: int = 1) -> None:
         self.calls = self.trapped = 0
         self._first = calls_of_first_step
         self._modes: list[Any] = []
+        self._own = Conditioning.enter
+        Conditioning.enter = lambda self, memory: None  # type: ignore[method-assign]
         self._handles = [
             transformer.register_forward_pre_hook(self._enter, prepend=True),
             transformer.register_forward_hook(self._leave, always_call=True),

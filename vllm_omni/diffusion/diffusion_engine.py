@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
@@ -106,14 +106,16 @@ class DiffusionEngine:
             encoded = time.perf_counter()
             entries = [self._entries[request_id] for request_id in self.scheduler.schedule()]
             batch = [entry.state for entry in entries if entry.state is not None]
-            report = StepReport(len(admitted), encoded - began if admitted else 0.0)
+            encode_s = encoded - began if admitted else 0.0
+            report = StepReport(len(admitted), encode_s)
             if batch:
                 rows, skipped = sum(state.rows for state in batch), batch[0].skips
                 self.worker.run(batch)
                 decoding = [state.decoding for state in batch if isinstance(state.event, Finished | Failed)]
                 seconds = time.perf_counter() - encoded - sum(decoding)
-                report = replace(report, pixels=entries[0].pixels, rows=rows, skipped=skipped, forward_s=seconds)
-                report = replace(report, ended=len(decoding), decode_s=sum(decoding))
+                report = StepReport(
+                    len(admitted), encode_s, entries[0].pixels, rows, skipped, seconds, len(decoding), sum(decoding)
+                )
             for entry, state in zip(entries, batch, strict=True):
                 entry.calls += 1
                 self._settle(state)
