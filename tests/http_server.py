@@ -92,6 +92,8 @@ def serve(engine_args: dict[str, Any] | None = None, **settings: Any) -> Iterato
         box["server"].should_exit = True
         thread.join(30)
         sock.close()
+        state = box["server"].server_state
+        assert not thread.is_alive(), f"it does not end: {len(state.connections)} connections, tasks: {state.tasks}"
 
 
 @dataclass

@@ -118,12 +118,12 @@ async def events(jobs: Jobs, order: Order, job_id: str, metadata: bool, kind: st
         async for index, output in items:
             base = {"created_at": int(time.time()), **looks(order)}
             if output.finished:
-                used = usage(order, jobs.engine.info, output)
-                del used["output_tokens_details"]  # events officially have none
+                told = usage(order, jobs.engine.info, output)
+                del told["output_tokens_details"]  # which an event's usage has not
                 done = {
                     **base,
                     "b64_json": await encoded(order, index, output, metadata),
-                    "usage": used,
+                    "usage": told,
                     "omni": {"request_id": job_id, **facts(order, index, output)},
                 }
                 yield f"{kind}.completed", {"type": f"{kind}.completed", **done}
