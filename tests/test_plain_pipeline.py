@@ -88,7 +88,6 @@ class Probe:
         self.ran.append(self._ran)
 
     def remove(self) -> None:
-        Conditioning.enter = self._own  # type: ignore[method-assign]
         for handle in self._handles:
             handle.remove()
 
@@ -682,6 +681,7 @@ class Trap:
             self._modes.pop().__exit__(None, None, None)
 
     def remove(self) -> None:
+        Conditioning.enter = self._own  # type: ignore[method-assign]
         for handle in self._handles:
             handle.remove()
 

@@ -180,7 +180,7 @@ class BlockStack:
         """Begin a scope by hand (see the context managers): tapped, or replaced where a correction is given."""
         self._correction = correction
         self._exchange(self._tapped if correction is None else self._replaced)
-        if memory is not None:
+        if memory is not None and self.module._compiled_call_impl is None:  # stand-ins would be one more graph
             self._conditioning.enter(memory)
 
     def _exchange(self, stand_ins: dict[str, torch.nn.Module]) -> None:
