@@ -177,7 +177,8 @@ class ProcessEngineClient:
         """Take no more requests, and return when none is left or `timeout_s` is over."""
         self._draining = True
         try:
-            await asyncio.wait_for(self._empty.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._empty.wait()
         except TimeoutError:
             logger.warning("%d requests had not ended after %.1f s of draining", len(self._requests), timeout_s)
 

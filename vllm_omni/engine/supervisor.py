@@ -99,7 +99,8 @@ class EngineProcess:
         if time.monotonic() - self.last_beat < timeout_s:
             return True
         try:
-            await asyncio.wait_for(self.beaten.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self.beaten.wait()
         except TimeoutError:
             return False
         return True

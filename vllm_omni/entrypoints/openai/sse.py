@@ -80,7 +80,8 @@ _COMMENT: Event = ("", "")
 
 async def _within(inbox: asyncio.Queue[Any], seconds: float) -> Any:
     try:
-        return await asyncio.wait_for(inbox.get(), seconds)
+        async with asyncio.timeout(seconds):  # wait_for of Python 3.11 may swallow being cancelled
+            return await inbox.get()
     except TimeoutError:
         return _COMMENT
 

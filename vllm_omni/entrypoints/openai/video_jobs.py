@@ -79,7 +79,8 @@ class VideoJobs:
         taken = False
         try:
             with suppress(TimeoutError):
-                await asyncio.wait_for(heard, REFUSAL_S)
+                async with asyncio.timeout(REFUSAL_S):
+                    await heard
             taken = True
         finally:
             if not taken:  # refused, or the client has gone away
