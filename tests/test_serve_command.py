@@ -209,7 +209,7 @@ def test_a_port_in_use_is_said_at_once(tmp_path: Path) -> None:
             _, status, usage = os.wait4(process.pid, 0)
             process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 2
-    assert usage.ru_utime + usage.ru_stime < 10  # the wall's clock on a machine with nothing else to do
+    assert usage.ru_utime + usage.ru_stime < 7  # before vLLM is imported, which takes 8
     ours = [line for line in (tmp_path / "log").read_text().splitlines() if "vllm-omni" in line]
     assert ours == [f"vllm-omni serve: --port cannot be used (Address already in use), got '127.0.0.1:{port}'"]
     assert left_behind(tmp_path, [], set(os.listdir("/dev/shm"))) == []

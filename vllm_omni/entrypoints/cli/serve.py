@@ -10,6 +10,7 @@ import asyncio
 import gc
 import json
 import re
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -93,11 +94,25 @@ def refuse_early(words: Sequence[str]) -> None:
     """Refuse what is wrong with the model's folder and our own flags before vLLM is imported, which takes seconds."""
     parser = argparse.ArgumentParser(prog="vllm serve", usage=USAGE, add_help=False, allow_abbrev=False)
     _add_own(parser)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--uds")
+    parser.add_argument("--config")
     dashed = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
     given, _ = parser.parse_known_args(dashed)  # the rest is vLLM's: its flags, their values, `--config FILE`
     given.model = words[0] if words and not words[0].startswith("-") else "demo"
     resolve_model(given.model)
     ServeConfig(**_own_settings(given))
+    help_asked = any(word == "-h" or word.startswith("--help") for word in words)
+    if not (given.uds or given.config or help_asked):  # a file may name another port; it is read later
+        _check_port(given.host, given.port)
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise InvalidValueError("--port", f"{host}:{port}", f"cannot be used ({error.strerror})") from None
 
 
 def _add_own(parser: argparse.ArgumentParser) -> None:
