@@ -110,7 +110,9 @@ def refuse_early(words: Sequence[str]) -> None:
 
 def _check_port(host: str, port: int) -> None:
     try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, port))
     except OSError as error:
         raise InvalidValueError("--port", f"{host}:{port}", f"cannot be used ({error.strerror})") from None
 
