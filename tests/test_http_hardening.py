@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import io
@@ -25,6 +26,9 @@ from http_server import Running, serve
 from openai import OpenAI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_omni.entrypoints.openai.fields import ImageFields
+from vllm_omni.entrypoints.openai.order import make_order
 
 URL = "/v1/images/generations"
 CHAT = "/v1/chat/completions"
@@ -67,12 +71,13 @@ def digest(reply: httpx.Response, index: int = 0) -> str:
 
 def idle(server: Running) -> Any:
     """The statistics once nothing runs."""
+    jobs = server.app.state.served.jobs.running
     for _ in range(400):
         stats = server.do(server.engine.stats())
-        if not stats.running and not stats.waiting and not server.app.state.served.jobs.running:
+        if not stats.running and not stats.waiting and not jobs:
             return stats
         time.sleep(0.02)
-    raise AssertionError("the engine did not become idle")
+    raise AssertionError(f"not idle: {stats.running} run, {stats.waiting} wait, jobs: {list(jobs)}")
 
 
 # --------------------------------------------------------------------------------------------------- contract (C1 - C4)
@@ -239,6 +244,32 @@ def test_a4_delete_ends_a_job_on_every_route(server: Running, http: httpx.Client
             told = future.result()
         assert "request_cancelled" in told.text and told.status_code in (499, 200), told.text
         assert time.perf_counter() - began < 1.0
+    idle(server)
+
+
+def test_a1_leaving_in_any_turn_of_the_end(server: Running) -> None:
+    """The last picture has come and the job is being put away: a client that leaves then leaves no job behind."""
+    here = server.app.state.served
+    order = make_order(ImageFields(prompt="x", num_inference_steps=1), here.info, here.config)
+
+    async def leave_after(turns: int) -> None:
+        came = asyncio.Event()
+
+        async def listen() -> None:
+            async for _, output in here.jobs.run(order, f"end-{turns}"):
+                if output.finished:
+                    came.set()
+
+        listener = asyncio.create_task(listen())
+        await came.wait()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        listener.cancel()
+        await asyncio.gather(listener, return_exceptions=True)
+
+    for turns in range(8):
+        server.do(leave_after(turns))
+        assert not here.jobs.running, turns
     idle(server)
 
 

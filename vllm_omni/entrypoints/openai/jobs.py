@@ -76,10 +76,10 @@ class Jobs:
                 left -= item[1].finished
                 yield item
         finally:
+            del self.running[job_id]  # before anything waits: a client may leave in this very turn
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            del self.running[job_id]
 
 
 async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
