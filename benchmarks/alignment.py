@@ -72,8 +72,10 @@ ORDERS = {"ours: skips first": ours, "oldest first": oldest, "compute first": co
 
 def serve(plans: list[tuple[bool, ...]], every: int, order: str) -> dict[str, Any]:
     """Run the plans to their ends; request i arrives at tick i * every."""
+    from vllm_omni.diffusion.sched.interface import Turn
     from vllm_omni.diffusion.sched.step_scheduler import StepScheduler
 
+    turns = {True: Turn.COMPUTE, False: Turn.SKIP}
     scheduler = StepScheduler(len(plans))
     at = dict.fromkeys(map(str, range(len(plans))), 0)
     since: dict[str, int] = {}
@@ -84,7 +86,7 @@ def serve(plans: list[tuple[bool, ...]], every: int, order: str) -> dict[str, An
             scheduler.add(str(came))
             came += 1
         for request in scheduler.admit():
-            scheduler.park(request, "key", not plans[int(request)][0])
+            scheduler.park(request, "key", turns[plans[int(request)][0]])
             since[request] = tick
         if order.startswith("ours"):
             batch = scheduler.schedule()
@@ -106,7 +108,7 @@ def serve(plans: list[tuple[bool, ...]], every: int, order: str) -> dict[str, An
                 del at[request], since[request]
                 scheduler.remove(request)
             else:
-                scheduler.park(request, "key", not plans[int(request)][at[request]])
+                scheduler.park(request, "key", turns[plans[int(request)][at[request]]])
     return dict(counts)
 
 

@@ -4,8 +4,8 @@ Both sides run the plans of the published rule without a guard, so full forwards
 batching limit is what the hardware gives at best: transformer time per row at batch 1 / at batch 16, measured in
 the same run, in turn. Requests of 10 to 50 steps do not keep 16 rows full to the end; "occupancy limit" is the same
 ratio for the batch sizes that really occurred, so that the two losses can be told apart. A second table says where the
-time goes on either side: text encoders and VAE serve one request at a time, which bounds what whole requests can gain
-(`whole_request_limit`). Seconds are summed over steps, of each its fastest round (`common.by_step`).
+time goes on either side; `whole_request_limit` is what whole requests could gain if nothing but the transformer were
+batched. Seconds are summed over steps, of each its fastest round (`common.by_step`).
 
 `--size` takes a random-weight model instead of the demo; with "large-1088" a row fills the machine, and
 batching gains nothing. Bars: throughput ratio / limit >= 0.9 on the demo; ratio >= 0.98 where batching gains nothing.
@@ -97,7 +97,7 @@ def measure(options: Any, result: dict[str, Any], stamps: list[float]) -> None:
     where = _profile(omni, subject.pipe, batched, one_by_one)
     share = where["one by one"]["transformer"] / where["one by one"]["total"]
     whole = 1 / (1 - share + share / limit)
-    print(f"limit of whole requests, {1 - share:.2f} of whose time no batch shortens: {whole:.2f}\n")
+    print(f"limit of whole requests, were {1 - share:.2f} of their time shortened by no batch: {whole:.2f}\n")
     last_line(
         result
         | {
@@ -134,12 +134,12 @@ class Demo:
         from vllm_omni.diffusion.data import OmniDiffusionConfig
         from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
 
-        cache = {"cache_backend": "magcache", "cache_config": RULE | EQUAL}
+        self._ratios = shipped_profile("demo").ratios
+        cache = {"cache_backend": "magcache", "cache_config": RULE | EQUAL | {"mag_ratios": self._ratios}}
         self.omni = Omni("demo", dtype=options.dtype, max_num_seqs=options.requests, **cache)
         self.pipe = load_pipeline(OmniDiffusionConfig(model="demo", dtype=options.dtype))
         self.arguments: dict[str, Any] = {}
         self._defaults = generation_defaults("demo")
-        self._ratios = shipped_profile("demo").ratios
 
     def prompt(self, request: tuple[str, int, int]) -> str:
         return request[0]
@@ -265,7 +265,7 @@ def _profile(omni: Any, plain: Any, batched: Callable[[], Any], one_by_one: Call
         scheduler = type(pipe.scheduler)  # the engine gives every request one of its own
         targets = (
             (pipe.transformer, "forward", "transformer"),
-            (type(pipe), "encode_prompt", "encode_prompt"),
+            *((e, "forward", "text encoders") for e in (pipe.text_encoder, pipe.text_encoder_2) if e is not None),
             (pipe.vae, "decode", "vae.decode"),
             (scheduler, "step", "scheduler.step"),
             (scheduler, "set_timesteps", "scheduler.set_timesteps"),

@@ -193,6 +193,11 @@ def static_peers() -> dict[str, Callable[[list[Request]], Any]]:
     }
 
 
+def rule() -> dict[str, Any]:
+    """The cache settings that make the engine run its peer's plans, on the curve that the peer gets."""
+    return RULE | EQUAL | {"mag_ratios": shipped_profile("demo").ratios}
+
+
 def plan_of(steps: int) -> tuple[bool, ...]:
     """What the published rule computes on the demo's curve, without a guard."""
     from vllm_omni.diffusion.cache.magcache import MagCacheBackend
@@ -200,7 +205,7 @@ def plan_of(steps: int) -> tuple[bool, ...]:
 
     pipe, _ = _plain()
     pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=1.0)
-    backend = MagCacheBackend(DiffusionCacheConfig(**RULE | EQUAL))
+    backend = MagCacheBackend(DiffusionCacheConfig(**rule()))
     backend.enable(pipe, standalone=False)
     record = backend.refresh(pipe, steps, request_id="plan")
     assert record is not None and record.plan is not None
@@ -241,7 +246,7 @@ class Engine:
     def __init__(self) -> None:
         from vllm_omni import Omni
 
-        self.omni = Omni("demo", max_num_seqs=32, cache_backend="magcache", cache_config=RULE | EQUAL)
+        self.omni = Omni("demo", max_num_seqs=32, cache_backend="magcache", cache_config=rule())
         self._made = 0
 
     def _add(self, request: Request) -> str:

@@ -281,11 +281,11 @@ def test_seconds_are_refused_before_anything_was_measured_and_kept_afterwards(pr
 
 
 def test_the_most_forwards_that_the_seconds_allow() -> None:
-    pace, watch = Pace(), Stopwatch(encoding=0.5)
+    pace, watch = Pace(), Stopwatch(ends=1.0)
     for step, skipped in enumerate((False, False, True, False, True)):
         pace.note("size", watch, step, 0.1 if skipped else 1.0, alone=True, skipped=skipped)
     pace.note("size", watch, 5, 9.0, alone=False, skipped=False)  # shared with others: says nothing of this one alone
-    pace.finish("size", watch, decoding=0.5)
+    pace.finish("size", watch)
     assert pace.expected("size", 4, 6) == pytest.approx(1.0 + 4.0 + 0.6)
     for seconds, nfe in ((5.6001, 4), (6.4, 4), (6.5001, 5), (100.0, 10)):
         assert pace.settle(DiffusionCacheConfig(seconds=seconds), "size", 10).nfe == nfe

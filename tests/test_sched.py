@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_omni.diffusion.sched.interface import Turn
 from vllm_omni.diffusion.sched.step_scheduler import AGEING_S, StepScheduler
 
 
@@ -16,19 +17,21 @@ def test_admission_is_first_come_first_served_up_to_the_limit() -> None:
     assert scheduler.admit() == ["c"]
 
 
-def test_skips_go_before_computes_and_equal_keys_go_together() -> None:
+def test_skips_go_first_then_parts_and_equal_keys_go_together() -> None:
     scheduler = StepScheduler(8)
     for name in "abcd":
         scheduler.add(name)
     scheduler.admit()
-    scheduler.park("a", "k", False)
-    scheduler.park("b", "k", True)
-    scheduler.park("c", "other", True)
-    scheduler.park("d", "k", False)
+    scheduler.park("a", "k", Turn.COMPUTE)
+    scheduler.park("b", "k", Turn.SKIP)
+    scheduler.park("c", "other", Turn.SKIP)
+    scheduler.park("d", "k", Turn.COMPUTE)
     assert scheduler.schedule() == ["b"]
-    scheduler.park("b", "k", False)
+    scheduler.park("b", "k", Turn.COMPUTE)
     assert scheduler.schedule() == ["c"]
-    scheduler.park("c", "other", False)
+    scheduler.park("c", "vae", Turn.PART)
+    assert scheduler.schedule() == ["c"]
+    scheduler.park("c", "other", Turn.COMPUTE)
     assert scheduler.schedule() == ["a", "b", "d"]
 
 
@@ -37,13 +40,13 @@ def test_the_group_that_waits_longest_is_next() -> None:
     for name in "ab":
         scheduler.add(name)
     scheduler.admit()
-    scheduler.park("a", "x", False)
-    scheduler.park("b", "y", False)
+    scheduler.park("a", "x", Turn.COMPUTE)
+    scheduler.park("b", "y", Turn.COMPUTE)
     turns = []
     for _ in range(6):
         (name,) = scheduler.schedule()
         turns.append(name)
-        scheduler.park(name, "x" if name == "a" else "y", False)
+        scheduler.park(name, "x" if name == "a" else "y", Turn.COMPUTE)
     assert turns == ["a", "b"] * 3
 
 

@@ -14,6 +14,7 @@ import torch
 from vllm_omni.diffusion.cache.overrides import Choice
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.sched.interface import Turn
 from vllm_omni.diffusion.sched.step_scheduler import StepScheduler
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
 from vllm_omni.diffusion.worker.model_runner import RequestState
@@ -44,16 +45,15 @@ class _Entry:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the last `step` did: who began, one forward of `rows`, and how long each part took in seconds."""
+    """What the last `step` did: one forward of `rows` (0: text encoders or decoders ran) and its seconds; how many
+    requests got their picture, and the seconds that these have spent in encoding and decoding, all in all."""
 
-    admitted: int = 0
-    encode_s: float = 0.0
     pixels: int = 0
     rows: int = 0
     skipped: bool = False
     forward_s: float = 0.0
     ended: int = 0
-    decode_s: float = 0.0
+    ends_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -99,28 +99,23 @@ class DiffusionEngine:
     def step(self) -> list[OmniRequestOutput]:
         """Admit, run one batch, and return the requests that ended."""
         with torch.inference_mode():
-            began = time.perf_counter()
-            admitted = self.scheduler.admit()
-            for request_id in admitted:
+            for request_id in self.scheduler.admit():
                 self._start(self._entries[request_id])
-            encoded = time.perf_counter()
             entries = [self._entries[request_id] for request_id in self.scheduler.schedule()]
             batch = [entry.state for entry in entries if entry.state is not None]
-            encode_s = encoded - began if admitted else 0.0
-            report = StepReport(len(admitted), encode_s)
-            if batch:
-                rows, skipped = sum(state.rows for state in batch), batch[0].skips
-                self.worker.run(batch)
-                decoding = [state.decoding for state in batch if isinstance(state.event, Finished | Failed)]
-                seconds = time.perf_counter() - encoded - sum(decoding)
-                report = StepReport(
-                    len(admitted), encode_s, entries[0].pixels, rows, skipped, seconds, len(decoding), sum(decoding)
-                )
+            self.last = self._run(entries[0].pixels, batch) if batch else StepReport()
             for entry, state in zip(entries, batch, strict=True):
-                entry.calls += 1
+                entry.calls += self.last.rows > 0
                 self._settle(state)
-        self.last = report
         return self.collect()
+
+    def _run(self, pixels: int, batch: Sequence[RequestState]) -> StepReport:
+        rows, skipped = sum(state.rows for state in batch), batch[0].turn is Turn.SKIP
+        began, decoded = time.perf_counter(), sum(state.decoding for state in batch)
+        self.worker.run(batch)
+        seconds = time.perf_counter() - began + decoded - sum(state.decoding for state in batch)
+        ends = [state.encoding + state.decoding for state in batch if isinstance(state.event, Finished)]
+        return StepReport(pixels, rows, skipped, seconds, len(ends), sum(ends))
 
     def collect(self) -> list[OmniRequestOutput]:
         """The requests that ended since they were last asked for; aborted ones end without a step."""
@@ -148,10 +143,17 @@ class DiffusionEngine:
         return bool(self._entries) or bool(self._ended)
 
     def stage(self, request_id: str) -> str | None:
-        """Where a request is between two steps: "queued", "encode" (not denoised yet), "denoise"; None: ended."""
+        """Where a request is between two steps: "queued", "encode" (not denoised yet), "denoise" or "decode".
+
+        None: it has ended.
+        """
         if (entry := self._entries.get(request_id)) is None:
             return None
-        return "queued" if entry.state is None else "denoise" if entry.calls else "encode"
+        if entry.state is None:
+            return "queued"
+        if not entry.calls:
+            return "encode"
+        return "decode" if entry.state.turn is Turn.PART else "denoise"
 
     def outlooks(self) -> list[Outlook]:
         """What every unfinished request still needs."""
@@ -199,7 +201,7 @@ class DiffusionEngine:
         if isinstance(state.event, Finished | Failed):
             self._end(self._entries[state.request_id], state.event)
         else:
-            self.scheduler.park(state.request_id, state.key, state.skips)
+            self.scheduler.park(state.request_id, state.key, state.turn)
 
     def _end(self, entry: _Entry, event: Finished | Failed) -> None:
         del self._entries[entry.request.request_id]

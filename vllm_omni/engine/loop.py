@@ -41,7 +41,6 @@ class EngineLoop:
         self.costs = cost.no_costs()
         self._commands, self._send = commands, send
         self._deadlines: dict[str, float] = {}
-        self._encode_s = 0.0  # of one request, of late
         self._aborts: Counter[str] = Counter()
         self._batches: Counter[int] = Counter()
         self._steps: Counter[str] = Counter()
@@ -109,7 +108,7 @@ class EngineLoop:
         now = time.monotonic()
         for request_id in [i for i, deadline in self._deadlines.items() if deadline <= now]:
             del self._deadlines[request_id]
-            reached = {"queued": "it had not begun", "encode": "it had just begun"}
+            reached = {"queued": "it had not begun", "encode": "it had just begun", "decode": "it was decoding"}
             where = reached.get(self.engine.stage(request_id) or "", "it was denoising")
             late = DeadlineExceededError(f"request {request_id} did not end within its time-out; {where}")
             self.engine.abort([request_id], late)
@@ -154,15 +153,13 @@ class EngineLoop:
 
     def _measure(self) -> None:
         done = self.engine.last
-        if done.admitted:
-            self._encode_s = done.encode_s / done.admitted
         if done.rows:
             self._batches[done.rows] += 1
             self._seconds["denoise"] += done.forward_s
             table = self.costs.skipped if done.skipped else self.costs.computed
             cost.note_rows(table, done.pixels, done.forward_s, done.rows)
         if done.ended:
-            cost.note(self.costs.ends, done.pixels, self._encode_s + done.decode_s / done.ended)
+            cost.note(self.costs.ends, done.pixels, done.ends_s / done.ended)
 
     def _report(self) -> None:
         """Counters and gauges as they stand."""
@@ -229,7 +226,7 @@ def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[
             if engine.last.rows:  # the last forward's time stands: the first ones paid for what is loaded once
                 costs.computed[engine.last.pixels] = engine.last.forward_s / engine.last.rows
             if engine.last.ended:
-                costs.ends[engine.last.pixels] = engine.last.decode_s
+                costs.ends[engine.last.pixels] = engine.last.ends_s
     except OmniError as error:
         logger.warning("no warm-up: %s", error)
     finally:

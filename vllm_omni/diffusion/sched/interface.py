@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
+from enum import IntEnum
 from typing import NamedTuple
 
 
+class Turn(IntEnum):
+    """What a parked call needs, in the order in which they go."""
+
+    SKIP = 0  # a forward without blocks
+    PART = 1  # a text encoder, or the VAE's decoder
+    COMPUTE = 2  # a forward with all its blocks
+
+
 class Parked(NamedTuple):
-    """A request waiting at its denoiser: calls with equal `key` may share a forward; `skips`: it needs no blocks."""
+    """A waiting request: calls with equal `key` and `turn` may be made as one."""
 
     key: Hashable
-    skips: bool
+    turn: Turn
     since: int  # the tick at which it parked

@@ -1,8 +1,10 @@
 """Who advances: policy only. Knows request ids, keys and ticks; imports no torch.
 
 Requests whose next step needs no blocks go first, whatever their number: it costs next to nothing, and it lets the
-others' compute steps meet in full batches. Then the compute group whose oldest member waits longest. A request can skip
-only a bounded number of steps before it computes, so no group starves.
+others' compute steps meet in full batches. Then text encoders and decoders: who begins joins the next forward, who ends
+leaves, and the calls of those that came or end together meet. Then the compute group whose oldest member waits longest.
+A request can skip only a bounded number of steps before it computes, and has few calls of encoders and decoder, so no
+group starves.
 
 Who begins: the waiting request of lowest `virtual_arrival`. A level of priority is worth `AGEING_S` seconds of waiting,
 so a request is overtaken by those alone that come within its disadvantage, and none starves.
@@ -14,7 +16,7 @@ from bisect import insort
 from collections.abc import Hashable
 from itertools import count
 
-from vllm_omni.diffusion.sched.interface import Parked
+from vllm_omni.diffusion.sched.interface import Parked, Turn
 
 AGEING_S = 5.0
 
@@ -62,15 +64,15 @@ class StepScheduler:
             admitted.append(request_id)
         return admitted
 
-    def park(self, request_id: str, key: Hashable, skips: bool) -> None:
-        """A running request has reached its denoiser again."""
-        self.running[request_id] = Parked(key, skips, self._tick)
+    def park(self, request_id: str, key: Hashable, turn: Turn) -> None:
+        """A running request waits for its next call."""
+        self.running[request_id] = Parked(key, turn, self._tick)
 
     def schedule(self) -> list[str]:
-        """The next batch: ids of parked requests with one key and one kind of step; empty where nobody is parked."""
+        """The next batch: ids of parked requests with one key and one turn; empty where nobody is parked."""
         self._tick += 1
         parked = [(request_id, p) for request_id, p in self.running.items() if p is not None]
         if not parked:
             return []
-        _, oldest = min(parked, key=lambda item: (not item[1].skips, item[1].since))
-        return [i for i, p in parked if p.key == oldest.key and p.skips == oldest.skips]
+        _, oldest = min(parked, key=lambda item: (item[1].turn, item[1].since))
+        return [i for i, p in parked if p.key == oldest.key and p.turn == oldest.turn]

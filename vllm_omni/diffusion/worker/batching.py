@@ -46,7 +46,7 @@ class CallBinder:
                 if name in self._rows:
                     parts.append((name, _row_shape(value, rows, self._dims.get(name, 0))))
                 if name in self._shared or name not in self._rows:
-                    parts.append((name, _equal(value, memory if name in self._shared else None)))
+                    parts.append((name, equal(value, memory if name in self._shared else None)))
         except TypeError:
             return self.name, alone
         return tuple(parts)
@@ -87,14 +87,14 @@ def _row_shape(value: Any, rows: int, dim: int) -> Hashable:
     if isinstance(value, torch.Tensor) and value.ndim > dim and value.shape[dim] == rows:
         return value.shape[:dim], value.shape[dim + 1 :], value.dtype
     if isinstance(value, list) and len(value) == rows:
-        entries = tuple((e.shape, e.dtype) if isinstance(e, torch.Tensor) else _equal(e, None) for e in value)
+        entries = tuple((e.shape, e.dtype) if isinstance(e, torch.Tensor) else equal(e) for e in value)
         return entries[0] if len(set(entries)) == 1 else entries
     if isinstance(value, dict):
         return tuple((name, _row_shape(entry, rows, dim)) for name, entry in value.items())
     raise TypeError(type(value))
 
 
-def _equal(value: Any, memory: dict[int, Any] | None) -> Hashable:
+def equal(value: Any, memory: dict[int, Any] | None = None) -> Hashable:
     """A hashable that is equal where the argument's content is; TypeError where we cannot say.
 
     Without `memory` a tensor is refused: only one that is described as shared may serve other requests' rows.
@@ -104,9 +104,9 @@ def _equal(value: Any, memory: dict[int, Any] | None) -> Hashable:
     if isinstance(value, torch.Tensor) and memory is not None:
         return _content(value, memory)
     if isinstance(value, dict):
-        return tuple((key, _equal(entry, memory)) for key, entry in value.items())
+        return tuple((key, equal(entry, memory)) for key, entry in value.items())
     if isinstance(value, tuple | list):
-        return tuple(_equal(entry, memory) for entry in value)
+        return tuple(equal(entry, memory) for entry in value)
     raise TypeError(type(value))
 
 

@@ -1,4 +1,5 @@
-"""A request as a coroutine: an unmodified diffusers pipeline in a greenlet of its own, parked at its denoiser.
+"""A request as a coroutine: an unmodified diffusers pipeline in a greenlet of its own, parked at its denoiser, and at
+its text encoders and the decoder of its VAE.
 
 Knows nothing of batches and caches. The caller must hold `torch.inference_mode()` around every resume: grad mode is
 thread-local and greenlets share the thread, so a pipeline's own `no_grad` would otherwise leak into its neighbours.
@@ -32,6 +33,16 @@ class DenoiserCall:
 
 
 @dataclass(frozen=True)
+class PartCall:
+    """A call of a text encoder, or of the VAE's decoder: `method` of the pipeline's `part`."""
+
+    part: str
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Finished:
     output: Any
 
@@ -41,25 +52,31 @@ class Failed:
     error: Exception
 
 
-Event = DenoiserCall | Finished | Failed
+Event = DenoiserCall | PartCall | Finished | Failed
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
-class DenoiserProxy:
-    """Looks like the denoiser to a pipeline; calling it parks the request until the engine brings the result."""
+class _Proxy:
+    """Looks like the module to a pipeline."""
 
-    def __init__(self, name: str, module: torch.nn.Module, park: Callable[[DenoiserCall], Any]) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, park: Callable[[Any], Any]) -> None:
         self._name, self._module, self._park = name, module, park
-        self._branch: str | None = None
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # pipelines ask isinstance(self.transformer, ...)
         return type(self._module)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._park(DenoiserCall(self._name, self._branch, args, kwargs))
-
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+
+class DenoiserProxy(_Proxy):
+    """Calling it parks the request until the engine brings the result."""
+
+    _branch: str | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._park(DenoiserCall(self._name, self._branch, args, kwargs))
 
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
@@ -71,11 +88,29 @@ class DenoiserProxy:
             self._branch = None
 
 
+class EncoderProxy(_Proxy):
+    """A text encoder; calling it parks the request."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._park(PartCall(self._name, "__call__", args, kwargs))
+
+
+class DecoderProxy(_Proxy):
+    """A VAE; `decode` parks the request."""
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        return self._park(PartCall(self._name, "decode", args, kwargs))
+
+
 class PipelineTask:
     """One run of `pipeline(**arguments)`: its own shallow copy, its own scheduler, shared weights."""
 
-    def __init__(self, pipeline: Any, arguments: dict[str, Any], device: torch.device | None = None) -> None:
-        """`device`: where the pipeline is known to run; it finds out for itself otherwise."""
+    def __init__(
+        self, pipeline: Any, arguments: dict[str, Any], device: torch.device | None = None, parts: bool = True
+    ) -> None:
+        """`device`: where the pipeline is known to run; it finds out for itself otherwise. `parts`: whether it parks
+        at text encoders and decoder, too.
+        """
         self.pipeline: Any = copy.copy(pipeline)
         own = vars(self.pipeline)
         own["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
@@ -89,12 +124,17 @@ class PipelineTask:
         for name in DENOISER_NAMES:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)
+        encoders = {n: m for n in TEXT_ENCODERS if isinstance(m := own.get(n), torch.nn.Module)} if parts else {}
+        if not any(map(_has_adapters, encoders.values())):
+            own.update({name: EncoderProxy(name, module, self._park) for name, module in encoders.items()})
+        if parts and isinstance(module := own.get("vae"), torch.nn.Module):
+            own["vae"] = DecoderProxy("vae", module, self._park)
         self.arguments = arguments
         self._greenlet: greenlet | None = None
         self._engine: greenlet | None = None
 
     def resume(self, result: Any = None) -> Event:
-        """Run until the next denoiser call or the end. The first call starts it."""
+        """Run until the next call that parks, or the end. The first call starts it."""
         self._engine = greenlet.getcurrent()
         if self._greenlet is None:
             self._greenlet = greenlet(self._run)
@@ -107,7 +147,7 @@ class PipelineTask:
         if self._greenlet is None or self._greenlet.dead:
             return Failed(error)
         event = self._greenlet.throw(error)
-        while isinstance(event, DenoiserCall):  # a pipeline that catches errors and calls again must end all the same
+        while isinstance(event, DenoiserCall | PartCall):  # a pipeline that catches errors and calls again must end too
             event = self._greenlet.throw(error)
         return event
 
@@ -121,7 +161,7 @@ class PipelineTask:
             assert self._engine is not None and self._greenlet is not None
             self._greenlet.parent = self._engine
 
-    def _park(self, call: DenoiserCall) -> Any:
+    def _park(self, call: DenoiserCall | PartCall) -> Any:
         assert self._engine is not None
         return self._engine.switch(call)
 
@@ -130,6 +170,11 @@ class PipelineTask:
 def _on_device(pipeline_class: type, device: torch.device) -> type:
     """The class with its execution device known: diffusers walks through all modules for it, in every request."""
     return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
+
+
+def _has_adapters(module: torch.nn.Module) -> bool:
+    """Pipelines scale the adapters of all text encoders before their calls and back after them: none may park there."""
+    return bool(vars(module).get("_hf_peft_config_loaded", False))
 
 
 def _no_number(kind: str, flag: int) -> None:

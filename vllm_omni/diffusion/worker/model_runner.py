@@ -20,9 +20,11 @@ from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
 from vllm_omni.diffusion.hooks.conditioning import Memory
+from vllm_omni.diffusion.sched.interface import Turn
+from vllm_omni.diffusion.worker import parts
 from vllm_omni.diffusion.worker.adapters import AdapterSwitch
 from vllm_omni.diffusion.worker.batching import CallBinder, row_slices, take_rows
-from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Event, Failed, Finished, PipelineTask
+from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Event, Failed, Finished, PartCall, PipelineTask
 from vllm_omni.diffusion.worker.pace import Pace, Stopwatch, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.inputs.lora import Adapters
@@ -42,7 +44,8 @@ class RequestState:
     clock: SchedulerClock
     started: float = field(default_factory=time.perf_counter)
     denoising: float = 0.0  # seconds until its last denoiser call ended
-    decoding: float = 0.0  # seconds from the last denoiser call's result to the end: the pipeline's own decoding
+    encoding: float = 0.0  # seconds of work until the first denoiser call; of what was shared, its share
+    decoding: float = 0.0  # and from the last denoiser call's result to the end
     run: int = -1
     step: int = 0
     steps: int | None = None
@@ -68,6 +71,12 @@ class RequestState:
     @property
     def skips(self) -> bool:
         return self.undecided or self.forecast is not None
+
+    @property
+    def turn(self) -> Turn:
+        if isinstance(self.event, PartCall):
+            return Turn.PART
+        return Turn.SKIP if self.skips else Turn.COMPUTE
 
     @property
     def plan(self) -> tuple[bool, ...] | None:
@@ -118,7 +127,7 @@ class ModelRunner:
         adapters: Adapters = (),
         boundary_ratio: float | None = None,
     ) -> RequestState:
-        """Begin a request: runs its text encoders, and parks it at its first denoiser call.
+        """Begin a request, and park it at its first call: of a text encoder, or of its denoiser.
 
         `boundary_ratio` is where a second denoiser takes over, where it is not the pipeline's own.
         """
@@ -130,12 +139,14 @@ class ModelRunner:
         if preview_every is not None and can_preview(self.pipeline):
             state.preview_every, state.clock.observe = preview_every, state.observe
         event = task.resume()
-        state.watch.encoding = time.perf_counter() - state.started
-        self._arrive(state, event)
+        self._ran_part(state, event, time.perf_counter() - state.started, alone=True)
         return state
 
     def run(self, states: Sequence[RequestState]) -> None:
         """One forward for calls that fit together, then each request goes on to its next call or its end."""
+        if isinstance(states[0].event, PartCall):
+            self._run_parts(states)
+            return
         if states[0].undecided:
             self._decide(states)
             return
@@ -150,16 +161,44 @@ class ModelRunner:
             failed = isinstance(result, Exception)
             step, skipped, resumed = state.step, state.skips, time.perf_counter()
             event = state.task.throw(result) if failed else state.task.resume(result)
-            ended = isinstance(event, Finished | Failed)
+            goes_on = isinstance(event, DenoiserCall)
             took = time.perf_counter() - resumed
-            self.pace.note(state.size, state.watch, step, now - began + (0.0 if ended else took), timed, skipped)
-            if ended:
-                state.decoding = took
-            if isinstance(event, Finished):
-                self.pace.finish(state.size, state.watch, took)
-            self._arrive(state, event)
+            self.pace.note(state.size, state.watch, step, now - began + (took if goes_on else 0.0), timed, skipped)
+            if goes_on:
+                self._arrive(state, event)
+            else:
+                self._ran_part(state, event, took, alone=True)
             if state.observed is not None:
                 self._preview(state, *state.observed)
+
+    def _run_parts(self, states: Sequence[RequestState]) -> None:
+        """Text encoders or decoders: as few calls as their size allows, then each request goes on."""
+        for chunk in parts.chunks([_part_call(state) for state in states]):
+            sharing = states[chunk]
+            began = time.perf_counter()
+            results = self._each_or_errors(sharing, self._call_part)
+            share = (time.perf_counter() - began) / len(sharing)
+            for state, result in zip(sharing, results, strict=True):
+                resumed = time.perf_counter()
+                failed = isinstance(result, Exception)
+                event = state.task.throw(result) if failed else state.task.resume(result)
+                self._ran_part(state, event, share + time.perf_counter() - resumed, alone=len(sharing) == 1)
+
+    def _ran_part(self, state: RequestState, event: Event, seconds: float, alone: bool) -> None:
+        """What was done before the first or after the last denoiser call has taken `seconds` more."""
+        state.watch.ends += seconds
+        state.watch.ends_alone = state.watch.ends_alone and alone
+        if state.run < 0:
+            state.encoding += seconds
+        else:
+            state.decoding += seconds
+        if isinstance(event, Finished) and state.run >= 0:
+            self.pace.finish(state.size, state.watch)
+        self._arrive(state, event)
+
+    def _call_part(self, states: Sequence[RequestState]) -> list[Any]:
+        calls = [_part_call(state) for state in states]
+        return parts.run(vars(self.pipeline)[calls[0].part], calls)
 
     def abort(self, state: RequestState, error: Exception) -> None:
         """End a parked request with `error`."""
@@ -175,6 +214,9 @@ class ModelRunner:
         state.event = event
         if isinstance(event, Finished | Failed):
             state.release()
+            return
+        if isinstance(event, PartCall):
+            state.rows, state.key = 0, parts.key(event) or state.request_id
             return
         try:
             self._prepare(state, event)
@@ -314,6 +356,11 @@ class ModelRunner:
 
     def _stack(self, states: Sequence[RequestState], denoiser: str) -> BlockStack | None:
         return next((s.backend.stacks.get(denoiser) for s in states if s.backend is not None), None)
+
+
+def _part_call(state: RequestState) -> PartCall:
+    assert isinstance(state.event, PartCall)
+    return state.event
 
 
 def _class_name(module: torch.nn.Module) -> str:

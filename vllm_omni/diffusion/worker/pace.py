@@ -46,11 +46,12 @@ class Size:
 class Stopwatch:
     """One request's own times; a step that it shared with other requests is not noted."""
 
-    encoding: float = 0.0
     step: int = -1
     seconds: float = 0.0
     alone: bool = True
     skipped: bool = False
+    ends: float = 0.0  # encoding and decoding
+    ends_alone: bool = True
 
 
 class Pace:
@@ -80,9 +81,10 @@ class Pace:
         watch.alone = watch.alone and alone
         watch.skipped = watch.skipped and skipped
 
-    def finish(self, size: Hashable, watch: Stopwatch, decoding: float) -> None:
+    def finish(self, size: Hashable, watch: Stopwatch) -> None:
         self._close(size, watch)
-        self._of(size).ends.note(watch.encoding + decoding)
+        if watch.ends_alone:
+            self._of(size).ends.note(watch.ends)
 
     def settle(
         self, config: DiffusionCacheConfig, size: Hashable, steps: int, switches: Switches = ()

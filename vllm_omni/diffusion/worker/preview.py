@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Failed, PipelineTask
+from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Failed, Finished, PipelineTask
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -27,12 +27,14 @@ def preview(
     """
     clean = latents - sigma * velocity.to(latents.dtype)
     once = {name: value for name, value in arguments.items() if name not in ("sigmas", "timesteps")}
-    task = PipelineTask(pipeline, once | {"latents": clean, "num_inference_steps": 1, "generator": None})
+    once |= {"latents": clean, "num_inference_steps": 1, "generator": None}
+    task = PipelineTask(pipeline, once, parts=False)
     event = task.resume()
     while isinstance(event, DenoiserCall):
         event = task.resume((torch.zeros_like(event.kwargs["hidden_states"]),))
     if isinstance(event, Failed):
         logger.warning("no preview: %s", event.error)
         return None
+    assert isinstance(event, Finished)
     result = event.output[0] if isinstance(event.output, tuple) else next(iter(event.output.values()))
     return list(result)
