@@ -327,3 +327,23 @@ def test_seed_draws_the_picture_plain_diffusers_draws(demo: Omni) -> None:
     ).images[0]
     ours = demo.generate("red apple", Params(seed=7, num_inference_steps=6, cache="off"), use_tqdm=False)[0]
     assert ours.seed == 7 and distance(plain, ours.images[0]) == 0
+
+
+@pytest.mark.parametrize(("kept", "bytes_", "decibels"), [("bfloat16", 1 / 2, 60.0), ("float8", 1 / 4, 52.0)])
+def test_residuals_in_fewer_bits(demo: Omni, kept: str, bytes_: float, decibels: float) -> None:
+    """A half or a quarter of the memory of fp32, and pictures near those of the model's own dtype."""
+
+    def run(omni: Omni) -> tuple[list[Any], int]:
+        params = [Params(num_inference_steps=28, seed=i, cache={"nfe": 11, "predictor": "linear"}) for i in range(3)]
+        store = next(iter(omni.engine.worker._backends.values())).store
+        store.peak = 0
+        outputs = omni.generate(DEMO_PROMPTS[:3], params, use_tqdm=False)
+        assert [output.computed_steps for output in outputs] == [11] * 3 and store.used == 0
+        return [np.asarray(output.images[0], dtype=float) for output in outputs], store.peak
+
+    own, whole = run(demo)
+    with Omni("demo", dtype="float32", cache_backend="magcache", cache_config={"residual_dtype": kept}) as omni:
+        pictures, peak = run(omni)
+    assert bytes_ <= peak / whole < bytes_ * 1.1
+    errors = [((a - b) ** 2).mean() for a, b in zip(pictures, own, strict=True)]
+    assert 10 * np.log10(255**2 / max(errors)) > decibels

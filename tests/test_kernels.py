@@ -172,3 +172,22 @@ def test_a_build_that_cannot_be_is_an_error_only_where_it_is_required(tmp_path) 
         assert "native ops" in run.stderr
         if not status:
             assert "torch does not import" in (reason := (build / "not_built.txt").read_text()) or "off" in reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eight_bits_and_a_scale_per_token(dtype: torch.dtype) -> None:
+    """Half a unit of e4m3's three bits at each token's own size, and half the bytes of bfloat16."""
+    sizes = torch.logspace(-6, 4, 33) if dtype != torch.float16 else torch.logspace(-2, 3, 33)
+    after, before = _randn(2, 33, 64) * sizes[:, None], torch.zeros(2, 33, 64)
+    after[0, 3] = 0.0
+    after, before = after.to(dtype), before.to(dtype)
+    packed = ops.residual(after, before, ops.EIGHT_BITS)
+    assert isinstance(packed, ops.Packed) and len(packed) == 2 and packed.nbytes == 2 * 33 * (64 + 4)
+    unpacked = packed.values.float() * packed.scale
+    bound = 2**-4 * after.float().abs() + 2**-9 * after.float().abs().amax(-1, keepdim=True)
+    assert ((unpacked - after.float()).abs() <= bound).all()
+    x = _randn(3, 33, 64, dtype=dtype, seed=1)
+    out = ops.forecast(x, [packed, ops.pack(after[:1].clone())], [0.5, -0.25], [1, 0])
+    exact = _exact_forecast(x, [unpacked, unpacked[:1]], [0.5, -0.25], [1, 0])
+    error = (out.double() - exact).abs() / exact.abs().clamp_min(1.0)
+    assert out.dtype == dtype and error.max() <= 2 * _tolerance(dtype)

@@ -63,8 +63,8 @@ class DiffusionCacheConfig(Settings):
     [...], "skip": [...]} in alternating runs), the threshold rule, or a `preset`. Nothing given is the preset "auto":
     as few full forwards as the checkpoint's profile found good. A preset is planned where the profile has a Gram
     matrix, and the threshold rule elsewhere. `profile_insist` takes a profile that was measured on other weights.
-    `residual_dtype` is what residuals are kept in, for all requests of an engine: half the memory where the model runs
-    in fp32.
+    `residual_dtype` is what residuals are kept in, for all requests of an engine: "bfloat16" is half the memory where
+    the model runs in fp32; "float8" (e4m3, a scale per token) is half of that, for some fidelity (docs/performance.md).
     """
 
     mag_ratios: tuple[float, ...] | None = None
@@ -86,7 +86,7 @@ class DiffusionCacheConfig(Settings):
     profile: str | None = None
     profile_insist: bool = False
     memory_budget_mb: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    residual_dtype: Literal["model", "bfloat16", "float16"] = "model"
+    residual_dtype: Literal["model", "bfloat16", "float16", "float8"] = "model"
 
     @model_validator(mode="before")
     @classmethod

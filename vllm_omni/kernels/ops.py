@@ -6,6 +6,7 @@ Both accumulate in fp32 and round once. Knows no requests and no plans.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,15 +18,47 @@ LIBRARY = Path(__file__).with_name("libvllm_omni_ops.so")
 WHY_NOT = Path(__file__).with_name("not_built.txt")  # written by CMakeLists.txt where it could not build
 
 
+EIGHT_BITS = torch.float8_e4m3fn
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A residual in eight bits: values (n, tokens, channels), and the fp32 scale of each token, (n, tokens, 1)."""
+
+    values: torch.Tensor
+    scale: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes + self.scale.nbytes
+
+
+Residual = torch.Tensor | Packed
+
+
+def pack(residual: torch.Tensor) -> Packed:
+    """In eight bits; `residual` itself is used up. Scaled so that each token's largest value is the format's."""
+    largest = torch.linalg.vector_norm(residual, float("inf"), dim=-1, keepdim=True, dtype=torch.float32)
+    scale = (largest / torch.finfo(EIGHT_BITS).max).clamp_min_(torch.finfo(torch.float32).tiny)
+    return Packed(residual.div_(scale).to(EIGHT_BITS), scale)
+
+
 def forecast_torch(
-    x: torch.Tensor, residuals: Sequence[torch.Tensor], weights: Sequence[float], first_rows: Sequence[int]
+    x: torch.Tensor, residuals: Sequence[Residual], weights: Sequence[float], first_rows: Sequence[int]
 ) -> torch.Tensor:
     """`forecast` in torch: as few passes as its operators allow."""
-    if len(residuals) == 1 and len(residuals[0]) == len(x):
+    if len(residuals) == 1 and len(residuals[0]) == len(x) and isinstance(residuals[0], torch.Tensor):
         return torch.add(x, residuals[0].to(x.dtype), alpha=weights[0])
     out = x.float() if x.dtype != torch.float32 else x.clone()
     for residual, weight, first in zip(residuals, weights, first_rows, strict=True):
-        out[first : first + len(residual)].add_(residual, alpha=weight)
+        rows = out[first : first + len(residual)]
+        if isinstance(residual, Packed):
+            rows.addcmul_(residual.values.to(out.dtype), residual.scale, value=weight)
+        else:
+            rows.add_(residual, alpha=weight)
     return out.to(x.dtype)
 
 
@@ -49,16 +82,18 @@ def _load() -> str | None:
 
 
 def forecast(
-    x: torch.Tensor, residuals: Sequence[torch.Tensor], weights: Sequence[float], first_rows: Sequence[int]
+    x: torch.Tensor, residuals: Sequence[Residual], weights: Sequence[float], first_rows: Sequence[int]
 ) -> torch.Tensor:
     """x + sum_j w_j r_j: residual j, (n, tokens, channels), is added to rows first_rows[j] and the n - 1 after it.
 
     x is (rows, tokens, channels) and stays as it is. Residuals may be of another dtype than x, but all of the same.
+    Packed ones are unpacked one by one, in torch.
     """
-    one = len(residuals) == 1 and len(residuals[0]) == len(x) and residuals[0].dtype == x.dtype
-    if REASON is not None or one:  # torch adds one term in one pass itself, and faster
+    plain = [residual for residual in residuals if isinstance(residual, torch.Tensor)]
+    one = len(plain) == len(residuals) == 1 and len(plain[0]) == len(x) and plain[0].dtype == x.dtype
+    if REASON is not None or one or len(plain) < len(residuals):  # torch adds one term in one pass, and faster
         return forecast_torch(x, residuals, weights, first_rows)
-    return torch.ops.vllm_omni.forecast(x, residuals, weights, first_rows)
+    return torch.ops.vllm_omni.forecast(x, plain, weights, first_rows)
 
 
 def residual_norm(after: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -68,8 +103,10 @@ def residual_norm(after: torch.Tensor, before: torch.Tensor, dtype: torch.dtype)
     return torch.ops.vllm_omni.residual_norm(after, before, dtype)
 
 
-def residual(after: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def residual(after: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> Residual:
     """after - before in `dtype`, rounded once. In the model's own dtype that is one pass of torch."""
+    if dtype == EIGHT_BITS:
+        return pack(after - before)
     return after - before if dtype == after.dtype else residual_norm(after, before, dtype)[0]
 
 

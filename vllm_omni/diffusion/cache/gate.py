@@ -19,7 +19,7 @@ import torch
 
 from vllm_omni.diffusion.cache.predictor import NEED_GRAM, PREDICTORS
 from vllm_omni.diffusion.cache.request_cache import Forecast, Key
-from vllm_omni.diffusion.cache.store import CacheStore, ResidualShelf
+from vllm_omni.diffusion.cache.store import CacheStore, ResidualShelf, T
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels import ops
@@ -98,8 +98,8 @@ class GateCache:
         self._end = steps - 1 if config.compute_last_step else steps
         self._predictor = "reuse" if config.predictor == "auto" else config.predictor
         self._order = PREDICTORS[self._predictor][1]
-        self._residuals: dict[Key, ResidualShelf] = {}
-        self._seen: dict[Key, ResidualShelf] = {}
+        self._residuals: dict[Key, ResidualShelf[ops.Residual]] = {}
+        self._seen: dict[Key, ResidualShelf[torch.Tensor]] = {}
         self._decided: dict[int, bool] = {}  # step -> skip
         self._error, self._last = 0.0, -1
         self._computed: set[int] = set()
@@ -152,7 +152,7 @@ class GateCache:
         if not self._decided.get(step, False) or shelf is None:
             return None
         anchors = shelf.steps()[-self._order :]
-        if not anchors or any(shelf[a].shape[0] != rows for a in anchors):
+        if not anchors or any(len(shelf[a]) != rows for a in anchors):
             return None
         weights = PREDICTORS[self._predictor][0](anchors, step, self._sigmas, None).tolist()
         pairs = [(shelf[a], w) for a, w in zip(anchors, weights, strict=True) if w != 0.0]
@@ -178,12 +178,12 @@ class GateCache:
             keep(seen, FIRST, first)
 
     def put(self, key: Key, step: int, after: torch.Tensor, before: torch.Tensor) -> None:
-        residual = ops.residual(after, before, self._kept_as or after.dtype)
         if self.gate.look is Look.FIRST_BLOCK:
             seen = self._shelf(self._seen, key)
             if FIRST not in seen:
                 return
-            residual = residual - seen[FIRST]
+            before = before + seen[FIRST]
+        residual = ops.residual(after, before, self._kept_as or after.dtype)
         self._shelf(self._residuals, key).put(step, residual)
 
     def did(self, key: Key, step: int, computed: bool) -> None:
@@ -203,7 +203,8 @@ class GateCache:
             self._seen[key].discard(PREVIOUS)
 
     def drop(self) -> None:
-        for shelf in (*self._residuals.values(), *self._seen.values()):
+        shelves: list[ResidualShelf[Any]] = [*self._residuals.values(), *self._seen.values()]
+        for shelf in shelves:
             shelf.keep_only(frozenset())
         self._residuals.clear()
         self._seen.clear()
@@ -216,7 +217,7 @@ class GateCache:
     def skipped_steps(self) -> int:
         return len(self._skipped - self._computed)
 
-    def _shelf(self, shelves: dict[Key, ResidualShelf], key: Key) -> ResidualShelf:
+    def _shelf(self, shelves: dict[Key, ResidualShelf[T]], key: Key) -> ResidualShelf[T]:
         if key not in shelves:
             shelves[key] = ResidualShelf(self._store)
         return shelves[key]

@@ -15,7 +15,7 @@ from vllm_omni.diffusion.cache.store import CacheStore, ResidualShelf
 from vllm_omni.kernels import ops
 
 Key = tuple[str, str]  # (denoiser, branch)
-Forecast = list[tuple[torch.Tensor, float]]  # residuals (rows, tokens, channels) and their weights
+Forecast = list[tuple[ops.Residual, float]]  # residuals (rows, tokens, channels) and their weights
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class RequestCache:
         self._dtype = dtype
         self._settings = settings
         self._store = store
-        self._shelves: dict[Key, ResidualShelf] = {}
+        self._shelves: dict[Key, ResidualShelf[ops.Residual]] = {}
         self._refused: set[int] = set()
         self._computed: set[int] = set()
         self._skipped: set[int] = set()
@@ -75,7 +75,7 @@ class RequestCache:
         if terms is None or shelf is None or any(anchor not in shelf for anchor, _ in terms):
             return None
         pairs = [(shelf[anchor], weight) for anchor, weight in terms]
-        return None if any(residual.shape[0] != rows for residual, _ in pairs) else pairs
+        return None if any(len(residual) != rows for residual, _ in pairs) else pairs
 
     def wants(self, key: Key, step: int) -> bool:
         """Whether the residual of a computed `step` is worth taking."""

@@ -17,8 +17,14 @@ from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS, DenoiserSpec
 from vllm_omni.diffusion.hooks.block_stack import BlockStack
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.kernels import ops
 
-KEPT_AS = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16}  # residual_dtype
+KEPT_AS = {  # residual_dtype
+    "model": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float8": ops.EIGHT_BITS,
+}
 
 
 class StackBackend(CacheBackend):

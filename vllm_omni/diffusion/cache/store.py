@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Generic, TypeVar
+
+from vllm_omni.kernels.ops import Residual
+
+T = TypeVar("T", bound=Residual)
 
 
 class CacheStore:
@@ -25,24 +29,24 @@ class CacheStore:
         self.used -= nbytes
 
 
-class ResidualShelf:
+class ResidualShelf(Generic[T]):
     """The residuals of one (request, denoiser, branch), by step. Rows of a request's call stay together."""
 
     def __init__(self, store: CacheStore) -> None:
         self._store = store
-        self._residuals: dict[int, torch.Tensor] = {}
+        self._residuals: dict[int, T] = {}
 
     def __contains__(self, step: int) -> bool:
         return step in self._residuals
 
-    def __getitem__(self, step: int) -> torch.Tensor:
+    def __getitem__(self, step: int) -> T:
         return self._residuals[step]
 
     def steps(self) -> list[int]:
         """The steps it holds a residual of, in ascending order."""
         return sorted(self._residuals)
 
-    def put(self, step: int, residual: torch.Tensor) -> bool:
+    def put(self, step: int, residual: T) -> bool:
         """Keep it, if the budget allows."""
         if not self._store.take(residual.nbytes):
             return False
