@@ -19,7 +19,10 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import torch
+for _name, _value in (("TQDM_DISABLE", "1"), ("CACHE_DIT_LOG_LEVEL", "error"), ("TRANSFORMERS_VERBOSITY", "error")):
+    os.environ.setdefault(_name, _value)  # a table is no place for bars and log lines
+
+import torch  # noqa: E402
 
 warnings.filterwarnings("ignore")
 
@@ -321,7 +324,6 @@ def begin(options: argparse.Namespace) -> dict[str, Any]:
     """Apply the shared options; gives what the JSON line says about the machine."""
     global _clock
     _clock = options.clock
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if options.threads:
         torch.set_num_threads(options.threads)
     return {
