@@ -5,7 +5,8 @@ pipeline, this cache in the engine, and diffusers' own MagCache hook; "equal" ro
 (no last-step guard, nearest re-sampling), so that computed forwards are the same.
 
 Seconds are summed over a request's steps, of each step its fastest round (`common.by_step`); every round has another
-prompt. Bars: >= 0.98 where a forward takes >= 50 ms, >= 0.93 on "small", and not below diffusers' own in the same run.
+prompt. A shared machine is fast for some seconds and slow for others, so small models get more rounds.
+Bars: >= 0.98 where a forward takes >= 50 ms, >= 0.93 on "small", and not below diffusers' own in the same run.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from common import (
     by_step,
     count_block_forwards,
     last_line,
+    now,
     stamped_steps,
     table,
 )
@@ -35,6 +37,7 @@ _SEEDS = count()  # a prompt comes once
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=["small", "large", "small-72", "large-72"])
+    parser.add_argument("--seconds", type=float, default=60.0, help="measure each size so long at least (%(default)s)")
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--threshold", type=float, default=0.24)
     parser.add_argument("--max-skip-steps", type=int, default=5)
@@ -68,8 +71,10 @@ def measure(size: str, options: Any, stamps: list[float]) -> dict[str, Any]:
     variants["diffusers MagCache"] = _diffusers(build_flux(size, base), rule, options.steps)
 
     total = count_block_forwards(base.pipe.transformer, variants["uncached"][1])
+    began = now()
     computed = {name: count_block_forwards(bench.pipe.transformer, run) for name, (bench, run) in variants.items()}
-    timings = by_step({name: run for name, (_, run) in variants.items()}, options.repeats, stamps)
+    repeats = max(options.repeats, round(options.seconds / (now() - began)))
+    timings = by_step({name: run for name, (_, run) in variants.items()}, repeats, stamps)
 
     plain, _ = timings["uncached"]
     rows, figures = [], {}
@@ -79,10 +84,11 @@ def measure(size: str, options: Any, stamps: list[float]) -> dict[str, Any]:
         rows.append([name, full, seconds, whole.median, whole.spread, speedup, ideal, speedup / ideal])
         figures[name] = {"full_forwards": full, "speedup": speedup, "efficiency": speedup / ideal}
     milliseconds = 1e3 * plain / options.steps
-    print(f"{size}: {base.parameters / 1e6:.1f} M parameters, {options.steps} steps of {milliseconds:.1f} ms uncached")
+    of = f"{options.steps} steps of {milliseconds:.1f} ms uncached, {repeats} rounds"
+    print(f"{size}: {base.parameters / 1e6:.1f} M parameters, {of}")
     headers = ["full forwards", "fastest steps s", "median s", "spread", "speed-up", "blocks saved", "efficiency"]
     table(["", *headers], rows)
-    return {"parameters": base.parameters, "ms_per_step": milliseconds, "variants": figures}
+    return {"parameters": base.parameters, "ms_per_step": milliseconds, "rounds": repeats, "variants": figures}
 
 
 def _standalone(bench: Bench, settings: dict[str, Any], steps: int) -> tuple[Bench, Callable[[], Any]]:

@@ -23,7 +23,7 @@ BEGIN, END = "<!-- measured: written by benchmarks/run_all.py -->", "<!-- end of
 
 # name: (script, its arguments, its arguments with --quick)
 RUNS: dict[str, tuple[str, str, str]] = {
-    "efficiency": ("efficiency", "--repeats 9", "--repeats 5 --sizes small large-72"),
+    "efficiency": ("efficiency", "--repeats 9", "--repeats 5 --seconds 40 --sizes small large-72"),
     "tax": ("tax", "", "--repeats 3"),
     "batching-float32": ("batching", "", "--repeats 2"),
     "batching-bfloat16": ("batching", "--dtype bfloat16", "--repeats 2 --dtype bfloat16"),

@@ -24,23 +24,22 @@ import engine_common as common
 import http_common as web
 import httpx
 from openai import APIStatusError, AsyncOpenAI
+from overload_rounds import Rounds
 
 RUNNING, QUEUE = 8, 32
 BODY: dict[str, Any] = {"prompt": "sun", "steps": 16, "cache": "fast"}
-WARM_S = 2.0  # until a closed loop's batch is full; open arrivals fill the queue first
 OVERLOAD_S, CALM_S = 10.0, 15.0
 
 
-class Overload:
+class Overload(Rounds):
     def __init__(self, client: httpx.AsyncClient) -> None:
-        self.client, self.seeds, self.done = client, itertools.count(), 0
-        self.dice = random.Random(5)
+        super().__init__(RUNNING, QUEUE)
+        self.client, self.seeds = client, itertools.count()
         self.refusal: list[float] = []
         self.retry_after: list[float] = []
         self.other: Counter[int] = Counter()
-        self.noting = False
 
-    async def one(self) -> None:
+    async def one(self, arriving: bool = False) -> None:
         began, noted = time.perf_counter(), self.noting
         reply = await self.client.post(web.IMAGES, json=BODY | {"seed": next(self.seeds)})
         if reply.status_code == 200:
@@ -51,47 +50,6 @@ class Overload:
             self.retry_after.append(float(reply.headers.get("retry-after", "nan")))
         else:
             self.other[reply.status_code] += 1
-
-    async def rate(self, seconds: float) -> float:
-        """Requests done per second from now on."""
-        before, began = self.done, time.monotonic()
-        await asyncio.sleep(seconds)
-        return (self.done - before) / (time.monotonic() - began)
-
-    async def closed(self, seconds: float) -> float:
-        """Of a full house of clients that ask again as soon as they have their answer."""
-        stop = False
-
-        async def one_client() -> None:
-            while not stop:
-                await self.one()
-
-        tasks = [asyncio.create_task(one_client()) for _ in range(RUNNING + QUEUE // 2)]
-        await asyncio.sleep(WARM_S)
-        reached = await self.rate(seconds)
-        stop = True
-        await asyncio.gather(*tasks)
-        return reached
-
-    async def open(self, seconds: float, rate: float) -> float:
-        """Of requests that arrive at `rate`, whatever becomes of them, once the queue is full."""
-        tasks = [asyncio.create_task(self.one()) for _ in range(RUNNING + QUEUE)]
-
-        async def arrivals() -> None:
-            due = time.monotonic()
-            while True:
-                tasks.append(asyncio.create_task(self.one()))
-                due += self.dice.expovariate(rate)
-                await asyncio.sleep(max(0.0, due - time.monotonic()))
-
-        source = asyncio.create_task(arrivals())
-        await asyncio.sleep(WARM_S)
-        self.noting = True
-        reached = await self.rate(seconds)
-        self.noting = False
-        source.cancel()
-        await asyncio.gather(*tasks)
-        return reached
 
 
 async def official(url: str, rate: float) -> dict[str, Any]:
@@ -149,17 +107,11 @@ async def main(url: str, rounds: int, seconds: float) -> dict[str, Any]:
     async with web.client(url, 2000) as client:
         load = Overload(client)
         await load.closed(2)
-        capacity, goodput = [], []
-        for _ in range(rounds):
-            capacity.append(await load.closed(seconds))
-            goodput.append(await load.open(seconds, 1.2 * capacity[-1]))
-        capacity.append(await load.closed(seconds))  # each open phase lies between two closed ones
-    around = [(a + b) / 2 for a, b in itertools.pairwise(capacity)]
-    share = sum(goodput) / sum(around)
+        rates = await load.run(rounds, seconds)
     result = {
-        "capacity_per_s": [round(c, 2) for c in capacity],
-        "goodput_per_s": [round(g, 2) for g in goodput],
-        "goodput_share": round(share, 3),
+        "capacity_per_s": [round(c, 2) for c in rates.capacity],
+        "goodput_per_s": [round(g, 2) for g in rates.goodput],
+        "goodput_share": round(rates.share, 3),
         "refused": [len(load.retry_after), len(load.refusal)],  # in all, and while the batch was full: these are timed
         "refusal_p50_s": common.percentile(load.refusal, 0.5),
         "refusal_p99_s": common.percentile(load.refusal, 0.99),
@@ -168,10 +120,10 @@ async def main(url: str, rounds: int, seconds: float) -> dict[str, Any]:
         "other_statuses": dict(load.other),
         "gauges_after": web.gauges(url),
     }
-    clients = await official(url, 2 * capacity[-1])
+    clients = await official(url, 2 * rates.capacity[-1])
     result |= {"official_clients": clients, "gauges_at_the_end": web.gauges(url)}
     good = (
-        share >= 0.95
+        rates.share >= 0.95
         and result["refusal_p99_s"] < 0.02
         and len(load.refusal) > 0
         and min(load.retry_after) >= 1
