@@ -87,6 +87,11 @@ def plot(sweeps: dict[str, Any], path: Path) -> None:
             label = f"{kind}: exponent {curve[f'{kind}_exponent']:.2f}"
             axis.loglog(curve["x"], curve[kind], "o-", label=label)
         axis.set_xlabel(name)
+        axis.set_xticks(curve["x"], [str(x) for x in curve["x"]])
+        axis.xaxis.minorticks_off()
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.tick_params(axis="y", which="both", labelsize=7)
         axis.legend(fontsize=7)
     axes[0].set_ylabel("seconds")
     figure.savefig(path, dpi=110)

@@ -203,13 +203,16 @@ def plot_load(result: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     closed = [load for load in result["loads"] if load["loop"] == "closed"]
+    clients = [load["amount"] for load in closed]
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
-    for name in closed[0]["systems"]:
+    for name in closed[-1]["systems"]:
         for axis, key in zip(axes, ("pictures_per_s", "p95_s"), strict=True):
-            axis.plot([x["amount"] for x in closed], [x["systems"][name][key] for x in closed], "o-", label=name)
+            axis.plot(clients, [x["systems"].get(name, {}).get(key, float("nan")) for x in closed], "o-", label=name)
     for axis, label in zip(axes, ("pictures per second", "95th percentile of latency, s"), strict=True):
         axis.set(xlabel="concurrent clients", ylabel=label, xscale="log", ylim=(0, None))
-    axes[0].legend(fontsize=7)
+        axis.set_xticks(clients, [str(count) for count in clients])
+        axis.xaxis.minorticks_off()
+    axes[1].legend(fontsize=7)
     figure.savefig(IMAGES / "load.png", dpi=110)
 
 
