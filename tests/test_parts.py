@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.worker import parts
-from vllm_omni.diffusion.worker.coroutine import PartCall
+from vllm_omni.diffusion.worker.coroutine import DecoderProxy, PartCall
 from vllm_omni.errors import RequestAbortedError
 
 PROMPTS = ["red apple", "penguin", "rocket", "banana"]
@@ -137,6 +137,20 @@ def test_a_text_encoder_with_adapters_is_scaled_for_its_own_request_alone() -> N
         assert not torch.allclose(alone[0], alone[1], atol=1e-3)
         for own, one in zip(together, alone, strict=True):
             assert torch.allclose(own.latents, one, atol=1e-4)
+
+
+def test_a_decoder_that_a_pipeline_casts_does_not_park() -> None:
+    """SDXL's pipelines cast the shared VAE before the call and back after it."""
+    parked: list[PartCall] = []
+    vae = tiny_flux().vae
+    proxy: Any = DecoderProxy("vae", vae, parked.append)
+    latents = torch.randn(1, vae.config.latent_channels, 4, 4)
+    with torch.no_grad():
+        proxy.decode(latents, return_dict=False)
+        assert [call.method for call in parked] == ["decode"]
+        assert proxy.to(dtype=torch.float64) is proxy and vae.dtype == torch.float64
+        (picture,) = proxy.decode(latents.double(), return_dict=False)
+    assert picture.dtype == torch.float64 and len(parked) == 1
 
 
 def test_what_fits_together() -> None:

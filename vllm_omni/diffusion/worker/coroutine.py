@@ -60,7 +60,8 @@ class _Proxy:
     """Looks like the module to a pipeline."""
 
     def __init__(self, name: str, module: torch.nn.Module, park: Callable[[Any], Any]) -> None:
-        self._name, self._module, self._park = name, module, park
+        self._name, self._park = name, park
+        self._module: Any = module
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # pipelines ask isinstance(self.transformer, ...)
@@ -96,9 +97,19 @@ class EncoderProxy(_Proxy):
 
 
 class DecoderProxy(_Proxy):
-    """A VAE; `decode` parks the request."""
+    """A VAE; `decode` parks the request, unless its pipeline has changed the VAE for the time of the call."""
+
+    _changed = False
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """SDXL's pipelines decode in float32 and go back to float16: nobody else may run between."""
+        self._changed = True
+        self._module.to(*args, **kwargs)
+        return self
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
+        if self._changed:
+            return self._module.decode(*args, **kwargs)
         return self._park(PartCall(self._name, "decode", args, kwargs))
 
 
