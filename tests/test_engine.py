@@ -360,7 +360,7 @@ with Omni("demo", dtype="float32") as omni:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         omni.generate(["x"] * 16, [Params(num_inference_steps=4, seed=i) for i in range(16)], use_tqdm=False)
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    print([run(), run(), run()][-1])
+    print(min([run() for _ in range(5)]))
 """
 
 
@@ -368,4 +368,4 @@ with Omni("demo", dtype="float32") as omni:
 def test_a_forward_finds_the_memory_of_the_last_one() -> None:
     """In a process of its own, as the allocator's settings are a process's: page faults of a batch of 16, run again."""
     done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
-    assert int(done.stdout.split()[-1]) < 2000
+    assert int(done.stdout.split()[-1]) < 1000  # else 12,000

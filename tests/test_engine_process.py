@@ -30,7 +30,7 @@ from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.loader import ASSETS
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine import cost
-from vllm_omni.engine.client import ProcessEngineClient
+from vllm_omni.engine.client import ProcessEngineClient, launch_engine
 from vllm_omni.engine.process import Link
 from vllm_omni.engine.supervisor import Restarts
 from vllm_omni.engine.wire import HEADER, MAX_FRAME_BYTES, Abort, Add, Outputs, decode_command, decode_event, encode
@@ -506,6 +506,36 @@ def test_aborted_requests_leave_nothing_for_the_garbage_collector(engine: Diffus
     finally:
         gc.enable()
     assert counts[0] == counts[1] == counts[2] and engine.worker.cache_bytes == 0
+
+
+# ------------------------------------------------------------------------------------------------- launched before
+
+
+async def test_a_process_that_was_launched_before_is_the_first_engine() -> None:
+    launch = launch_engine(ARGS, warmup=False)
+    async with ProcessEngineClient(ARGS, warmup=False, launch=launch) as client:
+        assert client._engine is not None and client._engine.process is launch.process
+        assert (await last(client, "one", num_inference_steps=2)).ok
+        launch.process.kill()
+        await until(lambda: client.ready and client._engine.process is not launch.process, 60)
+        assert (await last(client, "two", num_inference_steps=2)).ok
+    assert launch.process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("settings", [{"warmup": True}, {"warmup": False}], ids=["other settings", "never started"])
+async def test_a_launched_process_that_nobody_wants_is_ended(settings: dict[str, Any]) -> None:
+    launch = launch_engine(ARGS, warmup=False)
+    client = ProcessEngineClient(ARGS, launch=launch, **settings)
+    await client.shutdown()
+    assert launch.process.returncode == -signal.SIGKILL and launch.end.fileno() == -1
+
+
+async def test_a_launched_process_tells_why_it_cannot_load(tmp_path: Path) -> None:
+    arguments = ARGS | {"model": str(tmp_path / "missing")}
+    launch = launch_engine(arguments)
+    await until(lambda: launch.process.poll() is not None)
+    with pytest.raises(ModelLoadError, match="missing"):
+        await ProcessEngineClient(arguments, launch=launch).start()
 
 
 # ------------------------------------------------------------------------------------------------------- pure parts

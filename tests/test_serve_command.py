@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import httpx
@@ -184,6 +185,12 @@ def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -
     assert span["vllm_omni.computed_steps"] == replies[0]["computed_steps"] == omni["computed_steps"] > 0
     assert span["vllm_omni.skipped_steps"] == omni["skipped_steps"]
     assert not any(PROMPT.encode() in body for body in bodies)
+    serving, ready = (
+        next(line for line in ours if line["message"].startswith(m)) for m in ("serving", "the engine is")
+    )
+    between = datetime.fromisoformat(ready["time"]) - datetime.fromisoformat(serving["time"])
+    load_s = float(ready["message"].split()[-2])
+    assert between.total_seconds() < load_s - 1, "the engine loads while vLLM is imported"
     plain = [line for line in log_text.splitlines() if not line.startswith("{")]
     assert not any("vllm_omni" in line or "uvicorn" in line for line in plain), plain
 
@@ -213,3 +220,15 @@ def test_a_port_in_use_is_said_at_once(tmp_path: Path) -> None:
     ours = [line for line in (tmp_path / "log").read_text().splitlines() if "vllm-omni" in line]
     assert ours == [f"vllm-omni serve: --port cannot be used (Address already in use), got '127.0.0.1:{port}'"]
     assert left_behind(tmp_path, [], set(os.listdir("/dev/shm"))) == []
+
+
+def test_a_flag_that_only_vllm_knows_to_be_wrong(tmp_path: Path) -> None:
+    """The engine has begun to load by then; nothing is left of it."""
+    seen: set[int] = set()
+    shm = set(os.listdir("/dev/shm"))
+    with started(tmp_path, "--no-such-flag") as (process, _):
+        while process.poll() is None:
+            seen |= set(family(process.pid))
+            time.sleep(0.05)
+    assert process.returncode == 2 and "--no-such-flag" in (tmp_path / "log").read_text()
+    assert len(seen) >= 2 and left_behind(tmp_path, list(seen), shm) == []

@@ -11,7 +11,7 @@ from typing import Any, Self
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.engine.interface import EngineStats, ModelInfo
 from vllm_omni.engine.ledger import Ledger, Size, outcome
-from vllm_omni.engine.supervisor import EngineProcess, Restarts
+from vllm_omni.engine.supervisor import EngineProcess, Launch, Restarts
 from vllm_omni.engine.wire import (
     MAX_NAME_CHARACTERS,
     Abort,
@@ -44,6 +44,13 @@ WATCH_EVERY_S = 0.25
 _LOADING = 20  # times the patience, while imports and weights keep the process from speaking
 
 
+def launch_engine(
+    engine_args: dict[str, Any], *, warmup: bool = True, log_json: bool = False, heartbeat_s: float = 0.5
+) -> Launch:
+    """An engine process for a `ProcessEngineClient` of these settings; it loads while its front end gets ready."""
+    return Launch.of(_start_of(engine_args, warmup, heartbeat_s, log_json))
+
+
 @dataclass
 class _Request:
     """In flight until the engine says that it ended; `inbox` is None once nobody listens."""
@@ -57,7 +64,8 @@ class ProcessEngineClient:
 
     `engine_args` are those of `OmniDiffusionConfig`. At most `max_num_seqs` requests run and `max_queued_requests`
     wait. An engine process that dies, is silent for `heartbeat_timeout_s`, or spends `step_timeout_s` in one step is
-    ended and replaced, at most `max_restarts` times in `restart_window_s`.
+    ended and replaced, at most `max_restarts` times in `restart_window_s`. `launch` is the first one, if it was
+    launched with the same settings already; with others it is ended.
     """
 
     def __init__(
@@ -72,10 +80,14 @@ class ProcessEngineClient:
         step_timeout_s: float = 600.0,
         max_restarts: int = 10,
         restart_window_s: float = 600.0,
+        launch: Launch | None = None,
     ) -> None:
         config = OmniDiffusionConfig(**engine_args)  # what is wrong is said here
-        plain = {name: _plain(value) for name, value in engine_args.items()}
-        self._start = Start(plain, warmup, heartbeat_s, log_json)
+        self._start = _start_of(engine_args, warmup, heartbeat_s, log_json)
+        if launch is not None and launch.start != self._start:
+            launch.discard()
+            launch = None
+        self._launch = launch
         if max_queued_requests < 0:
             raise InvalidValueError("max_queued_requests", max_queued_requests, "must be 0 or more")
         self._limit = config.max_num_seqs + max_queued_requests
@@ -194,6 +206,8 @@ class ProcessEngineClient:
         if self._engine is not None:
             await self._engine.end(kill=False)
             self._engine = None
+        if self._launch is not None:
+            self._launch.discard()
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineClosedError("the engine was closed while it started"))
 
@@ -250,7 +264,9 @@ class ProcessEngineClient:
             failure: OmniError | None = None
             served = False
             try:
-                self._engine = await EngineProcess.spawn(self._start)
+                launch, self._launch = self._launch or Launch.of(self._start), None
+                self._load_began = launch.began
+                self._engine = await EngineProcess.adopt(launch)
             except OSError as error:
                 how = f"could not be started ({error.strerror})"
             else:
@@ -362,6 +378,10 @@ class ProcessEngineClient:
     def _end_all(self, error_of: Callable[[str], Exception], word: str) -> None:
         for request_id in list(self._requests):
             self._end(request_id, OmniRequestOutput(request_id, error=error_of(request_id)), word)
+
+
+def _start_of(engine_args: dict[str, Any], warmup: bool, heartbeat_s: float, log_json: bool) -> Start:
+    return Start({name: _plain(value) for name, value in engine_args.items()}, warmup, heartbeat_s, log_json)
 
 
 def _plain(value: Any) -> Any:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,49 @@ _READ_BUFFER = 4 * 2**20
 _END_S = 5.0  # an engine that was told to end gets this long
 
 
+@dataclass(frozen=True)
+class Launch:
+    """An engine process that was told what to load, and this side of its socket pair. Needs no event loop yet."""
+
+    start: Start
+    process: subprocess.Popen[bytes]
+    end: socket.socket
+    began: float  # monotonic
+
+    @classmethod
+    def of(cls, start: Start) -> Launch:
+        """Start the process; it answers `Loaded` or `StartFailed`, or ends. The calling thread must live on."""
+        began = time.monotonic()
+        ours, theirs = socket.socketpair()
+        environment = dict(os.environ)
+        paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning team of threads starves the front end
+        environment.setdefault("TQDM_DISABLE", "1")  # bars are no log lines
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "vllm_omni.engine.process", str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+                env=environment,
+            )
+        except OSError:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        ours.sendall(encode(start))
+        return cls(start, process, ours, began)
+
+    def discard(self) -> None:
+        """End it, if it has not ended, and reap it."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.end.close()
+
+
 class EngineProcess:
     """A running engine process and this side of its socket pair."""
 
@@ -43,32 +87,15 @@ class EngineProcess:
         self.beaten = asyncio.Event()
 
     @classmethod
-    async def spawn(cls, start: Start) -> EngineProcess:
-        """Start the process and tell it what to load; it answers `Loaded` or `StartFailed`, or ends."""
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=ours, limit=_READ_BUFFER)
-        environment = dict(os.environ)
-        paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning team of threads starves the front end
-        environment.setdefault("TQDM_DISABLE", "1")  # bars are no log lines
-        try:  # from here on nothing waits: whoever cancels a start leaves no process behind
-            process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "vllm_omni.engine.process", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                env=environment,
-            )
-        except OSError:
-            writer.close()
+    async def adopt(cls, launch: Launch) -> EngineProcess:
+        """Speak with a launched process; whoever cancels this leaves none behind."""
+        try:
+            launch.end.setblocking(False)
+            reader, writer = await asyncio.open_unix_connection(sock=launch.end, limit=_READ_BUFFER)
+        except BaseException:
+            launch.discard()
             raise
-        finally:
-            theirs.close()
-        engine = cls(process, reader, writer)
-        engine.send(encode(start))
-        return engine
+        return cls(launch.process, reader, writer)
 
     def send(self, frame: bytes) -> None:
         """Queue a frame; never waits. To an engine that died it goes nowhere."""

@@ -21,6 +21,8 @@ from vllm_omni.diffusion.cache.overrides import PRESETS
 from vllm_omni.diffusion.cache.selector import canonical_name
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.loader import resolve_model
+from vllm_omni.engine.client import ProcessEngineClient, launch_engine
+from vllm_omni.engine.supervisor import Launch
 from vllm_omni.entrypoints.cli.main import json_object
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import InvalidValueError
@@ -48,11 +50,16 @@ def run_serve(words: Sequence[str]) -> int:
     """Serve until a signal ends it."""
     hide_keys(words)
     _vllm_compat.require()
-    refuse_early(words)
-    args = build_parser().parse_args(list(words))
-    config = serve_config(args)
-    resolve_model(str(config.engine_args["model"]))
-    return asyncio.run(_serve(config, uvicorn_options(args)))
+    early = refuse_early(words)
+    launch = launch_engine(early.engine_args, warmup=early.warmup, log_json=early.log_json) if early else None
+    try:  # vLLM is imported from here on, and the engine loads meanwhile
+        args = build_parser().parse_args(list(words))
+        config = serve_config(args)
+        resolve_model(str(config.engine_args["model"]))
+        return asyncio.run(_serve(config, uvicorn_options(args), launch))
+    finally:
+        if launch is not None:
+            launch.discard()
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -90,8 +97,11 @@ def hide_keys(words: Sequence[str]) -> None:
     setproctitle(" ".join([*sys.orig_argv[: sys.orig_argv.index("serve") + 1], *shown]))
 
 
-def refuse_early(words: Sequence[str]) -> None:
-    """Refuse what is wrong with the model's folder and our own flags before vLLM is imported, which takes seconds."""
+def refuse_early(words: Sequence[str]) -> ServeConfig | None:
+    """Refuse what is wrong with the model's folder and our own flags before vLLM is imported, which takes seconds.
+
+    What our flags say; None where they may not be all, or where nothing will be served.
+    """
     parser = argparse.ArgumentParser(prog="vllm serve", usage=USAGE, add_help=False, allow_abbrev=False)
     _add_own(parser)
     parser.add_argument("--host", default="127.0.0.1")
@@ -100,12 +110,14 @@ def refuse_early(words: Sequence[str]) -> None:
     parser.add_argument("--config")
     dashed = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
     given, _ = parser.parse_known_args(dashed)  # the rest is vLLM's: its flags, their values, `--config FILE`
-    given.model = words[0] if words and not words[0].startswith("-") else "demo"
+    named = bool(words) and not words[0].startswith("-")
+    given.model = words[0] if named else "demo"
     resolve_model(given.model)
-    ServeConfig(**_own_settings(given))
+    config = ServeConfig(**_own_settings(given))
     help_asked = any(word == "-h" or word.startswith("--help") for word in words)
     if not (given.uds or given.config or help_asked):  # a file may name another port; it is read later
         _check_port(given.host, given.port)
+    return None if given.config or help_asked or not named else config
 
 
 def _check_port(host: str, port: int) -> None:
@@ -274,8 +286,7 @@ def uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-async def _serve(config: ServeConfig, options: dict[str, Any]) -> int:
-    from vllm_omni.engine.client import ProcessEngineClient
+async def _serve(config: ServeConfig, options: dict[str, Any], launch: Launch | None) -> int:
     from vllm_omni.entrypoints.openai.app import build_app
 
     try:
@@ -292,6 +303,7 @@ async def _serve(config: ServeConfig, options: dict[str, Any]) -> int:
         max_queued_requests=config.max_queued_requests,
         warmup=config.warmup,
         log_json=config.log_json,
+        launch=launch,
     )
 
     async def stop() -> None:
