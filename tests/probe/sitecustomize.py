@@ -87,6 +87,7 @@ def record_memory(prefix: str) -> None:
 
     def end(*_: Any) -> None:
         gc.collect()  # else what only a collection frees would count
+        sys._clear_type_cache()  # and names that CPython's cache of attribute look-ups holds, some thousands at most
         trackers[-1].__exit__(None, None, None)
 
     signal.signal(signal.SIGUSR1, begin)

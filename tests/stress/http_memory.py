@@ -1,6 +1,6 @@
-"""What a thousand requests leave behind in both processes of the command: memory by place, and the cache's own count.
+"""What thousands of requests leave behind in both processes of the command: memory by place, and the cache's own count.
 
-PYTHONPATH=.:tests python tests/stress/http_memory.py [--requests 1000]
+PYTHONPATH=.:tests python tests/stress/http_memory.py [--requests 3000]
 
 Needs memray (`pip install memray`), which is in both processes. After a warm-up, a quarter of the requests is made
 under one recording and the rest under another, three times as long. A place in our code that holds an object for every
@@ -72,6 +72,14 @@ async def requests(url: str, count: int, first_seed: int) -> Counter[int]:
     return statuses
 
 
+async def bursts(url: str) -> None:
+    """Requests that come and end together, as many as fit in a batch and a few more."""
+    async with web.client(url, CLIENTS) as client:
+        for many in range(1, CLIENTS + 1):
+            body = {"prompt": "cat", "steps": 2, "size": "32x32", "cache": "off"}
+            await asyncio.gather(*(client.post(web.IMAGES, json=body | {"seed": seed}) for seed in range(many)))
+
+
 def record(server: web.Command, kind: int) -> None:
     time.sleep(SETTLE_S)
     for pid in (server.process.pid, server.engine):
@@ -87,7 +95,8 @@ def main(count: int) -> dict[str, Any]:
         gauges, rss = [], []
         parts = (count // 4, count - count // 4)
         with web.command("--max-num-seqs", "8", probe=probe) as server:
-            # every kind of work once: what is kept for good is kept now
+            # every kind of work and every size of a batch: what is kept for good, such as kernels, is kept now
+            asyncio.run(bursts(server.url))
             asyncio.run(requests(server.url, count // 4, 10**6))
             gauges.append(web.gauges(server.url))
             for number, part in enumerate(parts):
@@ -141,7 +150,7 @@ def main(count: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--requests", type=int, default=3000)
     told = main(parser.parse_args().requests)
     print(json.dumps(told))
     sys.exit(0 if told["ok"] else 1)
