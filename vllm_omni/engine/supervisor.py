@@ -46,7 +46,7 @@ class Launch:
     @classmethod
     def of(cls, start: Start) -> Launch:
         """Start the process; it answers `Loaded` or `StartFailed`, or ends. The calling thread must live on."""
-        began = time.monotonic()
+        began, frame = time.monotonic(), encode(start)
         ours, theirs = socket.socketpair()
         environment = dict(os.environ)
         paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
@@ -66,7 +66,7 @@ class Launch:
             raise
         finally:
             theirs.close()
-        ours.sendall(encode(start))
+        ours.sendall(frame)
         return cls(start, process, ours, began)
 
     def discard(self) -> None:

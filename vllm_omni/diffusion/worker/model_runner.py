@@ -216,6 +216,7 @@ class ModelRunner:
             state.release()
             return
         if isinstance(event, PartCall):
+            state.arguments, state.member, state.forecast = {}, None, None  # a decode needs the room
             state.rows, state.key = 0, parts.key(event) or state.request_id
             return
         try:
