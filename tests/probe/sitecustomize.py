@@ -56,7 +56,12 @@ def trace(path: str) -> None:
 
     DiffusionWorker.load_model = load_model  # type: ignore[method-assign]
     around(DiffusionEngine, "_start", lambda engine, entry: tell("encode", [entry.request.request_id], encode_s))
-    around(DiffusionWorker, "run", lambda worker, batch: tell("step", [state.request_id for state in batch], step_s))
+
+    def run(worker: Any, batch: Any) -> None:
+        if batch[0].rows:  # none: a text encoder or the decoder runs
+            tell("step", [state.request_id for state in batch], step_s)
+
+    around(DiffusionWorker, "run", run)
 
 
 def count_cache(path: str) -> None:
