@@ -52,8 +52,8 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         (
             "vllm_omni.diffusion.request",
             "vllm_omni.diffusion.data",
-            "vllm_omni.diffusion.settings",
-            "vllm_omni.diffusion.denoisers",
+            "vllm_omni.settings",
+            "vllm_omni.diffusion.denoiser.specs",
             "vllm_omni.inputs",
             "vllm_omni.outputs",
             "vllm_omni._vllm_compat",

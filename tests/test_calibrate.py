@@ -11,7 +11,7 @@ import torch
 from pipelines import TEXT_TOKENS, embeds, tiny_flux
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.predictor import PREDICTORS
+from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
 from vllm_omni.diffusion.cache.profile import fingerprint, load_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.entrypoints.cli.calibrate import calibrate, decibels, judge, read_prompts, sha256_of, split

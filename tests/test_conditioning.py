@@ -13,7 +13,7 @@ from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.denoisers import DENOISERS
+from vllm_omni.diffusion.denoiser.specs import DENOISERS
 from vllm_omni.diffusion.hooks.conditioning import Conditioning
 
 MASK = [1, 1, 0, 0, 0, 1]  # four forwards compute at most, three skip in a row

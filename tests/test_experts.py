@@ -12,11 +12,11 @@ from test_families import Blocks
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache.clock import schedule_of
+from vllm_omni.diffusion.denoiser.step_tracker import schedule_of
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.magcache.plan import plan_request
-from vllm_omni.diffusion.cache.planner import forecast_error
-from vllm_omni.diffusion.cache.predictor import PREDICTORS
+from vllm_omni.diffusion.cache.plan.compose import plan_request
+from vllm_omni.diffusion.cache.plan.planner import forecast_error
+from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
 from vllm_omni.diffusion.cache.profile import CacheProfile, shipped_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError

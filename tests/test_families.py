@@ -17,7 +17,7 @@ from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache import standalone
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
+from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES, DENOISERS
 from vllm_omni.errors import InvalidValueError
 
 ROOT = Path(__file__).resolve().parent.parent

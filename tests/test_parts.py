@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.worker import parts
-from vllm_omni.diffusion.worker.coroutine import DecoderProxy, PartCall
+from vllm_omni.diffusion.worker.coroutine import DecoderProxy, ComponentCall
 from vllm_omni.errors import RequestAbortedError
 
 PROMPTS = ["red apple", "penguin", "rocket", "banana"]
@@ -143,7 +143,7 @@ def test_a_text_encoder_with_adapters_is_scaled_for_its_own_request_alone() -> N
 
 def test_a_decoder_that_a_pipeline_casts_does_not_park() -> None:
     """SDXL's pipelines cast the shared VAE before the call and back after it."""
-    parked: list[PartCall] = []
+    parked: list[ComponentCall] = []
     vae = tiny_flux().vae
     proxy: Any = DecoderProxy("vae", vae, parked.append)
     latents = torch.randn(1, vae.config.latent_channels, 4, 4)
@@ -156,8 +156,8 @@ def test_a_decoder_that_a_pipeline_casts_does_not_park() -> None:
 
 
 def test_what_fits_together() -> None:
-    def call(*args: Any, **kwargs: Any) -> PartCall:
-        return PartCall("vae", "decode", args, kwargs)
+    def call(*args: Any, **kwargs: Any) -> ComponentCall:
+        return ComponentCall("vae", "decode", args, kwargs)
 
     one, row = torch.zeros(1, 4, 8, 8), torch.zeros(2, 4, 8, 8)
     key = parts.key(call(one, return_dict=False))
@@ -180,7 +180,7 @@ def test_a_language_model_s_cache_is_nobody_s_rows() -> None:
             last_hidden_state=input_ids * 10, past_key_values=object(), hidden_states=(input_ids, input_ids + 1)
         )
 
-    calls = [PartCall("text_encoder", "__call__", (each,), {"use_cache": True}) for each in ids]
+    calls = [ComponentCall("text_encoder", "__call__", (each,), {"use_cache": True}) for each in ids]
     assert parts.key(calls[0]) == parts.key(calls[1])
     for each, output in zip(ids, parts.run(encoder, calls), strict=True):
         assert torch.equal(output.last_hidden_state, each * 10) and torch.equal(output.hidden_states[1], each + 1)

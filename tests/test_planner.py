@@ -9,11 +9,11 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from vllm_omni.diffusion.cache.curve import resample
-from vllm_omni.diffusion.cache.magcache.plan import plan_request, promised_forwards
-from vllm_omni.diffusion.cache.plan import Plan, magcache_plan
-from vllm_omni.diffusion.cache.planner import best_plan, curve_costs, gram_costs, plan_cost
-from vllm_omni.diffusion.cache.predictor import (
+from vllm_omni.diffusion.cache.plan.curve import resample
+from vllm_omni.diffusion.cache.plan.compose import plan_request, promised_forwards
+from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan
+from vllm_omni.diffusion.cache.plan.planner import best_plan, curve_costs, gram_costs, plan_cost
+from vllm_omni.diffusion.cache.plan.predictors import (
     NEED_GRAM,
     PREDICTORS,
     affine,

@@ -14,7 +14,7 @@ import torch
 from pipelines import run_latents, tiny_flux
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.magcache.plan import plan_request
+from vllm_omni.diffusion.cache.plan.compose import plan_request
 from vllm_omni.diffusion.cache.profile import (
     FORMAT,
     CacheProfile,

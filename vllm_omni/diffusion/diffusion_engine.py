@@ -11,14 +11,14 @@ from typing import Any
 import numpy
 import torch
 
-from vllm_omni.diffusion.cache.overrides import Choice
+from vllm_omni.diffusion.cache.settings import Choice
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.diffusion.sched.interface import Turn
-from vllm_omni.diffusion.sched.step_scheduler import StepScheduler
+from vllm_omni.diffusion.scheduler import StepKind
+from vllm_omni.diffusion.scheduler import StepScheduler
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
-from vllm_omni.diffusion.worker.model_runner import RequestState
-from vllm_omni.diffusion.worker.worker import DiffusionWorker
+from vllm_omni.diffusion.worker.runner import RequestState
+from vllm_omni.diffusion.worker.runner import DiffusionWorker
 from vllm_omni.errors import EngineClosedError, InvalidValueError, NumericalError, RequestAbortedError
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -57,7 +57,7 @@ class StepReport:
 
 
 @dataclass(frozen=True)
-class Outlook:
+class RemainingWork:
     """What a request still needs: rows of a forward that compute, and that skip; exact once its plan is made."""
 
     request_id: str
@@ -110,7 +110,7 @@ class DiffusionEngine:
         return self.collect()
 
     def _run(self, pixels: int, batch: Sequence[RequestState]) -> StepReport:
-        rows, skipped = sum(state.rows for state in batch), batch[0].turn is Turn.SKIP
+        rows, skipped = sum(state.rows for state in batch), batch[0].turn is StepKind.SKIP
         began, decoded = time.perf_counter(), sum(state.decoding for state in batch)
         self.worker.run(batch)
         seconds = time.perf_counter() - began + decoded - sum(state.decoding for state in batch)
@@ -153,9 +153,9 @@ class DiffusionEngine:
             return "queued"
         if not entry.calls:
             return "encode"
-        return "decode" if entry.state.turn is Turn.PART else "denoise"
+        return "decode" if entry.state.turn is StepKind.COMPONENT else "denoise"
 
-    def outlooks(self) -> list[Outlook]:
+    def remaining_work(self) -> list[RemainingWork]:
         """What every unfinished request still needs."""
         return [_outlook(entry) for entry in self._entries.values()]
 
@@ -209,7 +209,7 @@ class DiffusionEngine:
         self._ended.append(_output(entry, event))
 
 
-def _outlook(entry: _Entry) -> Outlook:
+def _outlook(entry: _Entry) -> RemainingWork:
     state, config = entry.state, entry.choice[1] if entry.choice is not None else None
     rows = entry.arguments.get("num_images_per_prompt") or 1
     steps = entry.arguments.get("num_inference_steps") or 50  # what most pipelines take unless told
@@ -225,7 +225,7 @@ def _outlook(entry: _Entry) -> Outlook:
             share = config.nfe / steps if config.nfe is not None else 1 / (config.speedup or 1.0)
             computed = round(computed * min(1.0, share))
     skipped = steps - done - computed
-    return Outlook(
+    return RemainingWork(
         entry.request.request_id, entry.pixels, state is not None, config is not None, computed * rows, skipped * rows
     )
 

@@ -187,7 +187,7 @@ class EngineLoop:
     def _queued_cost(self) -> float:
         share = self.costs.cached_share
         needs = []
-        for need in self.engine.outlooks():
+        for need in self.engine.remaining_work():
             computed, skipped = need.computed, need.skipped
             if need.cached and not need.begun and not skipped:  # no plan and no promise yet
                 computed, skipped = computed * share, computed * (1 - share)

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.settings import Settings
+from vllm_omni.settings import Settings
 from vllm_omni.errors import InvalidValueError
 
 

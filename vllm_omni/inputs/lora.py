@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import Field
 
-from vllm_omni.diffusion.settings import Settings
+from vllm_omni.settings import Settings
 from vllm_omni.errors import InvalidValueError
 
 Adapters = tuple[tuple[str, float], ...]  # (name, scale), in the order given; empty: the model alone

@@ -7,7 +7,7 @@ from enum import IntEnum
 from typing import NamedTuple
 
 
-class Turn(IntEnum):
+class StepKind(IntEnum):
     """What a parked call needs, in the order in which they go."""
 
     SKIP = 0  # a forward without blocks
@@ -19,5 +19,5 @@ class Parked(NamedTuple):
     """A waiting request: calls with equal `key` and `turn` may be made as one."""
 
     key: Hashable
-    turn: Turn
+    turn: StepKind
     since: int  # the tick at which it parked

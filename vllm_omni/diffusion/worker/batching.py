@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.denoisers import DenoiserSpec
+from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
 
 
 class CallBinder:

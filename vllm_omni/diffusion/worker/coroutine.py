@@ -18,7 +18,7 @@ import numpy
 import torch
 from greenlet import greenlet
 
-from vllm_omni.diffusion.denoisers import DENOISER_NAMES
+from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES
 from vllm_omni.errors import NumericalError
 
 
@@ -33,7 +33,7 @@ class DenoiserCall:
 
 
 @dataclass(frozen=True)
-class PartCall:
+class ComponentCall:
     """A call of a text encoder, or of the VAE's decoder: `method` of the pipeline's `part`."""
 
     part: str
@@ -52,7 +52,7 @@ class Failed:
     error: Exception
 
 
-Event = DenoiserCall | PartCall | Finished | Failed
+Event = DenoiserCall | ComponentCall | Finished | Failed
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -93,7 +93,7 @@ class EncoderProxy(_Proxy):
     """A text encoder; calling it parks the request."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._park(PartCall(self._name, "__call__", args, kwargs))
+        return self._park(ComponentCall(self._name, "__call__", args, kwargs))
 
 
 class DecoderProxy(_Proxy):
@@ -110,7 +110,7 @@ class DecoderProxy(_Proxy):
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         if self._changed:
             return self._module.decode(*args, **kwargs)
-        return self._park(PartCall(self._name, "decode", args, kwargs))
+        return self._park(ComponentCall(self._name, "decode", args, kwargs))
 
 
 class PipelineTask:
@@ -158,7 +158,7 @@ class PipelineTask:
         if self._greenlet is None or self._greenlet.dead:
             return Failed(error)
         event = self._greenlet.throw(error)
-        while isinstance(event, DenoiserCall | PartCall):  # a pipeline that catches errors and calls again must end too
+        while isinstance(event, DenoiserCall | ComponentCall):  # a pipeline that catches errors and calls again must end too
             event = self._greenlet.throw(error)
         return event
 
@@ -172,7 +172,7 @@ class PipelineTask:
             assert self._engine is not None and self._greenlet is not None
             self._greenlet.parent = self._engine
 
-    def _park(self, call: DenoiserCall | PartCall) -> Any:
+    def _park(self, call: DenoiserCall | ComponentCall) -> Any:
         assert self._engine is not None
         return self._engine.switch(call)
 

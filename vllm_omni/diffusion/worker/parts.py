@@ -8,14 +8,14 @@ from typing import Any
 import torch
 
 from vllm_omni.diffusion.worker.batching import equal, row_slices
-from vllm_omni.diffusion.worker.coroutine import PartCall
+from vllm_omni.diffusion.worker.coroutine import ComponentCall
 
 # Input elements of a joint call: the latents of one FLUX picture of 1024 by 1024. Decoding several small pictures at
 # once must not need more memory than a large one does, and large ones fill the machine one by one.
 MOST_JOINED = 2**18
 
 
-def key(call: PartCall) -> Hashable | None:
+def key(call: ComponentCall) -> Hashable | None:
     """Equal keys fit together; None where a call holds what cannot be compared, such as a generator, and goes alone."""
     named = [*enumerate(call.args), *call.kwargs.items()]
     tensors = [value for _, value in named if isinstance(value, torch.Tensor)]
@@ -31,14 +31,14 @@ def key(call: PartCall) -> Hashable | None:
     return call.part, call.method, described
 
 
-def chunks(calls: Sequence[PartCall]) -> Iterator[slice]:
+def chunks(calls: Sequence[ComponentCall]) -> Iterator[slice]:
     """Calls of one key, in runs of at most MOST_JOINED elements, a call at least."""
     most = max(1, MOST_JOINED // max(1, _elements(calls[0])))
     for first in range(0, len(calls), most):
         yield slice(first, first + most)
 
 
-def run(module: Any, calls: Sequence[PartCall]) -> list[Any]:
+def run(module: Any, calls: Sequence[ComponentCall]) -> list[Any]:
     """What each call returns; several of one key are made as one."""
     first = calls[0]
     method = module if first.method == "__call__" else getattr(module, first.method)
@@ -50,15 +50,15 @@ def run(module: Any, calls: Sequence[PartCall]) -> list[Any]:
     return [_own_rows(output, rows, slices[-1].stop) for rows in slices]
 
 
-def _tensors(call: PartCall) -> list[torch.Tensor]:
+def _tensors(call: ComponentCall) -> list[torch.Tensor]:
     return [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, torch.Tensor)]
 
 
-def _rows(call: PartCall) -> int:
+def _rows(call: ComponentCall) -> int:
     return len(_tensors(call)[0])
 
 
-def _elements(call: PartCall) -> int:
+def _elements(call: ComponentCall) -> int:
     return sum(tensor.numel() for tensor in _tensors(call))
 
 

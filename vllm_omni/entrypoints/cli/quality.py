@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def plan_of(args: argparse.Namespace) -> Any:
     """The options, checked before anything loads. InvalidValueError names what cannot be used."""
-    from vllm_omni.diffusion.cache.overrides import request_choice
+    from vllm_omni.diffusion.cache.settings import request_choice
     from vllm_omni.entrypoints.cli.generate import parse_size
     from vllm_omni.errors import InvalidValueError
     from vllm_omni.quality.bench import Model

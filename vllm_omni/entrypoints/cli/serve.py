@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni import _vllm_compat, envs
-from vllm_omni.diffusion.cache.overrides import PRESETS
+from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.diffusion.cache.selector import canonical_name
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.loader import resolve_model

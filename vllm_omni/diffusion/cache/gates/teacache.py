@@ -12,34 +12,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_omni.diffusion.cache.gate import OUTPUT, PREVIOUS, Gate, Look, comparable, keep, relative_l1
-from vllm_omni.diffusion.cache.gate_backend import GateBackend
-from vllm_omni.diffusion.cache.store import ResidualShelf
-from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.cache.gates.gate import PREVIOUS, GateBackend, GateRule, Memory, comparable, relative_l1
+from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig
+from vllm_omni.diffusion.cache.state import Signal
+from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
+
+
+OUTPUT = "output"  # of the last computed step
 
 
 @cache
 def published_coefficients() -> dict[str, tuple[float, ...]]:
-    """By hub id, highest power first, from `coefficients.json`, which names their source."""
-    data = json.loads((Path(__file__).parent / "coefficients.json").read_text(encoding="utf-8"))
+    """By hub id, highest power first, from the file beside this one, which names their source."""
+    data = json.loads((Path(__file__).parent / "teacache_coefficients.json").read_text(encoding="utf-8"))
     return {name: tuple(entry["coefficients"]) for name, entry in data["checkpoints"].items()}
 
 
-class TeaCacheGate(Gate):
+class TeaCacheRule(GateRule):
     """Sum of p(relative L1 change of the modulated input from one step to the next)."""
 
-    name, look, threshold = "teacache", Look.MODULATED, 0.2
+    name, signal, threshold = "teacache", Signal.MODULATED, 0.2
 
     def __init__(self, coefficients: Sequence[float]) -> None:
         if not all(math.isfinite(c) for c in coefficients):
             raise InvalidValueError("coefficients", coefficients, "must be finite numbers, highest power first")
         self.coefficients = tuple(coefficients)
 
-    def change(self, now: torch.Tensor, seen: ResidualShelf) -> torch.Tensor | None:
-        if not comparable(seen, PREVIOUS, now):
+    def change(self, now: torch.Tensor, memory: Memory) -> torch.Tensor | None:
+        if not comparable(memory, PREVIOUS, now):
             return None
-        x = relative_l1(now, seen[PREVIOUS])
+        x = relative_l1(now, memory[PREVIOUS])
         total = torch.zeros_like(x)
         for coefficient in self.coefficients:
             total = total * x + coefficient
@@ -49,10 +52,10 @@ class TeaCacheGate(Gate):
 class TeaCacheBackend(GateBackend):
     """`coefficients` of the settings, else those published for the checkpoint's hub id."""
 
-    name, rule = "teacache", TeaCacheGate
+    name, rule = "teacache", TeaCacheRule
     _published: tuple[float, ...] | None = None
 
-    def gate(self, config: DiffusionCacheConfig) -> Gate:
+    def make_rule(self, config: DiffusionCacheConfig) -> GateRule:
         coefficients = config.coefficients or self._published
         if not coefficients:
             raise InvalidValueError(
@@ -61,32 +64,32 @@ class TeaCacheBackend(GateBackend):
                 "must be given: none are published for this checkpoint; measure them with "
                 f"`fit_coefficients`, or pass those of one of: {', '.join(published_coefficients())}",
             )
-        return TeaCacheGate(coefficients)
+        return TeaCacheRule(coefficients)
 
-    def _found(self, module: torch.nn.Module, model_name: str) -> None:
-        super()._found(module, model_name)
+    def _found(self, module: torch.nn.Module, spec: DenoiserSpec, model_name: str) -> None:
+        super()._found(module, spec, model_name)
         self._published = published_coefficients().get(model_name)
-        self.gate(self.config)
+        self.make_rule(self.config)
 
 
-class _Meter(Gate):
+class _Meter(GateRule):
     """Never skips; notes how much the modulated input and the output change from step to step."""
 
-    name, look, threshold, accumulates = "teacache", Look.MODULATED, 1.0, False
+    name, signal, threshold, accumulates = "teacache", Signal.MODULATED, 1.0, False
 
     def __init__(self) -> None:
         self.inputs: list[float] = []
         self.outputs: list[float] = []
 
-    def change(self, now: torch.Tensor, seen: ResidualShelf) -> torch.Tensor | None:
-        if comparable(seen, PREVIOUS, now):
-            self.inputs.append(relative_l1(now, seen[PREVIOUS]).max().item())
+    def change(self, now: torch.Tensor, memory: Memory) -> torch.Tensor | None:
+        if comparable(memory, PREVIOUS, now):
+            self.inputs.append(relative_l1(now, memory[PREVIOUS]).max().item())
         return None
 
-    def learn(self, seen: ResidualShelf, latents: torch.Tensor, output: torch.Tensor) -> None:
-        if comparable(seen, OUTPUT, output):
-            self.outputs.append(relative_l1(output, seen[OUTPUT]).max().item())
-        keep(seen, OUTPUT, output.clone())
+    def learn(self, memory: Memory, latents: torch.Tensor, output: torch.Tensor) -> dict[str, torch.Tensor]:
+        if comparable(memory, OUTPUT, output):
+            self.outputs.append(relative_l1(output, memory[OUTPUT]).max().item())
+        return {OUTPUT: output.clone()}
 
 
 class _MeterBackend(GateBackend):
@@ -96,7 +99,7 @@ class _MeterBackend(GateBackend):
         super().__init__(DiffusionCacheConfig(mag_retention_ratio=0.0, compute_last_step=False))
         self.meter = _Meter()
 
-    def gate(self, config: DiffusionCacheConfig) -> Gate:
+    def make_rule(self, config: DiffusionCacheConfig) -> GateRule:
         return self.meter
 
 

@@ -14,12 +14,13 @@ for any step count, any predictor and any request's budget.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.plan import Plan
-from vllm_omni.diffusion.cache.predictor import PREDICTORS
+from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
+from vllm_omni.diffusion.cache.plan.rule import Plan
+from vllm_omni.diffusion.cache.plan.schedule import Switches
 
 WIDE = 200
 
@@ -124,15 +125,6 @@ def _best_by_pairs(costs: np.ndarray, nfe: int, steps: int, compute_last_step: b
     return computed
 
 
-def plan_cost(costs: np.ndarray, plan: Plan) -> float:
-    """What `best_plan` minimises, of any plan that computes step 0."""
-    computed = [step for step, compute in enumerate(plan) if compute]
-    onward = [*computed[1:], len(plan)]
-    if costs.ndim == 2:
-        return float(costs[computed, onward].sum())
-    return float(costs[[0, *computed[:-1]], computed, onward].sum())
-
-
 def fewest_forwards(steps: int, compute_last_step: bool = True) -> int:
     """The first step computes, and the last where it is guarded."""
     return 2 if steps > 1 and compute_last_step else 1
@@ -150,3 +142,16 @@ def _accumulate(errors: np.ndarray, weight: np.ndarray) -> np.ndarray:
     step = np.arange(len(weight))
     paid = np.where(step[:, None] < step, errors * weight, 0.0)
     return np.concatenate([np.zeros((*paid.shape[:-1], 1)), np.cumsum(paid, axis=-1)], axis=-1)
+
+
+def confine(costs: np.ndarray, switches: Switches, anew: Callable[[int], np.ndarray]) -> np.ndarray:
+    """A cost table with every run of skips over a switch at infinite cost.
+
+    `anew(step)` is the table of the schedule from `step` on: if forecasts build on two steps, the one at a switch has
+    no other before it.
+    """
+    for switch in switches:
+        if costs.ndim == 3:
+            costs[:switch, switch, switch:] = anew(switch)[0, 0]
+        costs[..., :switch, switch + 1 :] = np.inf
+    return costs

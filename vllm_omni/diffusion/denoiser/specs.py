@@ -1,4 +1,4 @@
-"""What a denoiser class looks like from outside, as data: its block stack and the role of its arguments.
+"""Denoiser classes as data: the block stack of each, and the role of its arguments.
 
 A new family is one more entry. Knows no tensors and no cache.
 """
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-DENOISER_NAMES = ("transformer", "transformer_2", "unet")
+DENOISER_NAMES = ("transformer", "transformer_2", "unet")  # the pipeline components that can be denoisers
 
 
 @dataclass(frozen=True)
 class BlockList:
-    """One `ModuleList` of the stack: its attribute, and what each of its blocks returns, in order."""
+    """A `ModuleList` of the stack: its attribute, and what each of its blocks returns, in order."""
 
     name: str
     returns: tuple[str, ...]  # ("hidden_states",) means the bare tensor
@@ -22,9 +22,10 @@ class BlockList:
 
 @dataclass(frozen=True)
 class DenoiserSpec:
-    """`stack` in execution order; `rows` hold one entry per sample, `shared` must be equal to be batched together.
+    """The block lists of `stack` in execution order, and the denoiser's arguments by role.
 
-    An argument in both has one entry per sample and decides how samples are laid out in the stack: only equal ones fit.
+    `rows` hold one entry per sample; `shared` arguments must be equal for calls to be batched. An argument in both has
+    one entry per sample and decides how samples are laid out in the stack, so only equal ones fit.
     """
 
     stack: tuple[BlockList, ...]
@@ -33,11 +34,10 @@ class DenoiserSpec:
     rows_in_dim_1: tuple[str, ...] = ()  # of `rows`, those with another dimension before the samples
     image_first: bool = False  # a fused tail holds the image tokens before the text
     only_for_blocks: tuple[str, ...] = ()  # child modules whose output nothing but the blocks reads
-    conditioning: tuple[str, ...] = ()  # child modules whose children embed time and a request's constants, each alone
     between_blocks: tuple[str, ...] = ()  # "argument" or "argument.key" that adds something to the stack: compute
 
     def adds_between_blocks(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether a call brings something that a residual of another step does not hold."""
+        """Whether a call adds something between blocks that a residual of another step does not contain."""
         for path in self.between_blocks:
             name, _, key = path.partition(".")
             value = arguments.get(name)
@@ -58,15 +58,13 @@ DENOISERS: dict[str, DenoiserSpec] = {
         rows=_FLUX_ROWS,
         shared=("img_ids", "txt_ids"),
         only_for_blocks=("context_embedder", "pos_embed"),
-        conditioning=("time_text_embed",),
-        between_blocks=("controlnet_block_samples", "controlnet_single_block_samples", *_IP_ADAPTER),
+            between_blocks=("controlnet_block_samples", "controlnet_single_block_samples", *_IP_ADAPTER),
     ),
     "Flux2Transformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", ("hidden_states",))),
         rows=("hidden_states", "encoder_hidden_states", "timestep", "guidance"),
         shared=("img_ids", "txt_ids"),
-        conditioning=("time_guidance_embed",),
-        # FLUX.2 joins the text stream to the image before its single blocks: its embedding is read without them, too
+            # FLUX.2 joins the text stream to the image before its single blocks: its embedding is read without them, too
     ),
     "QwenImageTransformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT),),
@@ -79,14 +77,12 @@ DENOISERS: dict[str, DenoiserSpec] = {
             "additional_t_cond",
             "img_shapes",
         ),
-        conditioning=("time_text_embed",),
-        between_blocks=("controlnet_block_samples",),
+            between_blocks=("controlnet_block_samples",),
     ),
     "SD3Transformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT),),
         rows=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
-        conditioning=("time_text_embed",),
-        between_blocks=("block_controlnet_hidden_states", "skip_layers", *_IP_ADAPTER),
+            between_blocks=("block_controlnet_hidden_states", "skip_layers", *_IP_ADAPTER),
     ),
     "WanTransformer3DModel": DenoiserSpec(
         stack=(BlockList("blocks", _HIDDEN),),
@@ -139,8 +135,7 @@ DENOISERS: dict[str, DenoiserSpec] = {
             "crop_coords",
             "attention_mask",
         ),
-        conditioning=("time_condition_embed",),
-    ),
+        ),
     "ZImageTransformer2DModel": DenoiserSpec(
         stack=(BlockList("layers", _HIDDEN),),
         rows=("x", "t", "cap_feats"),
@@ -185,3 +180,24 @@ DENOISERS: dict[str, DenoiserSpec] = {
         rows=("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),
     ),
 }
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside a `torch.compile` wrapper; any other module as it is."""
+    return module._modules.get("_orig_mod", module)
+
+
+def spec_of(module: Any) -> DenoiserSpec | None:
+    """The spec of a denoiser, of the module inside a `torch.compile` wrapper, or of the class it derives from."""
+    return next((DENOISERS[c.__name__] for c in type(unwrapped(module)).__mro__ if c.__name__ in DENOISERS), None)
+
+
+def latents_of(arguments: Mapping[str, Any]) -> Any:
+    """The latents of a denoiser call: a tensor with one row per sample, or a list of them."""
+    return arguments["hidden_states"] if "hidden_states" in arguments else next(iter(arguments.values()))
+
+
+def denoisers_of(pipeline: Any) -> dict[str, Any]:
+    """The denoisers that a pipeline, or anything with a `transformer`, has, by component name."""
+    found = {name: getattr(pipeline, name, None) for name in DENOISER_NAMES}
+    return {name: module for name, module in found.items() if module is not None}

@@ -11,20 +11,20 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from vllm_omni.diffusion.cache.clock import SchedulerClock
+from vllm_omni.diffusion.denoiser.step_tracker import StepTracker
 from vllm_omni.diffusion.cache.forward import Member, Record, correction, note_computed, note_skipped, probe
-from vllm_omni.diffusion.cache.gate import GateCache, Look, Looked, decide
-from vllm_omni.diffusion.cache.request_cache import Forecast
-from vllm_omni.diffusion.cache.stack_backend import StackBackend
+from vllm_omni.diffusion.cache.gates.gate import GateCache, Signal, Looked, decide
+from vllm_omni.diffusion.cache.state import Forecast
+from vllm_omni.diffusion.cache.base import StackBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
-from vllm_omni.diffusion.hooks.block_stack import BlockStack
+from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES, DENOISERS
+from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.hooks.conditioning import Memory
-from vllm_omni.diffusion.sched.interface import Turn
+from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker import parts
 from vllm_omni.diffusion.worker.adapters import AdapterSwitch
 from vllm_omni.diffusion.worker.batching import CallBinder, row_slices, take_rows
-from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Event, Failed, Finished, PartCall, PipelineTask
+from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Event, Failed, Finished, ComponentCall, PipelineTask
 from vllm_omni.diffusion.worker.pace import Pace, Stopwatch, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.inputs.lora import Adapters
@@ -41,7 +41,7 @@ class RequestState:
     task: PipelineTask
     backend: StackBackend | None
     config: DiffusionCacheConfig | None
-    clock: SchedulerClock
+    clock: StepTracker
     started: float = field(default_factory=time.perf_counter)
     denoising: float = 0.0  # seconds until its last denoiser call ended
     encoding: float = 0.0  # seconds of work until the first denoiser call; of what was shared, its share
@@ -73,10 +73,10 @@ class RequestState:
         return self.undecided or self.forecast is not None
 
     @property
-    def turn(self) -> Turn:
-        if isinstance(self.event, PartCall):
-            return Turn.PART
-        return Turn.SKIP if self.skips else Turn.COMPUTE
+    def turn(self) -> StepKind:
+        if isinstance(self.event, ComponentCall):
+            return StepKind.COMPONENT
+        return StepKind.SKIP if self.skips else StepKind.COMPUTE
 
     @property
     def plan(self) -> tuple[bool, ...] | None:
@@ -134,7 +134,7 @@ class ModelRunner:
         task = PipelineTask(self.pipeline, arguments, self._device)
         if boundary_ratio is not None:
             task.pipeline.register_to_config(boundary_ratio=boundary_ratio)  # of the request's own copy
-        state = RequestState(request_id, task, backend, config, SchedulerClock(task.pipeline), adapters=adapters)
+        state = RequestState(request_id, task, backend, config, StepTracker(task.pipeline), adapters=adapters)
         self.adapters.use(adapters)  # text encoders can have adapters too
         if preview_every is not None and can_preview(self.pipeline):
             state.preview_every, state.clock.observe = preview_every, state.observe
@@ -144,7 +144,7 @@ class ModelRunner:
 
     def run(self, states: Sequence[RequestState]) -> None:
         """One forward for calls that fit together, then each request goes on to its next call or its end."""
-        if isinstance(states[0].event, PartCall):
+        if isinstance(states[0].event, ComponentCall):
             self._run_parts(states)
             return
         if states[0].undecided:
@@ -210,12 +210,12 @@ class ModelRunner:
             state.preview = preview(self.pipeline, state.task.arguments, latents, velocity, state.sigmas[step])
 
     def _arrive(self, state: RequestState, event: Event) -> None:
-        """Look at what the request brings: an end, or a call whose kind of step and batch key are decided now."""
+        """Signal at what the request brings: an end, or a call whose kind of step and batch key are decided now."""
         state.event = event
         if isinstance(event, Finished | Failed):
             state.release()
             return
-        if isinstance(event, PartCall):
+        if isinstance(event, ComponentCall):
             state.arguments, state.member, state.forecast = {}, None, None  # a decode needs the room
             state.rows, state.key = 0, parts.key(event) or state.request_id
             return
@@ -243,7 +243,7 @@ class ModelRunner:
                 and state.cache.wants_look(key, moment.step)
             )
             if isinstance(state.cache, GateCache) and state.undecided:
-                latents = state.cache.gate.look is Look.LATENTS  # read alone: calls need not fit together
+                latents = state.cache.gate.look is Signal.LATENTS  # read alone: calls need not fit together
                 state.key = (state.cache.gate.look, None if latents else self._batch_key(state, binder))
                 return
         self._decided(state)
@@ -291,7 +291,7 @@ class ModelRunner:
         assert first is not None and isinstance(first.cache, GateCache)
         gate, seen = first.cache.gate, None
         rows = row_slices([state.rows for state in states])
-        if gate.look is not Look.LATENTS:
+        if gate.look is not Signal.LATENTS:
             module, binder = self.modules[first.key[0]], self.binders[first.key[0]]
             stack = self._stack(states, first.key[0])
             assert stack is not None
@@ -359,8 +359,8 @@ class ModelRunner:
         return next((s.backend.stacks.get(denoiser) for s in states if s.backend is not None), None)
 
 
-def _part_call(state: RequestState) -> PartCall:
-    assert isinstance(state.event, PartCall)
+def _part_call(state: RequestState) -> ComponentCall:
+    assert isinstance(state.event, ComponentCall)
     return state.event
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.plan import Plan
+from vllm_omni.diffusion.cache.plan.rule import Plan
 
 Terms = tuple[tuple[int, float], ...]
 Predictor = Callable[[Sequence[Any], Any, Sequence[float], np.ndarray | None], np.ndarray]

@@ -16,7 +16,7 @@ from bisect import insort
 from collections.abc import Hashable
 from itertools import count
 
-from vllm_omni.diffusion.sched.interface import Parked, Turn
+from vllm_omni.diffusion.scheduler import Parked, StepKind
 
 AGEING_S = 5.0
 
@@ -64,7 +64,7 @@ class StepScheduler:
             admitted.append(request_id)
         return admitted
 
-    def park(self, request_id: str, key: Hashable, turn: Turn) -> None:
+    def park(self, request_id: str, key: Hashable, turn: StepKind) -> None:
         """A running request waits for its next call."""
         self.running[request_id] = Parked(key, turn, self._tick)
 

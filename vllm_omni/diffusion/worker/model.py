@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.cache.overrides import Choice, request_choice
+from vllm_omni.diffusion.cache.settings import Choice, request_choice
 from vllm_omni.diffusion.cache.selector import canonical_name, get_cache_backend
-from vllm_omni.diffusion.cache.stack_backend import StackBackend
+from vllm_omni.diffusion.cache.base import StackBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
 from vllm_omni.diffusion.worker.malloc import keep_freed_memory
-from vllm_omni.diffusion.worker.model_runner import ModelRunner, RequestState
+from vllm_omni.diffusion.worker.runner import ModelRunner, RequestState
 from vllm_omni.errors import InvalidValueError
 
 

@@ -1,15 +1,15 @@
-"""SeaCache (arXiv 2602.18993): the latents' change where the noise level lets a picture be seen at all."""
+"""SeaCache (arXiv 2602.18993): how the latents change at the frequencies that the noise level lets through."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.cache.gate import PREVIOUS, Gate, Look, comparable, relative_l1
-from vllm_omni.diffusion.cache.gate_backend import GateBackend
-from vllm_omni.diffusion.cache.store import ResidualShelf
+from vllm_omni.diffusion.cache.gates.gate import PREVIOUS, GateBackend, GateRule, Memory, comparable, relative_l1
+from vllm_omni.diffusion.cache.state import Signal
 from vllm_omni.errors import InvalidValueError
 
 
@@ -35,7 +35,7 @@ def on_grid(latents: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor
         return latents
     tokens = latents.shape[1]
     for grid in _grids(arguments, tokens):
-        if _product(grid) == tokens:
+        if math.prod(grid) == tokens:
             return latents.transpose(1, 2).reshape(len(latents), latents.shape[2], *grid)
     raise InvalidValueError("tokens", tokens, "of this model cannot be laid out as a picture; use another gate")
 
@@ -57,24 +57,19 @@ def _grids(arguments: Mapping[str, Any], tokens: int) -> list[tuple[int, ...]]:
     return grids
 
 
-def _product(grid: tuple[int, ...]) -> int:
-    result = 1
-    for size in grid:
-        result *= size
-    return result
-
-
-class SeaCacheGate(Gate):
+class SeaCacheRule(GateRule):
     """Sum of the relative L1 changes of the filtered latents."""
 
-    name, look, threshold = "seacache", Look.LATENTS, 0.25
+    name, signal, threshold = "seacache", Signal.LATENTS, 0.25
 
     def describe(self, latents: torch.Tensor, arguments: Mapping[str, Any], sigma: float) -> torch.Tensor:
         return sea_filter(on_grid(latents, arguments), sigma)
 
-    def change(self, now: torch.Tensor, seen: ResidualShelf) -> torch.Tensor | None:
-        return relative_l1(now, seen[PREVIOUS]) if comparable(seen, PREVIOUS, now) else None
+    def change(self, now: torch.Tensor, memory: Memory) -> torch.Tensor | None:
+        return relative_l1(now, memory[PREVIOUS]) if comparable(memory, PREVIOUS, now) else None
 
 
 class SeaCacheBackend(GateBackend):
-    name, rule = "seacache", SeaCacheGate
+    """SeaCache as a cache backend."""
+
+    name, rule = "seacache", SeaCacheRule

@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from vllm_omni.diffusion.cache.base import CacheBackend
-from vllm_omni.diffusion.cache.gate import check_gate_config
-from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.cache.gates.gate import check_gate_config
+from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
 
 
