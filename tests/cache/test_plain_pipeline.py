@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
-from pipelines import count_blocks, embeds, flux2_inputs, negative, run_latents, tiny_flux, tiny_flux2
+from pipelines import CURVE, count_blocks, embeds, flux2_inputs, negative, run_latents, tiny_flux, tiny_flux2
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,7 +30,6 @@ from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.hooks.conditioning import Conditioning
 from vllm_omni.errors import InvalidValueError
 
-CURVE = FluxMagCacheStrategy.FLUX_MAG_RATIOS
 RESIDUAL_BYTES = 64 * 32 * 4  # 32 x 32 pixels are 64 tokens of width 32, in float32
 CFG = {"true_cfg_scale": 3.0, **negative(0)}
 

@@ -12,12 +12,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
 from vllm_omni import check, plugin
 from vllm_omni.entrypoints.cli import serve
 from vllm_omni.errors import InvalidValueError
 
-ROOT = Path(__file__).resolve().parent.parent
 VLLM = Path(sys.executable).with_name("vllm")
 
 needs_vllm = pytest.mark.skipif(not VLLM.exists(), reason="no vLLM beside this Python; tools/setup.sh installs it")

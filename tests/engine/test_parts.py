@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from pipelines import DEFAULTS, embeds, tiny_flux
-from test_engine import add, distance, drain
+from stepping import add, distance, drain
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vllm_omni import Omni
@@ -19,12 +19,6 @@ from vllm_omni.diffusion.worker.coroutine import DecoderProxy, PartCall
 from vllm_omni.errors import RequestAbortedError
 
 PROMPTS = ["red apple", "penguin", "rocket", "banana"]
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Omni]:
-    with Omni("demo", dtype="float32", cache_backend="magcache") as omni:
-        yield omni
 
 
 @pytest.fixture

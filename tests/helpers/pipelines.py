@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from paths import DEMO
 
-DEMO = Path(__file__).resolve().parent.parent / "vllm_omni" / "assets" / "demo"
+from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
+from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
+
+CURVE = FluxMagCacheStrategy.FLUX_MAG_RATIOS
 DEFAULTS = {"height": 32, "width": 32}
 TEXT_TOKENS, TEXT_DIM = 8, 32
 
@@ -106,6 +110,27 @@ class BlockCounter:
 def count_blocks(pipeline: Any) -> BlockCounter:
     """Counts forwards of the first block of the pipeline's transformer."""
     return BlockCounter(pipeline.transformer.transformer_blocks[0])
+
+
+class Blocks:
+    """Forwards of the first block of every denoiser of a pipeline; with `rows`, the samples in them."""
+
+    def __init__(self, pipeline: Any, rows: bool = False) -> None:
+        modules = [m for name in DENOISER_NAMES if (m := pipeline.components.get(name)) is not None]
+        lists = [m.get_submodule(DENOISERS[type(m).__name__].stack[0].name) for m in modules]
+        self.counts = [0] * len(lists)
+        for i, blocks in enumerate(lists):
+            blocks[0].register_forward_hook(lambda _, args, __, i=i: self._note(i, len(args[0]) if rows else 1))
+
+    def _note(self, i: int, count: int) -> None:
+        self.counts[i] += count
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+    def reset(self) -> None:
+        self.counts = [0] * len(self.counts)
 
 
 def run_latents(pipeline: Any, i: int = 0, seed: int = 0, **kwargs: Any) -> torch.Tensor:

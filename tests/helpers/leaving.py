@@ -17,10 +17,10 @@ from unittest import mock
 
 import httpx
 from http_server import Running, serve
+from paths import PROBE
 
 from vllm_omni.entrypoints.openai import picture, sse, video_jobs
 
-PROBE = Path(__file__).resolve().parent / "probe"
 ENCODE_S, STEP_S, DECODE_S, FILE_S = 0.04, 0.01, 0.04, 0.04  # each part takes so much longer, and can be met
 STEPS, BUSY_STEPS = 6, 1000
 Event = tuple[float, str, tuple[str, ...]]  # monotonic time, what began, requests

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from paths import ROOT
 from PIL import Image
 
 from vllm_omni import Omni
@@ -53,7 +54,6 @@ from vllm_omni.outputs import OmniRequestOutput
 
 one_loop = pytest.mark.asyncio(loop_scope="module")
 ARGS = {"model": "demo", "cache_backend": "magcache", "max_num_seqs": 4}
-ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")

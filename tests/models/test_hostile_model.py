@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 from pipelines import DEFAULTS, save_tiny_flux
 
 from vllm_omni import Omni
@@ -213,7 +214,7 @@ def test_a_hub_model_is_checked_like_a_folder(folder: Path, tmp_path: Path) -> N
         "except ModelLoadError as error: print(error)\n"
     )
     environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    environment["PYTHONPATH"] = str(Path(__file__).parent.parent)
+    environment["PYTHONPATH"] = str(ROOT)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
     assert ran.returncode == 0, ran.stderr
     assert "names 'evil.bin', which is no .safetensors file beside it" in ran.stdout, ran.stdout

@@ -48,12 +48,6 @@ def tiny(profile: str) -> Iterator[Omni]:
         yield omni
 
 
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Omni]:
-    with Omni("demo", dtype="float32", cache_backend="magcache") as omni:
-        yield omni
-
-
 def params(cache: Any, seed: int = 0, steps: int | None = STEPS, **others: Any) -> Params:
     return Params(num_inference_steps=steps, seed=seed, cache=cache, output_type="latent", **others)
 

@@ -12,16 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import DEFAULTS, embeds, save_tiny_flux, tiny_flux
+from errors_raised import assert_matches
+from pipelines import CURVE, DEFAULTS, embeds, save_tiny_flux, tiny_flux
 
-from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.loader import check_folder, resolve_model, shipped_models
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import InvalidValueError, ModelLoadError, OmniError, UnknownKeyError
 from vllm_omni.inputs.data import MAX_PROMPT_CHARACTERS, OmniDiffusionSamplingParams
 
-CURVE = FluxMagCacheStrategy.FLUX_MAG_RATIOS
 GOOD = {"num_inference_steps": 4, "seed": 0, "output_type": "latent"}
 
 
@@ -65,11 +64,6 @@ def refused(omni: Omni, prompt: Any, params: dict[str, Any]) -> OmniError:
 )
 def test_bad_prompts(omni: Omni, prompt: Any, message: str) -> None:
     assert_matches(refused(omni, prompt, {}), message)
-
-
-def assert_matches(error: Exception, pattern: str) -> None:
-    with pytest.raises(type(error), match=pattern):
-        raise error
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 from hostile import VIDEO_NUMBERS, quickest, wrong_numbers
 from http_server import Running, serve, video_folder
 from openai import APIStatusError, OpenAI
+from paths import EXAMPLES
 from PIL import Image
 from starlette.routing import Route
 
@@ -272,7 +273,7 @@ def test_no_route_answers_without_the_key(server: Server) -> None:
 
 
 def test_example(server: Server, tmp_path: Path) -> None:
-    script = Path(__file__).parent.parent / "examples" / "serving" / "video.py"
+    script = EXAMPLES / "serving" / "video.py"
     assert len(script.read_text().splitlines()) <= 40
     env = os.environ | {"OPENAI_BASE_URL": server.running.url + "/v1", "OPENAI_API_KEY": KEY}
     command = [sys.executable, str(script), "a rocket", "0.5"]

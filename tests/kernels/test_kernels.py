@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import ROOT
 
 from vllm_omni.kernels import ops
 
-ROOT = Path(__file__).resolve().parent.parent
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 native = pytest.mark.skipif(ops.REASON is not None, reason=f"native ops: {ops.REASON}")
 

@@ -7,17 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from errors_raised import assert_matches
 from peft import LoraConfig, get_peft_model_state_dict
-from pipelines import DEFAULTS, count_blocks, embeds, run_latents, tiny_flux
-from test_bad_input import assert_matches
+from pipelines import CURVE, DEFAULTS, count_blocks, embeds, run_latents, tiny_flux
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
 from vllm_omni.diffusion.cache.profile import fingerprint
 from vllm_omni.errors import InvalidValueError, ModelLoadError
 
-CURVE = FluxMagCacheStrategy.FLUX_MAG_RATIOS
 TARGETS = ["to_q", "to_v", "to_out.0"]
 
 

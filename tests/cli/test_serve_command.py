@@ -24,8 +24,8 @@ from pathlib import Path
 import httpx
 import pytest
 from openai import OpenAI
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 VLLM = Path(sys.executable).with_name("vllm")
 AUTH = {"Authorization": "Bearer sk-marker-of-a-key"}
 KEY, PROMPT = "sk-marker-of-a-key", "marker prompt red apple"

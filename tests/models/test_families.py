@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, Family
-from pipelines import embeds, tiny_flux
+from paths import ROOT
+from pipelines import Blocks, embeds, tiny_flux
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache import standalone
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
+from vllm_omni.diffusion.denoisers import DENOISERS
 from vllm_omni.errors import InvalidValueError
 
-ROOT = Path(__file__).resolve().parent.parent
 MASK = [1, 1, 0, 1, 0, 1]
 STEPS = (4, 6, 9, 6)
 
@@ -35,27 +34,6 @@ def backend_on(pipeline: Any, mask: list[int]) -> MagCacheBackend:
     backend = MagCacheBackend(DiffusionCacheConfig(steps_mask=mask))
     backend.enable(pipeline)
     return backend
-
-
-class Blocks:
-    """Forwards of the first block of every denoiser of a pipeline; with `rows`, the samples in them."""
-
-    def __init__(self, pipeline: Any, rows: bool = False) -> None:
-        modules = [m for name in DENOISER_NAMES if (m := pipeline.components.get(name)) is not None]
-        lists = [m.get_submodule(DENOISERS[type(m).__name__].stack[0].name) for m in modules]
-        self.counts = [0] * len(lists)
-        for i, blocks in enumerate(lists):
-            blocks[0].register_forward_hook(lambda _, args, __, i=i: self._note(i, len(args[0]) if rows else 1))
-
-    def _note(self, i: int, count: int) -> None:
-        self.counts[i] += count
-
-    @property
-    def count(self) -> int:
-        return sum(self.counts)
-
-    def reset(self) -> None:
-        self.counts = [0] * len(self.counts)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)

@@ -5,55 +5,23 @@ from __future__ import annotations
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
-from pipelines import DEFAULTS, BlockCounter, embeds, negative, tiny_flux
+from pipelines import CURVE, DEFAULTS, BlockCounter, embeds, negative, tiny_flux
+from stepping import add, distance, drain
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import EngineClosedError, RequestAbortedError
-from vllm_omni.inputs.data import normalise_prompt
 
-CURVE = FluxMagCacheStrategy.FLUX_MAG_RATIOS
 DEMO_PROMPTS = [
     "red apple", "penguin", "rocket", "banana", "guitar", "octopus", "rainbow", "panda face", "hamburger", "cactus",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def demo() -> Iterator[Omni]:
-    with Omni("demo", dtype="float32", cache_backend="magcache") as omni:
-        yield omni
-
-
-@pytest.fixture
-def tiny() -> Iterator[Omni]:
-    with Omni.from_pipe(
-        tiny_flux(), cache_backend="magcache", cache_config={"mag_ratios": CURVE}, defaults=DEFAULTS
-    ) as omni:
-        yield omni
-
-
-def add(omni: Omni, name: str, prompt: Any, params: Params) -> None:
-    omni.engine.add_request(OmniDiffusionRequest(name, prompt, normalise_prompt(prompt), params))
-
-
-def drain(omni: Omni, outputs: dict[str, Any]) -> dict[str, Any]:
-    while omni.engine.has_unfinished_requests():
-        outputs |= {output.request_id: output for output in omni.engine.step()}
-    return outputs
-
-
-def distance(a: Any, b: Any) -> float:
-    """Largest difference per channel of two pictures, in units of 1/255."""
-    return float(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())
 
 
 def mixed_requests(latent: bool) -> list[Params]:

@@ -18,7 +18,8 @@ from typing import Any
 
 import httpx
 import uvicorn
-from pipelines import DEMO, tiny_wan
+from paths import DEMO, ROOT
+from pipelines import tiny_wan
 
 from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.entrypoints.openai.app import build_app
@@ -121,7 +122,7 @@ def command(folder: Path, *words: str | Path, **environment: str) -> Iterator[Co
     """The real command, run in `folder` with nothing written outside it, until the block ends by SIGTERM."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    root = str(Path(__file__).parent.parent)
+    root = str(ROOT)
     places = {"PYTHONPATH": root, "HOME": str(folder), "TMPDIR": str(folder), "OMP_WAIT_POLICY": "PASSIVE"}
     line = [sys.executable, "-m", "vllm_omni", "serve", *map(str, words), "--port", str(port)]
     log = folder / "log"

@@ -8,15 +8,12 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 import pytest_asyncio
-from pipelines import DEFAULTS, embeds, tiny_flux
+from pipelines import CURVE, DEFAULTS, embeds, tiny_flux
 
 from vllm_omni import AsyncOmni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
 from vllm_omni.errors import EngineClosedError, InvalidValueError, RequestAbortedError
 from vllm_omni.outputs import OmniRequestOutput
-
-CURVE = FluxMagCacheStrategy.FLUX_MAG_RATIOS
 
 
 @pytest_asyncio.fixture

@@ -11,18 +11,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxImg2ImgPipeline
+from errors_raised import assert_matches
 from PIL import Image
-from pipelines import DEMO, count_blocks, tiny_wan
-from test_bad_input import assert_matches
+from pipelines import CURVE, DEMO, count_blocks, tiny_wan
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.outputs.media import encode_video, open_image, save_video
 
-CURVE = FluxMagCacheStrategy.FLUX_MAG_RATIOS
 VIDEO = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 10, "guidance_scale": 3.0}
 
 

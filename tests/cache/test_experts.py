@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
-from test_families import Blocks
+from pipelines import Blocks
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params

@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import DEFAULTS, count_blocks, embeds, run_latents, tiny_flux
+from pipelines import CURVE, DEFAULTS, count_blocks, embeds, run_latents, tiny_flux
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
-
-CURVE = FluxMagCacheStrategy.FLUX_MAG_RATIOS
 
 
 def fp8_storage(pipeline: Any) -> None:

@@ -39,6 +39,7 @@ from openai.types import (
     ImageGenPartialImageEvent,
     ImagesResponse,
 )
+from paths import EXAMPLES
 from PIL import Image
 from pydantic import BaseModel
 from starlette.routing import Route
@@ -386,7 +387,7 @@ def test_examples(server: Running, tmp_path: Path, name: str, written: int) -> N
 
 
 def _example(server: Running, folder: Path, name: str, *arguments: str) -> None:
-    file = Path(__file__).parent.parent / "examples" / "serving" / f"{name}.py"
+    file = EXAMPLES / "serving" / f"{name}.py"
     assert len(file.read_text().splitlines()) <= 40
     env = os.environ | {"OPENAI_BASE_URL": server.url + "/v1", "OPENAI_API_KEY": KEY}
     done = subprocess.run(
