@@ -25,6 +25,12 @@ from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.serve_config import ServeConfig
 
+KEY = "a-key"
+AUTH = {"Authorization": f"Bearer {KEY}"}
+PROCESS_KEY = "sk-marker-of-a-key"  # of the real command
+GENERATIONS = "/v1/images/generations"
+EDITS = "/v1/images/edits"
+CHAT = "/v1/chat/completions"
 ENGINE_ARGS = {"model": "demo", "cache_backend": "magcache", "max_num_seqs": 4}
 
 
@@ -59,6 +65,16 @@ class Running:
 
     def do(self, coroutine: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def idle(self) -> Any:
+        """The statistics once nothing runs."""
+        jobs = self.app.state.served.jobs.running
+        for _ in range(500):
+            stats = self.do(self.engine.stats())
+            if not stats.running and not stats.waiting and not jobs:
+                return stats
+            time.sleep(0.02)
+        raise AssertionError(f"not idle: {stats.running} run, {stats.waiting} wait, jobs: {list(jobs)}")
 
 
 @contextmanager

@@ -16,9 +16,16 @@ import httpx
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-from hostile import VIDEO_NUMBERS, quickest, wrong_numbers
-from http_server import Running, serve, video_folder
-from openai import APIStatusError, OpenAI
+from hostile import (
+    VIDEO_NUMBERS,
+    quickest,
+    wrong_numbers,
+)
+from http_server import AUTH, KEY, Running, serve, video_folder
+from openai import (
+    APIStatusError,
+    OpenAI,
+)
 from paths import EXAMPLES
 from PIL import Image
 from starlette.routing import Route
@@ -29,14 +36,11 @@ from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
 from vllm_omni.entrypoints.openai.video_store import EXPIRES_S, VideoStore
 from vllm_omni.errors import InvalidValueError
 
-KEY = "a-key"
-AUTH = {"Authorization": f"Bearer {KEY}"}
+pytestmark = pytest.mark.filterwarnings("ignore:The Sora API is scheduled")
 CURVE = list(FluxMagCacheStrategy.FLUX_MAG_RATIOS)
 VIDEO = {"num_inference_steps": 10, "guidance_scale": 3.0, "seed": 5}
 CODEC_LOSS = 6.0  # mean difference of H.264 with chroma at half the size, on 256 shades
 SLOW = {"num_inference_steps": 250, "num_frames": 9, "cache": "off"}  # a second or more
-
-pytestmark = pytest.mark.filterwarnings("ignore:The Sora API is scheduled")
 
 
 class Server:
@@ -86,7 +90,7 @@ def frames_of(mp4: bytes) -> np.ndarray:
     return np.asarray(imageio.imread(mp4, plugin="FFMPEG", extension=".mp4"))
 
 
-def test_create_and_poll(server: Server) -> None:
+def test_a_video_is_made_polled_and_downloaded(server: Server) -> None:
     client = server.client
     done = client.videos.create_and_poll(
         prompt="red apple",
@@ -114,7 +118,7 @@ def test_create_and_poll(server: Server) -> None:
     assert np.abs(told[::-1].astype(int) - expected).mean() > 2 * CODEC_LOSS  # so little would not be chance
 
 
-def test_pictures_of_a_video(server: Server) -> None:
+def test_a_video_has_a_thumbnail_a_spritesheet_and_ranges(server: Server) -> None:
     client = server.client
     done = client.videos.create_and_poll(
         prompt="x", extra_body={"num_frames": 9, "steps": 2, "fps": 8, "width": 48, "height": 32}, poll_interval_ms=50
@@ -133,7 +137,7 @@ def test_pictures_of_a_video(server: Server) -> None:
     assert server.http("GET", f"/v1/videos/{done.id}/content?variant=gif").status_code == 400
 
 
-def test_list_follows_its_pages(server: Server) -> None:
+def test_videos_are_listed_in_pages(server: Server) -> None:
     client = server.client
     made = [client.videos.create(prompt=f"{i}", extra_body={"num_frames": 1, "steps": 1}).id for i in range(3)]
     assert [video.id for video in client.videos.list(limit=2)][:3] == made[::-1]
@@ -147,7 +151,7 @@ def test_list_follows_its_pages(server: Server) -> None:
     assert server.http("GET", "/v1/videos?limit=101").json()["error"]["param"] == "limit"
 
 
-def test_delete_ends_a_running_job(server: Server) -> None:
+def test_delete_ends_a_running_video(server: Server) -> None:
     client = server.client
     aborted = server.stats().requests.get("aborted", 0)
     reply = client.videos.with_raw_response.create(prompt="x", extra_body=SLOW)
@@ -167,7 +171,7 @@ def test_delete_ends_a_running_job(server: Server) -> None:
     assert not (server.store / video.id).exists()
 
 
-def test_full_queue_refuses_at_once(server: Server) -> None:
+def test_a_full_queue_refuses_a_video_at_once(server: Server) -> None:
     client = server.client
     taken = [client.videos.create(prompt="x", extra_body=SLOW).id for _ in range(6)]  # four run, two wait
     with pytest.raises(APIStatusError) as caught:
@@ -205,7 +209,9 @@ def test_full_queue_refuses_at_once(server: Server) -> None:
         ({"input_reference[image_url]": "data:image/png;base64,AAAA"}, "input_reference", "unsupported_parameter"),
     ],
 )
-def test_what_is_wrong_is_named(server: Server, fields: dict[str, str], param: str, code: str) -> None:
+def test_an_error_names_the_wrong_field_of_a_video(
+    server: Server, fields: dict[str, str], param: str, code: str
+) -> None:
     before = server.http("GET", "/v1/videos").json()
     reply = server.http("POST", "/v1/videos", files={k: (None, v) for k, v in ({"prompt": "x"} | fields).items()})
     assert reply.status_code == (404 if code == "model_not_found" else 400), reply.text
@@ -215,7 +221,7 @@ def test_what_is_wrong_is_named(server: Server, fields: dict[str, str], param: s
 
 
 @pytest.mark.parametrize("name", VIDEO_NUMBERS)
-def test_s2_numbers(server: Server, name: str) -> None:
+def test_numbers_outside_a_video_fields_limits_are_refused(server: Server, name: str) -> None:
     """What is no value of the field is refused at once and named, as JSON and as a form; nothing is queued."""
     before = server.http("GET", "/v1/videos").json()
     named = {"steps": "num_inference_steps"}.get(name, name)
@@ -238,7 +244,7 @@ def test_s2_numbers(server: Server, name: str) -> None:
     assert server.http("GET", "/v1/videos").json() == before
 
 
-def test_a_picture_for_a_model_without(server: Server) -> None:
+def test_a_picture_is_refused_by_a_text_to_video_model(server: Server) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32)).save(buffer, "PNG")
     with pytest.raises(APIStatusError) as caught:
@@ -247,7 +253,7 @@ def test_a_picture_for_a_model_without(server: Server) -> None:
     assert not list(server.store.parent.rglob("evil*"))
 
 
-def test_pictures_are_not_made_here(server: Server) -> None:
+def test_picture_routes_are_refused_by_a_video_model(server: Server) -> None:
     body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}]}
     for path in ("/v1/images/generations", "/v1/images/edits", "/v1/chat/completions"):
         reply = server.http("POST", path, json=body)
@@ -255,7 +261,7 @@ def test_pictures_are_not_made_here(server: Server) -> None:
         assert "/v1/videos" in reply.json()["error"]["message"]
 
 
-def test_json_and_a_failure_told_by_the_job(server: Server) -> None:
+def test_a_video_in_json_reports_its_failure(server: Server) -> None:
     body = {"prompt": "x", "timeout_s": 0.6} | SLOW
     made = server.http("POST", "/v1/videos", json=body)
     assert made.status_code == 200, made.text
@@ -264,7 +270,7 @@ def test_json_and_a_failure_told_by_the_job(server: Server) -> None:
     assert server.http("POST", "/v1/videos", json={"prompt": "x", "steps": "2"}).status_code == 400
 
 
-def test_no_route_answers_without_the_key(server: Server) -> None:
+def test_no_video_route_answers_without_the_key(server: Server) -> None:
     routes = [r for r in server.running.app.routes if isinstance(r, Route) and r.path.startswith("/v1/videos")]
     assert len(routes) == 5
     for route in routes:
@@ -272,7 +278,7 @@ def test_no_route_answers_without_the_key(server: Server) -> None:
             assert server.http(method, route.path, headers={}).status_code == 401, (method, route.path)
 
 
-def test_example(server: Server, tmp_path: Path) -> None:
+def test_the_video_example_runs(server: Server, tmp_path: Path) -> None:
     script = EXAMPLES / "serving" / "video.py"
     assert len(script.read_text().splitlines()) <= 40
     env = os.environ | {"OPENAI_BASE_URL": server.running.url + "/v1", "OPENAI_API_KEY": KEY}
@@ -301,47 +307,3 @@ def test_jobs_survive_a_restart(server: Server) -> None:
     assert client.videos.download_content(again.id).content == client.videos.download_content(done.id).content
     with pytest.raises(InvalidValueError, match="of this server alone"):
         VideoStore(server.store)
-
-
-# ---------------------------------------------------------------------------------------------------------- the store
-
-
-def _add(store: VideoStore, **change: Any) -> Any:
-    given = {"model": "m", "prompt": "p", "seconds": "4", "size": "32x32", "fields": {"seed": 1}, "picture": None}
-    return store.add(**given | change)
-
-
-def test_a_day_later_a_video_is_gone(tmp_path: Path) -> None:
-    now = [1000.0]
-    store = VideoStore(tmp_path, lambda: now[0])
-    done, waiting = _add(store, picture=b"png"), _add(store)
-    store.write(done, {"video.mp4": b"mp4"})
-    store.ended(done.id, None, {"fps": 8})
-    now[0] += EXPIRES_S - 1
-    assert store.get(done.id).facts == {"fps": 8} and store.picture(done) == b"png"
-    now[0] += 1
-    assert store.get(done.id) is None and [job.id for job in store.page(None, 9, True)] == [waiting.id]
-    (tmp_path / "video_mine").mkdir()  # not one of ours
-    store.sweep()
-    assert {path.name for path in tmp_path.glob("video_*")} == {"video_mine"}
-    now[0] += 10 * EXPIRES_S
-    assert store.unfinished() == [waiting]
-
-
-def test_a_store_of_its_own_leaves_nothing() -> None:
-    store = VideoStore(None)
-    job = _add(store, picture=b"png")
-    assert store.folder.stat().st_mode & 0o077 == 0 and (store.folder / job.id).is_dir()
-    store.close()
-    assert not store.folder.exists()
-
-
-@pytest.mark.parametrize("content", [None, "not a table"])
-def test_a_folder_that_is_none(tmp_path: Path, content: str | None) -> None:
-    if content is None:
-        (tmp_path / "store").write_text("a file")
-    else:
-        (tmp_path / "store").mkdir()
-        (tmp_path / "store" / "videos.sqlite3").write_text(content * 1000)
-    with pytest.raises(InvalidValueError, match="store_dir"):
-        VideoStore(tmp_path / "store")

@@ -1,4 +1,4 @@
-"""The page in a real browser, driven over its debugging socket; skipped, aloud, where no Chromium is installed."""
+"""The page in a real browser, driven over its debugging socket; reported as skipped if no Chromium is installed."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -15,13 +16,13 @@ from typing import Any
 
 import httpx
 import pytest
-from http_server import serve
+from http_server import Running, serve
 from PIL import Image
 from websockets.sync.client import connect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 SCREENSHOT = os.environ.get("VLLM_OMNI_SCREENSHOT")  # where to keep the picture of the page, e.g. docs/images/ui.png
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it with `apt-get install chromium`")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install it with `apt-get install chromium`")
 
 
 class Browser:
@@ -89,7 +90,8 @@ def _port(profile: Path) -> str:
     raise AssertionError("Chromium did not start")
 
 
-def test_keyboard_alone_makes_both_pictures(page: Browser) -> None:
+@needs_browser
+def test_the_keyboard_alone_makes_and_compares_pictures(page: Browser) -> None:
     page.js("document.getElementById('cache').value = 'fast'; document.getElementById('prompt').focus()")
     order = []
     for _ in range(7):
@@ -111,7 +113,8 @@ def test_keyboard_alone_makes_both_pictures(page: Browser) -> None:
         picture.save(SCREENSHOT, optimize=True)
 
 
-def test_a_screen_reader_has_names_for_everything(page: Browser) -> None:
+@needs_browser
+def test_every_control_has_an_accessible_name(page: Browser) -> None:
     nodes = page.call("Accessibility.getFullAXTree")["nodes"]
     roles = {"textbox", "button", "combobox", "spinbutton", "checkbox", "image", "img"}
     seen = [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in nodes if n.get("role")]
@@ -130,15 +133,17 @@ OVERLAPS = """(() => {
 })()"""
 
 
+@needs_browser
 @pytest.mark.parametrize("width", [1000, 700, 400, 320])
-def test_nothing_overlaps_or_is_cut_off(page: Browser, width: int) -> None:
+def test_no_control_overlaps_or_is_cut_off(page: Browser, width: int) -> None:
     size = {"height": 760, "deviceScaleFactor": 1, "mobile": False}
     page.call("Emulation.setDeviceMetricsOverride", width=width, **size)
     assert page.js(OVERLAPS) == []
     page.call("Emulation.setDeviceMetricsOverride", width=1000, **size)
 
 
-def test_errors_are_shown_and_stop_stops(page: Browser) -> None:
+@needs_browser
+def test_the_page_shows_errors_and_stops(page: Browser) -> None:
     page.js("document.getElementById('size').value = '63x63'; document.getElementById('form').requestSubmit()")
     page.until("document.getElementById('status').textContent.includes('multiple')")
     page.js("document.getElementById('size').value = 'auto'; document.getElementById('steps').value = 200")
@@ -147,3 +152,9 @@ def test_errors_are_shown_and_stop_stops(page: Browser) -> None:
     page.js("document.getElementById('stop').click()")
     page.until("document.getElementById('status').textContent === 'Stopped.'")
     assert page.js("getComputedStyle(document.documentElement).colorScheme") == "light dark"
+
+
+def test_the_page_is_one_file_without_foreign_addresses(server: Running) -> None:
+    reply = httpx.get(server.url + "/ui")
+    assert reply.status_code == 200 and "default-src 'none'" in reply.headers["content-security-policy"]
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!data:)", reply.text)
