@@ -72,8 +72,7 @@ ORDERS = {"ours: skips first": ours, "oldest first": oldest, "compute first": co
 
 def serve(plans: list[tuple[bool, ...]], every: int, order: str) -> dict[str, Any]:
     """Run the plans to their ends; request i arrives at tick i * every."""
-    from vllm_omni.diffusion.scheduler import StepKind
-    from vllm_omni.diffusion.scheduler import StepScheduler
+    from vllm_omni.diffusion.scheduler import StepKind, StepScheduler
 
     turns = {True: StepKind.COMPUTE, False: StepKind.SKIP}
     scheduler = StepScheduler(len(plans))

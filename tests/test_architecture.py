@@ -46,19 +46,21 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("vllm_omni.engine",),),
     (("vllm_omni.diffusion", "vllm_omni.diffusion.diffusion_engine"),),
     (("vllm_omni.diffusion.worker",),),
-    (("vllm_omni.diffusion.sched",), ("vllm_omni.diffusion.cache",), ("vllm_omni.diffusion.loader",)),
-    (("vllm_omni.diffusion.hooks", "vllm_omni.kernels", "vllm_omni.diffusion.kernels"),),
+    (("vllm_omni.diffusion.scheduler",), ("vllm_omni.diffusion.cache",), ("vllm_omni.diffusion.loader",)),
+    (("vllm_omni.diffusion.denoiser",),),
+    (("vllm_omni.diffusion.hooks",), ("vllm_omni.kernels",), ("vllm_omni.diffusion.cache.plan.schedule",)),
     (
         (
             "vllm_omni.diffusion.request",
             "vllm_omni.diffusion.data",
-            "vllm_omni.settings",
             "vllm_omni.diffusion.denoiser.specs",
             "vllm_omni.inputs",
             "vllm_omni.outputs",
             "vllm_omni._vllm_compat",
         ),
     ),
+    (("vllm_omni.diffusion.cache.settings",),),
+    (("vllm_omni.settings",),),
     (("vllm_omni.errors", "vllm_omni.logger", "vllm_omni.envs", "vllm_omni.version"),),
 )
 BOTTOM = len(LAYERS) - 1

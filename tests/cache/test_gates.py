@@ -15,8 +15,8 @@ from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.cache.gates.seacache import sea_filter
-from vllm_omni.diffusion.cache.selector import get_cache_backend
 from vllm_omni.diffusion.cache.gates.teacache import fit_coefficients, published_coefficients
+from vllm_omni.diffusion.cache.selector import get_cache_backend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES, DENOISERS
 from vllm_omni.errors import InvalidValueError, OmniError

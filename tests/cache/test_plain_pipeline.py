@@ -25,9 +25,9 @@ from vllm_omni.diffusion.cache.magcache import (
     apply_mag_cache_hook,
 )
 from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint, load_profile
+from vllm_omni.diffusion.cache.settings import parse
 from vllm_omni.diffusion.cache.standalone import detach
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.hooks.conditioning import Conditioning
 from vllm_omni.errors import InvalidValueError
 
 RESIDUAL_BYTES = 64 * 32 * 4  # 32 x 32 pixels are 64 tokens of width 32, in float32
@@ -506,7 +506,7 @@ def test_a_request_may_bring_its_own_profile(pipe: FluxPipeline, calibrated: tup
     own = DiffusionCacheConfig(profile=str(path), predictor="gram")
     with cached(pipe) as backend:
         run_latents(pipe, num_inference_steps=10)
-        record = backend.refresh(pipe, 10, request_id="r", config=own)
+        record = backend.refresh(pipe, 10, request_id="r", settings=parse("magcache", own))
         assert record is not None
         assert record.settings["predictor"] == "gram" and record.settings["profile"] == "tiny"
 
@@ -584,7 +584,7 @@ def test_a_requests_profile_must_be_of_the_class_too(
 ) -> None:
     file = broken(tmp_path / "bad.json", calibrated[0], "wrong class")
     with cached(pipe) as backend, pytest.raises(InvalidValueError, match="FluxTransformer2DModel"):
-        backend.check(DiffusionCacheConfig(profile=file))
+        backend.check(parse("magcache", DiffusionCacheConfig(profile=file)))
 
 
 def test_a_missing_profile_lists_the_shipped_ones(pipe: FluxPipeline) -> None:
@@ -650,18 +650,12 @@ class DispatchTrap(TorchDispatchMode):
 
 
 class Trap:
-    """Traps reads from the outermost pre hook of the transformer to its outermost post hook, but for step 0.
-
-    What is trapped stands for a device, where no conditioning is remembered (test_conditioning.py: not a value is read
-    there); so none is here.
-    """
+    """Traps reads from the outermost pre hook of the transformer to its outermost post hook, but for step 0."""
 
     def __init__(self, transformer: torch.nn.Module, calls_of_first_step: int = 1) -> None:
         self.calls = self.trapped = 0
         self._first = calls_of_first_step
         self._modes: list[Any] = []
-        self._own = Conditioning.enter
-        Conditioning.enter = lambda self, memory: None  # type: ignore[method-assign]
         self._handles = [
             transformer.register_forward_pre_hook(self._enter, prepend=True),
             transformer.register_forward_hook(self._leave, always_call=True),
@@ -680,7 +674,6 @@ class Trap:
             self._modes.pop().__exit__(None, None, None)
 
     def remove(self) -> None:
-        Conditioning.enter = self._own  # type: ignore[method-assign]
         for handle in self._handles:
             handle.remove()
 

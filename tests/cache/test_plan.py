@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from vllm_omni.diffusion.cache.plan.compose import CachePlan
 from vllm_omni.diffusion.cache.plan.curve import resample, resample_log, resample_nearest
-from vllm_omni.diffusion.cache.plan.rule import magcache_plan, mask_plan
 from vllm_omni.diffusion.cache.plan.predictors import (
     PREDICTORS,
     RIDGE,
@@ -20,8 +20,8 @@ from vllm_omni.diffusion.cache.plan.predictors import (
     resample_gram,
     reuse,
 )
+from vllm_omni.diffusion.cache.plan.rule import magcache_plan, mask_plan
 from vllm_omni.diffusion.cache.profile import shipped_profile
-from vllm_omni.diffusion.cache.state import CachePlan
 
 FLUX = shipped_profile("flux1-dev-28").ratios
 

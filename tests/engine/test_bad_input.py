@@ -219,7 +219,7 @@ def test_good_engine_arguments() -> None:
 
 @pytest.mark.parametrize("name", ["magcash", "teecache", "", 7])
 def test_a_wrong_cache_name_fails_before_any_weight_loads(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_omni.diffusion.worker.runner.load_pipeline", lambda config: pytest.fail("loaded"))
+    monkeypatch.setattr("vllm_omni.diffusion.worker.worker.load_pipeline", lambda config: pytest.fail("loaded"))
     for model in ("/nonexistent", "demo"):
         with pytest.raises(OmniError, match=r"cache_backend.*got") as caught:
             Omni(model, cache_backend=name)

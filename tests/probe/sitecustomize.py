@@ -36,7 +36,7 @@ def around(owner: Any, name: str, before: Any) -> None:
 
 def trace(path: str) -> None:
     from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
-    from vllm_omni.diffusion.worker.runner import DiffusionWorker
+    from vllm_omni.diffusion.worker.worker import DiffusionWorker
 
     out = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     encode_s, step_s, decode_s = (float(value) for value in os.environ.get("OMNI_PROBE_SLOW", "0,0,0").split(","))

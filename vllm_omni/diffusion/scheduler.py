@@ -14,11 +14,27 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Hashable
+from enum import IntEnum
 from itertools import count
-
-from vllm_omni.diffusion.scheduler import Parked, StepKind
+from typing import NamedTuple
 
 AGEING_S = 5.0
+
+
+class StepKind(IntEnum):
+    """What a parked call needs, in the order in which they go."""
+
+    SKIP = 0  # a forward without blocks
+    COMPONENT = 1  # a text encoder, or the VAE's decoder
+    COMPUTE = 2  # a forward with all its blocks
+
+
+class Parked(NamedTuple):
+    """A waiting request: calls with equal `key` and of one `kind` may be made as one."""
+
+    key: Hashable
+    kind: StepKind
+    since: int  # the tick at which it parked
 
 
 def virtual_arrival(arrived: float, priority: int) -> float:
@@ -27,7 +43,7 @@ def virtual_arrival(arrived: float, priority: int) -> float:
 
 
 class StepScheduler:
-    """Admits up to `max_num_seqs` requests by priority and age; gives one batch of parked calls at a time."""
+    """Admits up to `max_num_seqs` requests by priority and age, and picks one batch of parked calls at a time."""
 
     def __init__(self, max_num_seqs: int) -> None:
         self.max_num_seqs = max_num_seqs
@@ -64,15 +80,15 @@ class StepScheduler:
             admitted.append(request_id)
         return admitted
 
-    def park(self, request_id: str, key: Hashable, turn: StepKind) -> None:
+    def park(self, request_id: str, key: Hashable, kind: StepKind) -> None:
         """A running request waits for its next call."""
-        self.running[request_id] = Parked(key, turn, self._tick)
+        self.running[request_id] = Parked(key, kind, self._tick)
 
     def schedule(self) -> list[str]:
-        """The next batch: ids of parked requests with one key and one turn; empty where nobody is parked."""
+        """The next batch: ids of parked requests of one key and kind; empty if nobody is parked."""
         self._tick += 1
         parked = [(request_id, p) for request_id, p in self.running.items() if p is not None]
         if not parked:
             return []
-        _, oldest = min(parked, key=lambda item: (item[1].turn, item[1].since))
-        return [i for i, p in parked if p.key == oldest.key and p.turn == oldest.turn]
+        _, oldest = min(parked, key=lambda item: (item[1].kind, item[1].since))
+        return [i for i, p in parked if p.key == oldest.key and p.kind == oldest.kind]

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.diffusion.cache.plan.planner import fewest_forwards
+from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.errors import InvalidValueError
 
 UNCACHED, FEWER, PLANNED, RULE, GIVEN = "uncached", "fewer steps", "planned", "MagCache rule, reuse", "given"

@@ -131,19 +131,23 @@ class StackBackend(CacheBackend):
         num_inference_steps: int | None,
         verbose: bool = True,
         *,
+        request_id: str | None = None,
         settings: CacheSettings | None = None,
     ) -> CacheState | None:
         """Fresh state for the next request.
 
-        A plain pipeline's request is forgotten; its next run is planned for the schedule it really runs, and `pipeline`
-        is the one it runs on from now on. In an engine, the state of a request for the schedule that `pipeline` has set
-        up, under its own `settings` or the backend's.
+        Without `request_id` the pipeline's anonymous request is forgotten; its next run is planned for the schedule it
+        really runs, and `pipeline` is the one it runs on from now on. With one, the state of that request: for the
+        schedule that `pipeline` has set up, under its own `settings` or the backend's.
         """
-        if self.enabled and self._session is None:
+        if request_id is not None:
+            if not self.enabled:
+                self.enable(pipeline)
             return self.state(schedule_of(pipeline), settings)
         if not self.enabled or pipeline is not self._pipeline:
             self.enable(pipeline)
-        assert self._session is not None
+        if self._session is None:
+            return None
         self._session.restart()
         if num_inference_steps is not None and isinstance(self._session.tracker, CallTracker):
             self._session.tracker.steps = num_inference_steps

@@ -18,10 +18,10 @@ import torch
 from pydantic import Field, field_validator, model_validator
 
 from vllm_omni.diffusion.cache.settings import PredictorName, as_curve
-from vllm_omni.settings import Settings
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
+from vllm_omni.settings import Settings
 
 logger = init_logger(__name__)
 

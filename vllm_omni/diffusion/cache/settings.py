@@ -209,7 +209,8 @@ class DiffusionCacheConfig(Settings):
 
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the named settings that have a value."""
-        return {name: value for name, value in self if name in names and value is not None}
+        values = dict(self)
+        return {name: values[name] for name in names if values[name] is not None}
 
 
 def _runs(value: Mapping[str, Any]) -> tuple[bool, ...]:
@@ -292,8 +293,8 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
     if budget and (rule := next((name for name in ("preset", *_SHORT, *_RULE) if name in named), None)):
         raise InvalidValueError(f"cache.{budget}", asked[budget], f"and {rule} each make the plan: give one")
     backend = canonical_name(asked.get("backend") or (engine.backend if engine else "magcache"))
-    short = _SHORT if backend == "magcache" else _SHORT | {"threshold": "rel_l1_thresh"}
-    own = {short.get(key, key): value for key, value in asked.items() if key not in ("enabled", "backend")}
+    short: dict[str, str] = _SHORT if backend == "magcache" else _SHORT | {"threshold": "rel_l1_thresh"}
+    own = {short.get(str(key), str(key)): asked[key] for key in asked if key not in ("enabled", "backend")}
     return parse(backend, DiffusionCacheConfig.from_dict(_inherited(engine, backend, own) | own))
 
 

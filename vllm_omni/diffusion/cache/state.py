@@ -114,8 +114,10 @@ class CacheState:
 
     def drop(self) -> None:
         """Give every byte back."""
-        for buffer in (*self._residuals.values(), *self._memory.values()):
-            buffer.clear()
+        for residuals in self._residuals.values():
+            residuals.clear()
+        for memory in self._memory.values():
+            memory.clear()
         self._residuals.clear()
         self._memory.clear()
 
@@ -177,12 +179,15 @@ class PlannedState(CacheState):
         """Also drop what no later step needs. If one branch finds no room, all compute: the decision is joint."""
         super().commit(key, step, kept)
         if kept is not None and kept.residual is not None and step not in self._refused:
-            if not self._residuals_of(key).put(step, kept.residual):
-                self._refused.add(step)
-                for residuals in self._residuals.values():
-                    residuals.discard(step)
+            self._keep(key, step, kept.residual)
         if key in self._residuals:
             self._residuals[key].keep_only(self._needed_after(step).__contains__)
+
+    def _keep(self, key: Key, step: int, residual: ops.Residual) -> None:
+        if not self._residuals_of(key).put(step, residual):
+            self._refused.add(step)
+            for residuals in self._residuals.values():
+                residuals.discard(step)
 
     def _needed_after(self, step: int) -> frozenset[int]:
         return self.plan.needed_after[step] if step < len(self.plan.needed_after) else _NONE_NEEDED

@@ -64,7 +64,7 @@ DENOISERS: dict[str, DenoiserSpec] = {
         stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", ("hidden_states",))),
         rows=("hidden_states", "encoder_hidden_states", "timestep", "guidance"),
         shared=("img_ids", "txt_ids"),
-            # FLUX.2 joins the text stream to the image before its single blocks: its embedding is read without them, too
+        # FLUX.2 joins the text stream to the image before its single blocks: its embedding is read even if none runs
     ),
     "QwenImageTransformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT),),

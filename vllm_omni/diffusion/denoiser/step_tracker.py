@@ -175,7 +175,7 @@ def watch(scheduler: Any, tracker: StepTracker) -> None:
     """Report the scheduler's runs and steps to `tracker` until `unwatch`."""
     if scheduler not in _watchers:
         _watchers[scheduler] = WeakSet()
-        scheduler.__class__ = _watched_class(type(scheduler))
+        scheduler.__class__ = _watched_class(type(scheduler))  # type: ignore[arg-type]
         for name in ("set_timesteps", "step"):
             if name in vars(scheduler):  # set on the instance: the class's own method is out of reach
                 vars(scheduler)[name] = _PatchedMethod(scheduler, name, vars(scheduler)[name])
@@ -221,7 +221,7 @@ def _watched_class(scheduler_class: type) -> type:
         return result
 
     def reduce(self: Any, protocol: Any) -> Any:
-        made, (own, *rest), *state = scheduler_class.__reduce_ex__(self, protocol)
+        made, (own, *rest), *state = super(watched, self).__reduce_ex__(protocol)  # type: ignore[arg-type,misc]
         own = scheduler_class if own is type(self) else own
         return made, (own, *rest), *state
 
@@ -232,7 +232,8 @@ def _watched_class(scheduler_class: type) -> type:
         "__module__": scheduler_class.__module__,
         "__qualname__": scheduler_class.__qualname__,
     }
-    return type(scheduler_class.__name__, (scheduler_class,), methods)
+    watched = type(scheduler_class.__name__, (scheduler_class,), methods)
+    return watched
 
 
 class _PatchedMethod:

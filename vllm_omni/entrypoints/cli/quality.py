@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
 def plan_of(args: argparse.Namespace) -> Any:
     """The options, checked before anything loads. InvalidValueError names what cannot be used."""
-    from vllm_omni.diffusion.cache.settings import request_choice
+    from vllm_omni.diffusion.cache.settings import override
     from vllm_omni.entrypoints.cli.generate import parse_size
     from vllm_omni.errors import InvalidValueError
     from vllm_omni.quality.bench import Model
@@ -68,7 +68,7 @@ def plan_of(args: argparse.Namespace) -> Any:
             raise InvalidValueError("--steps", steps, "must be at least 2")
     settings = None if args.settings is None else tuple(read_settings(args.settings))
     for entry in settings or ():
-        request_choice(entry, None)
+        override(entry, None)
     seed = HELD_OUT_SEED if args.seed is None else args.seed
     pairs = held_out(args.model, args.pairs, None if args.prompts is None else Path(args.prompts), seed)
     width, height = parse_size(args.size)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni import _vllm_compat, envs
-from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.diffusion.cache.selector import canonical_name
+from vllm_omni.diffusion.cache.settings import PRESET_NAMES
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.loader import resolve_model
 from vllm_omni.engine.client import ProcessEngineClient, launch_engine
@@ -139,7 +139,7 @@ def _add_engine_flags(group: Any) -> None:
     add = group.add_argument
     add("--served-model-name", nargs="+", default=[], metavar="NAME", help="names for MODEL in the API; first: replies")
     add("--cache-backend", default="none", metavar="NAME", help="none (default), magcache, ...")
-    add("--cache-config", metavar="JSON|PRESET", help=f"its settings, or one of: {', '.join(PRESETS)}")
+    add("--cache-config", metavar="JSON|PRESET", help=f"its settings, or one of: {', '.join(PRESET_NAMES)}")
     add("--max-num-seqs", type=int, default=16, help="requests in one batch (default 16)")
     add(
         "--max-queued-requests", "--max-num-queued-reqs", type=int, default=256, help="more are told to come back (256)"
@@ -242,7 +242,7 @@ def _cache_config(text: str | None) -> dict[str, Any] | None:
     """A preset's name or a JSON object, as plain data; checked here, so that a typo costs no model load."""
     if text is None:
         return None
-    settings = dict(PRESETS[text]) if text in PRESETS else json_object("--cache-config", text)
+    settings = {"preset": text} if text in PRESET_NAMES else json_object("--cache-config", text)
     config = DiffusionCacheConfig.from_dict(settings or {})
     if config.profile is not None:
         from vllm_omni.diffusion.cache.profile import named_profile

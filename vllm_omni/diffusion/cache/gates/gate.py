@@ -212,7 +212,7 @@ class GateBackend(StackBackend):
         """Refuse what the gate could not compare, before any request comes."""
         name = type(unwrapped(module)).__name__
         if "hidden_states" not in spec.rows:
-            raise InvalidValueError("cache_backend", self.name, f"cannot compare {name}, whose latents come as a list")
+            raise InvalidValueError("cache_backend", self.name, f"cannot look at {name}, whose latents come as a list")
         first = unwrapped(module).get_submodule(f"{spec.stack[0].name}.0")
         if self.rule.signal is Signal.MODULATED and first_attention(first) is None:
             raise InvalidValueError("cache_backend", self.name, f"finds no attention in the blocks of {name}")

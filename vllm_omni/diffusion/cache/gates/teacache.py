@@ -18,7 +18,6 @@ from vllm_omni.diffusion.cache.state import Signal
 from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
 
-
 OUTPUT = "output"  # of the last computed step
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
@@ -15,7 +17,7 @@ from vllm_omni.diffusion.cache.plan.compose import (
     full_forwards,
     rule_of,
 )
-from vllm_omni.diffusion.cache.plan.schedule import Schedule
+from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
 from vllm_omni.diffusion.cache.profile import (
     CacheProfile,
     find_profiles,
@@ -47,10 +49,10 @@ class MagCacheBackend(StackBackend):
         self._class = self._fingerprint = ""
         self._reported_no_gain = False
 
-    def plan(self, schedule: Schedule, settings: CacheSettings | None = None) -> CachePlan:
-        """What a request of this schedule would do; pure, cheap, and the same on every rank."""
-        settings = settings or self.settings
-        return compose(settings, *self._measured(settings, schedule.steps), schedule)
+    def plan(self, steps: int, sigmas: Sequence[float], switches: Switches = ()) -> CachePlan:
+        """What a request of this schedule would do under the backend's own settings."""
+        schedule = Schedule(steps, tuple(sigmas), switches)
+        return compose(self.settings, *self._measured(self.settings, steps), schedule)
 
     def check(self, settings: CacheSettings, steps: int | None = None) -> None:
         """Refuse what this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
@@ -65,8 +67,8 @@ class MagCacheBackend(StackBackend):
         if self.calibration is not None:
             return self.calibration.state(schedule.steps, schedule.sigmas)
         settings = settings or self.settings
-        _, profile = self._measured(settings, schedule.steps)
-        plan = self.plan(schedule, settings)
+        ratios, profile = self._measured(settings, schedule.steps)
+        plan = compose(settings, ratios, profile, schedule)
         if all(plan.compute) and not self._reported_no_gain:
             self._reported_no_gain = True
             logger.info("magcache: nothing to gain in %d steps, every one of them computes", schedule.steps)
