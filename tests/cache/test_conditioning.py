@@ -8,13 +8,13 @@ import pytest
 import torch
 from families import FAMILIES, Family
 from peft import LoraConfig
+from vllm_omni.diffusion.hooks.conditioning import Conditioning
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.denoiser.specs import DENOISERS
-from vllm_omni.diffusion.hooks.conditioning import Conditioning
 
 MASK = [1, 1, 0, 0, 0, 1]  # four forwards compute at most, three skip in a row
 CACHE = {"steps_mask": MASK, "predictor": "linear"}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_omni.diffusion.cache.plan.curve import resample
 from vllm_omni.diffusion.cache.plan.compose import plan_request
+from vllm_omni.diffusion.cache.plan.curve import resample
 from vllm_omni.diffusion.cache.plan.rule import magcache_plan
 from vllm_omni.diffusion.cache.profile import find_profiles, profile_names, shipped_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig

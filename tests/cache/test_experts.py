@@ -12,13 +12,13 @@ from pipelines import Blocks
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.denoiser.step_tracker import schedule_of
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.cache.plan.compose import plan_request
 from vllm_omni.diffusion.cache.plan.planner import forecast_error
 from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
 from vllm_omni.diffusion.cache.profile import CacheProfile, shipped_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.denoiser.step_tracker import schedule_of
 from vllm_omni.errors import InvalidValueError
 
 WAN22 = next(family for family in FAMILIES if family.name.startswith("Wan 2.2 (two"))

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from vllm_omni.diffusion.cache.plan.curve import resample, resample_log, resample_nearest
-from vllm_omni.diffusion.cache.plan.rule import magcache_plan, mask_plan
 from vllm_omni.diffusion.cache.plan.predictors import (
     PREDICTORS,
     RIDGE,
@@ -20,6 +19,7 @@ from vllm_omni.diffusion.cache.plan.predictors import (
     resample_gram,
     reuse,
 )
+from vllm_omni.diffusion.cache.plan.rule import magcache_plan, mask_plan
 from vllm_omni.diffusion.cache.profile import shipped_profile
 from vllm_omni.diffusion.cache.state import CachePlan
 

@@ -9,9 +9,8 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from vllm_omni.diffusion.cache.plan.curve import resample
 from vllm_omni.diffusion.cache.plan.compose import plan_request, promised_forwards
-from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan
+from vllm_omni.diffusion.cache.plan.curve import resample
 from vllm_omni.diffusion.cache.plan.planner import best_plan, curve_costs, gram_costs, plan_cost
 from vllm_omni.diffusion.cache.plan.predictors import (
     NEED_GRAM,
@@ -29,6 +28,7 @@ from vllm_omni.diffusion.cache.plan.predictors import (
     resample_gram,
     reuse,
 )
+from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan
 from vllm_omni.diffusion.cache.profile import CacheProfile, shipped_profile
 from vllm_omni.diffusion.data import PRESETS, DiffusionCacheConfig, PredictorName
 from vllm_omni.errors import InvalidValueError

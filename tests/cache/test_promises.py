@@ -14,9 +14,9 @@ from pipelines import DEFAULTS, embeds, run_latents, tiny_flux
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.settings import request_choice
 from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
 from vllm_omni.diffusion.cache.profile import fingerprint
+from vllm_omni.diffusion.cache.settings import request_choice
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.worker.pace import Pace, Stopwatch
 from vllm_omni.errors import InvalidValueError

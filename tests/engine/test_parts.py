@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.worker import parts
-from vllm_omni.diffusion.worker.coroutine import DecoderProxy, ComponentCall
+from vllm_omni.diffusion.worker.coroutine import ComponentCall, DecoderProxy
 from vllm_omni.errors import RequestAbortedError
 
 PROMPTS = ["red apple", "penguin", "rocket", "banana"]

@@ -3,8 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_omni.diffusion.scheduler import StepKind
-from vllm_omni.diffusion.scheduler import AGEING_S, StepScheduler
+from vllm_omni.diffusion.scheduler import AGEING_S, StepKind, StepScheduler
 
 
 def test_admission_is_first_come_first_served_up_to_the_limit() -> None:
