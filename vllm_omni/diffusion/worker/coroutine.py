@@ -171,8 +171,8 @@ class PipelineTask:
         return event
 
     def release(self) -> None:
-        """Let go of the pipeline's copy, whose proxies hold this task."""
-        self.pipeline = None
+        """Let go of the pipeline's copy, whose proxies hold this task, and of the prelude, which holds the request."""
+        self.pipeline = self._prelude = None
 
     def _run(self) -> Event:
         try:

@@ -97,6 +97,7 @@ class Request:
         self.ended, self.parked = event, None
         self.cache.drop()
         self.tracker.stop()
+        self.tracker.observe = None  # no cycle keeps a tensor until a garbage collection
         self.task.release()
         self.shared_content.clear()
         self.times.ended = time.perf_counter()
