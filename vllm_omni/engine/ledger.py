@@ -11,7 +11,7 @@ from typing import Any
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineStats
 from vllm_omni.engine.wire import Report
-from vllm_omni.errors import DeadlineExceededError, RequestAbortedError
+from vllm_omni.errors import DeadlineExceededError, EngineClosedError, RequestAbortedError
 
 _COUNTERS = (
     "steps_computed",
@@ -27,8 +27,8 @@ _COUNTERS = (
 
 
 @dataclass(frozen=True)
-class Size:
-    """What is known of a request's work before the engine has seen it."""
+class Work:
+    """What is known of a request before the engine has seen it."""
 
     pixels: int
     steps: int  # times the pictures that share them
@@ -55,7 +55,7 @@ class Ledger:
         """Nothing is in flight: whoever comes back now finds room."""
         self._promised = 0.0
 
-    def stats(self, in_flight: Collection[Size]) -> EngineStats:
+    def stats(self, in_flight: Collection[Work]) -> EngineStats:
         """Counters since the beginning, gauges as of the last report, bounded by what is in flight."""
         running = min(self._stats.running, len(in_flight))
         return replace(
@@ -67,13 +67,13 @@ class Ledger:
             queued_cost_s=self._queued_cost(in_flight),
         )
 
-    def retry_after_s(self, in_flight: Collection[Size]) -> float:
+    def retry_after_s(self, in_flight: Collection[Work]) -> float:
         """For one more that is sent away: seconds until there should be room for it, at least one."""
         now, queued = time.monotonic(), self._queued_cost(in_flight)
         self._promised = cost.come_back(now, self._promised, queued / max(1, len(in_flight)), queued)
         return max(1.0, self._promised - now)
 
-    def _queued_cost(self, in_flight: Collection[Size]) -> float:
+    def _queued_cost(self, in_flight: Collection[Work]) -> float:
         """Planned seconds of all that is in flight: as the engine last told, and of what it had not seen then."""
         if not in_flight:
             return 0.0
@@ -91,7 +91,7 @@ def outcome(error: Exception | None) -> str:
     """The word under which an ended request is counted."""
     if error is None:
         return "finished"
-    if isinstance(error, RequestAbortedError):
+    if isinstance(error, RequestAbortedError | EngineClosedError):
         return "aborted"
     return "expired" if isinstance(error, DeadlineExceededError) else "failed"
 

@@ -15,7 +15,7 @@ from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineStats, ModelInfo
-from vllm_omni.engine.wire import Abort, Add, Close, Command, Event, Outputs, Refused, Report, UnitCosts
+from vllm_omni.engine.wire import Abort, Add, Close, Command, EngineEvent, Outputs, Refused, Report, UnitCosts
 from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.logger import init_logger
@@ -26,17 +26,19 @@ logger = init_logger(__name__)
 REPORT_EVERY_S = 0.25
 PROGRESS_EVERY_S = 0.1
 RECENT = 32
-# What a value of the wrong kind can raise while a request is checked; it is that request's fault alone.
-_BAD_REQUEST = (OmniError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class EngineLoop:
     """One thread drives `engine`: commands come from a queue, events go to `send`, which must not block."""
 
     def __init__(
-        self, engine: DiffusionEngine, commands: queue.SimpleQueue[Command], send: Callable[[Event], None]
+        self,
+        engine: DiffusionEngine,
+        commands: queue.SimpleQueue[Command],
+        send: Callable[[EngineEvent], None],
+        progress_every_s: float = PROGRESS_EVERY_S,
     ) -> None:
-        self.engine = engine
+        self.engine, self._progress_every_s = engine, progress_every_s
         self.turn_began: float | None = None  # monotonic; None while there is nothing to do. Read by the heartbeat
         self.costs = cost.no_costs()
         self._commands, self._send = commands, send
@@ -82,7 +84,7 @@ class EngineLoop:
             prompt = command.prompt
             request = OmniDiffusionRequest(command.request_id, prompt, normalise_prompt(prompt), params)
             self.engine.add_request(request, command.priority, command.arrived)
-        except _BAD_REQUEST as error:
+        except Exception as error:  # whatever a value of the wrong kind raises is that request's fault alone
             self._send(Refused(command.request_id, error))
             if not isinstance(error, OmniError):
                 logger.error(
@@ -117,7 +119,7 @@ class EngineLoop:
         now = time.monotonic()
         for output in ended:
             self._note_end(output)
-        due = now - self._progressed >= PROGRESS_EVERY_S
+        due = now - self._progressed >= self._progress_every_s
         if due:
             self._progressed = now
         if told := [*self.engine.progress(previews_only=not due), *ended]:

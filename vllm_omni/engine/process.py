@@ -24,7 +24,7 @@ from vllm_omni.engine.wire import (
     MAX_FRAME_BYTES,
     Close,
     Command,
-    Event,
+    EngineEvent,
     Heartbeat,
     Loaded,
     Outputs,
@@ -59,7 +59,7 @@ class Link:
         self._writer.start()
         threading.Thread(target=self._read, name="vllm-omni-read", daemon=True).start()
 
-    def send(self, event: Event) -> None:
+    def send(self, event: EngineEvent) -> None:
         """Encode and queue; never waits for the other side."""
         if self._events.qsize() > MAX_BACKLOG and isinstance(event, Outputs):
             event = Outputs([output for output in event.outputs if output.finished])

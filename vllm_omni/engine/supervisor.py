@@ -19,7 +19,7 @@ from vllm_omni.engine.wire import (
     HEADER,
     MAX_FRAME_BYTES,
     Close,
-    Event,
+    EngineEvent,
     Heartbeat,
     Start,
     decode_event,
@@ -102,7 +102,7 @@ class EngineProcess:
         if not self._writer.is_closing():
             self._writer.write(frame)
 
-    async def receive(self) -> Event | None:
+    async def receive(self) -> EngineEvent | None:
         """The next event other than a heartbeat; None where the process has closed its end."""
         while True:
             try:

@@ -16,11 +16,11 @@ from msgspec import Struct
 import vllm_omni.errors as errors
 from vllm_omni.engine.interface import EngineStats, ModelInfo
 from vllm_omni.errors import InvalidValueError, OmniError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 
 HEADER = struct.Struct("!I")
 MAX_FRAME_BYTES = 512 * 2**20
-MAX_NAME_CHARACTERS = 256
 _PICTURE, _ARRAY, _TENSOR = 1, 2, 3
 _CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 _DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8, "uint8": 1, "bool": 1}
@@ -101,10 +101,18 @@ class Heartbeat(Struct, tag=True):
 
 
 Command = Start | Add | Abort | Close
-Event = Loaded | StartFailed | Refused | Outputs | Report | Heartbeat
+EngineEvent = Loaded | StartFailed | Refused | Outputs | Report | Heartbeat
 
 
-def encode(message: Command | Event) -> bytes:
+def given_parameters(params: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    """What somebody set of a request's parameters, as an `Add` carries it."""
+    given = {name: value for name, value in params if value is not None}
+    if params.lora_request:
+        given["lora_request"] = [{"name": name, "scale": scale} for name, scale in params.lora_request]
+    return given
+
+
+def encode(message: Command | EngineEvent) -> bytes:
     """A message as a frame; InvalidValueError where something in it must not cross, or is too long."""
     try:
         body = _ENCODER.encode(message)
@@ -120,7 +128,7 @@ def decode_command(body: bytes | bytearray) -> Command:
     return _decode(_COMMANDS, body)
 
 
-def decode_event(body: bytes | bytearray) -> Event:
+def decode_event(body: bytes | bytearray) -> EngineEvent:
     """An event of a frame's body; ValueError for anything else."""
     return _decode(_EVENTS, body)
 
@@ -231,4 +239,4 @@ def _decode_custom(kind: type, value: Any) -> Any:
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_encode_other)
 _COMMANDS = msgspec.msgpack.Decoder(Command, ext_hook=_decode_ext, dec_hook=_decode_custom)
-_EVENTS = msgspec.msgpack.Decoder(Event, ext_hook=_decode_ext, dec_hook=_decode_custom)
+_EVENTS = msgspec.msgpack.Decoder(EngineEvent, ext_hook=_decode_ext, dec_hook=_decode_custom)
