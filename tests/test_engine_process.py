@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,17 @@ from vllm_omni.engine import cost
 from vllm_omni.engine.client import ProcessEngineClient, launch_engine
 from vllm_omni.engine.process import Link
 from vllm_omni.engine.supervisor import Restarts
-from vllm_omni.engine.wire import HEADER, MAX_FRAME_BYTES, Abort, Add, Outputs, decode_command, decode_event, encode
+from vllm_omni.engine.wire import (
+    HEADER,
+    MAX_FRAME_BYTES,
+    Abort,
+    Add,
+    Outputs,
+    Refused,
+    decode_command,
+    decode_event,
+    encode,
+)
 from vllm_omni.errors import (
     DeadlineExceededError,
     EngineClosedError,
@@ -250,7 +260,47 @@ def test_an_oversized_frame_is_skipped_and_the_next_one_read() -> None:
     theirs.close()
 
 
+def test_a_request_that_cannot_be_read_is_refused_and_the_next_frame_read() -> None:
+    """Whoever sent it waits for an answer."""
+    ours, theirs = socket.socketpair()
+    link = Link(theirs, lambda: None)
+    good = encode(Add("lost", {"embeds": np.zeros((4, 4), np.float32)}, {}, 0, 1.0, None))
+    ours.sendall(good.replace(b"\x92\x04\x04", b"\x92\x7f\x04"))
+    ours.sendall(encode(Abort(["mine"])))
+    assert link.commands.get(timeout=5) == Abort(["mine"])
+    with ours.makefile("rb") as stream:
+        (length,) = HEADER.unpack(stream.read(HEADER.size))
+        refused = decode_event(stream.read(length))
+    assert isinstance(refused, Refused) and refused.request_id == "lost"
+    assert isinstance(refused.error, InvalidValueError)
+    ours.close()
+    theirs.close()
+
+
+@one_loop
+async def test_what_could_not_be_read_is_not_sent(client: ProcessEngineClient) -> None:
+    for wrong in (np.zeros((1,) * 17, np.float32), np.zeros(2, np.complex64), Image.new("RGB", (0, 4)), "\ud83c"):
+        with pytest.raises(InvalidValueError):
+            await last(client, "wrong", extra_args={"joint_attention_kwargs": wrong})
+    for prompt in ("half \ud83c", {"prompt": "x", "negative_prompt": "half \udcff"}):
+        with pytest.raises(InvalidValueError, match="prompt must hold whole characters"):
+            await last(client, "wrong", prompt)
+    assert (await last(client, "right", num_inference_steps=2)).ok
+
+
 # ------------------------------------------------------------------------------------- the queue, aborts, deadlines
+
+
+@one_loop
+async def test_an_id_is_free_as_soon_as_its_client_has_left(client: ProcessEngineClient) -> None:
+    """A retry right after a disconnect: the engine has not heard of the abort yet."""
+    for _ in range(5):
+        async with aclosing(client.generate("x", Params(num_inference_steps=900, cache="off"), "again")) as stream:
+            await anext(stream)
+            with pytest.raises(InvalidValueError, match="must not be in use"):
+                await last(client, "again")
+        assert (await last(client, "again", num_inference_steps=2)).request_id == "again"
+    await idle(client)
 
 
 @one_loop
@@ -369,6 +419,34 @@ async def test_a_killed_and_a_hung_engine_are_replaced_twice_and_no_more(caplog:
             await last(client, "dead")
     with pytest.raises(EngineClosedError):
         await last(client, "closed")
+
+
+FAILING = """
+import sys
+if "vllm_omni.engine.process" in sys.orig_argv:
+    from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+    step, steps = DiffusionEngine.step, iter(range(10**6))
+    def failing(engine):
+        if next(steps) == 6:
+            raise {kind}("injected")
+        return step(engine)
+    DiffusionEngine.step = failing
+"""
+
+
+@pytest.mark.parametrize("kind", ["RuntimeError", "SystemExit"])
+async def test_a_step_that_fails_ends_its_process_and_everybody_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAILING.format(kind=kind))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    async with ProcessEngineClient(ARGS, warmup=False, max_restarts=1) as client:
+        tasks = [asyncio.create_task(last(client, f"{i}", num_inference_steps=900)) for i in range(6)]
+        ended = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+        assert all(isinstance(output.error, EngineDeadError) for output in ended)
+        assert "injected" in capfd.readouterr().err
+        await until(lambda: client.ready, 60)
+        assert (await last(client, "again", num_inference_steps=2)).ok
 
 
 @one_loop

@@ -42,7 +42,7 @@ class InvalidValueError(OmniError, ValueError):
 
     def __init__(self, field: str, value: Any, fix: str) -> None:
         shown = _short(value)
-        self.field, self.value = field, value if type(value) in _PLAIN and len(shown) < _SHOWN else shown
+        self.field, self.value = field, shown if type(value) not in _PLAIN or shown.endswith("...") else value
         super().__init__(f"{field} {fix}, got {shown}")
 
 
@@ -113,7 +113,7 @@ def _short(value: Any) -> str:
     try:
         text = _REPR.repr(value)
     except ValueError:  # more digits than Python writes out
-        text = f"{type(value).__name__} of too many digits"
+        text = f"{type(value).__name__} of too many digits..."
     return text if len(text) < _SHOWN else text[: _SHOWN - 3] + "..."
 
 

@@ -28,10 +28,12 @@ from vllm_omni.engine.wire import (
     Heartbeat,
     Loaded,
     Outputs,
+    Refused,
     Start,
     StartFailed,
     decode_command,
     encode,
+    request_id_of,
 )
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.logger import init_logger, log_as_json
@@ -87,29 +89,36 @@ class Link:
         self._writer.join(FLUSH_S)
 
     def _write(self) -> None:
-        while (frame := self._events.get()) is not None:
-            try:
+        try:
+            while (frame := self._events.get()) is not None:
                 self._end.sendall(frame)
-            except OSError:
-                self._lost()
-                return
+        except OSError:
+            self._lost()
 
     def _read(self) -> None:
+        try:
+            self._take_frames()
+        finally:  # also by an error, such as no memory for a frame
+            self.commands.put(Close())
+            self._lost()
+
+    def _take_frames(self) -> None:
         while (header := self._exactly(HEADER.size)) is not None:
             (length,) = HEADER.unpack(header)
             if length > MAX_FRAME_BYTES:
                 logger.error("a frame of %d bytes is dropped, at most %d are taken", length, MAX_FRAME_BYTES)
                 if not self._skip(length):
-                    break
+                    return
                 continue
             if (body := self._exactly(length)) is None:
-                break
+                return
             try:
                 self.commands.put(decode_command(body))
-            except ValueError as error:
+            except (ValueError, MemoryError) as error:
                 logger.error("a frame of %d bytes is dropped: %s", length, error)
-        self.commands.put(Close())
-        self._lost()
+                if request_id := request_id_of(body):  # somebody waits for it
+                    refused = InvalidValueError("request", f"{length} bytes", "could not be read by the engine")
+                    self.send(Refused(request_id, refused))
 
     def _exactly(self, length: int) -> bytearray | None:
         body = bytearray(length)
@@ -193,6 +202,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # nothing is left to tidy, and library threads must not delay the end
+    code = 1
+    try:
+        code = main()
+    finally:
+        if (error := sys.exception()) is not None:
+            logger.critical("the engine failed", exc_info=error)
+        sys.stdout.flush()
+        os._exit(code)  # nothing is left to tidy, and library threads must not delay the end

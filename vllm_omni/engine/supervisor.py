@@ -89,12 +89,11 @@ class EngineProcess:
     @classmethod
     async def adopt(cls, launch: Launch) -> EngineProcess:
         """Speak with a launched process; whoever cancels this leaves none behind."""
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(launch.discard)
             launch.end.setblocking(False)
             reader, writer = await asyncio.open_unix_connection(sock=launch.end, limit=_READ_BUFFER)
-        except BaseException:
-            launch.discard()
-            raise
+            undo.pop_all()
         return cls(launch.process, reader, writer)
 
     def send(self, frame: bytes) -> None:

@@ -21,6 +21,7 @@ from vllm_omni.outputs import OmniRequestOutput
 
 HEADER = struct.Struct("!I")
 MAX_FRAME_BYTES = 512 * 2**20
+_MAX_DIMENSIONS = 16
 _PICTURE, _ARRAY, _TENSOR = 1, 2, 3
 _CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 _DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8, "uint8": 1, "bool": 1}
@@ -100,6 +101,12 @@ class Heartbeat(Struct, tag=True):
     turn_s: float | None
 
 
+class _Named(Struct):
+    """What every message about one request has."""
+
+    request_id: str = ""
+
+
 Command = Start | Add | Abort | Close
 EngineEvent = Loaded | StartFailed | Refused | Outputs | Report | Heartbeat
 
@@ -113,10 +120,10 @@ def given_parameters(params: OmniDiffusionSamplingParams) -> dict[str, Any]:
 
 
 def encode(message: Command | EngineEvent) -> bytes:
-    """A message as a frame; InvalidValueError where something in it must not cross, or is too long."""
+    """A message as a frame; InvalidValueError if something in it must not cross, or is too long."""
     try:
         body = _ENCODER.encode(message)
-    except (TypeError, OverflowError, RecursionError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, OSError, MemoryError) as error:  # whatever it held
         raise InvalidValueError("request", type(message).__name__, f"must hold plain values only ({error})") from None
     if len(body) > MAX_FRAME_BYTES:
         raise InvalidValueError("request", f"{len(body)} bytes", f"must be at most {MAX_FRAME_BYTES} bytes")
@@ -126,6 +133,14 @@ def encode(message: Command | EngineEvent) -> bytes:
 def decode_command(body: bytes | bytearray) -> Command:
     """A command of a frame's body; ValueError for anything else."""
     return _decode(_COMMANDS, body)
+
+
+def request_id_of(body: bytes | bytearray) -> str:
+    """The request that a frame's body is about, even if the rest of it cannot be read; empty if it names none."""
+    try:
+        return _NAMED.decode(body).request_id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
 
 
 def decode_event(body: bytes | bytearray) -> EngineEvent:
@@ -157,12 +172,13 @@ def _encode_other(value: Any) -> Any:
 def _picture(image: Any) -> msgspec.msgpack.Ext:
     if image.mode not in _CHANNELS:
         image = image.convert("RGBA" if "transparency" in image.info or image.mode in ("LA", "PA") else "RGB")
+    if min(image.size) < 1:
+        raise TypeError("an empty picture cannot be sent to the engine")
     return msgspec.msgpack.Ext(_PICTURE, msgspec.msgpack.encode((image.mode, image.size, image.tobytes())))
 
 
 def _array(array: Any) -> msgspec.msgpack.Ext:
-    if str(array.dtype) not in _DTYPES:
-        raise TypeError(f"an array of {array.dtype} cannot be sent; use one of {', '.join(_DTYPES)}")
+    _check_array("an array", str(array.dtype), array.ndim)
     return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode((str(array.dtype), array.shape, array.tobytes())))
 
 
@@ -170,10 +186,16 @@ def _tensor(tensor: Any) -> msgspec.msgpack.Ext:
     import torch
 
     name = str(tensor.dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise TypeError(f"a tensor of {name} cannot be sent; use one of {', '.join(_DTYPES)}")
+    _check_array("a tensor", name, tensor.ndim)
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return msgspec.msgpack.Ext(_TENSOR, msgspec.msgpack.encode((name, tuple(tensor.shape), data)))
+
+
+def _check_array(what: str, dtype: str, dimensions: int) -> None:
+    if dtype not in _DTYPES:
+        raise TypeError(f"{what} of {dtype} cannot be sent; use one of {', '.join(_DTYPES)}")
+    if dimensions > _MAX_DIMENSIONS:
+        raise TypeError(f"{what} of {dimensions} dimensions cannot be sent; at most {_MAX_DIMENSIONS}")
 
 
 def _decode_ext(code: int, data: memoryview) -> Any:
@@ -198,7 +220,8 @@ def _as_array(name: str, shape: tuple[int, ...], content: bytes, torch_too: bool
     count = 1
     for length in shape:
         count *= length
-    if name not in _DTYPES or min(shape, default=0) < 0 or len(shape) > 16 or count * _DTYPES[name] != len(content):
+    known = name in _DTYPES and len(shape) <= _MAX_DIMENSIONS and min(shape, default=0) >= 0
+    if not known or count * _DTYPES[name] != len(content):
         raise ValueError(f"an array of {name} {shape} does not have {len(content)} bytes")
     if torch_too:
         import torch
@@ -218,7 +241,7 @@ def _error_as_dict(error: Exception) -> dict[str, Any]:
         return {"kind": "OmniError", "text": text}
     known = next(kind.__name__ for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind)
     given = {name: _plain(value) for name, value in vars(error).items() if name in _ATTRIBUTES}
-    return {"kind": known, "text": str(error)} | given
+    return {"kind": known, "text": str(error).encode(errors="backslashreplace").decode()} | given
 
 
 def _plain(value: Any) -> Any:
@@ -238,5 +261,6 @@ def _decode_custom(kind: type, value: Any) -> Any:
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_encode_other)
+_NAMED = msgspec.msgpack.Decoder(_Named)
 _COMMANDS = msgspec.msgpack.Decoder(Command, ext_hook=_decode_ext, dec_hook=_decode_custom)
 _EVENTS = msgspec.msgpack.Decoder(EngineEvent, ext_hook=_decode_ext, dec_hook=_decode_custom)

@@ -60,13 +60,15 @@ PROMPT_KEYS_DOC = "prompt, negative_prompt, prompt_embeds, pooled_prompt_embeds,
 
 
 def check_text(field: str, text: Any) -> str:
-    """A prompt: text, not blank, without NUL, of a sane length."""
+    """A prompt: text, not blank, without NUL and half characters, of a sane length."""
     if not isinstance(text, str):
         raise InvalidValueError(field, text, "must be a string")
     if not text.strip():
         raise InvalidValueError(field, text, "must not be empty")
     if "\0" in text:
         raise InvalidValueError(field, text, "must not contain the NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidValueError(field, text, "must hold whole characters only; it has half of a surrogate pair")
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidValueError(field, f"{len(text)} characters", f"must have at most {MAX_PROMPT_CHARACTERS}")
     return text
