@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import os
+import platform
 import queue
 import shutil
 import signal
@@ -101,6 +102,10 @@ def processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def page_faults(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
 def gone(pid: int) -> bool:
     with suppress(FileNotFoundError):
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
@@ -170,6 +175,18 @@ async def test_stats_count_what_was_done(client: ProcessEngineClient) -> None:
     assert after.recent[-1]["computed_steps"] == output.computed_steps and "prompt" not in after.recent[-1]
     assert "apple" not in str(after)
     await client.check_health()
+
+
+@one_loop
+@pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="another allocator")
+async def test_a_forward_of_the_engine_finds_the_memory_of_the_last_one(client: ProcessEngineClient) -> None:
+    assert client._engine is not None
+    counts = []
+    for turn in range(5):
+        before = page_faults(client._engine.process.pid)
+        await asyncio.gather(*(last(client, f"{turn}-{i}", num_inference_steps=6) for i in range(8)))
+        counts.append(page_faults(client._engine.process.pid) - before)
+    assert min(counts) < 1000, counts  # else 10,000
 
 
 # ---------------------------------------------------------------------------------------------- refusals and errors

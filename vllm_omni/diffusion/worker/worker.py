@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from vllm_omni.diffusion.cache.overrides import Choice, request_choice
 from vllm_omni.diffusion.cache.selector import canonical_name, get_cache_backend
 from vllm_omni.diffusion.cache.stack_backend import StackBackend
@@ -14,7 +12,6 @@ from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
-from vllm_omni.diffusion.worker.malloc import keep_freed_memory
 from vllm_omni.diffusion.worker.model_runner import ModelRunner, RequestState
 from vllm_omni.errors import InvalidValueError
 
@@ -35,8 +32,6 @@ class DiffusionWorker:
             defaults = generation_defaults(self.config.model)
             pipeline = load_pipeline(self.config)
         self.pipeline = pipeline
-        if not torch.cuda.is_available():
-            keep_freed_memory()
         self.runner = ModelRunner(pipeline, self.config.lora_modules)
         self._arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
         if self._default is not None:

@@ -1,4 +1,4 @@
-"""The C library's allocator under a model that runs on the CPU."""
+"""The C library's allocator under a model on the CPU: for processes of our own, never for a library user's."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import ctypes
 import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-KEPT_BYTES = 2**30  # free memory at the heap's end that is not given back
+KEPT_BYTES = 2**30  # free memory at the heap's end that is not returned
 LARGEST_BYTES = 32 * 2**20  # an allocation that can be reused; glibc takes no higher limit
 
 
 def keep_freed_memory() -> bool:
     """Let this process keep what it frees: every forward allocates the temporaries of the last one again.
 
-    glibc gives memory back to the system at once, and its pages are cleared and mapped anew in the next forward; with a
-    batch of a small model that is a sixth of the time (docs/log.md). False where the allocator is another one.
+    glibc returns memory to the system at once, and its pages are cleared and mapped again in the next forward; with a
+    batch of a small model that is a sixth of the time (docs/log.md). Returns False if the allocator is another one.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
