@@ -327,7 +327,7 @@ async def test_beyond_the_queue_requests_are_refused_at_once(client: ProcessEngi
     seconds, later = [], []
     for i in range(100):
         began = time.perf_counter()
-        with pytest.raises(QueueFullError, match="4 requests wait already") as full:
+        with pytest.raises(QueueFullError, match="4 requests are already waiting") as full:
             await last(client, f"more-{i}")
         seconds.append(time.perf_counter() - began)
         later.append(full.value.retry_after_s)

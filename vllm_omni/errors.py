@@ -2,14 +2,14 @@
 
 OmniError
 ├── InvalidValueError (ValueError)      a field, its value, and what would be right
-│   └── UnknownKeyError                 a name nobody knows, with the close matches
+│   └── UnknownKeyError                 an unknown name, with the close matches
 ├── ModelLoadError (ValueError)         a model folder that cannot be served
 ├── RequestAbortedError                 the request was ended by its owner
 ├── DeadlineExceededError               its time-out ended the request
 ├── NumericalError                      a result that holds NaN; that request alone fails
-├── QueueFullError                      no room to wait; says when to come back
+├── QueueFullError                      no room to wait; with the time to retry
 ├── EngineDrainingError                 the engine is shutting down and takes nothing new
-├── EngineDeadError                     the engine's process died or hangs; it is being restarted
+├── EngineDeadError                     the engine died, hangs, or stayed in the process this one was forked from
 └── EngineClosedError (RuntimeError)    a call after close()
 """
 
@@ -35,7 +35,7 @@ class OmniError(Exception):
 
 
 class InvalidValueError(OmniError, ValueError):
-    """A value out of its range: `field`, `value`, and a message that says how to mend it.
+    """A value out of its range: `field`, `value`, and a message with the fix.
 
     `value` is the value itself if it is a short text or a number, else what the message shows of it.
     """
@@ -77,11 +77,11 @@ class NumericalError(OmniError):
 
 
 class QueueFullError(OmniError):
-    """As many requests wait as the engine lets wait; the planned cost of what is queued says when to come back."""
+    """As many requests wait as may wait; `retry_after_s` follows from the planned cost of what is queued."""
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:
         self.waiting, self.retry_after_s = waiting, retry_after_s
-        super().__init__(f"{waiting} requests wait already; come back in {retry_after_s:.0f} s")
+        super().__init__(f"{waiting} requests are already waiting; retry in {retry_after_s:.0f} s")
 
 
 class EngineDrainingError(OmniError):
@@ -89,9 +89,9 @@ class EngineDrainingError(OmniError):
 
 
 class EngineDeadError(OmniError):
-    """The engine's process died or does not answer. Its requests were ended; it is being restarted.
+    """The engine died or does not answer, and its requests were ended; or it belongs to another process.
 
-    `retry_after_s`: when it should be back, where that can be said.
+    `retry_after_s`: when it should be back, if a server is restarting it.
     """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:

@@ -1,4 +1,4 @@
-"""The engine as a server sees it, run in a process of its own. One event loop makes all calls; no torch here."""
+"""An `EngineClient` over an engine in a process of its own. One event loop makes all calls; no torch here."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from vllm_omni.errors import (
     EngineDeadError,
     EngineDrainingError,
     InvalidValueError,
-    OmniError,
     QueueFullError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
@@ -30,13 +29,13 @@ logger = init_logger(__name__)
 
 MAX_PRIORITY = 1000
 WATCH_EVERY_S = 0.25
-_LOADING = 20  # times the patience, while imports and weights keep the process from speaking
+_LOADING = 20  # times the patience, while imports and weights keep the process silent
 
 
 def launch_engine(
     engine_args: dict[str, Any], *, warmup: bool = True, log_json: bool = False, heartbeat_s: float = 0.5
 ) -> Launch:
-    """An engine process for a `ProcessEngineClient` of these settings; it loads while its front end gets ready."""
+    """Launch the engine process of a `ProcessEngineClient` with these settings; it loads while its front end does."""
     return Launch.of(_start_of(engine_args, warmup, heartbeat_s, log_json))
 
 
@@ -63,7 +62,7 @@ class ProcessEngineClient:
         restart_window_s: float = 600.0,
         launch: Launch | None = None,
     ) -> None:
-        config = OmniDiffusionConfig(**engine_args)  # what is wrong is said here
+        config = OmniDiffusionConfig(**engine_args)  # raises what is wrong
         self._start = _start_of(engine_args, warmup, heartbeat_s, log_json)
         if launch is not None and launch.start != self._start:
             launch.discard()
@@ -89,7 +88,7 @@ class ProcessEngineClient:
         self._ledger = Ledger()
 
     async def start(self) -> Self:
-        """Return once the model is loaded and warmed up; raises what the engine says is wrong, e.g. ModelLoadError."""
+        """Return once the model is loaded and warmed up; raises the engine's reason if it cannot."""
         if self._closed:
             raise EngineClosedError("the engine is closed")
         if self._task is None:
@@ -108,14 +107,12 @@ class ProcessEngineClient:
 
     @property
     def info(self) -> ModelInfo:
-        """What was loaded; known once `start` has returned."""
         if self._info is None:
             raise EngineDeadError("the engine has not loaded its model yet")
         return self._info
 
     @property
     def ready(self) -> bool:
-        """True while requests can be served: loaded, warmed up, alive, and not draining."""
         return self._loaded and not self._draining and not self._closed
 
     def generate(
@@ -138,19 +135,16 @@ class ProcessEngineClient:
         self._requests.abort(request_ids)
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError unless the engine answers within a few seconds."""
         if not self._loaded or self._engine is None:
             raise self._unavailable()
-        if not await self._engine.heard(max(2.0, 4 * self._heartbeat_s)):
+        if not await self._engine.answers(max(2.0, 4 * self._heartbeat_s)):
             raise EngineDeadError("the engine process does not answer")
 
     async def stats(self) -> EngineStats:
-        """Counters since `start`, whatever restarts there were, and gauges as of the last report."""
         stats = self._ledger.stats(self._requests.work)
         return replace(stats, max_num_seqs=self._max_num_seqs, restarts=self._restarts.count)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more requests, and return when none is left or `timeout_s` is over."""
         self._draining = True
         try:
             async with asyncio.timeout(timeout_s):
@@ -159,7 +153,6 @@ class ProcessEngineClient:
             logger.warning("%d requests had not ended after %.1f s of draining", len(self._requests), timeout_s)
 
     async def shutdown(self) -> None:
-        """Abort what runs; end the engine; leave no process and no socket."""
         if self._closed:
             return
         self._closed, self._loaded = True, False
@@ -227,7 +220,7 @@ class ProcessEngineClient:
         """One engine process after another, until shutdown or until restarting it makes no sense."""
         while not self._dead:
             self._load_began = time.monotonic()
-            failure: OmniError | None = None
+            failure: Exception | None = None
             served = False
             try:
                 launch, self._launch = self._launch or Launch.of(self._start), None
@@ -248,7 +241,7 @@ class ProcessEngineClient:
                 await asyncio.sleep(pause)
 
     def _unsupervised(self, task: asyncio.Task[None]) -> None:
-        """Nobody restarts the engine any more; by a fault of ours, if not by the shutdown or by `_pause`."""
+        """The supervisor itself has ended, by a fault of ours unless it was cancelled: nobody restarts the engine."""
         if task.cancelled() or (error := task.exception()) is None:
             return
         self._loaded, self._dead = False, "the engine cannot be restarted any more; restart the server"
@@ -257,11 +250,11 @@ class ProcessEngineClient:
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineDeadError(self._dead))
 
-    async def _listen(self, engine: EngineProcess) -> OmniError | None:
-        """Until the process ends; gives what it said was wrong, if it could not start."""
+    async def _listen(self, engine: EngineProcess) -> Exception | None:
+        """Handle events until the process ends; returns its reason if it could not start."""
         while (event := await engine.receive()) is not None:
             if isinstance(event, StartFailed):
-                return event.error if isinstance(event.error, OmniError) else OmniError(str(event.error))
+                return event.error
             self._handle(event)
         return None
 
@@ -271,16 +264,16 @@ class ProcessEngineClient:
             slept = time.monotonic()
             await asyncio.sleep(WATCH_EVERY_S)
             if time.monotonic() - slept > 4 * WATCH_EVERY_S:
-                continue  # it is this loop that stood still: hear first what was said meanwhile
+                continue  # this event loop stood still: read first what came meanwhile
             patience = self._heartbeat_timeout_s * (1 if self._loaded else _LOADING)
             if why := engine.hangs(patience, self._step_timeout_s):
                 logger.error("the engine process %d hangs and is killed: %s", engine.process.pid, why)
                 engine.process.kill()
                 return
 
-    def _lost(self, how: str, failure: OmniError | None) -> None:
-        """The process is gone: its requests end, once each, and its counters are kept."""
-        if self._started is None or self._started.done():  # else whoever starts it is told
+    def _lost(self, how: str, failure: Exception | None) -> None:
+        """End the requests of a process that is gone, once each, and keep its counters."""
+        if self._started is None or self._started.done():  # else `start` raises it
             ended = len(self._requests)
             logger.error("the engine process %s; %d requests end%s", how, ended, f": {failure}" if failure else "")
         text = f"the engine process {how} while the request was in flight"
@@ -291,7 +284,7 @@ class ProcessEngineClient:
             self._started.set_exception(failure or EngineDeadError(self._dead))
 
     def _pause(self, served: bool) -> float | None:
-        """Seconds until the next start, or None where there will be none: `_dead` says why."""
+        """Seconds until the next start, or None if there will be none; `_dead` is then the reason."""
         if self._dead:
             return None
         if self._draining:

@@ -1,4 +1,4 @@
-"""What was counted and what work costs, over every engine process there was. Numbers only."""
+"""Counters and costs over all engine processes of a client. Numbers only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COUNTERS = (
 
 @dataclass(frozen=True)
 class Work:
-    """What is known of a request before the engine has seen it."""
+    """The size of a request, as far as it is known before the engine has seen it."""
 
     pixels: int
     steps: int  # times the pictures that share them
@@ -41,18 +41,18 @@ class Ledger:
         self.outcomes: Counter[str] = Counter()
         self._stats, self._before = EngineStats(), EngineStats()  # of the present process, and of those before it
         self._costs = cost.no_costs()
-        self._promised = 0.0  # when the last one sent away was told to come back
+        self._promised = 0.0  # when the last request that was refused may come back
 
     def note(self, report: Report) -> None:
         self._stats, self._costs = report.stats, report.costs
 
     def process_ended(self) -> None:
-        """What it counted stays; nothing runs any more."""
+        """Keep what it counted; nothing runs any more."""
         self._before = replace(self._before, **self._sums())
         self._stats = EngineStats(recent=self._stats.recent)
 
     def calm(self) -> None:
-        """Nothing is in flight: whoever comes back now finds room."""
+        """Note that nothing is in flight: there is room for whoever comes back."""
         self._promised = 0.0
 
     def stats(self, in_flight: Collection[Work]) -> EngineStats:
@@ -68,13 +68,13 @@ class Ledger:
         )
 
     def retry_after_s(self, in_flight: Collection[Work]) -> float:
-        """For one more that is sent away: seconds until there should be room for it, at least one."""
+        """Seconds until there should be room for one more that is refused now, at least one."""
         now, queued = time.monotonic(), self._queued_cost(in_flight)
         self._promised = cost.come_back(now, self._promised, queued / max(1, len(in_flight)), queued)
         return max(1.0, self._promised - now)
 
     def _queued_cost(self, in_flight: Collection[Work]) -> float:
-        """Planned seconds of all that is in flight: as the engine last told, and of what it had not seen then."""
+        """Planned seconds of all that is in flight: as last reported, and of what the engine had not seen then."""
         if not in_flight:
             return 0.0
         unseen = len(in_flight) - self._stats.running - self._stats.waiting

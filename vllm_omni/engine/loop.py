@@ -1,4 +1,4 @@
-"""The loop of the engine process: between any two steps it takes what was asked, ends what is late, and tells."""
+"""The loop that drives an engine: between two steps it takes commands, ends what is late, and reports."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ class EngineLoop:
         self._reported = self._progressed = 0.0
 
     def run(self) -> None:
-        """Until Close."""
+        """Serve until Close."""
         ended: list[OmniRequestOutput] = []
         while self._obey(ended):
             self._expire()
-            self._tell(ended + self.engine.collect())
+            self._send_outputs(ended + self.engine.collect())
             ended = self.engine.step()
             self._measure()
         self.engine.close()
@@ -95,7 +95,7 @@ class EngineLoop:
             self._deadlines[command.request_id] = command.deadline
 
     def _abort(self, request_ids: list[str], ended: list[OmniRequestOutput]) -> None:
-        """Also those whose picture was made in the step just done, and not told yet."""
+        """Abort requests, also those whose picture was made in the step just done and has not been sent."""
         for request_id in request_ids:
             if (stage := self.engine.stage(request_id)) is not None:
                 self._aborts[stage] += 1
@@ -115,17 +115,17 @@ class EngineLoop:
             late = DeadlineExceededError(f"request {request_id} did not end within its time-out; {where}")
             self.engine.abort([request_id], late)
 
-    def _tell(self, ended: list[OmniRequestOutput]) -> None:
+    def _send_outputs(self, ended: list[OmniRequestOutput]) -> None:
         now = time.monotonic()
         for output in ended:
             self._note_end(output)
         due = now - self._progressed >= self._progress_every_s
         if due:
             self._progressed = now
-        if told := [*self.engine.progress(previews_only=not due), *ended]:
-            for output in told:
-                output.prompt = None  # whoever asked knows it
-            self._send(Outputs(told))
+        if outputs := [*self.engine.progress(previews_only=not due), *ended]:
+            for output in outputs:
+                output.prompt = None  # known to whoever asked
+            self._send(Outputs(outputs))
         if now - self._reported >= REPORT_EVERY_S:
             self._report()
 
@@ -164,7 +164,7 @@ class EngineLoop:
             cost.note(self.costs.ends, done.pixels, done.ends_s / done.ended)
 
     def _report(self) -> None:
-        """Counters and gauges as they stand."""
+        """Send counters and gauges as they stand."""
         self._reported = time.monotonic()
         worker, scheduler, running = self.engine.worker, self.engine.scheduler, self.engine.progress_steps()
         stats = EngineStats(
@@ -198,9 +198,9 @@ class EngineLoop:
 
 
 def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[int, int]:
-    """One short run at the model's own size (few frames): first-call costs are paid, and a row's cost is known.
+    """Run once, shortly, at the model's own size (few frames): first-call costs are paid, and a row's cost is known.
 
-    Gives the denoiser's latent tokens by pixels of the picture. A model that will not run so is served all the same.
+    Returns the denoiser's latent tokens by pixels of the picture. A model that will not run so is served all the same.
     """
     seen: dict[int, int] = {}
     size = {name: info.defaults[name] for name in ("height", "width") if name in info.defaults}

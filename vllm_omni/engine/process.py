@@ -1,8 +1,8 @@
 """The engine process: `python -m vllm_omni.engine.process FD`, started by `ProcessEngineClient` and by nobody else.
 
-FD is one end of a socket pair that the front end made: no name, no file, nobody else can connect, and its end is seen
-by the other side at once, whichever way a process ends. A thread reads, another writes, a third tells that the process
-lives; the main thread runs the steps.
+FD is one end of a socket pair that the front end made: no name, no file, nobody else can connect, and each side sees at
+once that the other has ended, however it did. One thread reads, another writes, a third sends heartbeats; the main
+thread runs the steps.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from vllm_omni.engine.wire import (
 )
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.logger import init_logger, log_as_json
+from vllm_omni.outputs import OmniRequestOutput
 
 logger = init_logger("vllm_omni.engine.process")  # `__name__` is "__main__" here
 
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
     from vllm_omni.engine.interface import ModelInfo
     from vllm_omni.engine.loop import EngineLoop
 
-MAX_BACKLOG = 256  # events not read yet; beyond, progress is not told
+MAX_BACKLOG = 256  # events not read yet; beyond, no progress is sent
 FLUSH_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
@@ -54,7 +55,7 @@ class Link:
     """The engine's end of the socket: commands into a queue, events out of one. A wrong frame costs itself alone."""
 
     def __init__(self, end: socket.socket, lost: Callable[[], None]) -> None:
-        """`lost` is called in the reading thread where the other side is gone."""
+        """`lost` is called in a thread of the link when the other side is gone."""
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._end, self._lost = end, lost
         self._events: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -68,21 +69,12 @@ class Link:
             event = Outputs([output for output in event.outputs if output.finished])
         try:
             self._events.put(encode(event))
-        except InvalidValueError as error:
+        except InvalidValueError as error:  # e.g. a result too long to send: its request alone fails
             if not isinstance(event, Outputs):
                 raise
-            for output in event.outputs:  # e.g. a result too long to send: its request fails, the rest is told
-                self._send_one(output, error)
-
-    def _send_one(self, output: object, error: InvalidValueError) -> None:
-        from vllm_omni.outputs import OmniRequestOutput
-
-        assert isinstance(output, OmniRequestOutput)
-        try:
-            self._events.put(encode(Outputs([output])))
-        except InvalidValueError:
-            failed = OmniError(f"the result could not be sent: {error}")
-            self._events.put(encode(Outputs([OmniRequestOutput(output.request_id, error=failed)])))
+            for output in event.outputs:
+                failed = OmniRequestOutput(output.request_id, error=OmniError(f"the result could not be sent: {error}"))
+                self.send(Outputs([output if len(event.outputs) > 1 else failed]))
 
     def close(self) -> None:
         """Send what waits, if the other side reads it."""
@@ -143,7 +135,7 @@ class Link:
 
 
 def beat(link: Link, every_s: float, turn_began: Callable[[], float | None], parent: int) -> None:
-    """Tell that the process lives, and how long its loop has been in the present turn; end with the parent."""
+    """Send heartbeats, with the time that the loop has spent in its present turn; end with the parent."""
     while True:
         time.sleep(every_s)
         if os.getppid() != parent:
@@ -153,7 +145,7 @@ def beat(link: Link, every_s: float, turn_began: Callable[[], float | None], par
 
 
 def _load(start: Start, link: Link) -> tuple[EngineLoop, ModelInfo]:
-    """The loop, ready to serve; OmniError where the model is wrong, before anything heavy is imported if that shows."""
+    """The loop, ready to serve; OmniError if the model is wrong, if possible before anything heavy is imported."""
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.loader import resolve_model
 
@@ -178,11 +170,11 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, ModelInfo]:
 
 
 def main() -> int:
-    """Load, say so, and serve until told to stop or alone."""
+    """Load, report it, and serve until Close or until the front end is gone."""
     parent = os.getppid()
-    if sys.platform == "linux":  # also where a stopped process could not see that its socket has closed
+    if sys.platform == "linux":  # also while a stopped process cannot see that its socket has closed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager tells all; the front end decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager signals all; the front end decides
         signal.signal(number, signal.SIG_IGN)
     link = Link(socket.socket(fileno=int(sys.argv[1])), lambda: os._exit(1))
     start = link.commands.get()
@@ -196,7 +188,7 @@ def main() -> int:
 
     try:
         loop, info = _load(start, link)
-    except OmniError as error:  # whoever started this process says so
+    except OmniError as error:  # the front end shows it
         link.send(StartFailed(error))
         link.close()
         return 1

@@ -1,4 +1,4 @@
-"""What crosses between a front end and its engine process: msgpack of typed messages in frames of limited length.
+"""The messages between a front end and its engine process: msgpack of typed structs in frames of limited length.
 
 Nothing here can make an object that is not listed: a frame is one of the messages below, pictures are raw pixels,
 arrays are dtype, shape and bytes, errors are a name of `vllm_omni/errors.py` and a text. Knows no engine, no asyncio.
@@ -29,7 +29,7 @@ _ATTRIBUTES = ("field", "value", "waiting", "retry_after_s")  # of our errors, b
 
 
 class Start(Struct, tag=True):
-    """To the engine, first of all: what to load."""
+    """The first message to the engine: what to load."""
 
     engine_args: dict[str, Any]
     warmup: bool
@@ -57,7 +57,7 @@ class Close(Struct, tag=True):
 
 
 class Loaded(Struct, tag=True):
-    """From the engine: it can serve."""
+    """The engine can serve."""
 
     info: ModelInfo
 
@@ -67,7 +67,7 @@ class StartFailed(Struct, tag=True):
 
 
 class Refused(Struct, tag=True):
-    """A request that never began."""
+    """A request was refused before it began."""
 
     request_id: str
     error: Exception
@@ -112,7 +112,7 @@ EngineEvent = Loaded | StartFailed | Refused | Outputs | Report | Heartbeat
 
 
 def given_parameters(params: OmniDiffusionSamplingParams) -> dict[str, Any]:
-    """What somebody set of a request's parameters, as an `Add` carries it."""
+    """The parameters that were set, as an `Add` carries them."""
     given = {name: value for name, value in params if value is not None}
     if params.lora_request:
         given["lora_request"] = [{"name": name, "scale": scale} for name, scale in params.lora_request]
@@ -156,7 +156,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes | bytearray) -> A
 
 
 def _encode_other(value: Any) -> Any:
-    """What msgpack has no word for; classes are compared by what is loaded already, so that nothing heavy is."""
+    """Encode what msgpack has no type for; classes are looked up among loaded modules: nothing heavy is imported."""
     if isinstance(value, Exception):
         return _error_as_dict(value)
     for module, name, as_ext in (
@@ -235,17 +235,20 @@ def _as_array(name: str, shape: tuple[int, ...], content: bytes, torch_too: bool
 
 
 def _error_as_dict(error: Exception) -> dict[str, Any]:
-    """Our own errors with their text. Of any other the class alone: its text may hold paths and addresses."""
+    """Encode our own errors with their text, of any other the class alone: its text may hold paths and addresses."""
     if not isinstance(error, OmniError):
         text = f"{type(error).__name__} while the request ran; the engine's log has the details"
         return {"kind": "OmniError", "text": text}
     known = next(kind.__name__ for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind)
-    given = {name: _plain(value) for name, value in vars(error).items() if name in _ATTRIBUTES}
-    return {"kind": known, "text": str(error).encode(errors="backslashreplace").decode()} | given
+    given = {name: _sendable(value) for name, value in vars(error).items() if name in _ATTRIBUTES}
+    return {"kind": known, "text": _sendable(str(error))} | given
 
 
-def _plain(value: Any) -> Any:
-    return value if value is None or (isinstance(value, bool | int | float | str) and len(str(value)) < 200) else None
+def _sendable(value: Any) -> Any:
+    """The short text or number that an attribute of ours is; msgpack's integers end at 64 bits, its text at UTF-8."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    return str(value) if isinstance(value, int) and value.bit_length() > 63 else value
 
 
 def _decode_custom(kind: type, value: Any) -> Any:

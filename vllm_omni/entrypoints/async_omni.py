@@ -94,7 +94,7 @@ class AsyncOmni:
 
 
 def _drive(loop: EngineLoop, requests: InFlight) -> None:
-    """The thread. Whatever ends it, nobody waits any longer, and whoever asks later is told."""
+    """Run the loop. Whatever ends it, every request ends with it, and every later one is refused."""
     over: OmniError = EngineClosedError("the engine is closed")
     try:
         loop.run()

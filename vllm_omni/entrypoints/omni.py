@@ -151,8 +151,7 @@ def engine_over(pipe: Any, defaults: dict[str, Any] | None, engine_args: dict[st
 def _interrupted_between_steps() -> Iterator[Callable[[], None]]:
     """Hold Ctrl-C back until the function that this yields is called: a step that is cut short leaves half its work.
 
-    A second Ctrl-C is not held back. Elsewhere than in the main thread, where Python runs no handlers, there is nothing
-    to hold back.
+    A second Ctrl-C is not held back. Python runs handlers in the main thread alone: in any other, nothing is held back.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):
