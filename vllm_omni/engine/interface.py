@@ -80,7 +80,7 @@ class EngineClient(Protocol):
         """
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
-        """End requests within one step; their iterators return an output whose error says so. Unknown ids are ignored."""
+        """End requests within one step, each with an output whose error says so. Unknown ids are ignored."""
 
     async def check_health(self) -> None:
         """Raise EngineDeadError unless the engine answers within a few seconds."""
