@@ -239,6 +239,7 @@ def test_public_names_exist() -> None:
     python(code)
 
 
+@pytest.mark.slow
 def test_core_runs_without_vllm() -> None:
     core = [name for name in NAMES if name.startswith("vllm_omni.diffusion")]
     code = f"""

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from lanes import lane
 from pipelines import CURVE, DEFAULTS, BlockCounter, embeds, negative, tiny_flux
 from stepping import add, distance, drain
 
@@ -49,7 +50,7 @@ def mixed_requests(latent: bool) -> list[Params]:
     ]
 
 
-@pytest.mark.parametrize("latent", [True, False])
+@pytest.mark.parametrize("latent", lane([True, False], lambda latent: latent))
 def test_isolation_on_the_demo_model(demo: Omni, latent: bool) -> None:
     """Requests that join and leave one batch at different steps, one aborted, one failing: each equals its solo run."""
     params = mixed_requests(latent)
@@ -332,6 +333,7 @@ with Omni("demo", dtype="float32") as omni:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="another allocator")
 def test_a_forward_finds_the_memory_of_the_last_one() -> None:
     """In a process of its own, as the allocator's settings are a process's: page faults of a batch of 16, run again."""

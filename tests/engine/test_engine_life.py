@@ -29,6 +29,7 @@ from vllm_omni.errors import (
 one_loop = pytest.mark.asyncio(loop_scope="module")
 
 
+@pytest.mark.slow
 @one_loop
 async def test_a_killed_and_a_hung_engine_are_replaced_twice_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
     """By a signal, by standing still, and at last by a step that takes too long."""
@@ -113,6 +114,7 @@ async def test_what_cannot_be_loaded_is_said_once_and_leaves_nothing(
     assert process.poll() is not None
 
 
+@pytest.mark.slow
 async def test_a_process_that_was_launched_before_is_the_first_engine() -> None:
     launch = launch_engine(ARGS, warmup=False)
     async with ProcessEngineClient(ARGS, warmup=False, launch=launch) as client:

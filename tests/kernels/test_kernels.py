@@ -131,6 +131,7 @@ def test_bookkeeping_of_a_computed_step_takes_one_residual() -> None:
         assert 0 < most <= kept.nbytes + 4 * 512 + 4096, (keep, most, kept.nbytes)  # and one number per token
 
 
+@pytest.mark.slow
 def test_cuda_source_compiles(tmp_path) -> None:
     nvcc = shutil.which("nvcc")
     if nvcc is None:
