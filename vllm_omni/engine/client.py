@@ -11,7 +11,7 @@ from typing import Any, Self
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.engine.in_flight import InFlight, InFlightRequest, Item
 from vllm_omni.engine.interface import EngineStats, ModelInfo
-from vllm_omni.engine.ledger import Ledger, Work, outcome
+from vllm_omni.engine.ledger import Ledger, RequestSize, outcome
 from vllm_omni.engine.supervisor import EngineProcess, Launch, Restarts
 from vllm_omni.engine.wire import Abort, Add, EngineEvent, Loaded, Report, Start, StartFailed, encode, given_parameters
 from vllm_omni.errors import (
@@ -141,7 +141,7 @@ class ProcessEngineClient:
             raise EngineDeadError("the engine process does not answer")
 
     async def stats(self) -> EngineStats:
-        stats = self._ledger.stats(self._requests.work)
+        stats = self._ledger.stats(self._requests.sizes)
         return replace(stats, max_num_seqs=self._max_num_seqs, restarts=self._restarts.count)
 
     async def drain(self, timeout_s: float) -> None:
@@ -182,7 +182,7 @@ class ProcessEngineClient:
             raise EngineDrainingError("the engine is shutting down and takes no new requests")
         if not self._loaded:
             raise self._unavailable()
-        others = self._requests.work[:-1]
+        others = self._requests.sizes[:-1]
         if len(others) >= self._limit:
             raise QueueFullError(len(others) - self._max_num_seqs, self._ledger.retry_after_s(others))
         if not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
@@ -199,7 +199,7 @@ class ProcessEngineClient:
         defaults = self.info.defaults
         height, width = (given.get(name) or defaults.get(name) or 0 for name in ("height", "width"))
         steps = given.get("num_inference_steps") or defaults.get("num_inference_steps") or 50
-        request.work = Work(height * width, steps * params.num_outputs_per_prompt)
+        request.size = RequestSize(height * width, steps * params.num_outputs_per_prompt)
         assert self._engine is not None
         self._engine.send(frame)
         self._empty.clear()

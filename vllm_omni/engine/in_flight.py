@@ -11,7 +11,7 @@ from contextlib import ExitStack, suppress
 from itertools import count
 from typing import Any
 
-from vllm_omni.engine.ledger import Work
+from vllm_omni.engine.ledger import RequestSize
 from vllm_omni.engine.wire import EngineEvent, Outputs, Refused
 from vllm_omni.errors import EngineDeadError, InvalidValueError, OmniError
 from vllm_omni.outputs import OmniRequestOutput
@@ -25,7 +25,7 @@ class InFlightRequest:
 
     def __init__(self, request_id: str, engine_id: str, prompt: Any) -> None:
         self.request_id, self.engine_id, self.prompt = request_id, engine_id, prompt
-        self.work = Work(0, 0)
+        self.size = RequestSize(0, 0)
         self.items: asyncio.Queue[Item] = asyncio.Queue()
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
 
@@ -66,9 +66,9 @@ class InFlight:
         return iter(list(self._requests))
 
     @property
-    def work(self) -> list[Work]:
-        """The work of every request, oldest first."""
-        return [request.work for request in list(self._requests.values())]
+    def sizes(self) -> list[RequestSize]:
+        """The size of every request, oldest first."""
+        return [request.size for request in list(self._requests.values())]
 
     async def stream(
         self, request_id: str, prompt: Any, begin: Callable[[InFlightRequest], None]

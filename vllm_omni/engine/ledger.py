@@ -27,7 +27,7 @@ _COUNTERS = (
 
 
 @dataclass(frozen=True)
-class Work:
+class RequestSize:
     """The size of a request, as far as it is known before the engine has seen it."""
 
     pixels: int
@@ -55,7 +55,7 @@ class Ledger:
         """Note that nothing is in flight: there is room for whoever comes back."""
         self._promised = 0.0
 
-    def stats(self, in_flight: Collection[Work]) -> EngineStats:
+    def stats(self, in_flight: Collection[RequestSize]) -> EngineStats:
         """Counters since the beginning, gauges as of the last report, bounded by what is in flight."""
         running = min(self._stats.running, len(in_flight))
         return replace(
@@ -67,13 +67,13 @@ class Ledger:
             queued_cost_s=self._queued_cost(in_flight),
         )
 
-    def retry_after_s(self, in_flight: Collection[Work]) -> float:
+    def retry_after_s(self, in_flight: Collection[RequestSize]) -> float:
         """Seconds until there should be room for one more that is refused now, at least one."""
         now, queued = time.monotonic(), self._queued_cost(in_flight)
         self._promised = cost.come_back(now, self._promised, queued / max(1, len(in_flight)), queued)
         return max(1.0, self._promised - now)
 
-    def _queued_cost(self, in_flight: Collection[Work]) -> float:
+    def _queued_cost(self, in_flight: Collection[RequestSize]) -> float:
         """Planned seconds of all that is in flight: as last reported, and of what the engine had not seen then."""
         if not in_flight:
             return 0.0

@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from vllm_omni.engine.malloc import keep_freed_memory
 from vllm_omni.engine.wire import (
     HEADER,
     MAX_FRAME_BYTES,
@@ -153,14 +152,12 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, ModelInfo]:
     resolve_model(config.model)
     gc.disable()  # what is imported and loaded stays: looking through it again and again is a seventh of the start
 
-    import torch
-
     from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
     from vllm_omni.engine.describe import describe
     from vllm_omni.engine.loop import EngineLoop, warm_up
+    from vllm_omni.engine.malloc import keep_freed_memory
 
-    if not torch.cuda.is_available():
-        keep_freed_memory()
+    keep_freed_memory()
     engine = DiffusionEngine(config)
     loop = EngineLoop(engine, link.commands, link.send)
     tokens = warm_up(engine, describe(engine, {}), loop.costs) if start.warmup else {}
