@@ -92,6 +92,7 @@ def test_every_promise_is_kept_in_one_mixed_batch(tiny: Omni) -> None:
     check_batch(tiny, [embeds(i) for i in range(len(asked))], asked, forwards)
 
 
+@pytest.mark.slow
 def test_promises_on_the_demo(demo: Omni) -> None:
     caches: list[tuple[Any, int, int | None]] = [
         ({"nfe": 14}, 28, 14),
@@ -107,6 +108,7 @@ def test_promises_on_the_demo(demo: Omni) -> None:
     check_batch(demo, prompts, asked, [nfe for _, _, nfe in caches])
 
 
+@pytest.mark.slow
 def test_a_promise_beats_the_same_number_of_steps_and_of_threshold_forwards(demo: Omni) -> None:
     prompts = ["red apple", "penguin", "rocket", "banana"]
 
@@ -121,6 +123,7 @@ def test_a_promise_beats_the_same_number_of_steps_and_of_threshold_forwards(demo
     assert error < 0.4 * (fewer - exact).norm() and error < 0.7 * (rule - exact).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "least_db"), [(10, 60.0), (20, 74.0), (50, 74.0)])
 def test_the_profile_of_28_steps_at_other_step_counts(demo: Omni, steps: int, least_db: float) -> None:
     """Half of the steps, as promised, and as near as docs/quality.md says (means there: 63.7, 83.6 and 79.3 dB)."""

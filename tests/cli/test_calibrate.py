@@ -32,6 +32,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_profile_says_where_it_comes_from(made: Path) -> None:
     profile = load_profile(made)
     said = profile.provenance
@@ -49,6 +50,7 @@ def test_the_profile_says_where_it_comes_from(made: Path) -> None:
     assert made.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_auto_was_judged_on_the_prompts_between(made: Path) -> None:
     profile = load_profile(made)
     judged = profile.provenance["held_out"]

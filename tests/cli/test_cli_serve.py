@@ -30,6 +30,7 @@ def run(words: Sequence[str | Path], path: Path = ROOT) -> subprocess.CompletedP
     return subprocess.run([*map(str, words)], capture_output=True, text=True, timeout=240, env=environment)
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_vllm_hands_over_with_omni() -> None:
     ran = run([VLLM, "serve", "demo", "--omni", "--cache-backend", "magcahce"])
@@ -92,6 +93,7 @@ def test_keys_are_not_in_ps(words: str, shown: str) -> None:
     assert ran.stdout.strip().endswith(" serve demo --ui"), ran.stdout + ran.stderr
 
 
+@pytest.mark.slow
 @needs_vllm
 @needs_plugin
 def test_vllm_hands_over_without_omni() -> None:
@@ -100,6 +102,7 @@ def test_vllm_hands_over_without_omni() -> None:
     assert "vllm-omni serve: cache_backend must be one of" in ran.stderr
 
 
+@pytest.mark.slow
 @needs_vllm
 def test_vllm_keeps_what_is_its_own() -> None:
     ran = run([VLLM, "--version"])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Family
+from lanes import lane, one_of_a_kind
 from paths import ROOT
 from pipelines import Blocks, embeds, tiny_flux
 
@@ -36,7 +37,7 @@ def backend_on(pipeline: Any, mask: list[int]) -> MagCacheBackend:
     return backend
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", lane(FAMILIES, one_of_a_kind), ids=lambda f: f.name)
 def test_a_family_on_a_plain_pipeline(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = family.build()
     blocks = Blocks(pipeline)
@@ -67,7 +68,7 @@ def test_a_family_on_a_plain_pipeline(family: Family, monkeypatch: pytest.Monkey
     assert torch.equal(latents_of(family, pipeline), plain)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", lane(FAMILIES, one_of_a_kind), ids=lambda f: f.name)
 def test_a_mixed_batch_equals_each_request_alone(family: Family) -> None:
     pipeline = family.build()
     plain = latents_of(family, pipeline)
@@ -186,5 +187,6 @@ def test_a_class_without_an_entry_is_served_uncached(
         Omni.from_pipe(pipeline, cache_backend="magcache", cache_config={"steps_mask": MASK})
 
 
+@pytest.mark.slow
 def test_the_table_of_models_is_in_step() -> None:
     subprocess.run([sys.executable, str(ROOT / "tools" / "models_table.py"), "--check"], cwd=ROOT, check=True)

@@ -1,4 +1,4 @@
-"""What was loaded, in plain values: read from a pipeline once, so that a front end need not load one."""
+"""A loaded model in plain values, read from its pipeline once, so that a front end need not load one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vllm_omni.diffusion.worker.preview import can_preview
 from vllm_omni.engine.interface import ModelInfo
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-_TOLD = (
+_DEFAULTS = (
     "num_inference_steps",
     "height",
     "width",
@@ -55,7 +55,7 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
 
 
 def _side(pipeline: Any, denoisers: Mapping[str, Any]) -> int:
-    """Pixels of a token's side in a video: what the VAE packs, times the patch; an image pipeline tells its own."""
+    """Pixels of a token's side in a video: what the VAE packs, times the patch; an image pipeline knows its own."""
     patch = next((module.config.get("patch_size") for module in denoisers.values()), None)
     sides = patch if isinstance(patch, list | tuple) else (patch or 1,)
     return _first(pipeline, _SPATIAL) * int(sides[-1])
@@ -65,18 +65,18 @@ def _first(pipeline: Any, names: tuple[str, ...]) -> int:
     return next((int(vars(pipeline)[name]) for name in names if name in vars(pipeline)), 1)
 
 
-def _defaults(pipeline: Any, signature: Any, told: dict[str, Any]) -> dict[str, Any]:
-    """The model's own words, then its pipeline's signature, then the size its latents were made for."""
+def _defaults(pipeline: Any, signature: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The model's own defaults, then the size its latents were made for, then its pipeline's signature."""
     values = {
         name: signature[name].default
-        for name in _TOLD
+        for name in _DEFAULTS
         if name in signature and isinstance(signature[name].default, int | float)
     }
     attributes = vars(pipeline)
     sample, scale = attributes.get("default_sample_size"), attributes.get("vae_scale_factor")
     if isinstance(sample, int) and isinstance(scale, int):
         values |= {name: sample * scale for name in ("height", "width") if name in signature}
-    return values | {name: value for name, value in told.items() if isinstance(value, int | float | str)}
+    return values | {name: value for name, value in given.items() if isinstance(value, int | float | str)}
 
 
 def _cache(engine: DiffusionEngine) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from vllm_omni.diffusion.denoiser.specs import denoisers_of
 from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
-from vllm_omni.diffusion.worker.malloc import keep_freed_memory
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.errors import InvalidValueError
@@ -46,7 +45,6 @@ class DiffusionWorker:
         self.pipeline = pipeline
         for module in denoisers_of(pipeline).values():
             refuse_other_caches(module)
-        keep_freed_memory()
         self.runner = ModelRunner(pipeline, self.config.lora_modules)
         self.arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
         if self.default_cache is not None:
