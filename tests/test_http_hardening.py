@@ -44,7 +44,7 @@ def server() -> Iterator[Running]:
 @pytest.fixture(scope="module")
 def other() -> Iterator[Running]:
     """A second process of the same model, behind a proxy's path and a key."""
-    with serve(api_keys=("k",), root_path="/api", warmup=False) as running:
+    with serve(api_key=("k",), root_path="/api", warmup=False) as running:
         yield running
 
 

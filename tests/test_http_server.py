@@ -52,7 +52,7 @@ URL = "/v1/images/generations"
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Running]:
-    with serve(api_keys=(KEY,), ui=True, max_body_mb=2, max_queued_requests=2) as running:
+    with serve(api_key=(KEY,), ui=True, max_body_mb=2, max_queued_requests=2) as running:
         yield running
 
 
