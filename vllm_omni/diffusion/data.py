@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vllm_omni.diffusion.settings import Settings
-from vllm_omni.errors import InvalidValueError, check_keys
+from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 
 PredictorName = Literal[
     "reuse", "gamma", "linear", "damped", "mean", "newton", "chebyshev", "normed", "gram", "affine", "affine3"
@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # settings of the threshold rule, where 
 PROMISES = ("nfe", "speedup", "seconds")
 RULE = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio")
 MAX_MASK = 10_000
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DEVICES = ("cpu", "cuda", "xpu", "mps", "npu", "hpu", "mtia", "xla")  # kinds that torch knows
 
 
 def as_curve(field: str, value: Any) -> tuple[float, ...] | None:
@@ -185,6 +185,13 @@ class OmniDiffusionConfig(Settings):
         if value is None or isinstance(value, DiffusionCacheConfig):
             return value
         return DiffusionCacheConfig.from_dict(value)
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str | None) -> str | None:
+        if value is not None and value.partition(":")[0] not in DEVICES:
+            raise UnknownChoiceError("device", value, DEVICES, ", with an index if need be, e.g. 'cuda:1'")
+        return value
 
     @field_validator("dtype", mode="before")
     @classmethod

@@ -53,9 +53,10 @@ def add_parser(commands: Any, summary: str) -> None:
 def run(args: argparse.Namespace) -> int:
     """Draw, measure, write and print; the last line is JSON."""
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # it logs a dozen lines for each pipeline
+    plan = plan_of(args)
+
     from vllm_omni.quality import jobs
 
-    plan = plan_of(args)
     print(f"{args.model}: {len(plan.pairs)} pairs, {' and '.join(map(str, plan.steps))} steps", flush=True)
     outcome = jobs.run(plan)
     summary = write(plan, outcome, Path(args.out))
@@ -66,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
 def plan_of(args: argparse.Namespace) -> Any:
     """The options, checked before anything loads. InvalidValueError names what cannot be used."""
     config = OmniDiffusionConfig(**engine_args(args))
-    resolve_model(args.model)
     for steps in args.steps:
         if steps < 2:
             raise InvalidValueError("--steps", steps, "must be at least 2")
@@ -77,6 +77,7 @@ def plan_of(args: argparse.Namespace) -> Any:
         request_choice(entry, None)
     seed = HELD_OUT_SEED if args.seed is None else args.seed
     pairs = held_out(args.model, args.pairs, None if args.prompts is None else Path(args.prompts), seed)
+    resolve_model(args.model)
     arguments = call_arguments(args)
 
     from vllm_omni.quality.bench import Model  # with torch: what is wrong above shows before seconds of imports
