@@ -57,13 +57,13 @@ def given(args: argparse.Namespace, owner: type[Settings]) -> dict[str, Any]:
 
 
 @contextmanager
-def named_by_flag(*owners: type[Settings]) -> Iterator[None]:
-    """An error about a field of `owners` names its flag instead."""
+def named_by_flag(*owners: type[Settings], **flags: str) -> Iterator[None]:
+    """Let an error about a field of `owners` name its flag instead; `flags` has those with a name of their own."""
     try:
         yield
     except InvalidValueError as error:
         if any(error.field in owner.model_fields for owner in owners):
-            raise error.named(flag_of(error.field)) from None
+            raise error.named(flags.get(error.field) or flag_of(error.field)) from None
         raise
 
 

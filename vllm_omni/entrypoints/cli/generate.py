@@ -10,7 +10,7 @@ from typing import Any
 from vllm_omni.diffusion.data import PRESETS
 from vllm_omni.diffusion.loader import resolve_model
 from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
-from vllm_omni.entrypoints.cli.flags import command_parser
+from vllm_omni.entrypoints.cli.flags import command_parser, named_by_flag
 from vllm_omni.errors import UnknownChoiceError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, check_text
 from vllm_omni.outputs import OmniRequestOutput
@@ -78,18 +78,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _parameters(args: argparse.Namespace, index: int, adapters: tuple[str, ...]) -> OmniDiffusionSamplingParams:
     """What the prompt at `index` is drawn with."""
-    return OmniDiffusionSamplingParams(
-        **call_arguments(args),
-        seed=None if args.seed is None else args.seed + index,
-        true_cfg_scale=args.true_cfg_scale,
-        negative_prompt=args.negative_prompt,
-        num_outputs_per_prompt=args.num_outputs_per_prompt,
-        strength=args.strength,
-        num_frames=args.num_frames,
-        fps=args.fps,
-        cache=args.cache,
-        lora_request=tuple((name, args.lora_scale) for name in adapters) or None,
-    )
+    with named_by_flag(OmniDiffusionSamplingParams, num_inference_steps="--steps", width="--size", height="--size"):
+        return OmniDiffusionSamplingParams(
+            **call_arguments(args),
+            seed=None if args.seed is None else args.seed + index,
+            true_cfg_scale=args.true_cfg_scale,
+            negative_prompt=args.negative_prompt,
+            num_outputs_per_prompt=args.num_outputs_per_prompt,
+            strength=args.strength,
+            num_frames=args.num_frames,
+            fps=args.fps,
+            cache=args.cache,
+            lora_request=tuple((name, args.lora_scale) for name in adapters) or None,
+        )
 
 
 def _slug(prompt: str) -> str:

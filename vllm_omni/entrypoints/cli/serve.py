@@ -89,7 +89,7 @@ def _described(make: Callable[..., argparse.ArgumentParser]) -> argparse.Argumen
     parser = make(prog="vllm serve", usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("model", metavar="MODEL", help=MODEL)
     parser.add_argument("--omni", action="store_true", help="tells vLLM that this is a diffusion model")
-    _add_own(parser)
+    add_own_flags(parser)
     return parser
 
 
@@ -118,7 +118,7 @@ def refuse_early(words: Sequence[str]) -> ServeConfig | None:
     What our flags say; None if they may not be all, or if nothing will be served.
     """
     parser = argparse.ArgumentParser(prog="vllm serve", usage=USAGE, add_help=False, allow_abbrev=False)
-    _add_own(parser)
+    add_own_flags(parser)
     for name in ("host", "uds"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--port", type=int)
@@ -144,7 +144,7 @@ def _check_port(host: str, port: int) -> None:
         raise InvalidValueError("--port", f"{host}:{port}", f"cannot be used ({error.strerror})") from None
 
 
-def _add_own(parser: argparse.ArgumentParser) -> None:
+def add_own_flags(parser: argparse.ArgumentParser) -> None:
     engine = parser.add_argument_group("engine", "The model, its cache and its batch.")
     add_flags(engine, ServeConfig, "served_model_name")
     add_engine_flags(engine)
