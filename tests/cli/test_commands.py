@@ -47,6 +47,8 @@ WRONG = [
     ("generate demo x --cache balancd", "--cache must be one of 'auto'", "did you mean 'balanced'?"),
     ("generate demo x --dtype bfloat61", "--dtype must be one of 'auto'", "did you mean 'bfloat16'?"),
     ("generate demo x --device cdua:1", "--device must be one of 'cpu'", "did you mean 'cuda'?"),
+    ("generate demo x --cache-backnd magcache", "--cache-backnd is not a flag", "did you mean '--cache-backend'?"),
+    ("quality demo more", "'more' has no meaning here", ""),
     ("generate demo x --size 64", "--size must be WIDTHxHEIGHT", ""),
     ("generate demo x --steps 0", "--steps should be greater than or equal to 1, got 0", ""),
     ("generate demo x --max-num-seqs 0", "--max-num-seqs should be greater than or equal to 1, got 0", ""),

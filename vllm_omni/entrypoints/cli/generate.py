@@ -26,7 +26,7 @@ EXAMPLES = """
 """
 
 
-def add_parser(commands: Any, summary: str) -> None:
+def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     """Add the command with its options."""
     parser = command_parser(commands, "generate", summary, DESCRIPTION, EXAMPLES)
     add_model(parser)
@@ -50,6 +50,7 @@ def add_parser(commands: Any, summary: str) -> None:
     add("--video-format", choices=VIDEO_FORMATS, default="mp4", help="file format (default: mp4)")
     add("--lora", action="append", default=[], metavar="FILE", help="adapter, .safetensors; again for several")
     add("--lora-scale", type=float, default=1.0, metavar="N", help="scale of the adapters (default: 1)")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:

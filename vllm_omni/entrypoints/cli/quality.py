@@ -29,7 +29,7 @@ LEGEND = """PSNR in dB and SSIM to the uncached picture. NFE: full forwards. Wor
 forwards. × ideal: uncached work over work. × measured: one picture alone, time uncached over time."""
 
 
-def add_parser(commands: Any, summary: str) -> None:
+def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     """Add the command with its options."""
     parser = command_parser(commands, "quality", summary, DESCRIPTION, EXAMPLES)
     add = parser.add_argument
@@ -48,6 +48,7 @@ def add_parser(commands: Any, summary: str) -> None:
     add("--processes", type=int, metavar="N", help=processes)
     add("--out", default="outputs/quality", metavar="FOLDER", help="of the report (default: outputs/quality)")
     add_engine_flags(parser, "dtype", "device")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
