@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
             "vllm_omni",
             "vllm_omni.__main__",
             "vllm_omni.entrypoints",
+            "vllm_omni.bench",
             "vllm_omni.quality",
             "vllm_omni.assets",
             "vllm_omni.plugin",

@@ -13,7 +13,8 @@ from commands import refused, run
 from paths import ROOT
 
 from vllm_omni import plugin
-from vllm_omni.entrypoints.cli import serve_flags
+from vllm_omni.entrypoints.cli import bench, serve_flags
+from vllm_omni.entrypoints.cli.flags import flags_of
 from vllm_omni.entrypoints.cli.values import cache_settings
 from vllm_omni.errors import InvalidValueError
 
@@ -94,21 +95,22 @@ def test_vllm_keeps_what_is_its_own() -> None:
 
 @needs_vllm
 def test_flags_in_the_docs_exist() -> None:
+    def named(text: str) -> set[str]:
+        return set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text))
+
+    serving, _, load = (ROOT / "docs" / "serving.md").read_text().partition("## Load")
     told = argparse.ArgumentParser.format_help(serve_flags.build_parser())  # all of it: vLLM's own is cut short
-    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", told)) | {
-        "--help",
-        "--config",
-    }  # vLLM's parser takes that one before
-    docs = (ROOT / "docs" / "serving.md").read_text().partition("## Flags of other servers")[0]
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", docs))
-    assert len(named) > 5 and named <= flags, named - flags
+    asked, known = named(serving), named(told) | {"--help", "--config"}  # vLLM's parser takes that one before
+    assert len(asked) > 5 and asked <= known, asked - known
+    commands = argparse.ArgumentParser().add_subparsers()
+    asked = named(load.partition("## Flags of other servers")[0])
+    known = flags_of(bench.add_parser(commands, ""))
+    assert len(asked) > 5 and asked <= known, asked - known
 
 
 @needs_vllm
 def test_where_the_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line, else a file, else the environment, as vLLM has it; a blank variable is no key."""
-    from vllm_omni.entrypoints.cli import serve_flags
-
     file = tmp_path / "serve.yaml"
     file.write_text("api-key: [from-file]\nmax-n: 3\n")
 

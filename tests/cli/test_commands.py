@@ -12,7 +12,7 @@ from vllm_omni.entrypoints.cli.main import COMMANDS, main
 
 def test_omni_with_another_command_is_explained() -> None:
     code = "import sys; from vllm_omni.entrypoints.cli.main import main; sys.exit(main())"
-    ran = run([sys.executable, "-c", code, "bench", "serve", "--omni"])
+    ran = run([sys.executable, "-c", code, "chat", "--omni"])
     assert ran.returncode == 2
     assert "leave --omni out" in ran.stderr
 

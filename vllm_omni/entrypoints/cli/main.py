@@ -16,6 +16,7 @@ COMMANDS = {  # a module's name and the first line of its help; the module has `
     "serve": "Serve a model behind the OpenAI API for images and videos.",
     "generate": "Draw prompts (and pictures) to PNG or video files, and print a table.",
     "calibrate": "Measure a model into a profile, from which the cache plans its steps.",
+    "bench": "Put load on a running server, and print throughput, latency and errors.",
     "quality": "Compare cached with uncached pictures: tables, a chart, a sheet.",
 }
 EXAMPLES = """examples:
