@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import zip_longest
 from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from vllm_omni.errors import InvalidValueError, check_keys
+from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 from vllm_omni.settings import Settings
 
 PredictorName = Literal[
     "reuse", "gamma", "linear", "damped", "mean", "newton", "chebyshev", "normed", "gram", "affine", "affine3"
 ]
-BACKENDS = ("magcache", "easycache", "seacache", "teacache", "fbcache", "cachedit")
+ENGINE_BACKENDS = ("magcache", "easycache", "seacache", "teacache", "fbcache")  # those with a state per request
+BACKENDS = (*ENGINE_BACKENDS, "cachedit")
 BUDGETS = ("nfe", "speedup", "seconds")
 MAX_MASK = 10_000
 
@@ -242,9 +242,17 @@ def canonical_name(name: str) -> str:
     """`magcache` for `mag_cache`, `MagCache` and `mag-cache`; InvalidValueError (a ValueError) lists the choices."""
     plain = str(name).lower().replace("_", "").replace("-", "")
     if plain not in BACKENDS:
-        close = get_close_matches(plain, BACKENDS, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise InvalidValueError("cache_backend", name, f"must be one of 'none', {', '.join(map(repr, BACKENDS))}{hint}")
+        raise UnknownChoiceError("cache_backend", name, ("none", *ENGINE_BACKENDS))
+    return plain
+
+
+def engine_backend(name: str | None) -> str:
+    """`name` as the engine takes it: the canonical name of a backend with a state per request, or "none"."""
+    if name is None or name.lower() == "none":
+        return "none"
+    if (plain := canonical_name(name)) not in ENGINE_BACKENDS:
+        fix = "keeps one state per model and cannot serve requests; take 'fbcache', the same rule per request"
+        raise InvalidValueError("cache_backend", name, fix)
     return plain
 
 
