@@ -8,6 +8,7 @@ config of a watched scheduler is an ordinary scheduler.
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import types
 from collections.abc import Callable
@@ -221,9 +222,7 @@ def _watched_class(scheduler_class: type) -> type:
         return result
 
     def reduce(self: Any, protocol: Any) -> Any:
-        made, (own, *rest), *state = super(watched, self).__reduce_ex__(protocol)  # type: ignore[arg-type,misc]
-        own = scheduler_class if own is type(self) else own
-        return made, (own, *rest), *state
+        return copyreg._reconstructor, (scheduler_class, object, None), vars(self)  # type: ignore[attr-defined]
 
     methods = {
         "set_timesteps": functools.wraps(scheduler_class.set_timesteps)(set_timesteps),  # type: ignore[attr-defined]
@@ -232,8 +231,7 @@ def _watched_class(scheduler_class: type) -> type:
         "__module__": scheduler_class.__module__,
         "__qualname__": scheduler_class.__qualname__,
     }
-    watched = type(scheduler_class.__name__, (scheduler_class,), methods)
-    return watched
+    return type(scheduler_class.__name__, (scheduler_class,), methods)
 
 
 class _PatchedMethod:
