@@ -53,6 +53,7 @@ class StepTracker:
         self._run = self._step = 0
         self._unnamed: dict[str, int] = {}
         self.observe: Callable[[Any, Any], None] | None = None  # gets each step's model output and sample
+        self.on_begin: Callable[[], None] | None = None  # called when a run begins
         self.attach()
 
     def attach(self) -> None:
@@ -78,6 +79,8 @@ class StepTracker:
         attributes = vars(self._pipeline)
         if (count := attributes.get("_num_timesteps")) is not None:
             attributes["_num_timesteps"] = _EarlierCount(count)
+        if self.on_begin is not None:
+            self.on_begin()
 
     def ended_step(self, model_output: Any, sample: Any) -> None:
         """Note that the scheduler has made a step of `sample`."""

@@ -61,7 +61,7 @@ class HookRegistry:
     @classmethod
     def get_or_create(cls, module: torch.nn.Module) -> HookRegistry:
         registry = vars(module).get(cls._ATTRIBUTE)
-        if registry is None:
+        if registry is None or registry.module is not module:  # a module from a pickle has one of nobody's
             registry = cls(module)
             vars(module)[cls._ATTRIBUTE] = registry
         return registry
