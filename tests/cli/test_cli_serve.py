@@ -1,4 +1,4 @@
-"""The doors to the server: `vllm serve --omni`, the plugin without it, what goes back to vLLM, and what is refused."""
+"""`vllm serve --omni`, the plugin without the flag, what goes back to vLLM, and command lines that are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def run(words: Sequence[str | Path], path: Path = ROOT) -> subprocess.CompletedP
 
 @pytest.mark.slow
 @needs_vllm
-def test_vllm_hands_over_with_omni() -> None:
+def test_vllm_serve_with_omni_starts_this_server() -> None:
     ran = run([VLLM, "serve", "demo", "--omni", "--cache-backend", "magcahce"])
     assert ran.returncode == 2
     last = ran.stderr.strip().splitlines()[-1]
@@ -80,7 +80,7 @@ def test_own_flags_are_refused_before_vllm_is_imported() -> None:
         ("--api A --max-n 2 demo", "--api *** --max-n 2 demo"),
     ],
 )
-def test_keys_are_not_in_ps(words: str, shown: str) -> None:
+def test_keys_are_hidden_in_the_process_list(words: str, shown: str) -> None:
     """Nor is anything else changed; a process without a key keeps its command line."""
     pytest.importorskip("setproctitle")
     code = (
@@ -96,7 +96,7 @@ def test_keys_are_not_in_ps(words: str, shown: str) -> None:
 @pytest.mark.slow
 @needs_vllm
 @needs_plugin
-def test_vllm_hands_over_without_omni() -> None:
+def test_the_plugin_starts_this_server_without_omni() -> None:
     ran = run([VLLM, "serve", "demo", "--cache-backend", "magcahce"])
     assert ran.returncode == 2
     assert "vllm-omni serve: cache_backend must be one of" in ran.stderr
@@ -104,7 +104,7 @@ def test_vllm_hands_over_without_omni() -> None:
 
 @pytest.mark.slow
 @needs_vllm
-def test_vllm_keeps_what_is_its_own() -> None:
+def test_vllm_serves_its_own_models() -> None:
     ran = run([VLLM, "--version"])
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip().startswith("0.32")
@@ -122,7 +122,7 @@ def test_flags_in_the_docs_exist() -> None:
 
 
 @needs_vllm
-def test_where_the_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_come_from_flags_environment_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line, else a file, else the environment, as vLLM has it; a blank variable is no key."""
     from vllm_omni.entrypoints.cli import serve
 
@@ -148,7 +148,7 @@ def test_omni_with_another_command_is_explained() -> None:
     assert "leave --omni out" in ran.stderr
 
 
-def test_a_misspelt_profile_is_said_before_a_model_loads() -> None:
+def test_a_misspelt_profile_is_refused_before_a_model_loads() -> None:
     assert serve._cache_config('{"profile": "demo"}') == {"profile": "demo"}
     with pytest.raises(InvalidValueError, match="must be a profile file, or a name such as 'demo', got 'dmo'"):
         serve._cache_config('{"profile": "dmo"}')
@@ -165,11 +165,11 @@ def test_a_misspelt_profile_is_said_before_a_model_loads() -> None:
         ("", False),
     ],
 )
-def test_plugin_takes_only_what_is_ours(line: str, ours: bool) -> None:
+def test_the_plugin_takes_only_diffusion_commands(line: str, ours: bool) -> None:
     assert plugin.is_ours(line.split()) is ours
 
 
-def test_plugin_knows_a_diffusers_folder(tmp_path: Path) -> None:
+def test_the_plugin_recognises_a_diffusers_folder(tmp_path: Path) -> None:
     assert not plugin.is_ours(["serve", str(tmp_path)])
     (tmp_path / "model_index.json").write_text("{}")
     assert plugin.is_ours(["serve", str(tmp_path)])
@@ -194,14 +194,14 @@ def test_broken_torchvision_is_hidden(tmp_path: Path) -> None:
     assert ran.stdout.strip() == str(list(check.BROKEN_WITH_CPU_TORCH))
 
 
-def test_matching_builds_are_left_alone(tmp_path: Path) -> None:
+def test_matching_builds_of_torchvision_are_kept(tmp_path: Path) -> None:
     _fake(tmp_path, "torch", "'13.0'")
     _fake(tmp_path, "torchvision", "'13.0'")
     ran = run([sys.executable, "-c", "from vllm_omni import check; print(check.hide_broken_packages())"], tmp_path)
     assert ran.stdout.strip() == "[]", ran.stderr
 
 
-def test_check_tells_of_a_rival_and_of_broken_builds(tmp_path: Path) -> None:
+def test_the_environment_report_names_rival_and_broken_packages(tmp_path: Path) -> None:
     _fake(tmp_path, "torchvision", "'13.0'")
     _fake(tmp_path, "torch", "None")
     rival = tmp_path / "vllm_omni-0.30.0.dist-info"
