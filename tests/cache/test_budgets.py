@@ -16,11 +16,12 @@ from pipelines import DEFAULTS, embeds, run_latents, tiny_flux
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.overrides import request_choice
-from vllm_omni.diffusion.cache.predictor import PREDICTORS
+from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
+from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import fingerprint
+from vllm_omni.diffusion.cache.settings import Budget, override, parse
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.worker.pace import Pace, Stopwatch
+from vllm_omni.diffusion.worker.pace import Pace, Timings
 from vllm_omni.errors import InvalidValueError
 
 STEPS = 12
@@ -234,10 +235,10 @@ def test_settings_with_two_plans_are_refused() -> None:
 
 
 def test_a_request_may_replace_the_engines_budget() -> None:
-    engine = ("magcache", DiffusionCacheConfig(nfe=4))
+    engine = parse("magcache", DiffusionCacheConfig(nfe=4))
     for asked in ({"nfe": None}, {"threshold": 0.2}, "high", {"steps_mask": [1, 0]}):
-        choice = request_choice(asked, engine)
-        assert choice is not None and choice[1].promise == {}
+        settings = override(asked, engine)
+        assert settings is not None and not isinstance(settings.plan, Budget)
 
 
 def test_a_schedule_of_300_steps_keeps_its_budget(tiny: Omni) -> None:
@@ -281,17 +282,22 @@ def test_seconds_are_refused_before_a_measurement_and_kept_after_it(profile: str
         assert omni.engine.worker.cache_bytes == 0
 
 
+def settled(pace: Pace, seconds: float) -> Any:
+    """The budget that so many seconds become, for ten steps of a size."""
+    schedule = Schedule(10, tuple(1 - i / 10 for i in range(10)))
+    return pace.settle(parse("magcache", DiffusionCacheConfig(seconds=seconds)), "size", schedule).plan
+
+
 def test_seconds_allow_as_many_forwards_as_fit() -> None:
-    pace, watch = Pace(), Stopwatch(ends=1.0)
+    pace, watch = Pace(), Timings(encode_s=1.0)
     for step, skipped in enumerate((False, False, True, False, True)):
         pace.note("size", watch, step, 0.1 if skipped else 1.0, alone=True, skipped=skipped)
     pace.note("size", watch, 5, 9.0, alone=False, skipped=False)  # shared with others: says nothing of this one alone
     pace.finish("size", watch)
-    assert pace.expected("size", 4, 6) == pytest.approx(1.0 + 4.0 + 0.6)
     for seconds, nfe in ((5.6001, 4), (6.4, 4), (6.5001, 5), (100.0, 10)):
-        assert pace.settle(DiffusionCacheConfig(seconds=seconds), "size", 10).nfe == nfe
+        assert settled(pace, seconds).nfe == nfe
     with pytest.raises(InvalidValueError, match=r"nearest: 3.8, 2 full forwards"):
-        pace.settle(DiffusionCacheConfig(seconds=3.0), "size", 10)
+        settled(pace, 3.0)
 
 
 def test_seconds_are_refused_on_a_plain_pipeline(profile: str) -> None:

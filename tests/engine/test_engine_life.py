@@ -64,6 +64,34 @@ async def test_a_killed_or_hung_engine_is_restarted_up_to_the_limit(caplog: pyte
         await last(client, "closed")
 
 
+FAILING = """
+import sys
+if "vllm_omni.engine.process" in sys.orig_argv:
+    from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+    step, steps = DiffusionEngine.step, iter(range(10**6))
+    def failing(engine):
+        if next(steps) == 6:
+            raise {kind}("injected")
+        return step(engine)
+    DiffusionEngine.step = failing
+"""
+
+
+@pytest.mark.parametrize("kind", ["RuntimeError", "SystemExit"])
+async def test_a_step_that_fails_ends_its_process_and_everybody_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAILING.format(kind=kind))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    async with ProcessEngineClient(ARGS, warmup=False, max_restarts=1) as client:
+        tasks = [asyncio.create_task(last(client, f"{i}", num_inference_steps=900)) for i in range(6)]
+        ended = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+        assert all(isinstance(output.error, EngineDeadError) for output in ended)
+        assert "injected" in capfd.readouterr().err
+        await until(lambda: client.ready, 60)
+        assert (await last(client, "again", num_inference_steps=2)).ok
+
+
 @pytest.mark.slow
 @one_loop
 async def test_the_engine_does_not_outlive_its_parent() -> None:

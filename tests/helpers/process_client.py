@@ -37,6 +37,10 @@ async def idle(client: ProcessEngineClient) -> None:
     assert (stats.running, stats.waiting, stats.cache_bytes, stats.queued_cost_s) == (0, 0, 0, 0.0)
 
 
+def page_faults(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
 def gone(pid: int) -> bool:
     with suppress(FileNotFoundError):
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
