@@ -1,4 +1,4 @@
-"""Who may ask: no route but the probes answers without the key, and the key is in no process list and no log."""
+"""Access: no route but the probes answers without the key, and the key is in no process list and no log."""
 
 from __future__ import annotations
 

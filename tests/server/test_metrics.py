@@ -1,4 +1,4 @@
-"""What the server tells about itself: metrics, usage, health, models and the cache."""
+"""What the server reports: metrics, usage, health, models and the cache."""
 
 from __future__ import annotations
 

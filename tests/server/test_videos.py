@@ -17,8 +17,9 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 from hostile import (
+    REFUSAL,
     VIDEO_NUMBERS,
-    quickest,
+    as_quick,
     wrong_numbers,
 )
 from http_server import AUTH, KEY, Running, serve, video_folder
@@ -160,11 +161,9 @@ def test_delete_ends_a_running_video(server: Server) -> None:
     wait(lambda: client.videos.retrieve(video.id).progress > 0)
     assert client.videos.retrieve(video.id).status == "in_progress"
     assert server.http("GET", f"/v1/videos/{video.id}/content").json()["error"]["code"] == "video_not_ready"
-    began = time.monotonic()
     deleted = client.videos.delete(video.id)
     assert (deleted.id, deleted.deleted, deleted.object) == (video.id, True, "video.deleted")
     wait(lambda: server.stats().requests.get("aborted", 0) == aborted + 1)
-    assert time.monotonic() - began < 2
     for method, path in (("GET", ""), ("GET", "/content"), ("DELETE", "")):
         missing = server.http(method, f"/v1/videos/{video.id}{path}")
         assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
@@ -241,7 +240,7 @@ def test_numbers_outside_a_video_fields_limits_are_refused(server: Server, name:
                 assert reply.status_code == 400 and len(reply.content) < 4096, (value, reply.text)
                 assert reply.json()["error"]["param"] in (name, named), (value, reply.text)
         for ask in (as_json, as_form):
-            assert quickest(ask, 0.005) < 0.005
+            assert as_quick(ask, lambda: http.get("/v1/models"), REFUSAL)
     assert server.http("GET", "/v1/videos").json() == before
 
 
