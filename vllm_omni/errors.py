@@ -2,7 +2,8 @@
 
 OmniError
 ├── InvalidValueError (ValueError)      a field, its value, and what would be right
-│   └── UnknownKeyError                 an unknown name, with the close matches
+│   ├── UnknownKeyError                 an unknown name, with the close matches
+│   └── UnknownChoiceError              a value that is not among the choices, with the close matches
 ├── ModelLoadError (ValueError)         a model folder that cannot be served
 ├── RequestAbortedError                 the request was ended by its owner
 ├── DeadlineExceededError               its time-out ended the request
@@ -40,10 +41,15 @@ class InvalidValueError(OmniError, ValueError):
     `value` is the value itself if it is a short text or a number, else what the message shows of it.
     """
 
-    def __init__(self, field: str, value: Any, fix: str) -> None:
+    def __init__(self, field: str, value: Any, fix: str, hint: str = "") -> None:
         shown = _short(value)
         self.field, self.value = field, shown if type(value) not in _PLAIN or shown.endswith("...") else value
-        super().__init__(f"{field} {fix}, got {shown}")
+        self.fix, self.hint = fix, hint
+        super().__init__(f"{field} {fix}, got {shown}{hint}")
+
+    def named(self, field: str) -> InvalidValueError:
+        """The same about `field`, the name that the caller knows it by."""
+        return InvalidValueError(field, self.value, self.fix, self.hint)
 
 
 class UnknownKeyError(InvalidValueError):
@@ -51,10 +57,20 @@ class UnknownKeyError(InvalidValueError):
 
     def __init__(self, owner: str, key: str, known: Iterable[str]) -> None:
         names = sorted(known)
-        close = get_close_matches(key, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has: {', '.join(names)}"
+        hint = did_you_mean(key, names) or f"it has: {', '.join(names)}"
         self.field = self.value = key[:_SHOWN]
+        self.fix, self.hint = f"is not a field of {owner}", hint
         OmniError.__init__(self, f"{owner} has no {_short(key)}; {hint}")
+
+
+class UnknownChoiceError(InvalidValueError):
+    """A value that is none of `choices`; `more` says what else is taken."""
+
+    def __init__(self, field: str, value: Any, choices: Iterable[str], more: str = "") -> None:
+        names = list(choices)
+        fix = f"must be one of {', '.join(map(repr, names))}{more}"
+        close = did_you_mean(str(value).lower(), names, most=1)
+        super().__init__(field, value, fix, f"; {close}" if close else "")
 
 
 class ModelLoadError(OmniError, ValueError):
@@ -106,6 +122,12 @@ class EngineClosedError(OmniError, RuntimeError):
 def _restored(kind: type[OmniError], args: tuple[Any, ...]) -> OmniError:
     """An error as it was, without its constructor, whose arguments are another matter than the text they made."""
     return kind.__new__(kind, *args)
+
+
+def did_you_mean(word: str, names: Iterable[str], most: int = 3) -> str:
+    """The question "did you mean 'a' or 'b'?" about the names close to `word`; empty if none is."""
+    close = get_close_matches(word, list(names), n=most, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _short(value: Any) -> str:

@@ -17,7 +17,7 @@ from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.cache.selector import get_cache_backend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
+from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES, DENOISERS
 from vllm_omni.errors import InvalidValueError, OmniError
 
 CURVE = [1.0] + [0.97] * 27

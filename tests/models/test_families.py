@@ -15,10 +15,10 @@ from pipelines import Blocks, embeds, tiny_flux
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache import standalone
+from vllm_omni.diffusion.cache import forward
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.denoisers import DENOISERS
+from vllm_omni.diffusion.denoiser.specs import DENOISERS
 from vllm_omni.errors import InvalidValueError
 
 MASK = [1, 1, 0, 1, 0, 1]
@@ -59,7 +59,7 @@ def test_a_family_on_a_plain_pipeline(family: Family, monkeypatch: pytest.Monkey
         return
     assert blocks.count == calls * sum(MASK)
     assert backend.store.used == 0 and backend.store.peak > 0
-    monkeypatch.setattr(standalone, "correction", lambda forecasts, hidden_states: hidden_states)
+    monkeypatch.setattr(forward, "corrected", lambda forecasts, hidden_states: hidden_states)
     identity = latents_of(family, pipeline)
     backend.disable(pipeline)
     assert torch.isfinite(cached).all()

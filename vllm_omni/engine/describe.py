@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.cache.overrides import PRESETS
+from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.preview import can_preview
@@ -35,13 +35,13 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
     pipeline = worker.pipeline
     signature = inspect.signature(type(pipeline).__call__).parameters
     video = "num_frames" in signature
-    multiple = max(worker.size_multiple, _side(pipeline, worker.runner.modules) if video else 1)
+    multiple = max(worker.arguments.multiple, _side(pipeline, worker.runner.modules) if video else 1)
     named = engine.config.model
     return ModelInfo(
         name=Path(named).expanduser().name if Path(named).expanduser().is_dir() else named,
         pipeline=type(pipeline).__name__,
         denoisers={name: type(module).__name__ for name, module in worker.runner.modules.items()},
-        defaults=_defaults(pipeline, signature, worker.defaults),
+        defaults=_defaults(pipeline, signature, worker.arguments.defaults),
         parameters=tuple(name for name in signature if name != "self"),
         size_multiple=multiple,
         tokens_per_pixel=next((count / pixels for pixels, count in tokens.items() if pixels), 1 / multiple**2),
@@ -49,7 +49,7 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
         previews=can_preview(pipeline),
         image_input="image" in signature,
         video_output=video,
-        fps=worker.fps(OmniDiffusionRequest("", "", {}, OmniDiffusionSamplingParams())),
+        fps=worker.arguments.fps(OmniDiffusionRequest("", "", {}, OmniDiffusionSamplingParams())),
         frame_multiple=_first(pipeline, _TEMPORAL) if video else 1,
     )
 
@@ -80,9 +80,9 @@ def _defaults(pipeline: Any, signature: Any, given: dict[str, Any]) -> dict[str,
 
 
 def _cache(engine: DiffusionEngine) -> dict[str, Any]:
-    choice = engine.worker.default_cache
-    if choice is None:
-        return {"backend": None, "settings": {}, "profiles": [], "presets": PRESETS}
-    backend, config = choice
-    settings = config.model_dump(exclude_none=True, exclude={"mag_ratios", "profile"})
-    return {"backend": backend, "settings": settings, "profiles": engine.worker.profile_names, "presets": PRESETS}
+    settings, presets = engine.worker.default_cache, {name: preset.as_config() for name, preset in PRESETS.items()}
+    if settings is None:
+        return {"backend": None, "settings": {}, "profiles": [], "presets": presets}
+    told = settings.config.model_dump(exclude_none=True, exclude={"mag_ratios", "profile"})
+    profiles = engine.worker.profile_names
+    return {"backend": settings.backend, "settings": told, "profiles": profiles, "presets": presets}

@@ -161,7 +161,7 @@ class EngineLoop:
             table = self.costs.skipped if done.skipped else self.costs.computed
             cost.note_rows(table, done.pixels, done.forward_s, done.rows)
         if done.ended:
-            cost.note(self.costs.ends, done.pixels, done.ends_s / done.ended)
+            cost.note(self.costs.ends, done.pixels, done.coding_s / done.ended)
 
     def _report(self) -> None:
         """Send counters and gauges as they stand."""
@@ -189,7 +189,7 @@ class EngineLoop:
     def _queued_cost(self) -> float:
         share = self.costs.cached_share
         needs = []
-        for need in self.engine.outlooks():
+        for need in self.engine.remaining_work():
             computed, skipped = need.computed, need.skipped
             if need.cached and not need.begun and not skipped:  # no plan and no promise yet
                 computed, skipped = computed * share, computed * (1 - share)
@@ -228,7 +228,7 @@ def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[
             if engine.last.rows:  # the last forward's time stands: the first ones paid for what is loaded once
                 costs.computed[engine.last.pixels] = engine.last.forward_s / engine.last.rows
             if engine.last.ended:
-                costs.ends[engine.last.pixels] = engine.last.ends_s
+                costs.ends[engine.last.pixels] = engine.last.coding_s
     except OmniError as error:
         logger.warning("no warm-up: %s", error)
     finally:

@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from vllm_omni.diffusion.settings import Settings
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.lora import Adapters, as_adapters
+from vllm_omni.settings import Settings
 
 MAX_PROMPT_CHARACTERS = 32_000
 

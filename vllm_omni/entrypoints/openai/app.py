@@ -26,11 +26,12 @@ from vllm_omni.version import __version__
 
 def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
     """The application; `engine` must have started. Every route but the health probes needs a key where keys are set."""
-    docs = {"docs_url": "/docs", "openapi_url": "/openapi.json"} if config.fastapi_docs else {}
+    http = config.http
+    docs = {} if http.disable_fastapi_docs else {"docs_url": "/docs", "openapi_url": "/openapi.json"}
     app = FastAPI(
         title="vllm-omni",
         version=__version__,
-        root_path=config.root_path,
+        root_path=http.root_path,
         redirect_slashes=False,
         responses=schemas.ERRORS,
         **{"docs_url": None, "redoc_url": None, "openapi_url": None, **docs},  # type: ignore[arg-type]
@@ -48,23 +49,23 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
     for kind in (ApiError, HTTPException):
         app.add_exception_handler(kind, _told)
     app.add_exception_handler(RequestValidationError, _not_valid)
-    for name in config.middleware:
+    for name in http.middleware:
         _add_middleware(app, name)
     app.add_middleware(
         Gate,
-        keys=config.api_keys,
-        max_body=int(config.max_body_mb * 2**20),
+        keys=http.api_key,
+        max_body=int(config.limits.max_body_mb * 2**20),
         open_paths=open_paths,
         statuses=state.statuses,
         traced=bool(config.otlp_traces_endpoint),
     )
-    if config.allowed_origins:  # outermost: a browser asks for leave without its key
+    if http.allowed_origins:  # outermost: a browser asks for leave without its key
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=config.allowed_origins,
-            allow_methods=config.allowed_methods,
-            allow_headers=config.allowed_headers,
-            allow_credentials=config.allow_credentials,
+            allow_origins=http.allowed_origins,
+            allow_methods=http.allowed_methods,
+            allow_headers=http.allowed_headers,
+            allow_credentials=http.allow_credentials,
             expose_headers=("x-request-id", "retry-after", "openai-poll-after-ms"),
         )
     return app

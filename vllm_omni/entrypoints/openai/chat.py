@@ -55,7 +55,7 @@ async def completions(request: Request) -> Response:
     check_makes(here.info, "image")
     given = parse_json(await request.body())
     messages = given.pop("messages", None)
-    prompt, urls = read_messages(messages, here.config.max_input_images)
+    prompt, urls = read_messages(messages, here.config.limits.max_input_images)
     values = {key: value for key, value in given.items() if key not in NO_EFFECT}
     if "prompt" in values:
         raise invalid("prompt", "the prompt is the last user message", "unknown_parameter")
@@ -63,7 +63,7 @@ async def completions(request: Request) -> Response:
         {"prompt": prompt, **values},
         strict=True,
         allow_unknown=here.config.allow_unknown_fields,
-        max_prompt=here.config.max_prompt_characters,
+        max_prompt=here.config.limits.max_prompt_characters,
     )
     check_model(fields.model, here.config)
     if bool(urls) != here.info.image_input:
@@ -73,7 +73,7 @@ async def completions(request: Request) -> Response:
     here.note(request, order)
     job_id = request.state.request_id
     if fields.stream:
-        return EventStream(_chunks(here, order, job_id), here.config.sse_keep_alive_s)
+        return EventStream(_chunks(here, order, job_id), here.config.sse_keep_alive_interval_s)
     with here.timed():
         made = await unless_gone(request.receive, reply.collect(here.jobs, order, job_id, here.config.png_metadata))
     return JSONResponse(_completion(made, order, job_id))

@@ -48,7 +48,7 @@ async def generations(request: Request) -> Response:
         given,
         strict=True,
         allow_unknown=here.config.allow_unknown_fields,
-        max_prompt=here.config.max_prompt_characters,
+        max_prompt=here.config.limits.max_prompt_characters,
     )
     check_model(fields.model, here.config)
     if here.info.image_input:
@@ -65,12 +65,12 @@ async def edits(request: Request) -> Response:
     """Pictures of a prompt and of pictures given."""
     here = served(request)
     check_makes(here.info, "image")
-    form = await read_form(request, here.config.max_input_images)
+    form = await read_form(request, here.config.limits.max_input_images)
     fields = check_fields(
         form.fields,
         strict=False,
         allow_unknown=here.config.allow_unknown_fields,
-        max_prompt=here.config.max_prompt_characters,
+        max_prompt=here.config.limits.max_prompt_characters,
     )
     check_model(fields.model, here.config)
     if not here.info.image_input:
@@ -99,7 +99,7 @@ async def answer(here: Served, request: Request, order: Order, kind: str) -> Res
     here.note(request, order)
     if order.fields.stream:
         events = reply.events(here.jobs, order, job_id, metadata, kind)
-        return EventStream(events, here.config.sse_keep_alive_s)
+        return EventStream(events, here.config.sse_keep_alive_interval_s)
     with here.timed():
         made = await unless_gone(request.receive, reply.collect(here.jobs, order, job_id, metadata))
     return JSONResponse(made)
@@ -112,7 +112,7 @@ def _only_json(request: Request) -> None:
 
 
 def _pictures(form: Form, here: Served) -> tuple[Any, ...]:
-    limit = here.config.max_input_pixels
+    limit = here.config.limits.max_input_pixels
     if form.masks:
         raise invalid("mask", "this model takes no mask", "unsupported_parameter")
     found = [picture.decode(data, "image", limit) for data in form.pictures]

@@ -35,13 +35,13 @@ async def model(model_id: str, request: Request) -> dict[str, Any]:
 
 
 def _model(name: str, here: Served) -> dict[str, Any]:
-    info, config = here.info, here.config
+    info, limits = here.info, here.config.limits
     return {
         "id": name,
         "object": "model",
         "created": int(here.started),
         "owned_by": "vllm-omni",
-        "root": config.model_names[0],
+        "root": here.config.model_names[0],
         "omni": {
             "pipeline": info.pipeline,
             "denoisers": info.denoisers,
@@ -56,13 +56,13 @@ def _model(name: str, here: Served) -> dict[str, Any]:
                 "output_formats": [name.lower() for name in IMAGE_FORMATS],
             },
             "limits": {
-                "n": config.max_n,
-                "num_inference_steps": config.max_steps,
-                "pixels": config.max_pixels,
+                "n": limits.max_n,
+                "num_inference_steps": limits.max_steps,
+                "pixels": limits.max_pixels,
                 "size_multiple": info.size_multiple,
-                **({"frames": config.max_frames, "frame_multiple": info.frame_multiple} if info.video_output else {}),
-                "prompt_characters": config.max_prompt_characters,
-                "timeout_s": config.request_timeout_s,
+                **({"frames": limits.max_frames, "frame_multiple": info.frame_multiple} if info.video_output else {}),
+                "prompt_characters": limits.max_prompt_characters,
+                "timeout_s": limits.request_timeout_s,
             },
             "cache": {**info.cache, "quality": QUALITY_CACHE},
         },

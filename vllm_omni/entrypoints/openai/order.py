@@ -52,9 +52,9 @@ class Order:
 
 def make_order(fields: ImageFields, info: ModelInfo, config: ServeConfig, pictures: tuple[Any, ...] = ()) -> Order:
     """ApiError for what this model or this server does not do."""
-    model = check_model(fields.model, config)
-    if fields.count > config.max_n:
-        raise invalid("n", f"n must be at most {config.max_n}")
+    model, limits = check_model(fields.model, config), config.limits
+    if fields.count > limits.max_n:
+        raise invalid("n", f"n must be at most {limits.max_n}")
     if fields.background == "transparent":
         raise invalid("background", "this model paints opaque pictures; leave it out or say opaque")
     if fields.response_format == "url":
@@ -63,10 +63,10 @@ def make_order(fields: ImageFields, info: ModelInfo, config: ServeConfig, pictur
         raise invalid("output_compression", "is for jpeg and webp; png loses nothing")
     width, height = _size(fields, info, config, pictures)
     steps = fields.num_inference_steps or info.defaults.get("num_inference_steps")
-    if fields.num_inference_steps and fields.num_inference_steps > config.max_steps:
-        raise invalid("num_inference_steps", f"num_inference_steps must be at most {config.max_steps}")
-    if fields.timeout_s is not None and fields.timeout_s > config.request_timeout_s:
-        raise invalid("timeout_s", f"timeout_s must be at most {config.request_timeout_s:g} s")
+    if fields.num_inference_steps and fields.num_inference_steps > limits.max_steps:
+        raise invalid("num_inference_steps", f"num_inference_steps must be at most {limits.max_steps}")
+    if fields.timeout_s is not None and fields.timeout_s > limits.request_timeout_s:
+        raise invalid("timeout_s", f"timeout_s must be at most {limits.request_timeout_s:g} s")
     partial = (fields.partial_images or 0) if fields.stream else 0
     seed = fields.seed if fields.seed is not None else secrets.randbits(32)
     common: dict[str, Any] = {
@@ -92,7 +92,7 @@ def make_order(fields: ImageFields, info: ModelInfo, config: ServeConfig, pictur
     warnings = tuple(f"{name} has no meaning for this model and was ignored" for name in ("style",) if fields.style)
     return Order(
         fields, prompt, params, width, height, steps, model, fields.priority or 0,
-        fields.timeout_s or config.request_timeout_s, partial, warnings, len(pictures), tokens,
+        fields.timeout_s or limits.request_timeout_s, partial, warnings, len(pictures), tokens,
     )  # fmt: skip
 
 
@@ -132,9 +132,9 @@ def _size(fields: ImageFields, info: ModelInfo, config: ServeConfig, pictures: t
         if side < 1 or side % info.size_multiple:
             field = name if fields.size in (None, "auto") else "size"
             raise invalid(field, f"{name} must be a multiple of {info.size_multiple} pixels, got {side}")
-    if width * height > config.max_pixels:
+    if width * height > config.limits.max_pixels:
         field = "size" if fields.size not in (None, "auto") else "width" if width >= height else "height"
-        raise invalid(field, f"a picture may have at most {config.max_pixels} pixels")
+        raise invalid(field, f"a picture may have at most {config.limits.max_pixels} pixels")
     return width, height
 
 

@@ -99,8 +99,8 @@ def _frames(fields: VideoFields, info: ModelInfo, config: ServeConfig) -> int:
         frames = _nearest(float(seconds) * (fields.fps or info.fps), multiple)
     else:
         frames = _nearest(info.defaults.get("num_frames") or 4 * info.fps, multiple)
-    if frames > config.max_frames:
-        raise invalid(name, f"a video may have at most {config.max_frames} frames, these are {frames}")
+    if frames > config.limits.max_frames:
+        raise invalid(name, f"a video may have at most {config.limits.max_frames} frames, these are {frames}")
     return frames
 
 

@@ -127,7 +127,7 @@ class VideoJobs:
     def _again(self, job: VideoJob) -> VideoOrder:
         """A stored job as this server makes it; raises where it does not."""
         here, data = self._here, self.store.picture(job)
-        image = None if data is None else picture.decode(data, REFERENCE, here.config.max_input_pixels)
+        image = None if data is None else picture.decode(data, REFERENCE, here.config.limits.max_input_pixels)
         return make_video_order(VideoFields(**job.fields), here.info, here.config, image)
 
     async def _generate(self, job: VideoJob, order: VideoOrder, heard: Heard | None) -> OmniRequestOutput:

@@ -75,7 +75,7 @@ async def create(request: Request) -> Response:
         form.fields,
         strict=as_json,
         allow_unknown=here.config.allow_unknown_fields,
-        max_prompt=here.config.max_prompt_characters,
+        max_prompt=here.config.limits.max_prompt_characters,
     )
     check_model(fields.model, here.config)
     check_reference(bool(form.pictures or form.urls or reference is not None), here.info)
@@ -185,7 +185,7 @@ def _as_json(job: VideoJob, jobs: VideoJobs) -> dict[str, Any]:
 def _picture(form: Form, reference: Any, config: ServeConfig) -> Image.Image | None:
     """The picture of a form's file, of a data URL, or of `{"image_url": data URL}`."""
     if form.pictures:
-        return picture.decode(form.pictures[0], REFERENCE, config.max_input_pixels)
+        return picture.decode(form.pictures[0], REFERENCE, config.limits.max_input_pixels)
     url = form.urls[0] if form.urls else reference
     if isinstance(url, dict):
         if set(url) != {"image_url"}:
