@@ -17,8 +17,10 @@ OmniError
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from reprlib import Repr
+from traceback import walk_stack, walk_tb
 from typing import Any
 
 _SHOWN = 120
@@ -137,6 +139,19 @@ def _short(value: Any) -> str:
     except ValueError:  # more digits than Python writes out
         text = f"{type(value).__name__} of too many digits..."
     return text if len(text) < _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def forget_locals(error: BaseException | None) -> None:
+    """Drop what the frames of a caught error hold: the tensors of a request would live as long as its error is kept.
+
+    Its traceback still shows every line. Frames that still run are left alone.
+    """
+    while error is not None:
+        for frame, _ in walk_tb(error.__traceback__):
+            for caller, _ in walk_stack(frame):
+                with suppress(RuntimeError):
+                    caller.clear()
+        error = error.__context__
 
 
 def check_keys(owner: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -16,7 +16,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineStats, ModelInfo
 from vllm_omni.engine.wire import Abort, Add, Close, Command, EngineEvent, Outputs, Refused, Report, UnitCosts
-from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError
+from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError, forget_locals
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
@@ -131,6 +131,7 @@ class EngineLoop:
 
     def _note_end(self, output: OmniRequestOutput) -> None:
         self._deadlines.pop(output.request_id, None)
+        forget_locals(output.error)
         if output.error is not None and not isinstance(output.error, OmniError):
             trace = "".join(traceback.format_exception(output.error))
             logger.error("request %s failed:\n%s", output.request_id, trace)
