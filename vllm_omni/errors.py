@@ -91,7 +91,7 @@ class EngineDrainingError(OmniError):
 class EngineDeadError(OmniError):
     """The engine's process died or does not answer. Its requests were ended; it is being restarted.
 
-    `retry_after_s`: when it should be back, where that can be said.
+    `retry_after_s`: when it should be back, if that is known.
     """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
