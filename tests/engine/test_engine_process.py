@@ -1,21 +1,15 @@
-"""The engine in a process of its own, seen from its client: real processes, the shipped model, real signals."""
+"""The engine in a process of its own, seen from its client: pictures, statistics, errors, the queue and deadlines."""
 
 from __future__ import annotations
 
 import asyncio
-import gc
-import json
 import os
-import queue
-import shutil
-import signal
-import socket
+import platform
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -24,24 +18,15 @@ import pytest_asyncio
 import torch
 from paths import ROOT
 from PIL import Image
+from process_client import ARGS, idle, last, page_faults, until
 
 from vllm_omni import Omni
-from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
-from vllm_omni.diffusion.loader import ASSETS
-from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.engine import cost
-from vllm_omni.engine.client import ProcessEngineClient, launch_engine
-from vllm_omni.engine.process import Link
-from vllm_omni.engine.supervisor import Restarts
-from vllm_omni.engine.wire import HEADER, MAX_FRAME_BYTES, Abort, Add, Outputs, decode_command, decode_event, encode
+from vllm_omni.engine.client import ProcessEngineClient
+from vllm_omni.engine.wire import HEADER, Abort, encode
 from vllm_omni.errors import (
     DeadlineExceededError,
-    EngineClosedError,
-    EngineDeadError,
     EngineDrainingError,
     InvalidValueError,
-    ModelLoadError,
     NumericalError,
     OmniError,
     QueueFullError,
@@ -49,11 +34,8 @@ from vllm_omni.errors import (
     UnknownKeyError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams as Params
-from vllm_omni.inputs.data import normalise_prompt
-from vllm_omni.outputs import OmniRequestOutput
 
 one_loop = pytest.mark.asyncio(loop_scope="module")
-ARGS = {"model": "demo", "cache_backend": "magcache", "max_num_seqs": 4}
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
@@ -62,42 +44,6 @@ async def client() -> AsyncIterator[ProcessEngineClient]:
         yield running
         process = running._engine.process
     assert process.poll() is not None
-
-
-async def last(client: ProcessEngineClient, name: str, prompt: Any = "red apple", **given: Any) -> OmniRequestOutput:
-    options = {key: given.pop(key) for key in ("priority", "timeout_s") if key in given}
-    outputs = [o async for o in client.generate(prompt, Params(**{"seed": 0} | given), name, **options)]
-    assert [o.finished for o in outputs] == [False] * (len(outputs) - 1) + [True]
-    return outputs[-1]
-
-
-async def until(condition: Any, seconds: float = 30.0) -> float:
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < seconds, "it did not happen"
-        await asyncio.sleep(0.01)
-    return time.monotonic() - began
-
-
-async def idle(client: ProcessEngineClient) -> None:
-    await until(lambda: not client._requests)
-    await asyncio.sleep(0.1)  # the report that follows the last output
-    stats = await client.stats()
-    assert (stats.running, stats.waiting, stats.cache_bytes, stats.queued_cost_s) == (0, 0, 0, 0.0)
-
-
-def processor_s(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def gone(pid: int) -> bool:
-    with suppress(FileNotFoundError):
-        return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()
-    return True
-
-
-# ------------------------------------------------------------------------------------------------------ generation
 
 
 @one_loop
@@ -162,7 +108,16 @@ async def test_stats_count_what_was_done(client: ProcessEngineClient) -> None:
     await client.check_health()
 
 
-# ---------------------------------------------------------------------------------------------- refusals and errors
+@one_loop
+@pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="another allocator")
+async def test_a_forward_of_the_engine_finds_the_memory_of_the_last_one(client: ProcessEngineClient) -> None:
+    assert client._engine is not None
+    counts = []
+    for turn in range(5):
+        before = page_faults(client._engine.process.pid)
+        await asyncio.gather(*(last(client, f"{turn}-{i}", num_inference_steps=6) for i in range(8)))
+        counts.append(page_faults(client._engine.process.pid) - before)
+    assert min(counts) < 1000, counts  # else 10,000
 
 
 @one_loop
@@ -235,22 +190,27 @@ async def test_frames_that_nobody_should_send_are_dropped(client: ProcessEngineC
     assert (await last(client, "after", num_inference_steps=2)).ok
 
 
-def test_an_oversized_frame_is_skipped_and_the_next_one_read() -> None:
-    ours, theirs = socket.socketpair()
-    ended: queue.SimpleQueue[bool] = queue.SimpleQueue()
-    link = Link(theirs, lambda: ended.put(True))
-    ours.sendall(HEADER.pack(MAX_FRAME_BYTES + 1))
-    block, left = bytes(2**24), MAX_FRAME_BYTES + 1
-    while left:
-        left -= ours.send(block[: min(left, len(block))])
-    ours.sendall(encode(Abort(["mine"])))
-    assert link.commands.get(timeout=20) == Abort(["mine"])
-    ours.close()
-    assert ended.get(timeout=5)
-    theirs.close()
+@one_loop
+async def test_what_could_not_be_read_is_not_sent(client: ProcessEngineClient) -> None:
+    for wrong in (np.zeros((1,) * 17, np.float32), np.zeros(2, np.complex64), Image.new("RGB", (0, 4)), "\ud83c"):
+        with pytest.raises(InvalidValueError):
+            await last(client, "wrong", extra_args={"joint_attention_kwargs": wrong})
+    for prompt in ("half \ud83c", {"prompt": "x", "negative_prompt": "half \udcff"}):
+        with pytest.raises(InvalidValueError, match="prompt must hold whole characters"):
+            await last(client, "wrong", prompt)
+    assert (await last(client, "right", num_inference_steps=2)).ok
 
 
-# ------------------------------------------------------------------------------------- the queue, aborts, deadlines
+@one_loop
+async def test_an_id_is_free_as_soon_as_its_client_has_left(client: ProcessEngineClient) -> None:
+    """A retry right after a disconnect: the engine has not heard of the abort yet."""
+    for _ in range(5):
+        async with aclosing(client.generate("x", Params(num_inference_steps=900, cache="off"), "again")) as stream:
+            await anext(stream)
+            with pytest.raises(InvalidValueError, match="must not be in use"):
+                await last(client, "again")
+        assert (await last(client, "again", num_inference_steps=2)).request_id == "again"
+    await idle(client)
 
 
 @one_loop
@@ -260,7 +220,7 @@ async def test_beyond_the_queue_requests_are_refused_at_once(client: ProcessEngi
     seconds, later = [], []
     for i in range(100):
         began = time.perf_counter()
-        with pytest.raises(QueueFullError, match="4 requests wait already") as full:
+        with pytest.raises(QueueFullError, match="4 requests are already waiting") as full:
             await last(client, f"more-{i}")
         seconds.append(time.perf_counter() - began)
         later.append(full.value.retry_after_s)
@@ -331,282 +291,3 @@ async def test_draining_ends_what_runs_and_takes_nothing_new(client: ProcessEngi
         await last(client, "refused")
     await drain
     assert task.done() and task.result().ok and not client.ready
-
-
-# ---------------------------------------------------------------------------------------------------- life and death
-
-
-@one_loop
-async def test_a_killed_and_a_hung_engine_are_replaced_twice_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
-    """By a signal, by standing still, and at last by a step that takes too long."""
-    quick = {"heartbeat_s": 0.2, "heartbeat_timeout_s": 2.0, "warmup": False, "max_restarts": 2, "step_timeout_s": 4.0}
-    async with ProcessEngineClient(ARGS, **quick) as client:
-        time.sleep(2.5)  # the front end's own loop stands still: the engine is not to blame
-        await asyncio.sleep(0.6)
-        assert client.ready and (await client.stats()).restarts == 0
-        for number, kind in ((signal.SIGKILL, "SIGKILL"), (signal.SIGSTOP, "SIGKILL")):
-            pid = client._engine.process.pid
-            tasks = [asyncio.create_task(last(client, f"{number}-{i}", num_inference_steps=900)) for i in range(6)]
-            await until(lambda: client._ledger._stats.running == 4)
-            os.kill(pid, number)
-            ended = await asyncio.wait_for(asyncio.gather(*tasks), 10)
-            assert all(isinstance(output.error, EngineDeadError) and kind in str(output.error) for output in ended)
-            assert not client.ready and gone(pid)
-            with pytest.raises(EngineDeadError, match="being restarted") as refused:
-                await last(client, "too-early")
-            assert refused.value.retry_after_s >= 1
-            with pytest.raises(EngineDeadError):
-                await client.check_health()
-            await until(lambda: client.ready, 90)
-            assert processor_s(client._engine.process.pid) < 15  # the wall's clock on a machine with nothing else to do
-            assert (await last(client, "again", num_inference_steps=2)).ok
-        stats = await client.stats()
-        assert stats.restarts == 2 and stats.requests == {"failed": 12, "finished": 2}
-        slow = await last(client, "slow", num_inference_steps=2, cache="off", height=1024, width=1024)
-        assert isinstance(slow.error, EngineDeadError) and "its step has taken" in caplog.text
-        await until(lambda: client._dead)
-        with pytest.raises(EngineDeadError, match="died more than 2 times"):
-            await last(client, "dead")
-    with pytest.raises(EngineClosedError):
-        await last(client, "closed")
-
-
-@one_loop
-async def test_the_engine_does_not_outlive_its_parent() -> None:
-    code = f"""
-import asyncio
-from vllm_omni.engine.client import ProcessEngineClient
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-async def main():
-    client = await ProcessEngineClient({ARGS!r}, warmup=False, log_json=True).start()
-    print(client._engine.process.pid, flush=True)
-    async for _ in client.generate("x", OmniDiffusionSamplingParams(num_inference_steps=1000, cache="off"), "x"):
-        pass
-asyncio.run(main())
-"""
-    pipe = subprocess.PIPE
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=pipe, stderr=pipe, text=True, cwd=ROOT)
-    assert parent.stdout is not None and parent.stderr is not None
-    pid = int(await asyncio.to_thread(parent.stdout.readline))
-    await asyncio.sleep(0.3)
-    parent.kill()
-    assert await until(lambda: gone(pid), 5) < 5
-    parent.wait()
-    with parent.stdout, parent.stderr:  # also: the engine's own log is JSON where the front end's is
-        logged = [json.loads(line) for line in parent.stderr if line.startswith("{")]
-    assert any(line["logger"].startswith("vllm_omni.diffusion") and line["level"] == "INFO" for line in logged)
-
-
-@one_loop
-async def test_what_cannot_be_loaded_is_said_once_and_leaves_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(UnknownKeyError, match="max_num_seqs"):
-        ProcessEngineClient({"model": "demo", "max_num_seq": 4})
-    broken = tmp_path / "model"
-    shutil.copytree(ASSETS / "demo", broken)
-    weights = next((broken / "vae").glob("*.safetensors"))
-    weights.write_bytes(weights.read_bytes()[:-1])
-    client = ProcessEngineClient({"model": str(broken)})
-    began = time.monotonic()
-    with pytest.raises(ModelLoadError, match="is truncated"):
-        await client.start()
-    assert time.monotonic() - began < 10
-    assert "Traceback" not in capfd.readouterr().err and not caplog.records
-    with pytest.raises(EngineDeadError):
-        await last(client, "never")
-    process = client._engine.process
-    await client.shutdown()
-    assert process.poll() is not None
-
-
-# ------------------------------------------------------------------------- the engine itself, with a fault put into it
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[DiffusionEngine]:
-    made = DiffusionEngine(OmniDiffusionConfig(**ARGS))
-    yield made
-    made.close()
-
-
-def add(engine: DiffusionEngine, name: str, prompt: str = "sun", **params: Any) -> None:
-    given = Params(**{"seed": 1, "num_inference_steps": 12, "cache": "fast"} | params)
-    engine.add_request(OmniDiffusionRequest(name, prompt, normalise_prompt(prompt), given))
-
-
-def finish(engine: DiffusionEngine) -> dict[str, OmniRequestOutput]:
-    ended: dict[str, OmniRequestOutput] = {}
-    while engine.has_unfinished_requests():
-        ended |= {output.request_id: output for output in engine.step()}
-    return ended
-
-
-@pytest.mark.parametrize("place", ["encode", "step", "cache", "decode"])
-def test_a_fault_at_any_place_costs_one_request(
-    engine: DiffusionEngine, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    add(engine, "alone")
-    alone = np.asarray(finish(engine)["alone"].images[0], int)
-    pipeline, seen = engine.worker.pipeline, []
-
-    def failing(original: Any, hits: Any) -> Any:
-        def act(*args: Any, **kwargs: Any) -> Any:
-            if hits(args, kwargs):
-                seen.append(place)
-                raise RuntimeError("injected")
-            return original(*args, **kwargs)
-
-        return act
-
-    if place == "encode":
-        failed = failing(pipeline.encode_prompt, lambda args, kwargs: kwargs["prompt"] == "bad")
-        monkeypatch.setattr(pipeline, "encode_prompt", failed)
-    elif place == "step":
-        module = pipeline.transformer
-        failed = failing(module.forward, lambda args, kwargs: bool((kwargs["guidance"] == 9.0).any()))
-        monkeypatch.setattr(module, "forward", failed)
-    elif place == "decode":  # the bad one is the first to end
-        monkeypatch.setattr(pipeline.vae, "decode", failing(pipeline.vae.decode, lambda args, kwargs: not seen))
-    for i in range(3):
-        add(engine, f"good-{i}")
-    add(engine, "bad", "bad", guidance_scale=9.0, **({"num_inference_steps": 2} if place == "decode" else {}))
-    first = engine.step()
-    if place == "cache":
-        while engine.stage("bad") != "denoise":
-            first += engine.step()
-        cache = engine._entries["bad"].state.cache
-        monkeypatch.setattr(cache, "forecast", failing(cache.forecast, lambda args, kwargs: True))
-    ended = {output.request_id: output for output in first} | finish(engine)
-    assert seen and isinstance(ended["bad"].error, RuntimeError) and not ended["bad"].images
-    for i in range(3):
-        assert np.abs(np.asarray(ended[f"good-{i}"].images[0], int) - alone).max() <= 1
-    assert engine.worker.cache_bytes == 0
-
-
-def test_aborted_requests_leave_nothing_for_the_garbage_collector(engine: DiffusionEngine) -> None:
-    """What a request held is free the moment it ends: no cycle keeps its tensors until a collection."""
-
-    def tensors() -> int:
-        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
-
-    counts = []
-    gc.collect()
-    gc.disable()
-    try:
-        for turn in range(3):
-            names = [f"left-{turn}-{i}" for i in range(8)]
-            for name in names:
-                add(engine, name)
-            for _ in range(3):
-                engine.step()
-            engine.abort(names)
-            assert len(engine.collect()) == 8
-            counts.append(tensors())
-    finally:
-        gc.enable()
-    assert counts[0] == counts[1] == counts[2] and engine.worker.cache_bytes == 0
-
-
-# ------------------------------------------------------------------------------------------------- launched before
-
-
-async def test_a_process_that_was_launched_before_is_the_first_engine() -> None:
-    launch = launch_engine(ARGS, warmup=False)
-    async with ProcessEngineClient(ARGS, warmup=False, launch=launch) as client:
-        assert client._engine is not None and client._engine.process is launch.process
-        assert (await last(client, "one", num_inference_steps=2)).ok
-        launch.process.kill()
-        await until(lambda: client.ready and client._engine.process is not launch.process, 60)
-        assert (await last(client, "two", num_inference_steps=2)).ok
-    assert launch.process.returncode == -signal.SIGKILL
-
-
-@pytest.mark.parametrize("settings", [{"warmup": True}, {"warmup": False}], ids=["other settings", "never started"])
-async def test_a_launched_process_that_nobody_wants_is_ended(settings: dict[str, Any]) -> None:
-    launch = launch_engine(ARGS, warmup=False)
-    client = ProcessEngineClient(ARGS, launch=launch, **settings)
-    await client.shutdown()
-    assert launch.process.returncode == -signal.SIGKILL and launch.end.fileno() == -1
-
-
-async def test_a_launched_process_tells_why_it_cannot_load(tmp_path: Path) -> None:
-    arguments = ARGS | {"model": str(tmp_path / "missing")}
-    launch = launch_engine(arguments)
-    await until(lambda: launch.process.poll() is not None)
-    with pytest.raises(ModelLoadError, match="missing"):
-        await ProcessEngineClient(arguments, launch=launch).start()
-
-
-# ------------------------------------------------------------------------------------------------------- pure parts
-
-
-def test_what_crosses_comes_back_as_it_was() -> None:
-    picture = Image.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))
-    tensor = torch.randn(2, 3).bfloat16()
-    add = decode_command(encode(Add("a", {"image": picture, "embeds": tensor}, {"seed": 2**64 - 1}, 0, 1.0, None))[4:])
-    assert isinstance(add, Add) and add.params == {"seed": 2**64 - 1}
-    assert np.array_equal(np.asarray(add.prompt["image"]), np.asarray(picture))
-    assert torch.equal(add.prompt["embeds"], tensor) and add.prompt["embeds"].dtype == torch.bfloat16
-    output = OmniRequestOutput(
-        "a", error=QueueFullError(3, 7.5), latents=np.eye(2, dtype=np.float32), plan=(True, False)
-    )
-    (back,) = decode_event(encode(Outputs([output]))[4:]).outputs
-    assert (
-        type(back.error) is QueueFullError and back.error.retry_after_s == 7.5 and str(back.error) == str(output.error)
-    )
-    assert back.plan == (True, False) and np.array_equal(back.latents, np.eye(2))
-
-
-def test_a_lying_picture_or_array_is_refused() -> None:
-    good = encode(Add("a", Image.new("RGB", (4, 4)), {}, 0, 1.0, None))[4:]
-    wide = good.replace(b"\x92\x04\x04", b"\x92\x7f\x04")
-    assert wide != good
-    for body in (wide, good.replace(b"\xa3RGB", b"\xa3XYZ"), good[:-5]):
-        with pytest.raises(ValueError):
-            decode_command(body)
-    array = encode(Add("a", np.zeros((4, 4), np.float32), {}, 0, 1.0, None))[4:]
-    for body in (array.replace(b"\x92\x04\x04", b"\x92\xff\x04"), array.replace(b"float32", b"float99")):
-        with pytest.raises(ValueError):
-            decode_command(body)
-
-
-def test_unknown_errors_cross_without_their_text() -> None:
-    output = OmniRequestOutput("a", error=RuntimeError("at 0x7f00dead in /srv/secret.py"))
-    (back,) = decode_event(encode(Outputs([output]))[4:]).outputs
-    assert type(back.error) is OmniError and "RuntimeError" in str(back.error) and "secret" not in str(back.error)
-
-
-def test_planned_seconds_follow_what_was_measured() -> None:
-    costs = cost.no_costs()
-    assert cost.planned_seconds(costs, 4096, 10, 0) == 10 * cost.UNKNOWN_ROW_S
-    cost.note(costs.computed, 4096, 0.1)
-    cost.note(costs.skipped, 4096, 0.01)
-    cost.note(costs.ends, 4096, 0.5)
-    assert cost.planned_seconds(costs, 4096, 10, 20) == pytest.approx(1.0 + 0.2 + 0.5)
-    assert cost.planned_seconds(costs, 8192, 10, 0) == pytest.approx(2.0 + 1.0)  # in proportion to the pixels
-    for _ in range(200):
-        cost.note(costs.computed, 4096, 0.2)
-    assert costs.computed[4096] == pytest.approx(0.2, rel=1e-3)
-    for _ in range(500):  # forwards of 16 rows in 1.6 s and of one in 0.4 s: 17 rows in 2 s, not 0.25 s a row
-        cost.note_rows(costs.computed, 4096, 1.6, 16)
-        cost.note_rows(costs.computed, 4096, 0.4, 1)
-    assert costs.computed[4096] == pytest.approx(2.0 / 17, rel=0.03)
-    for pixels in range(1000):
-        cost.note(costs.computed, pixels, 1.0)
-    assert len(costs.computed) == 64
-
-
-def test_those_sent_away_come_back_one_after_another() -> None:
-    promised, told = 0.0, []
-    for _ in range(20):
-        promised = cost.come_back(100.0, promised, 2.0, 16.0)
-        told.append(promised - 100.0)
-    assert told == [2.0 * (i + 1) for i in range(8)] + [16.0] * 12
-
-
-def test_restarts_pause_longer_and_stop() -> None:
-    restarts = Restarts(4, 100.0)
-    served = [True, False, False, True, True]
-    assert [restarts.pause(now, s) for now, s in enumerate(served)] == [0.0, 0.5, 1.0, 0.0, None]
-    assert restarts.pause(150, True) == 0.0 and restarts.count == 5

@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from vllm_omni.diffusion.settings import Settings
 from vllm_omni.errors import InvalidValueError, did_you_mean
+from vllm_omni.settings import Settings
 
 ALSO = {"max_queued_requests": "--max-num-queued-reqs"}  # vLLM's name for it
 

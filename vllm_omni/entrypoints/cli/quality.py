@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.cache.overrides import request_choice
+from vllm_omni.diffusion.cache.settings import override
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.loader import resolve_model
 from vllm_omni.entrypoints.cli.engine_flags import MODEL, add_engine_flags, add_size, call_arguments, engine_args
@@ -75,7 +75,7 @@ def plan_of(args: argparse.Namespace) -> Any:
         raise InvalidValueError("--processes", args.processes, "must be at least 1")
     settings = None if args.settings is None else tuple(read_settings(args.settings))
     for entry in settings or ():
-        request_choice(entry, None)
+        override(entry, None)
     seed = HELD_OUT_SEED if args.seed is None else args.seed
     pairs = held_out(args.model, args.pairs, None if args.prompts is None else Path(args.prompts), seed)
     resolve_model(args.model)
