@@ -27,8 +27,8 @@ from openai import OpenAI
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_omni.entrypoints.openai.fields import ImageFields
-from vllm_omni.entrypoints.openai.order import make_order
+from vllm_omni.entrypoints.openai.generation import plan_images
+from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest
 
 URL = "/v1/images/generations"
 CHAT = "/v1/chat/completions"
@@ -71,7 +71,7 @@ def digest(reply: httpx.Response, index: int = 0) -> str:
 
 def idle(server: Running) -> Any:
     """The statistics once nothing runs."""
-    jobs = server.app.state.served.jobs.running
+    jobs = server.app.state.omni.jobs.running
     for _ in range(400):
         stats = server.do(server.engine.stats())
         if not stats.running and not stats.waiting and not jobs:
@@ -85,7 +85,7 @@ def idle(server: Running) -> Any:
 
 def test_c1_client_retries_a_full_queue_until_it_is_served(server: Running) -> None:
     """More clients than places: each is told when to come back, does so, and none is lost or asks too often."""
-    before = server.app.state.served.statuses.copy()
+    before = server.app.state.omni.statuses.copy()
     client = OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=20)
 
     def one(seed: int) -> Any:
@@ -96,7 +96,7 @@ def test_c1_client_retries_a_full_queue_until_it_is_served(server: Running) -> N
     with ThreadPoolExecutor(16) as pool:
         replies = list(pool.map(one, range(16)))
     assert all(reply.parse().data[0].b64_json for reply in replies)
-    sent_away = server.app.state.served.statuses[503] - before[503]
+    sent_away = server.app.state.omni.statuses[503] - before[503]
     assert sent_away == sum(reply.retries_taken for reply in replies) > 0
     assert sent_away <= 3 * len(replies)  # L3: no storm
 
@@ -249,14 +249,14 @@ def test_a4_delete_ends_a_job_on_every_route(server: Running, http: httpx.Client
 
 def test_a1_leaving_in_any_turn_of_the_end(server: Running) -> None:
     """The last picture has come and the job is being put away: a client that leaves then leaves no job behind."""
-    here = server.app.state.served
-    order = make_order(ImageFields(prompt="x", num_inference_steps=1), here.info, here.config)
+    here = server.app.state.omni
+    generation = plan_images(ImageRequest(prompt="x", num_inference_steps=1), here.info, here.config)
 
     async def leave_after(turns: int) -> None:
         came = asyncio.Event()
 
         async def listen() -> None:
-            async for _, output in here.jobs.run(order, f"end-{turns}"):
+            async for _, output in here.jobs.run(generation, f"end-{turns}"):
                 if output.finished:
                     came.set()
 

@@ -43,7 +43,7 @@ from PIL import Image
 from pydantic import BaseModel
 from starlette.routing import Route
 
-from vllm_omni.entrypoints.openai.gate import OPEN_PATHS
+from vllm_omni.entrypoints.openai.middleware import OPEN_PATHS
 
 KEY = "a-key"
 AUTH = {"Authorization": f"Bearer {KEY}"}
@@ -84,7 +84,7 @@ def envelope(reply: httpx.Response, status: int, code: str, param: str | None = 
 def idle(server: Running) -> None:
     for _ in range(200):
         stats = server.do(server.engine.stats())
-        if not stats.running and not stats.waiting and not server.app.state.served.jobs.running:
+        if not stats.running and not stats.waiting and not server.app.state.omni.jobs.running:
             return
         time.sleep(0.05)
     raise AssertionError("the engine did not become idle")
@@ -204,7 +204,7 @@ async def test_c1_every_error_has_its_class(server: Running, case: tuple[dict[st
     options |= {name: change[name] for name in options if name in change}
     asked = {"prompt": "x"} | {name: value for name, value in change.items() if name not in options}
     for asynchronous in (False, True):
-        before = server.app.state.served.statuses[status]
+        before = server.app.state.omni.statuses[status]
         with pytest.raises(kind) as caught:
             if asynchronous:
                 async with AsyncOpenAI(**options) as client:
@@ -216,10 +216,10 @@ async def test_c1_every_error_has_its_class(server: Running, case: tuple[dict[st
             assert (caught.value.status_code, caught.value.code) == (status, code)
             assert caught.value.request_id and caught.value.body["message"]
             for _ in range(300):  # a reply to a body that was refused is counted when the body has been read
-                if server.app.state.served.statuses[status] > before:
+                if server.app.state.omni.statuses[status] > before:
                     break
                 time.sleep(0.01)
-            assert server.app.state.served.statuses[status] == before + 1
+            assert server.app.state.omni.statuses[status] == before + 1
         idle(server)
 
 

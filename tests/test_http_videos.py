@@ -25,7 +25,7 @@ from starlette.routing import Route
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
-from vllm_omni.entrypoints.openai.video_store import EXPIRES_S, VideoStore
+from vllm_omni.entrypoints.openai.store import EXPIRES_S, VideoStore
 from vllm_omni.errors import InvalidValueError
 
 KEY = "a-key"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from vllm_omni.entrypoints.openai.sse import Event, EventStream
+from vllm_omni.entrypoints.openai.protocol.streams import Event, EventStream
 
 
 @pytest.mark.parametrize("turns", range(8))

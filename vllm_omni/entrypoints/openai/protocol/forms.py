@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from vllm_omni.entrypoints.openai.errors import ApiError, invalid
-from vllm_omni.entrypoints.openai.fields import load_json
+from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
+from vllm_omni.entrypoints.openai.protocol.requests import load_json
 
 PICTURES = ("image", "image[]")
 MASKS = ("mask", "mask_image")
@@ -26,26 +27,35 @@ _AS_JSON = ("cache", "lora", "lora_request")
 class Form:
     """Fields as a JSON body would have them, and the bytes (or data URLs) of the pictures."""
 
-    fields: dict[str, Any]
-    pictures: list[bytes]
-    urls: list[str]
-    masks: list[bytes]
+    fields: dict[str, Any] = field(default_factory=dict)
+    pictures: list[bytes] = field(default_factory=list)
+    urls: list[str] = field(default_factory=list)
+    masks: list[bytes] = field(default_factory=list)
+
+
+def body_schema(
+    kind: type[BaseModel], media: str, required: tuple[str, ...] = (), optional: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The request body of a route's description; `required` and `optional` are files."""
+    schema = kind.model_json_schema()
+    files = {name: {"type": "string", "format": "binary"} for name in (*required, *optional)}
+    schema["properties"] = files | schema["properties"]
+    schema["required"] = [*required, *schema.get("required", ())]
+    return {"requestBody": {"required": True, "content": {media: {"schema": schema}}}}
 
 
 async def read_form(
-    request: Request, max_pictures: int, pictures: tuple[str, ...] = PICTURES, urls: tuple[str, ...] = URLS
+    http: Request, max_pictures: int, pictures: tuple[str, ...] = PICTURES, urls: tuple[str, ...] = URLS
 ) -> Form:
     """ApiError for a body that is no multipart form, or has too many parts. No part's name ever names a file.
 
     `pictures` and `urls`: the names that parts with pictures, or with data URLs of them, may have.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "the body must be multipart/form-data", "invalid_request")
-    form = Form({}, [], [], [])
+    form = Form()
     try:
-        async with request.form(
-            max_files=max_pictures + 1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES
-        ) as got:
+        async with http.form(max_files=max_pictures + 1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as got:
             for key, value in got.multi_items():
                 if isinstance(value, UploadFile):
                     _keep(form, key, await value.read(), pictures)
@@ -55,9 +65,7 @@ async def read_form(
                     _set(form.fields, key, value)
     except HTTPException as error:
         raise ApiError(400, f"the form cannot be read: {error.detail}", "invalid_request") from None
-    except (UnicodeDecodeError, KeyError, ValueError) as error:
-        if isinstance(error, ApiError):
-            raise
+    except (KeyError, ValueError):
         raise ApiError(400, "the form cannot be read", "invalid_request") from None
     if len(form.pictures) + len(form.urls) > max_pictures:
         raise invalid(pictures[0], f"at most {max_pictures} pictures")
@@ -65,17 +73,18 @@ async def read_form(
 
 
 def _keep(form: Form, key: str, data: bytes, pictures: tuple[str, ...]) -> None:
+    masks = MASKS if pictures == PICTURES else ()
     if key in pictures:
         form.pictures.append(data)
-    elif key in MASKS and pictures == PICTURES:
+    elif key in masks:
         form.masks.append(data)
     else:
-        names = " or ".join([*pictures, *(("mask",) if pictures == PICTURES else ())])
+        names = " or ".join([*pictures, *masks[:1]])
         raise invalid(key[:100], f"{key[:100]!r} is no name of a picture; send {names}", "unknown_parameter")
 
 
 def _set(fields: dict[str, Any], key: str, value: str) -> None:
-    """`a` -> a, `a[b]` -> {"a": {"b": …}}, `a[]` -> list; `a[][b]` -> list of dicts, a new one where b is there."""
+    """`a` -> a, `a[b]` -> {"a": {"b": …}}, `a[]` -> list; `a[][b]` -> list of dicts, a new one if b is there."""
     if not (match := _KEY.fullmatch(key)):
         raise invalid(key[:100], "a name is a word, with [keys] after it", "unknown_parameter")
     path = [match[1], *re.findall(r"\[(\w*)\]", match[2])]
