@@ -1,7 +1,39 @@
 """Shared fixtures. The environment comes first: torch and its OpenMP runtime read it once, when they are imported."""
 
+from __future__ import annotations
+
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:  # torch is imported by those tests alone that need it
+    from vllm_omni import Omni
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Omni]:
+    """The demo model in this process, with MagCache."""
+    from vllm_omni import Omni
+
+    with Omni("demo", dtype="float32", cache_backend="magcache") as omni:
+        yield omni
+
+
+@pytest.fixture
+def tiny() -> Iterator[Omni]:
+    """A tiny FLUX with random weights and FLUX.1-dev's curve."""
+    from pipelines import CURVE, DEFAULTS, tiny_flux
+
+    from vllm_omni import Omni
+
+    with Omni.from_pipe(
+        tiny_flux(), cache_backend="magcache", cache_config={"mag_ratios": CURVE}, defaults=DEFAULTS
+    ) as omni:
+        yield omni

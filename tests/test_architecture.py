@@ -16,8 +16,8 @@ from functools import cached_property
 from pathlib import Path
 
 import pytest
+from paths import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vllm_omni"
 CORE = "vllm_omni.diffusion"  # what must stay readable in an afternoon; serving and reports are beside it
 

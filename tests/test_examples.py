@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxImg2ImgPipeline
+from paths import ROOT
 from PIL import Image
 from pipelines import DEMO, tiny_wan
 
-ROOT = Path(__file__).resolve().parent.parent
 MAX_EXAMPLE_LINES = 40
 PICTURES = {
     "offline_generation": ["birthday_cake", "penguin", "red_apple"],

@@ -5,7 +5,7 @@ video model (`/v1/videos`), each with small limits, so that a valid case takes n
 and 504, every body as `/openapi.json` describes it, no address, path or traceback in an error, and each within
 `--limit` seconds. Prints what was asked, and JSON on the last line; exit code 0 where all holds.
 
-PYTHONPATH=.:tests python tests/stress/http_fuzz.py --cases 500
+PYTHONPATH=.:tests/helpers python tests/stress/http_fuzz.py --cases 500
 """
 
 from __future__ import annotations

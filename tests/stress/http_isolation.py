@@ -1,6 +1,6 @@
 """Pairs of requests at once, each with a prompt, a seed and settings of its own: no reply holds anything of another.
 
-PYTHONPATH=.:tests python tests/stress/http_isolation.py [--pairs 1000]
+PYTHONPATH=.:tests/helpers python tests/stress/http_isolation.py [--pairs 1000]
 
 The two of a pair go out together, several pairs at a time. Every reply must hold its own id, prompt, seed, size, steps
 and cache settings and nobody else's marker, and no two the same picture; every fourth picture is held against the one

@@ -1,6 +1,6 @@
 """Clients that leave at every point of their request, on every route: the server drops it within one step.
 
-PYTHONPATH=.:tests python tests/stress/http_leave.py [--count 50] [--kinds images edits videos]
+PYTHONPATH=.:tests/helpers python tests/stress/http_leave.py [--count 50] [--kinds images edits videos]
 
 The points: while queued, in the text encoder, at each step in turn, in the VAE, while the file is encoded, and in the
 middle of a stream. Each part is made some hundredths of a second slower, so that it can be met; what is counted is

@@ -1,7 +1,7 @@
 """Many clients with mixed requests over HTTP: nothing lost, nothing wrong, every picture as it is alone.
 
-PYTHONPATH=.:tests python tests/stress/http_load.py --clients 64 --requests 500   (32 places to wait: many come back)
-PYTHONPATH=.:tests python tests/stress/http_load.py --clients 64 --minutes 10     (a place for all: nobody is sent away)
+PYTHONPATH=.:tests/helpers python tests/stress/http_load.py --clients 64 --requests 500   (32 wait: many return)
+PYTHONPATH=.:tests/helpers python tests/stress/http_load.py --clients 64 --minutes 10     (all may wait: none refused)
 
 The command serves in processes of its own. With `--minutes` each client sends the next request when it has its answer,
 and the wait that each reply tells of is held against what the server's cost model says at that moment: the planned

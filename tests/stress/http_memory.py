@@ -1,6 +1,6 @@
 """What thousands of requests leave behind in both processes of the command: memory by place, and the cache's own count.
 
-PYTHONPATH=.:tests python tests/stress/http_memory.py [--requests 3000]
+PYTHONPATH=.:tests/helpers python tests/stress/http_memory.py [--requests 3000]
 
 Needs memray (`pip install memray`), which is in both processes. After a warm-up, a quarter of the requests is made
 under one recording and the rest under another, three times as long. A place in our code that holds an object for every

@@ -1,6 +1,6 @@
 """More requests over HTTP than the server can do: it keeps its pace, refuses at once, official clients come through.
 
-PYTHONPATH=.:tests python tests/stress/http_overload.py [--rounds 4] [--seconds 12]
+PYTHONPATH=.:tests/helpers python tests/stress/http_overload.py [--rounds 4] [--seconds 12]
 
 The command serves in processes of its own, 8 running and 32 waiting. In each round a closed loop tells the capacity and
 open arrivals at 120 % of it follow, counted while the batch is full. Then official clients with their default retries

@@ -3,7 +3,7 @@
 The first three must be the same bytes; a batch or another number of threads rounds a matrix product otherwise, which
 may change a shade by 1 of 255. Prints for each how many pictures and pixels differ, as JSON; exit code 0 where so.
 
-PYTHONPATH=.:tests python tests/stress/http_seeds.py --pictures 100
+PYTHONPATH=.:tests/helpers python tests/stress/http_seeds.py --pictures 100
 """
 
 from __future__ import annotations

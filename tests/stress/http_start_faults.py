@@ -1,6 +1,6 @@
 """Commands that cannot serve: each ends with one clear line within ten seconds, and nothing is left.
 
-PYTHONPATH=.:tests python tests/stress/http_start_faults.py
+PYTHONPATH=.:tests/helpers python tests/stress/http_start_faults.py
 
 `vllm serve` imports vLLM before anything else, whatever is wrong; how long that takes is measured beside the faults
 (`vllm --version`). The last line is JSON, exit code 0 if all holds.

@@ -1,0 +1,56 @@
+"""The cache on a denoiser alone: FLUX.2, whose last blocks return text and image tokens together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pipelines import flux2_inputs, tiny_flux2
+from probing import Probe
+
+from vllm_omni.diffusion.cache.magcache import (
+    MagCacheConfig,
+    apply_mag_cache_hook,
+)
+from vllm_omni.diffusion.cache.standalone import detach
+from vllm_omni.errors import InvalidValueError
+
+
+def drive(transformer: torch.nn.Module, steps: int = 10, branches: int = 1) -> list[torch.Tensor]:
+    outputs = []
+    with torch.no_grad():
+        for step in range(steps):
+            for branch in range(branches):
+                with transformer.cache_context("cond" if branch == 0 else "uncond"):
+                    outputs.append(transformer(**flux2_inputs(step, steps, seed=branch), return_dict=False)[0])
+    return outputs
+
+
+def test_flux2_needs_a_curve_of_its_own() -> None:
+    with pytest.raises(InvalidValueError, match=r"mag_ratios.*calibrate"):
+        apply_mag_cache_hook(tiny_flux2(), MagCacheConfig(transformer_type="Flux2Transformer2DModel"))
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+def test_flux2_tail_gives_the_image_residual(branches: int) -> None:
+    """Point 5: its single blocks return the fused text+image sequence; what is kept is the image's share."""
+    transformer = tiny_flux2()
+    plain = drive(transformer, branches=branches)
+    config = MagCacheConfig(mag_ratios=[1.0] * 10, num_inference_steps=10, max_skip_steps=2, retention_ratio=0.3)
+    apply_mag_cache_hook(transformer, config)
+    probe = Probe(transformer)
+    for _ in range(2):  # the second run begins afresh
+        probe.added.clear(), probe.ran.clear(), probe.before.clear()
+        got = drive(transformer, branches=branches)
+        for branch in range(branches):
+            ran, added = probe.ran[branch::branches], probe.added[branch::branches]
+            assert ran == [True, True, True, False, False, True, False, False, True, True]
+            for step in range(10):
+                if ran[step]:
+                    last = added[step]
+                    assert torch.equal(got[branch::branches][step], plain[branch::branches][step])
+                else:
+                    torch.testing.assert_close(added[step], last, atol=1e-5, rtol=1e-5)
+                    assert added[step].norm() > 0.01 * probe.before[branch::branches][step].norm()
+    probe.remove()
+    detach(transformer)
+    assert all(map(torch.equal, drive(transformer, branches=branches), plain))

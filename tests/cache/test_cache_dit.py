@@ -1,0 +1,43 @@
+"""The cache-dit package as a backend: on a plain pipeline only, and refused if it is not installed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from gating import STEPS
+from pipelines import BlockCounter, run_latents, tiny_flux
+
+from vllm_omni import Omni
+from vllm_omni.diffusion.cache.selector import get_cache_backend
+from vllm_omni.errors import InvalidValueError
+
+
+def test_cache_dit_is_refused_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_omni.diffusion.cache.cache_dit.find_spec", lambda name: None)
+    with pytest.raises(InvalidValueError, match=r"pip install 'vllm-omni-magcache\[cache-dit\]'"):
+        get_cache_backend("cache_dit", {})
+
+
+def test_cache_dit_on_a_plain_pipeline_but_not_in_the_engine() -> None:
+    pytest.importorskip("cache_dit")
+    pipeline = tiny_flux()
+    plain = run_latents(pipeline, num_inference_steps=STEPS)
+    last = BlockCounter(pipeline.transformer.single_transformer_blocks[-1])
+    backend = get_cache_backend("cache_dit", {"rel_l1_thresh": 0.9, "num_inference_steps": STEPS})
+    assert backend is not None
+    backend.enable(pipeline)
+    cached = run_latents(pipeline, num_inference_steps=STEPS)
+    assert 0 < last.count < STEPS and not torch.allclose(cached, plain, atol=1e-6)
+    backend.disable(pipeline)
+    assert torch.allclose(run_latents(pipeline, num_inference_steps=STEPS), plain, atol=1e-6)
+    with pytest.raises(InvalidValueError, match="cannot serve requests"):
+        Omni.from_pipe(tiny_flux(), cache_backend="cache_dit")
+
+
+@pytest.mark.parametrize("settings", [{"nfe": 4}, {"predictor": "damped"}, {"memory_budget_mb": 1}])
+def test_cache_dit_refuses_what_it_cannot_do(settings: dict[str, Any]) -> None:
+    pytest.importorskip("cache_dit")
+    with pytest.raises(InvalidValueError):
+        get_cache_backend("cache_dit", settings)

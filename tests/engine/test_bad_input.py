@@ -1,0 +1,246 @@
+"""Bad input: an `OmniError` that names field, value and fix, as early as possible, and the engine goes on serving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from errors_raised import assert_matches
+from pipelines import CURVE, DEFAULTS, embeds, tiny_flux
+
+from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
+from vllm_omni.entrypoints.omni import Omni
+from vllm_omni.errors import InvalidValueError, ModelLoadError, OmniError, UnknownKeyError
+from vllm_omni.inputs.data import MAX_PROMPT_CHARACTERS, OmniDiffusionSamplingParams
+
+GOOD = {"num_inference_steps": 4, "seed": 0, "output_type": "latent"}
+
+
+@pytest.fixture(scope="module")
+def omni() -> Iterator[Omni]:
+    with Omni.from_pipe(
+        tiny_flux(), cache_backend="magcache", cache_config={"mag_ratios": CURVE}, defaults=DEFAULTS
+    ) as engine:
+        yield engine
+
+
+def refused(omni: Omni, prompt: Any, params: dict[str, Any]) -> OmniError:
+    """The error of one bad request between two good ones, whose pictures do not change."""
+    prompts, parameters = [embeds(0), prompt, embeds(0)], [GOOD, {**GOOD, **params}, GOOD]
+    good, bad, also_good = omni.generate(prompts, parameters, use_tqdm=False)
+    assert good.ok and also_good.ok and torch.equal(good.latents, also_good.latents)
+    assert omni.engine.worker.cache_bytes == 0 and not omni.engine.has_unfinished_requests()
+    assert isinstance(bad.error, OmniError) and not bad.images and bad.latents is None, bad.error
+    return bad.error
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("", "prompt must not be empty, got ''"),
+        (" \n\t", "prompt must not be empty"),
+        ("red\0apple", "prompt must not contain the NUL character"),
+        ("x" * (MAX_PROMPT_CHARACTERS + 1), f"prompt must have at most {MAX_PROMPT_CHARACTERS}"),
+        (None, "prompt must be a string or a dict"),
+        (3, "prompt must be a string or a dict.*got 3"),
+        ({}, "prompt must hold 'prompt' or 'prompt_embeds'"),
+        ({"prompt": 7}, "prompt must be a string, got 7"),
+        ({"prompt": "a", "negative_prompt": "b\0"}, "negative_prompt must not contain the NUL character"),
+        ({"prompt": "a", "multi_modal_data": 1}, "multi_modal_data must be a dict"),
+        ({**embeds(0), "promt_2": "x"}, "promt_2"),
+        ({**embeds(0), "num_frames": 3}, "num_frames"),
+    ],
+)
+def test_bad_prompts(omni: Omni, prompt: Any, message: str) -> None:
+    assert_matches(refused(omni, prompt, {}), message)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"num_inference_steps": 0}, "num_inference_steps.*1.*got 0"),
+        ({"num_inference_steps": -5}, "num_inference_steps.*1.*got -5"),
+        ({"num_inference_steps": 10**9}, "num_inference_steps must be between 1 and 1000, got 1000000000"),
+        ({"num_inference_steps": "many"}, "num_inference_steps.*got 'many'"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps.*got 2.5"),
+        ({"height": 33}, r"height must be a multiple of \d+ \(nearest: 32\), got 33"),
+        ({"width": 50001}, "width"),
+        ({"height": 0}, "height.*got 0"),
+        ({"width": -8}, "width.*got -8"),
+        ({"height": 10**6, "width": 10**6}, "height x width must be at most .* pixels, got '1000000x1000000'"),
+        ({"guidance_scale": math.nan}, "guidance_scale.*finite"),
+        ({"guidance_scale": -1}, "guidance_scale.*got -1"),
+        ({"seed": -1}, "seed.*got -1"),
+        ({"seed": 2**64}, "seed"),
+        ({"num_outputs_per_prompt": 0}, "num_outputs_per_prompt.*got 0"),
+        ({"num_outputs_per_prompt": 10_000}, "num_outputs_per_prompt.*64"),
+        ({"num_inference_step": 4}, "num_inference_step.*did you mean 'num_inference_steps'"),
+        ({"num_frames": 9}, "num_frames is not an argument of FluxPipeline"),
+        ({"extra_args": {"guidance_scal": 1}}, "extra_args.*guidance_scal.*'guidance_scale'"),
+        ({"extra_args": {"callback_on_step_end": print}}, "callback_on_step_end"),
+        ({"extra_args": {"num_inference_steps": "many"}}, "num_inference_steps"),
+        ({"extra_args": {"height": "tall"}}, "height"),
+        ({"extra_args": {"num_inference_steps": 0}}, "num_inference_steps"),
+        ({"extra_args": 5}, "extra_args"),
+        ({"lora_request": "x"}, "lora_request.*none is loaded"),
+    ],
+)
+def test_bad_sampling_params(omni: Omni, params: dict[str, Any], message: str) -> None:
+    assert_matches(refused(omni, embeds(0), params), message)
+
+
+@pytest.mark.parametrize(
+    ("cache", "message"),
+    [
+        ("fsat", "cache must be 'off', a dict, or one of .*'fast'.*got 'fsat'"),
+        (5, "cache must be None, 'off', a preset's name or a dict"),
+        ({"treshold": 0.1}, "cache has no 'treshold'; did you mean 'threshold'"),
+        ({"mag_max_skip_step": 0.1}, "mag_max_skip_step.*did you mean.*'mag_max_skip_steps'"),
+        ({"backend": "magcash"}, "cache_backend must be one of .*'magcache'.*got 'magcash'"),
+        ({"preset": "slow"}, "cache.preset must be one of .*'fast'.*got 'slow'"),
+        ({"threshold": 0}, "threshold.*greater than 0, got 0"),
+        ({"threshold": -0.1}, "threshold.*greater than 0"),
+        ({"threshold": math.nan}, "threshold"),
+        ({"threshold": "big"}, "threshold.*got 'big'"),
+        ({"max_skip_steps": 0}, "max_skip_steps.*1, got 0"),
+        ({"max_skip_steps": 1.5}, "max_skip_steps.*got 1.5"),
+        ({"retention_ratio": -0.1}, "retention_ratio.*0, got -0.1"),
+        ({"retention_ratio": 1.0}, "retention_ratio.*1, got 1.0"),
+        ({"mag_ratios": []}, "mag_ratios must not be empty"),
+        ({"mag_ratios": [1.0, math.nan]}, r"mag_ratios\[1\] must be a finite number above 0, got nan"),
+        ({"mag_ratios": [1.0, 0.0]}, r"mag_ratios\[1\] must be a finite number above 0, got 0.0"),
+        ({"mag_ratios": [1.0, -2.0]}, r"mag_ratios\[1\] must be a finite number above 0, got -2.0"),
+        ({"mag_ratios": "flux"}, "mag_ratios must be a list of numbers"),
+        ({"steps_mask": []}, "steps_mask must begin with a computed step"),
+        ({"steps_mask": [0, 1]}, "steps_mask must begin with a computed step"),
+        ({"steps_mask": 5}, "steps_mask.*got 5"),
+        ({"predictor": "taylor"}, "predictor.*'reuse'.*got 'taylor'"),
+        ({"predictor": "gram"}, "predictor needs a calibrated profile.*got 'gram'"),
+        ({"profile": "/no/such/profile.json"}, "profile must be a profile file, or a name such as 'demo'"),
+        ({"memory_budget_mb": 1}, "memory_budget_mb"),
+        ({"mag_calibrate": True}, "mag_calibrate"),
+    ],
+)
+def test_bad_cache_settings_of_a_request(omni: Omni, cache: Any, message: str) -> None:
+    assert_matches(refused(omni, embeds(0), {"cache": cache}), message)
+
+
+def test_one_bad_request_alone_is_an_output_with_its_error(omni: Omni) -> None:
+    (output,) = omni.generate("", use_tqdm=False)
+    assert isinstance(output.error, InvalidValueError) and output.error.field == "prompt"
+    assert omni.generate(embeds(1), GOOD, use_tqdm=False)[0].ok
+
+
+def test_as_many_sampling_params_as_prompts(omni: Omni) -> None:
+    with pytest.raises(InvalidValueError, match="sampling_params_list must have one per prompt, 2, got '1 entries'"):
+        omni.generate([embeds(0), embeds(1)], [GOOD], use_tqdm=False)
+    for odd in (5, ["steps"]):
+        with pytest.raises(OmniError, match="sampling_params"):
+            raise_error(omni, odd)
+    assert omni.generate(embeds(0), GOOD, use_tqdm=False)[0].ok
+
+
+def raise_error(omni: Omni, params: Any) -> None:
+    """A refusal counts however it comes: raised, or in the output."""
+    for output in omni.generate([embeds(0)], params, use_tqdm=False):
+        if output.error is not None:
+            raise output.error
+
+
+def test_a_pipeline_without_a_text_encoder_fails_the_text_prompt_alone(omni: Omni) -> None:
+    good, bad, also = omni.generate([embeds(0), "red apple", embeds(0)], GOOD, use_tqdm=False)
+    assert good.ok and also.ok and bad.error is not None and torch.equal(good.latents, also.latents)
+    assert omni.engine.worker.cache_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mag_threshold": 0}, "mag_threshold.*got 0"),
+        ({"mag_threshold": math.inf}, "mag_threshold.*finite"),
+        ({"mag_max_skip_steps": 0}, "mag_max_skip_steps.*got 0"),
+        ({"mag_max_skip_steps": 10**9}, "mag_max_skip_steps.*10000"),
+        ({"mag_retention_ratio": 1}, "mag_retention_ratio.*less than 1, got 1"),
+        ({"mag_ratios": []}, "mag_ratios must not be empty"),
+        ({"mag_ratios": [math.nan]}, r"mag_ratios\[0\] must be a finite number above 0, got nan"),
+        ({"mag_ratios": ["a"]}, "mag_ratios must be a flat list of numbers"),
+        ({"num_inference_steps": 0}, "num_inference_steps.*got 0"),
+        ({"memory_budget_mb": -1}, "memory_budget_mb.*got -1"),
+        ({"curve_resampling": "cubic"}, "curve_resampling.*'log'.*got 'cubic'"),
+        ({"steps_mask": 5}, "steps_mask.*got 5"),
+    ],
+)
+def test_bad_cache_configs(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        DiffusionCacheConfig(**settings)
+    with pytest.raises(InvalidValueError, match=message):
+        Omni("/nonexistent", cache_backend="magcache", cache_config=settings)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "model"),
+        ({"model": ""}, "model.*got ''"),
+        ({"model": 3}, "model.*got 3"),
+        ({"model": "demo", "dtype": "int8"}, "dtype.*'bfloat16'.*got 'int8'"),
+        ({"model": "demo", "max_num_seqs": 0}, "max_num_seqs.*got 0"),
+        ({"model": "demo", "max_num_seq": 1}, "max_num_seq.*did you mean.*'max_num_seqs'"),
+        ({"model": "demo", "cache_config": {}}, "cache_config needs a cache_backend"),
+        ({"model": "demo", "cache_backend": "magcache", "cache_config": 5}, "DiffusionCacheConfig.*dict.*got 5"),
+        ({"model": "demo", "cache_backend": "magcache", "cache_config": {"mag_calibrate": True}}, "mag_calibrate"),
+        ({"model": "demo", "cache_backend": "magcache", "cache_config": {"mag_treshold": 1}}, "'mag_threshold'"),
+    ],
+)
+def test_bad_engine_arguments(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        OmniDiffusionConfig(**arguments)
+
+
+def test_good_engine_arguments() -> None:
+    assert OmniDiffusionConfig(model="demo", dtype=torch.bfloat16).dtype == "bfloat16"
+    assert OmniDiffusionConfig(model="demo", dtype="half").dtype == "float16"
+    assert isinstance(OmniDiffusionSamplingParams(num_inference_steps=1).num_inference_steps, int)
+
+
+@pytest.mark.parametrize("name", ["magcash", "teecache", "", 7])
+def test_a_wrong_cache_name_fails_before_any_weight_loads(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vllm_omni.diffusion.worker.worker.load_pipeline", lambda config: pytest.fail("loaded"))
+    for model in ("/nonexistent", "demo"):
+        with pytest.raises(OmniError, match=r"cache_backend.*got") as caught:
+            Omni(model, cache_backend=name)
+        if name == "magcash":
+            assert "'magcache'" in str(caught.value) and "'magcash'" in str(caught.value)
+
+
+def test_a_checkpoint_without_a_curve_is_refused_at_start_up() -> None:
+    pipeline = tiny_flux()
+    with pytest.raises(InvalidValueError, match=r"mag_ratios must be given.*calibrate"):
+        Omni.from_pipe(pipeline, cache_backend="magcache")
+    with Omni.from_pipe(pipeline, defaults=DEFAULTS) as plain:
+        bad = plain.generate(embeds(0), {**GOOD, "cache": "fast"}, use_tqdm=False)[0]
+        assert isinstance(bad.error, InvalidValueError) and "mag_ratios" in str(bad.error)
+        with_curve = {**GOOD, "num_inference_steps": 10, "cache": {"mag_ratios": list(CURVE)}}
+        good = plain.generate(embeds(0), with_curve, use_tqdm=False)[0]
+        assert good.ok and good.skipped_steps > 0
+
+
+def test_a_predictor_that_the_checkpoint_cannot_have_is_refused_at_start_up() -> None:
+    config = {"mag_ratios": CURVE, "predictor": "gram"}
+    with pytest.raises(InvalidValueError, match=r"predictor needs a calibrated profile.*got 'gram'"):
+        Omni.from_pipe(tiny_flux(), cache_backend="magcache", cache_config=config)
+
+
+def test_a_request_that_takes_the_mask_away_needs_a_curve() -> None:
+    with Omni.from_pipe(
+        tiny_flux(), cache_backend="magcache", cache_config={"steps_mask": [1, 0]}, defaults=DEFAULTS
+    ) as omni:
+        assert_matches(refused(omni, embeds(0), {"cache": {"steps_mask": None}}), "mag_ratios must be given")
+
+
+def test_all_errors_are_one_family() -> None:
+    for kind in (InvalidValueError, UnknownKeyError, ModelLoadError):
+        assert issubclass(kind, OmniError) and issubclass(kind, ValueError)

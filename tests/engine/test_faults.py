@@ -1,0 +1,104 @@
+"""A fault put into the engine at any place ends one request, and ended requests leave no tensor behind."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from process_client import ARGS
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams as Params
+from vllm_omni.inputs.data import normalise_prompt
+from vllm_omni.outputs import OmniRequestOutput
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[DiffusionEngine]:
+    made = DiffusionEngine(OmniDiffusionConfig(**ARGS))
+    yield made
+    made.close()
+
+
+def add(engine: DiffusionEngine, name: str, prompt: str = "sun", **params: Any) -> None:
+    given = Params(**{"seed": 1, "num_inference_steps": 12, "cache": "fast"} | params)
+    engine.add_request(OmniDiffusionRequest(name, prompt, normalise_prompt(prompt), given))
+
+
+def finish(engine: DiffusionEngine) -> dict[str, OmniRequestOutput]:
+    ended: dict[str, OmniRequestOutput] = {}
+    while engine.has_unfinished_requests():
+        ended |= {output.request_id: output for output in engine.step()}
+    return ended
+
+
+@pytest.mark.parametrize("place", ["encode", "step", "cache", "decode"])
+def test_a_fault_at_any_place_costs_one_request(
+    engine: DiffusionEngine, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    add(engine, "alone")
+    alone = np.asarray(finish(engine)["alone"].images[0], int)
+    pipeline, seen = engine.worker.pipeline, []
+
+    def failing(original: Any, hits: Any) -> Any:
+        def act(*args: Any, **kwargs: Any) -> Any:
+            if hits(args, kwargs):
+                seen.append(place)
+                raise RuntimeError("injected")
+            return original(*args, **kwargs)
+
+        return act
+
+    if place == "encode":
+        failed = failing(pipeline.encode_prompt, lambda args, kwargs: kwargs["prompt"] == "bad")
+        monkeypatch.setattr(pipeline, "encode_prompt", failed)
+    elif place == "step":
+        module = pipeline.transformer
+        failed = failing(module.forward, lambda args, kwargs: bool((kwargs["guidance"] == 9.0).any()))
+        monkeypatch.setattr(module, "forward", failed)
+    elif place == "decode":  # the bad one is the first to end
+        monkeypatch.setattr(pipeline.vae, "decode", failing(pipeline.vae.decode, lambda args, kwargs: not seen))
+    for i in range(3):
+        add(engine, f"good-{i}")
+    add(engine, "bad", "bad", guidance_scale=9.0, **({"num_inference_steps": 2} if place == "decode" else {}))
+    first = engine.step()
+    if place == "cache":
+        while engine.stage("bad") != "denoise":
+            first += engine.step()
+        cache = engine._entries["bad"].state.cache
+        monkeypatch.setattr(cache, "forecast", failing(cache.forecast, lambda args, kwargs: True))
+    ended = {output.request_id: output for output in first} | finish(engine)
+    assert seen and isinstance(ended["bad"].error, RuntimeError) and not ended["bad"].images
+    for i in range(3):
+        assert np.abs(np.asarray(ended[f"good-{i}"].images[0], int) - alone).max() <= 1
+    assert engine.worker.cache_bytes == 0
+
+
+def test_aborted_requests_leave_nothing_for_the_garbage_collector(engine: DiffusionEngine) -> None:
+    """What a request held is free the moment it ends: no cycle keeps its tensors until a collection."""
+
+    def tensors() -> int:
+        return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
+
+    counts = []
+    gc.collect()
+    gc.disable()
+    try:
+        for turn in range(3):
+            names = [f"left-{turn}-{i}" for i in range(8)]
+            for name in names:
+                add(engine, name)
+            for _ in range(3):
+                engine.step()
+            engine.abort(names)
+            assert len(engine.collect()) == 8
+            counts.append(tensors())
+    finally:
+        gc.enable()
+    assert counts[0] == counts[1] == counts[2] and engine.worker.cache_bytes == 0

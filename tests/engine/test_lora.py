@@ -1,0 +1,142 @@
+"""LoRA per request: adapters by registered name, different ones side by side, the cache on. Real adapters and PEFT."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from errors_raised import assert_matches
+from peft import LoraConfig, get_peft_model_state_dict
+from pipelines import CURVE, DEFAULTS, count_blocks, embeds, run_latents, tiny_flux
+
+from vllm_omni import Omni
+from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.diffusion.cache.profile import fingerprint
+from vllm_omni.errors import InvalidValueError, ModelLoadError
+
+TARGETS = ["to_q", "to_v", "to_out.0"]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two adapters in the format that diffusers saves, with weights large enough to see."""
+    folder, modules = tmp_path_factory.mktemp("lora"), {}
+    for seed, name in enumerate(("ink", "clay")):
+        pipeline = tiny_flux()
+        torch.manual_seed(seed)
+        pipeline.transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights=False, target_modules=TARGETS))
+        pipeline.save_lora_weights(
+            folder / name, transformer_lora_layers=get_peft_model_state_dict(pipeline.transformer)
+        )
+        modules[name] = str(folder / name)
+    return modules
+
+
+def engine(adapters: dict[str, str], **more: Any) -> Omni:
+    return Omni.from_pipe(
+        tiny_flux(),
+        defaults=DEFAULTS,
+        cache_backend="magcache",
+        cache_config={"mag_ratios": CURVE},
+        lora_modules=adapters,
+        **more,
+    )
+
+
+def reference(adapters: dict[str, str], names: list[str], scales: list[float], **call: Any) -> torch.Tensor:
+    """Plain diffusers with the adapters set as its users set them."""
+    pipeline = tiny_flux()
+    for name in names:
+        pipeline.load_lora_weights(adapters[name], adapter_name=name)
+    if names:
+        pipeline.set_adapters(names, scales)
+    return run_latents(pipeline, **call)
+
+
+def test_each_request_has_its_own_adapters(adapters: dict[str, str]) -> None:
+    asked: list[Any] = ["ink", {"name": "clay", "scale": 0.5}, ["ink", {"name": "clay", "scale": 0.5}], None, "ink"]
+    expected = [(["ink"], [1.0]), (["clay"], [0.5]), (["ink", "clay"], [1.0, 0.5]), ([], []), (["ink"], [1.0])]
+    parameters = [
+        Params(num_inference_steps=4 + i, seed=i, output_type="latent", lora_request=lora, cache="off")
+        for i, lora in enumerate(asked)
+    ]
+    with engine(adapters) as omni:
+        outputs = omni.generate([embeds(i) for i in range(5)], parameters, use_tqdm=False)
+    plain = [reference(adapters, [], [], i=i, seed=i, num_inference_steps=4 + i) for i in range(5)]
+    for i, output in enumerate(outputs):
+        assert output.ok, output.error
+        wanted = reference(adapters, *expected[i], i=i, seed=i, num_inference_steps=4 + i)
+        torch.testing.assert_close(output.latents, wanted, atol=1e-4, rtol=0)
+        changed = (output.latents - plain[i]).abs().max()
+        assert (changed < 1e-4) == (not expected[i][0]), f"request {i} differs from the bare model by {changed}"
+
+
+def test_cache_skips_with_an_adapter_and_residuals_stay_apart(adapters: dict[str, str]) -> None:
+    """The same prompt and seed with and without the adapter, in one engine, each as it is alone."""
+    asked = ["ink", None, "clay"]
+    parameters = [Params(num_inference_steps=10, seed=0, output_type="latent", lora_request=lora) for lora in asked]
+    with engine(adapters) as omni:
+        counter = count_blocks(omni.engine.worker.pipeline)
+        together = omni.generate([embeds(0)] * 3, parameters, use_tqdm=False)
+        assert counter.count == sum(output.computed_steps for output in together)  # never in one forward
+        alone = [omni.generate(embeds(0), p, use_tqdm=False)[0] for p in parameters]
+        assert omni.engine.worker.cache_bytes == 0
+    for one, other in zip(together, alone, strict=True):
+        assert one.skipped_steps == other.skipped_steps > 0
+        torch.testing.assert_close(one.latents, other.latents, atol=1e-4, rtol=0)
+    assert (together[0].latents - together[1].latents).abs().max() > 1e-2
+
+
+def test_equal_adapters_share_a_forward(adapters: dict[str, str]) -> None:
+    params = Params(num_inference_steps=4, output_type="latent", lora_request="ink", cache="off", seed=1)
+    with engine(adapters) as omni:
+        counter = count_blocks(omni.engine.worker.pipeline)
+        omni.generate([embeds(0), embeds(1)], params, use_tqdm=False)
+        assert counter.count == 4 and counter.rows == 8
+
+
+def test_close_gives_the_bare_pipeline_back(adapters: dict[str, str]) -> None:
+    pipeline = tiny_flux()
+    before = fingerprint(pipeline.transformer), run_latents(pipeline, num_inference_steps=3)
+    with Omni.from_pipe(pipeline, defaults=DEFAULTS, lora_modules=adapters) as omni:
+        assert fingerprint(pipeline.transformer) == before[0]  # a checkpoint's curve is still found
+        omni.generate(embeds(0), Params(num_inference_steps=3, lora_request="ink"), use_tqdm=False)
+    assert torch.equal(run_latents(pipeline, num_inference_steps=3), before[1])
+
+
+@pytest.mark.parametrize(
+    ("lora", "message"),
+    [
+        ("inc", "lora_request must be one of: ink, clay"),
+        ("../../etc/passwd", "lora_request must be one of: ink, clay"),
+        ({"name": "ink", "path": "/x"}, "LoRARequest has no 'path'"),
+        ({"name": "ink", "scale": float("nan")}, "scale"),
+        ({"name": "ink", "scale": 1e9}, "scale.*10"),
+        ([["ink"]], "lora_request must be a registered name"),
+        (["ink", "ink"], "lora_request names an adapter twice"),
+        (7, "lora_request must be a registered name"),
+    ],
+)
+def test_bad_requests_are_refused_and_cost_nothing(adapters: dict[str, str], lora: Any, message: str) -> None:
+    with engine(adapters) as omni:
+        params = {"num_inference_steps": 3, "lora_request": lora, "output_type": "latent"}
+        bad, good = omni.generate([embeds(0), embeds(1)], [params, {"num_inference_steps": 3}], use_tqdm=False)
+        assert isinstance(bad.error, InvalidValueError)
+        assert_matches(bad.error, message)
+        assert good.ok
+
+
+def test_bad_modules_are_refused_at_start(tmp_path: Path) -> None:
+    pickled = tmp_path / "a.bin"
+    pickled.write_bytes(b"\x80\x04")
+    cut = tmp_path / "b.safetensors"
+    cut.write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    for where, message in [
+        (str(pickled), "no .safetensors file"),
+        (str(cut), "could not be loaded"),
+        (str(tmp_path / "gone"), "does not exist"),
+    ]:
+        with pytest.raises(ModelLoadError, match=message):
+            Omni.from_pipe(tiny_flux(), defaults=DEFAULTS, lora_modules={"x": where})

@@ -1,0 +1,160 @@
+"""A server of the demo model in this process's threads: the real engine process behind the real application."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import uvicorn
+from paths import DEMO, ROOT
+from pipelines import tiny_wan
+
+from vllm_omni.engine.client import ProcessEngineClient
+from vllm_omni.entrypoints.openai.app import build_app
+from vllm_omni.entrypoints.serve_config import ServeConfig
+
+KEY = "a-key"
+AUTH = {"Authorization": f"Bearer {KEY}"}
+PROCESS_KEY = "sk-marker-of-a-key"  # of the real command
+GENERATIONS = "/v1/images/generations"
+EDITS = "/v1/images/edits"
+CHAT = "/v1/chat/completions"
+ENGINE_ARGS = {"model": "demo", "cache_backend": "magcache", "max_num_seqs": 4}
+
+
+def repaint_folder(folder: Path) -> Path:
+    """The demo's weights as an image-to-image pipeline: the folder differs in one line."""
+    made = folder / "repaint"
+    made.mkdir()
+    for entry in DEMO.iterdir():
+        if entry.name != "model_index.json":
+            (made / entry.name).symlink_to(entry)
+    index = json.loads((DEMO / "model_index.json").read_text()) | {"_class_name": "FluxImg2ImgPipeline"}
+    (made / "model_index.json").write_text(json.dumps(index))
+    return made
+
+
+def video_folder(folder: Path) -> Path:
+    """A tiny Wan that makes videos of 9 frames of 32 by 32 pixels in 4 steps."""
+    tiny_wan().save_pretrained(folder / "wan")
+    own = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 4}
+    (folder / "wan" / "generation_config.json").write_text(json.dumps(own))
+    return folder / "wan"
+
+
+@dataclass
+class Running:
+    """A server that answers at `url`; `do` runs a coroutine on its loop."""
+
+    url: str
+    app: Any
+    engine: ProcessEngineClient
+    loop: asyncio.AbstractEventLoop
+
+    def do(self, coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(60)
+
+    def idle(self) -> Any:
+        """The statistics once nothing runs."""
+        jobs = self.app.state.omni.jobs.running
+        for _ in range(500):
+            stats = self.do(self.engine.stats())
+            if not stats.running and not stats.waiting and not jobs:
+                return stats
+            time.sleep(0.02)
+        raise AssertionError(f"not idle: {stats.running} run, {stats.waiting} wait, jobs: {list(jobs)}")
+
+
+@contextmanager
+def serve(engine_args: dict[str, Any] | None = None, **settings: Any) -> Iterator[Running]:
+    """Serve until the block ends, on a free port of the loopback interface."""
+    config = ServeConfig(engine_args=engine_args or ENGINE_ARGS, **settings)
+    sock = socket.create_server(("127.0.0.1", 0))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as the real server's
+    box: dict[str, Any] = {}
+    up = threading.Event()
+
+    async def main() -> None:
+        engine = ProcessEngineClient(config.engine_args, max_queued_requests=config.max_queued_requests)
+        try:
+            await engine.start()
+            app = build_app(engine, config)
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", server_header=False))
+            box.update(app=app, engine=engine, loop=asyncio.get_running_loop(), server=server)
+            up.set()
+            await server.serve(sockets=[sock])
+        finally:
+            await engine.shutdown()
+            up.set()
+
+    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread.start()
+    up.wait(120)
+    assert "server" in box, "the engine did not start"
+    try:
+        yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", box["app"], box["engine"], box["loop"])
+    finally:
+        box["server"].should_exit = True
+        thread.join(30)
+        sock.close()
+        state = box["server"].server_state
+        assert not thread.is_alive(), f"it does not end: {len(state.connections)} connections, tasks: {state.tasks}"
+
+
+@dataclass
+class Command:
+    """`vllm-omni serve` in processes of its own, which answers at `url`; `log` is the file that it writes."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def status(self, name: str) -> int:
+        """Of the front end, in KiB: VmRSS, or VmHWM, the largest since `forget_peak`."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    def forget_peak(self) -> None:
+        Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
+
+    def descriptors(self) -> int:
+        return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+
+
+@contextmanager
+def command(folder: Path, *words: str | Path, **environment: str) -> Iterator[Command]:
+    """The real command, run in `folder` with nothing written outside it, until the block ends by SIGTERM."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    root = str(ROOT)
+    places = {"PYTHONPATH": root, "HOME": str(folder), "TMPDIR": str(folder), "OMP_WAIT_POLICY": "PASSIVE"}
+    line = [sys.executable, "-m", "vllm_omni", "serve", *map(str, words), "--port", str(port)]
+    log = folder / "log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(line, stdout=out, stderr=out, env=os.environ | places | environment, cwd=folder)
+    server = Command(f"http://127.0.0.1:{port}", process, log)
+    try:
+        for _ in range(600):
+            assert process.poll() is None, log.read_text()
+            try:
+                if httpx.get(server.url + "/health/ready").status_code == 200:
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        yield server
+    finally:
+        process.terminate()
+        process.wait(60)

@@ -1,0 +1,193 @@
+"""The native operations against their torch twins: values, strides, dtypes, compilation, and the build itself."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from paths import ROOT
+
+from vllm_omni.kernels import ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+native = pytest.mark.skipif(ops.REASON is not None, reason=f"native ops: {ops.REASON}")
+
+
+def _randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _exact_forecast(x, residuals, weights, first_rows):
+    """In double, row by row, from the definition."""
+    out = x.double()
+    for r, w, first in zip(residuals, weights, first_rows, strict=True):
+        out[first : first + len(r)] += w * r.double()
+    return out
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return {torch.float32: 1e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+
+
+@pytest.mark.parametrize("kept", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 7, 33), (2, 64, 192), (5, 129, 31)])
+def test_forecast_is_the_sum_rounded_once(shape, dtype, kept) -> None:
+    rows = shape[0]
+    x = _randn(*shape, dtype=dtype)
+    residuals = [_randn(*shape, dtype=kept, seed=1), _randn(1, *shape[1:], dtype=kept, seed=2)]
+    call = (x, [*residuals, residuals[1]], [1.75, -0.75, 0.3], [0, rows - 1, 0])
+    before = x.clone()
+    exact = _exact_forecast(*call)
+    for function in (ops.forecast, ops.forecast_torch):
+        out = function(*call)
+        assert out.dtype == dtype and out.shape == x.shape
+        error = (out.double() - exact).abs() / exact.abs().clamp_min(1.0)
+        assert error.max() <= _tolerance(dtype), function
+    assert torch.equal(x, before)
+    assert torch.allclose(
+        ops.forecast(*call).float(), ops.forecast_torch(*call).float(), rtol=_tolerance(dtype), atol=2e-6
+    )
+
+
+def test_a_row_without_terms_stays_as_it_is_and_one_term_is_torchs_own() -> None:
+    x, r = _randn(4, 5, 6), _randn(4, 5, 6, seed=1)
+    out = ops.forecast(x, [r[:1], r[1:2]], [1.0, 2.0], [2, 2])
+    assert torch.equal(out[[0, 1, 3]], x[[0, 1, 3]])
+    assert torch.equal(ops.forecast(x, [], [], []), x)
+    assert torch.equal(ops.forecast(x, [r], [1.0], [0]), x + r)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forecast_takes_tensors_that_are_not_contiguous(dtype) -> None:
+    x, r = _randn(2, 33, 14, dtype=dtype).transpose(1, 2), _randn(2, 14, 40, dtype=dtype, seed=1)[..., 3:36]
+    assert not x.is_contiguous() and not r.is_contiguous()
+    call = ([r, r], [0.5, 0.25], [0, 0])
+    assert torch.equal(ops.forecast(x, *call), ops.forecast(x.contiguous(), [r.contiguous()] * 2, *call[1:]))
+
+
+@pytest.mark.parametrize("kept", DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_and_its_norm(dtype, kept) -> None:
+    fused, before = _randn(3, 20, 65, dtype=dtype), _randn(3, 9, 65, dtype=dtype, seed=1)
+    after = fused[:, -9:]  # what a tail returns that holds text, too
+    exact = after.double() - before.double()
+    for function in (ops.residual_norm, ops.residual_norm_torch):
+        residual, norm = function(after, before, kept)
+        assert residual.dtype == kept and residual.is_contiguous() and norm.dtype == torch.float32
+        assert torch.equal(residual, (after.float() - before.float()).to(kept))
+        assert torch.allclose(norm.double(), exact.norm(dim=-1), rtol=1e-5)
+    kept_alone = ops.residual(after, before, kept)
+    assert kept_alone.dtype == kept
+    assert torch.equal(kept_alone, (after.float() - before.float()).to(kept))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_infinities_and_nans_come_through(dtype) -> None:
+    x = torch.tensor([[[float("inf"), float("nan"), 1.0, -float("inf")] * 9]]).to(dtype)
+    zero = torch.zeros_like(x)
+    out = ops.forecast(x, [zero, zero], [1.0, 1.0], [0, 0])
+    assert torch.equal(out.isnan(), x.isnan()) and torch.equal(out.nan_to_num(), x.nan_to_num())
+    residual, norm = ops.residual_norm(x, zero, dtype)
+    assert torch.equal(residual.isnan(), x.isnan()) and norm.isnan().all()
+
+
+@native
+def test_what_does_not_fit_is_refused() -> None:
+    x, r = _randn(2, 3, 4), _randn(2, 3, 4)
+    forecast = torch.ops.vllm_omni.forecast
+    for call in (([r], [1.0, 2.0], [0]), ([r], [1.0], [1]), ([r[..., :3]], [1.0], [0]), ([r] * 9, [1.0] * 9, [0] * 9)):
+        with pytest.raises(RuntimeError, match="forecast"):
+            forecast(x, *call)
+    with pytest.raises(RuntimeError, match="residual_norm"):
+        torch.ops.vllm_omni.residual_norm(x, r[:, :2], torch.float32)
+
+
+@native
+@pytest.mark.filterwarnings("ignore")
+def test_registration_and_fakes_hold() -> None:
+    """torch's own checks: schema, aliasing, and that the fake's shapes, strides and dtypes are the real ones."""
+    x, r = _randn(2, 3, 4), _randn(1, 3, 4, dtype=torch.bfloat16)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.vllm_omni.forecast, (x, [r], [0.5], [1]), test_utils=checks)
+    torch.library.opcheck(torch.ops.vllm_omni.residual_norm, (x, x, torch.bfloat16), test_utils=checks)
+
+
+@native
+def test_bookkeeping_of_a_computed_step_takes_one_residual() -> None:
+    after, before = _randn(1, 512, 512), _randn(1, 512, 512, seed=1)
+    for keep in (torch.float32, torch.bfloat16):
+        with torch.profiler.profile(profile_memory=True) as profile:
+            kept = ops.residual(after, before, keep)
+        now = most = 0
+        for event in profile.profiler.kineto_results.events():
+            if event.name() == "[memory]":
+                now += event.nbytes()
+                most = max(most, now)
+        assert 0 < most <= kept.nbytes + 4 * 512 + 4096, (keep, most, kept.nbytes)  # and one number per token
+
+
+def test_cuda_source_compiles(tmp_path) -> None:
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("no nvcc: csrc/cuda.cu was not compiled")
+    torch_root = Path(torch.__file__).parent
+    if not (
+        macros := torch_root / "include/c10/cuda/impl/cuda_cmake_macros.h"
+    ).exists():  # a build of torch without CUDA
+        stand_in = tmp_path / macros.relative_to(torch_root / "include")
+        stand_in.parent.mkdir(parents=True)
+        stand_in.write_text("#define C10_CUDA_BUILD_SHARED_LIBS\n", encoding="utf-8")
+    includes = [f"-I{tmp_path}", "-isystem", f"{torch_root}/include"]
+    command = [nvcc, "-std=c++20", "-O1", "--expt-relaxed-constexpr", "-arch=sm_90", *includes]
+    run = subprocess.run(
+        [*command, "-c", "csrc/cuda.cu", "-o", f"{tmp_path}/cuda.o"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+
+
+def test_a_build_that_cannot_be_is_an_error_only_where_it_is_required(tmp_path) -> None:
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("no cmake")
+    # An interpreter without torch: -S and -E keep it from finding site-packages.
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys._base_executable} -S -E "$@"\n', encoding="utf-8")
+    python.chmod(0o755)
+    source = tmp_path / "source"
+    shutil.copytree(ROOT / "csrc", source / "csrc")
+    shutil.copy(ROOT / "CMakeLists.txt", source)
+    for switch, status in (("auto", 0), ("required", 1), ("off", 0)):
+        build = tmp_path / switch
+        run = subprocess.run(
+            [cmake, "-S", source, "-B", build, f"-DVLLM_OMNI_NATIVE={switch}", f"-DPython_EXECUTABLE={python}"],
+            capture_output=True,
+            text=True,
+        )
+        assert (run.returncode != 0) == bool(status), run.stderr[-2000:]
+        assert "native ops" in run.stderr
+        if not status:
+            assert "torch does not import" in (reason := (build / "not_built.txt").read_text()) or "off" in reason
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_eight_bits_and_a_scale_per_token(dtype: torch.dtype) -> None:
+    """Half a unit of e4m3's three bits at each token's own size, and half the bytes of bfloat16."""
+    sizes = torch.logspace(-6, 4, 33) if dtype != torch.float16 else torch.logspace(-2, 3, 33)
+    after, before = _randn(2, 33, 64) * sizes[:, None], torch.zeros(2, 33, 64)
+    after[0, 3] = 0.0
+    after, before = after.to(dtype), before.to(dtype)
+    packed = ops.residual(after, before, ops.EIGHT_BITS)
+    assert isinstance(packed, ops.Packed) and len(packed) == 2 and packed.nbytes == 2 * 33 * (64 + 4)
+    unpacked = packed.values.float() * packed.scale
+    bound = 2**-4 * after.float().abs() + 2**-9 * after.float().abs().amax(-1, keepdim=True)
+    assert ((unpacked - after.float()).abs() <= bound).all()
+    x = _randn(3, 33, 64, dtype=dtype, seed=1)
+    out = ops.forecast(x, [packed, ops.pack(after[:1].clone())], [0.5, -0.25], [1, 0])
+    exact = _exact_forecast(x, [unpacked, unpacked[:1]], [0.5, -0.25], [1, 0])
+    error = (out.double() - exact).abs() / exact.abs().clamp_min(1.0)
+    assert out.dtype == dtype and error.max() <= 2 * _tolerance(dtype)

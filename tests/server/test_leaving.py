@@ -1,0 +1,219 @@
+"""Clients that leave, cancel or time out at any stage: their work ends, nothing stays held, others are unchanged.
+
+The long run, of all routes, is `stress/http_leave.py`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from http_replies import envelope, pixels
+from http_server import CHAT, GENERATIONS, KEY, Running, repaint_folder
+from leaving import Leaving, leaving
+from PIL import Image
+
+from vllm_omni.entrypoints.openai.generation import plan_images
+from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest
+from vllm_omni.entrypoints.openai.protocol.streams import Event, EventStream
+
+ROUTES = {
+    "generations": (GENERATIONS, {"prompt": "x"}),
+    "stream": (GENERATIONS, {"prompt": "x", "stream": True, "stream_progress": True, "partial_images": 3}),
+    "chat": (CHAT, {"messages": [{"role": "user", "content": "x"}]}),
+    "chat-stream": (CHAT, {"messages": [{"role": "user", "content": "x"}], "stream": True}),
+}
+
+
+def leave(server: Running, route: str, seconds: float, **more: Any) -> None:
+    """Send a request and close the connection after a while, by a reset."""
+    path, body = ROUTES[route]
+    data = json.dumps(body | more).encode()
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as gone:
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEY}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+        gone.sendall(head.encode() + data)
+        time.sleep(seconds)
+        gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_leaving_at_any_moment_ends_the_request(server: Running, http: httpx.Client, route: str) -> None:
+    """Before it is read, while encoding, at every step, at decoding and after: all is given back at once."""
+    began = time.perf_counter()
+    assert http.post(ROUTES[route][0], json=ROUTES[route][1] | {"steps": 12, "cache": "off"}).status_code == 200
+    whole = time.perf_counter() - began
+    for part in range(14):
+        leave(server, route, whole * part / 12, steps=12, cache="off")
+    stats = server.idle()
+    assert sum(stats.aborts_by_stage.values()) >= 4 and stats.cache_bytes == 0
+    leave(server, route, 0.15, steps=200, cache="off")
+    began = time.perf_counter()
+    server.idle()
+    assert time.perf_counter() - began < 1.5, "200 steps would take longer than this"
+
+
+def test_leaving_while_queued_is_counted_as_such(server: Running, http: httpx.Client) -> None:
+    before = server.do(server.engine.stats()).aborts_by_stage.get("queued", 0)
+    with ThreadPoolExecutor(4) as pool:
+        busy = [
+            pool.submit(http.post, GENERATIONS, json={"prompt": "x", "steps": 60, "cache": "off"}) for _ in range(4)
+        ]
+        time.sleep(0.3)
+        for route in ROUTES:
+            leave(server, route, 0.05, steps=5)
+        assert all(future.result().status_code == 200 for future in busy)
+    assert server.idle().aborts_by_stage.get("queued", 0) - before == 4
+
+
+def test_leaving_while_the_job_ends_leaves_no_job(server: Running) -> None:
+    """The last picture has come and the job is being put away: a client that leaves then leaves no job behind."""
+    state = server.app.state.omni
+    generation = plan_images(ImageRequest(prompt="x", num_inference_steps=1), state.info, state.config)
+
+    async def leave_after(turns: int) -> None:
+        came = asyncio.Event()
+
+        async def listen() -> None:
+            async for _, output in state.jobs.run(generation, f"end-{turns}"):
+                if output.finished:
+                    came.set()
+
+        listener = asyncio.create_task(listen())
+        await came.wait()
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        listener.cancel()
+        await asyncio.gather(listener, return_exceptions=True)
+
+    for turns in range(8):
+        server.do(leave_after(turns))
+        assert not state.jobs.running, turns
+    server.idle()
+
+
+def test_leaving_does_not_change_the_rest_of_the_batch(server: Running, http: httpx.Client) -> None:
+    bodies = [{"prompt": "cat", "seed": seed, "steps": 20, "cache": "off"} for seed in range(3)]
+    alone = [pixels(http.post(GENERATIONS, json=body)) for body in bodies]
+    with ThreadPoolExecutor(3) as pool:
+        futures = [pool.submit(http.post, GENERATIONS, json=body) for body in bodies]
+        leave(server, "generations", 0.2, steps=20, cache="off")
+        together = [pixels(future.result()) for future in futures]
+    assert max(int(np.abs(a - b).max()) for a, b in zip(alone, together, strict=True)) <= 1
+
+
+def test_a_read_timeout_and_a_closed_stream_abort_the_request(server: Running, http: httpx.Client) -> None:
+    before = server.do(server.engine.stats()).requests.get("aborted", 0)
+    with pytest.raises(httpx.ReadTimeout):
+        http.post(GENERATIONS, json={"prompt": "x", "steps": 200, "cache": "off"}, timeout=0.4)
+    with http.stream("POST", GENERATIONS, json={"prompt": "x", "steps": 200, "cache": "off", "stream": True,
+                                        "stream_progress": True}) as reply:  # fmt: skip
+        next(reply.iter_lines())
+    server.idle()
+    assert server.do(server.engine.stats()).requests["aborted"] == before + 2
+
+
+def test_delete_ends_a_job_on_every_route(server: Running, http: httpx.Client) -> None:
+    for route, (path, body) in ROUTES.items():
+        name = f"job-{route}"
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(
+                http.post, path, json=body | {"steps": 200, "cache": "off"}, headers={"X-Request-Id": name}
+            )
+            for _ in range(200):
+                if http.delete(f"/v1/images/jobs/{name}").status_code == 200:
+                    break
+                time.sleep(0.01)
+            began = time.perf_counter()
+            told = future.result()
+        assert "request_cancelled" in told.text and told.status_code in (499, 200), told.text
+        assert time.perf_counter() - began < 1.0
+    server.idle()
+
+
+def test_delete_ends_a_stream_and_a_deadline_is_504(server: Running, http: httpx.Client) -> None:
+    body = {"prompt": "x", "steps": 200, "cache": "off"}
+    with http.stream("POST", GENERATIONS, json=body | {"stream": True, "stream_progress": True}) as reply:
+        lines = reply.iter_lines()
+        next(lines)
+        assert http.delete(f"/v1/images/jobs/{reply.headers['x-request-id']}").json()["deleted"]
+        last = [line for line in lines if line.startswith("data:")][-1]
+    assert json.loads(last[5:])["error"]["code"] == "request_cancelled"
+    late = http.post(GENERATIONS, json=body | {"timeout_s": 0.3})
+    envelope(late, 504, "deadline_exceeded")
+    assert late.headers["x-should-retry"] == "false"
+    server.idle()
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.3, 0.7])
+def test_a_deadline_is_kept(http: httpx.Client, seconds: float) -> None:
+    began = time.perf_counter()
+    late = http.post(GENERATIONS, json={"prompt": "x", "steps": 200, "cache": "off", "timeout_s": seconds})
+    assert late.status_code == 504 and time.perf_counter() - began < seconds + 0.5
+
+
+@pytest.fixture(scope="module")
+def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Leaving]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "orange").save(buffer, "PNG")
+    model = str(repaint_folder(tmp_path_factory.mktemp("models")))
+    url = "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    with leaving("edits", model, buffer.getvalue(), url) as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", ["edits", "edits-stream", "chat", "chat-stream"])
+def test_leaving_at_every_stage_ends_within_one_step(clients: Leaving, name: str) -> None:
+    """Dropped within one step, and nothing of it is left: no job, no request, no byte of its cache."""
+    for point in (route := clients.routes[name]).points:
+        left = clients.run(route, point, 2)
+        assert left.count == 2 and left.most_steps_after <= 1 and not left.wrong, (point, left)
+        assert left.longest_s < 1.0, (point, left)
+
+
+def test_the_cache_gauge_equals_the_bytes_of_the_tensors(clients: Leaving) -> None:
+    body = {"prompt": "x", "steps": "60", "strength": "1.0", "cache": "fast"}
+    reply = clients.http.post("/v1/images/edits", data=body, files={"image": clients.png})
+    assert reply.status_code == 200, reply.text
+    counted = clients.counted
+    assert all(gauge == live for gauge, live in counted) and max(counted)[0] > 0
+
+
+@pytest.mark.parametrize("turns", range(8))
+async def test_an_event_stream_ends_when_its_client_leaves_during_an_event(turns: int) -> None:
+    """The disconnect is told `turns` turns of the loop after the event was made, so that in one of them both meet."""
+    go, left = asyncio.Event(), asyncio.Event()
+
+    async def events() -> AsyncIterator[Event]:
+        yield "first", {}
+        await go.wait()
+        yield "second", {}
+        await asyncio.Event().wait()
+
+    async def receive() -> dict[str, Any]:
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None: ...
+
+    serving = asyncio.create_task(EventStream(events(), keep_alive_s=0.05)({"type": "http"}, receive, send))
+    await asyncio.sleep(0.02)
+    go.set()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    left.set()
+    done, _ = await asyncio.wait({serving}, timeout=2)
+    if not done:
+        serving.cancel()
+    assert done, "it goes on for ever"
