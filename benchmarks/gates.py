@@ -38,7 +38,7 @@ def measure(options: Any) -> tuple[list[list[str]], dict[str, list[tuple[float, 
     """The table's rows, and (full forwards, mean, worst) by setting."""
     import vllm_omni
     from vllm_omni import Omni
-    from vllm_omni.entrypoints.cli.calibrate import read_prompts
+    from vllm_omni.quality.pairs import read_prompts
 
     captions = read_prompts(Path(vllm_omni.__file__).parent / "assets/demo/captions.txt", 100)
     held_out, tuning, fitting = captions[-options.captions :], captions[:2], captions[2:6]

@@ -33,10 +33,10 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
-    check = import_module("vllm_omni.check")
-    if (message := check.rival()) is not None:
+    packages = import_module("vllm_omni.packages")
+    if (message := packages.conflict()) is not None:
         raise ImportError(message)
-    check.hide_broken_packages()
+    packages.hide_unloadable()
     value = getattr(import_module(_LAZY[name]), name)
     globals()[name] = value
     return value

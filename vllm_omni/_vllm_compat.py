@@ -1,4 +1,4 @@
-"""The only module that imports vLLM: an upgrade of vLLM touches this file. Written for 0.32.
+"""The only module that imports vLLM: an upgrade of vLLM touches this file.
 
 Everything is imported where it is used: `import vllm` costs seconds, and the core runs without it.
 """
@@ -17,6 +17,7 @@ from typing import Any
 
 from vllm_omni.errors import InvalidValueError, OmniError
 
+TRIED = "0.32"  # the vLLM this file is written for
 INSTALL_HINT = "install it with: pip install 'vllm-omni-magcache[gpu]' (or [cpu] on a machine without a GPU)"
 
 # Front-end flags of vLLM that mean the same for pictures. The others are about text (chat templates, tool parsers).

@@ -2,7 +2,8 @@
 
 OmniError
 ├── InvalidValueError (ValueError)      a field, its value, and what would be right
-│   └── UnknownKeyError                 a name nobody knows, with the close matches
+│   ├── UnknownKeyError                 a name nobody knows, with the close matches
+│   └── UnknownChoiceError              a value that is not among the choices, with the close matches
 ├── ModelLoadError (ValueError)         a model folder that cannot be served
 ├── RequestAbortedError                 the request was ended by its owner
 ├── DeadlineExceededError               its time-out ended the request
@@ -27,9 +28,13 @@ class OmniError(Exception):
 class InvalidValueError(OmniError, ValueError):
     """A value out of its range: `field`, `value`, and a message that says how to mend it."""
 
-    def __init__(self, field: str, value: Any, fix: str) -> None:
-        self.field, self.value = field, value
-        super().__init__(f"{field} {fix}, got {_short(value)}")
+    def __init__(self, field: str, value: Any, fix: str, hint: str = "") -> None:
+        self.field, self.value, self.fix, self.hint = field, value, fix, hint
+        super().__init__(f"{field} {fix}, got {_short(value)}{hint}")
+
+    def named(self, field: str) -> InvalidValueError:
+        """The same about `field`, the name that the caller knows it by."""
+        return InvalidValueError(field, self.value, self.fix, self.hint)
 
 
 class UnknownKeyError(InvalidValueError):
@@ -37,10 +42,19 @@ class UnknownKeyError(InvalidValueError):
 
     def __init__(self, owner: str, key: str, known: Iterable[str]) -> None:
         names = sorted(known)
-        close = get_close_matches(key, names, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it has: {', '.join(names)}"
-        self.field, self.value = key, key
+        hint = did_you_mean(key, names) or f"it has: {', '.join(names)}"
+        self.field, self.value, self.fix, self.hint = key, key, f"is not a field of {owner}", hint
         OmniError.__init__(self, f"{owner} has no {key!r}; {hint}")
+
+
+class UnknownChoiceError(InvalidValueError):
+    """A value that is none of `choices`; `more` says what else is taken."""
+
+    def __init__(self, field: str, value: Any, choices: Iterable[str], more: str = "") -> None:
+        names = list(choices)
+        fix = f"must be one of {', '.join(map(repr, names))}{more}"
+        close = did_you_mean(str(value).lower(), names, most=1)
+        super().__init__(field, value, fix, f"; {close}" if close else "")
 
 
 class ModelLoadError(OmniError, ValueError):
@@ -87,6 +101,12 @@ class EngineDeadError(OmniError):
 
 class EngineClosedError(OmniError, RuntimeError):
     """The engine has been closed."""
+
+
+def did_you_mean(word: str, names: Iterable[str], most: int = 3) -> str:
+    """The question "did you mean 'a' or 'b'?" about the names close to `word`; empty if none is."""
+    close = get_close_matches(word, list(names), n=most, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def _short(value: Any) -> str:

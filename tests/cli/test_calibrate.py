@@ -14,9 +14,11 @@ from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.cache.predictor import PREDICTORS
 from vllm_omni.diffusion.cache.profile import fingerprint, load_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.entrypoints.cli.calibrate import calibrate, decibels, judge, read_prompts, sha256_of, split
+from vllm_omni.entrypoints.cli.calibrate import split
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.quality.calibrate import calibrate, decibels, judge, sha256_of
+from vllm_omni.quality.pairs import read_prompts
 
 CAPTIONS = ["red apple", "penguin", "rocket", "banana", "guitar", "octopus"]
 

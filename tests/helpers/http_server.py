@@ -23,7 +23,7 @@ from pipelines import tiny_wan
 
 from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.entrypoints.openai.app import build_app
-from vllm_omni.entrypoints.serve_config import ServeConfig
+from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig
 
 KEY = "a-key"
 AUTH = {"Authorization": f"Bearer {KEY}"}
@@ -79,15 +79,16 @@ class Running:
 
 @contextmanager
 def serve(engine_args: dict[str, Any] | None = None, **settings: Any) -> Iterator[Running]:
-    """Serve until the block ends, on a free port of the loopback interface."""
-    config = ServeConfig(engine_args=engine_args or ENGINE_ARGS, **settings)
+    """Serve until the block ends, on a free port of the loopback interface. `settings` are those of all parts."""
+    limits, http = ({k: settings.pop(k) for k in part.model_fields if k in settings} for part in (Limits, HttpOptions))
+    config = ServeConfig(engine_args=engine_args or ENGINE_ARGS, limits=limits, http=http, **settings)
     sock = socket.create_server(("127.0.0.1", 0))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as the real server's
     box: dict[str, Any] = {}
     up = threading.Event()
 
     async def main() -> None:
-        engine = ProcessEngineClient(config.engine_args, max_queued_requests=config.max_queued_requests)
+        engine = ProcessEngineClient(config.engine_args, max_queued_requests=config.limits.max_queued_requests)
         try:
             await engine.start()
             app = build_app(engine, config)

@@ -268,7 +268,7 @@ def leaving(kind: str, model: str, png: bytes, png_url: str) -> Iterator[Leaving
         encoding = mock.patch.object(media, "encode", slowly(media.encode, lambda: trace.note("file")))
         first = mock.patch.object(streams, "FIRST_S", 0.05)
         with (
-            writing, encoding, first, serve(args, sse_keep_alive_s=0.05, max_steps=BUSY_STEPS) as server,
+            writing, encoding, first, serve(args, sse_keep_alive_interval_s=0.05, max_steps=BUSY_STEPS) as server,
             httpx.Client(base_url=server.url, timeout=30) as http,
         ):  # fmt: skip
             yield Leaving(server, trace, kind, png, png_url, http, Path(folder, "counts"))

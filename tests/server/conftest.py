@@ -16,14 +16,14 @@ from openai import OpenAI
 @pytest.fixture(scope="session")
 def server() -> Iterator[Running]:
     """The demo model behind a key, four places to run and four to wait."""
-    with serve(api_keys=(KEY,), ui=True, max_body_mb=1, max_queued_requests=4) as running:
+    with serve(api_key=(KEY,), ui=True, max_body_mb=1, max_queued_requests=4) as running:
         yield running
 
 
 @pytest.fixture(scope="session")
 def proxied() -> Iterator[Running]:
     """A second engine process of the same model, behind a proxy's path and another key."""
-    with serve(api_keys=("k",), root_path="/api", warmup=False) as running:
+    with serve(api_key=("k",), root_path="/api", warmup=False) as running:
         yield running
 
 

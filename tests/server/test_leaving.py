@@ -80,7 +80,7 @@ def test_leaving_while_queued_is_counted_as_such(server: Running, http: httpx.Cl
 def test_leaving_while_the_job_ends_leaves_no_job(server: Running) -> None:
     """The last picture has come and the job is being put away: a client that leaves then leaves no job behind."""
     state = server.app.state.omni
-    generation = plan_images(ImageRequest(prompt="x", num_inference_steps=1), state.info, state.config)
+    generation = plan_images(ImageRequest(prompt="x", num_inference_steps=1), state.info, state.config.limits)
 
     async def leave_after(turns: int) -> None:
         came = asyncio.Event()

@@ -55,7 +55,7 @@ class Server:
     def start(self) -> None:
         engine = {"model": str(self.model), "max_num_seqs": 4, "max_inference_steps": 1000}
         engine |= {"cache_backend": "magcache", "cache_config": {"mag_ratios": CURVE}}
-        settings: dict[str, Any] = {"api_keys": (KEY,), "max_queued_requests": 2, "max_frames": 65, "max_steps": 400}
+        settings: dict[str, Any] = {"api_key": (KEY,), "max_queued_requests": 2, "max_frames": 65, "max_steps": 400}
         self.running = self._stack.enter_context(serve(engine, store_dir=self.store, **settings))
 
     def stop(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vllm_omni.diffusion.settings import Settings
-from vllm_omni.errors import InvalidValueError, check_keys
+from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 
 PredictorName = Literal[
     "reuse", "gamma", "linear", "damped", "mean", "newton", "chebyshev", "normed", "gram", "affine", "affine3"
@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # settings of the threshold rule, where 
 PROMISES = ("nfe", "speedup", "seconds")
 RULE = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio")
 MAX_MASK = 10_000
-DTYPES = ("auto", "float32", "float16", "bfloat16")
+DEVICES = ("cpu", "cuda", "xpu", "mps", "npu", "hpu", "mtia", "xla")  # kinds that torch knows
 
 
 def as_curve(field: str, value: Any) -> tuple[float, ...] | None:
@@ -161,19 +161,23 @@ class OmniDiffusionConfig(Settings):
     """Engine arguments. `model` is ``demo``, a diffusers folder, or a hub id."""
 
     model: str = Field(min_length=1)
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    device: str | None = None
-    revision: str | None = None
-    cache_backend: str | None = "none"
-    cache_config: DiffusionCacheConfig | None = None
-    max_num_seqs: int = Field(default=16, ge=1, le=4096)
+    cache_backend: str | None = Field(default="none", description="what skips denoising steps")
+    cache_config: DiffusionCacheConfig | None = Field(
+        default=None, description=f"settings of the cache as JSON, or a preset: {', '.join(PRESETS)}"
+    )
+    max_num_seqs: int = Field(default=16, ge=1, le=4096, description="requests in one batch")
     max_inference_steps: int = Field(default=1000, ge=1)
     max_image_pixels: int = Field(default=4096 * 4096, ge=1)
-    enforce_eager: bool = True
-    enable_cpu_offload: bool = False
-    vae_use_slicing: bool = False
-    vae_use_tiling: bool = False
-    lora_modules: dict[str, str] = Field(default_factory=dict)  # name that requests use -> file, folder or hub id
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(default="auto", description="type of the weights")
+    device: str | None = Field(default=None, description="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
+    enforce_eager: bool = Field(default=True, description="do not compile the model")
+    enable_cpu_offload: bool = Field(default=False, description="keep idle parts of the model in main memory")
+    vae_use_slicing: bool = Field(default=False, description="decode pictures one by one")
+    vae_use_tiling: bool = Field(default=False, description="decode large pictures in tiles")
+    lora_modules: dict[str, str] = Field(
+        default_factory=dict, description="adapters by the names that requests use: a file, a folder or a hub id"
+    )
 
     @field_validator("cache_config", mode="before")
     @classmethod
@@ -181,6 +185,13 @@ class OmniDiffusionConfig(Settings):
         if value is None or isinstance(value, DiffusionCacheConfig):
             return value
         return DiffusionCacheConfig.from_dict(value)
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str | None) -> str | None:
+        if value is not None and value.partition(":")[0] not in DEVICES:
+            raise UnknownChoiceError("device", value, DEVICES, ", with an index if need be, e.g. 'cuda:1'")
+        return value
 
     @field_validator("dtype", mode="before")
     @classmethod

@@ -130,10 +130,13 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
         pipeline.vae.enable_slicing()
     if config.vae_use_tiling:
         pipeline.vae.enable_tiling()
-    if config.enable_cpu_offload:
-        pipeline.enable_model_cpu_offload(device=device)
-    else:
-        pipeline.to(device)
+    try:
+        if config.enable_cpu_offload:
+            pipeline.enable_model_cpu_offload(device=device)
+        else:
+            pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch's own words: the build has no CUDA, there is no cuda:7
+        raise InvalidValueError("device", device, f"cannot be used ({str(error).splitlines()[0]})") from error
     if not config.enforce_eager:
         pipeline.transformer.compile_repeated_blocks(dynamic=True)
     return pipeline

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from re import findall
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vllm_omni.errors import InvalidValueError, check_keys
+from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 
 
 class Settings(BaseModel):
@@ -24,6 +25,9 @@ class Settings(BaseModel):
             if isinstance(cause := first.get("ctx", {}).get("error"), InvalidValueError):
                 raise cause from None
             field = ".".join(str(part) for part in first["loc"]) or type(self).__name__
+            if first["type"] == "literal_error":
+                choices = findall("'([^']*)'", first["ctx"]["expected"])
+                raise UnknownChoiceError(field, first["input"], choices) from None
             fix = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
             raise InvalidValueError(field, first["input"], fix[0].lower() + fix[1:]) from None
 

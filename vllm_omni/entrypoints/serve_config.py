@@ -1,4 +1,7 @@
-"""What a server is told at start-up: limits, switches, and the engine's arguments. Knows no HTTP and no vLLM."""
+"""What a server is told at start-up: the engine's arguments, limits, switches. Knows no HTTP and no vLLM.
+
+A field's description is the help text of its flag, and its default is written here alone (`cli/flags.py`).
+"""
 
 from __future__ import annotations
 
@@ -10,54 +13,85 @@ from pydantic import Field, model_validator
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.settings import Settings
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.inputs.data import MAX_PROMPT_CHARACTERS
 
 
-class ServeConfig(Settings):
-    """Settings of the HTTP front end. Defaults are safe: loopback, no URL fetching, a limit for every number.
+class Limits(Settings):
+    """The most that a request may ask for, checked before any work is done for it, and how many requests may wait."""
 
-    `engine_args` are those of `OmniDiffusionConfig`; sizes are in pixels, times in seconds, bodies in MiB.
-    """
+    max_n: int = Field(default=10, ge=1, le=64, description="pictures or videos of one request")
+    max_steps: int = Field(default=200, ge=1, le=1000, description="denoising steps of one request")
+    max_pixels: int = Field(default=2048 * 2048, ge=1, description="width x height of a picture")
+    max_frames: int = Field(default=257, ge=1, description="frames of a video")
+    max_prompt_characters: int = Field(
+        default=MAX_PROMPT_CHARACTERS, ge=1, le=MAX_PROMPT_CHARACTERS, description="characters of a prompt"
+    )
+    max_body_mb: float = Field(default=64.0, gt=0, allow_inf_nan=False, description="a request's body, in MiB")
+    max_input_images: int = Field(default=16, ge=1, description="pictures sent with one request")
+    max_input_pixels: int = Field(default=64 * 2**20, ge=1, description="width x height of a picture that is sent")
+    request_timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False, description="longest time of a request")
+    max_queued_requests: int = Field(default=256, ge=0, description="requests that wait; others are told to come back")
 
-    engine_args: dict[str, Any]
-    served_model_names: tuple[str, ...] = ()
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 2**20)
+
+
+class HttpOptions(Settings):
+    """How the server listens and whom it answers. The fields are those of vLLM's own server flags, by their names."""
+
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=0, le=65535)
     uds: str | None = None
     root_path: str = ""
-    api_keys: tuple[str, ...] = ()
+    api_key: tuple[str, ...] = ()
     allowed_origins: tuple[str, ...] = ()
     allowed_methods: tuple[str, ...] = ("*",)
     allowed_headers: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
     middleware: tuple[str, ...] = ()
-    fastapi_docs: bool = True
-    warmup: bool = True
-    max_queued_requests: int = Field(default=256, ge=0)
-    shutdown_timeout_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
-    request_timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False)
-    sse_keep_alive_s: float = Field(default=15.0, gt=0, allow_inf_nan=False)
-    max_n: int = Field(default=10, ge=1, le=64)
-    max_steps: int = Field(default=200, ge=1, le=1000)
-    max_pixels: int = Field(default=2048 * 2048, ge=1)
-    max_frames: int = Field(default=257, ge=1)
-    max_prompt_characters: int = Field(default=32_000, ge=1)
-    max_body_mb: float = Field(default=64.0, gt=0, allow_inf_nan=False)
-    max_input_images: int = Field(default=16, ge=1)
-    max_input_pixels: int = Field(default=64 * 2**20, ge=1)
-    allow_unknown_fields: bool = False
-    png_metadata: bool = True
-    allowed_media_domains: tuple[str, ...] = ()
-    log_prompts: bool = False
-    log_json: bool = False
-    otlp_traces_endpoint: str | None = None
-    ui: bool = False
-    store_dir: Path | None = None
+    disable_fastapi_docs: bool = False
+
+    @model_validator(mode="after")
+    def _keys(self) -> HttpOptions:
+        if any(not key.strip() for key in self.api_key):
+            raise InvalidValueError("api_key", "", "must not be blank; leave --api-key out to serve without one")
+        return self
+
+
+class ServeConfig(Settings):
+    """Settings of the HTTP front end. Defaults are safe: loopback, no URL fetching, a limit for every number.
+
+    `engine_args` are those of `OmniDiffusionConfig`; names that end in `_s` are seconds.
+    """
+
+    engine_args: dict[str, Any]
+    limits: Limits = Limits()
+    http: HttpOptions = HttpOptions()
+    served_model_name: tuple[str, ...] = Field(
+        default=(), description="names of the model in the API (default: its folder's); replies carry the first"
+    )
+    ui: bool = Field(default=False, description="serve a small page to try the model, at /ui")
+    warmup: bool = Field(default=True, description="make one picture before the server is ready")
+    shutdown_timeout_s: float = Field(
+        default=30.0, ge=0, allow_inf_nan=False, description="how long running requests may take after SIGTERM"
+    )
+    sse_keep_alive_interval_s: float = Field(
+        default=15.0, gt=0, allow_inf_nan=False, description="between two comments on a quiet stream"
+    )
+    allow_unknown_fields: bool = Field(default=False, description="ignore fields that the API does not have")
+    png_metadata: bool = Field(default=True, description="write prompt, seed and settings into PNG files")
+    allowed_media_domains: tuple[str, ...] = Field(
+        default=(), description="hosts from which pictures may be fetched (default: none)"
+    )
+    store_dir: Path | None = Field(default=None, description="where video jobs are kept (default: a temporary folder)")
+    log_json: bool = Field(default=False, description="log one JSON object per line")
+    log_prompts: bool = Field(default=False, description="write prompts into the log")
+    otlp_traces_endpoint: str | None = Field(default=None, description="OpenTelemetry collector for traces")
 
     @model_validator(mode="after")
     def _engine(self) -> ServeConfig:
         self.engine_config()
-        if self.api_keys and any(not key.strip() for key in self.api_keys):
-            raise InvalidValueError("api_key", "", "must not be blank; leave --api-key out to serve without one")
         return self
 
     def engine_config(self) -> OmniDiffusionConfig:
@@ -67,7 +101,7 @@ class ServeConfig(Settings):
     @property
     def model_names(self) -> tuple[str, ...]:
         """Names that requests may use; the first is the one in replies. A path never leaves the server."""
-        if self.served_model_names:
-            return self.served_model_names
+        if self.served_model_name:
+            return self.served_model_name
         model = str(self.engine_args["model"])
         return (Path(model).name if Path(model).expanduser().is_dir() else model,)

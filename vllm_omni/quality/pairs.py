@@ -37,7 +37,7 @@ def held_out(model: str, count: int, prompts: Path | None = None, seed: int = HE
     """`count` pairs, evenly spread over the prompts; with more pairs than prompts they come again with other seeds."""
     if count < 1:
         raise InvalidValueError("--pairs", count, "must be at least 1")
-    lines = _read(prompts) if prompts is not None else captions(model, calibration=False)
+    lines = read_prompts(prompts) if prompts is not None else captions(model, calibration=False)
     places = [i * len(lines) // count if count <= len(lines) else i % len(lines) for i in range(count)]
     return [Pair(lines[place], seed + i) for i, place in enumerate(places)]
 
@@ -47,10 +47,12 @@ def tuning(pairs: list[Pair], count: int) -> list[Pair]:
     return [Pair(pair.prompt, TUNING_SEED + i) for i, pair in enumerate(pairs[-count:])]
 
 
-def _read(file: Path) -> list[str]:
+def read_prompts(file: Path, limit: int | None = None) -> list[str]:
+    """The file's lines, one prompt a line; at most `limit` of them, evenly spread."""
     if not file.is_file():
         raise InvalidValueError("--prompts", str(file), "must be a text file with one prompt a line")
     lines = [check_text("--prompts", line.strip()) for line in file.read_text().splitlines() if line.strip()]
-    if not lines:
+    if not lines or (limit is not None and limit < 1):
         raise InvalidValueError("--prompts", str(file), "must hold at least one prompt")
-    return lines
+    count = len(lines) if limit is None else min(limit, len(lines))
+    return [lines[index * len(lines) // count] for index in range(count)]

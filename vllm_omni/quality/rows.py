@@ -12,7 +12,7 @@ import numpy as np
 
 from vllm_omni.diffusion.cache.overrides import PRESETS
 from vllm_omni.diffusion.cache.planner import fewest_forwards
-from vllm_omni.errors import InvalidValueError
+from vllm_omni.errors import InvalidValueError, UnknownChoiceError
 
 UNCACHED, FEWER, PLANNED, RULE, GIVEN = "uncached", "fewer steps", "planned", "MagCache rule, reuse", "given"
 PROMISES = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.0, 7.0)  # the scan from which the default preset is chosen
@@ -116,9 +116,7 @@ def read_settings(texts: Sequence[str]) -> list[Any]:
             content = _json(text, Path(text).read_text())
             settings += content if isinstance(content, list) else [content]
         else:
-            raise InvalidValueError(
-                "--settings", text, f"must be a JSON object, a file of a JSON list, or one of {', '.join(PRESETS)}"
-            )
+            raise UnknownChoiceError("--settings", text, PRESETS, ", a JSON object, or a file of a JSON list")
     for entry in settings:
         if not isinstance(entry, str | Mapping):
             raise InvalidValueError("--settings", entry, "must be a preset's name or a JSON object")

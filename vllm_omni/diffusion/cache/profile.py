@@ -11,10 +11,9 @@ import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from pydantic import Field, field_validator, model_validator
 
 from vllm_omni.diffusion.data import PredictorName, as_curve
@@ -22,6 +21,9 @@ from vllm_omni.diffusion.settings import Settings
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
+
+if TYPE_CHECKING:
+    import torch
 
 logger = init_logger(__name__)
 
@@ -199,6 +201,8 @@ def fingerprint(module: torch.nn.Module) -> str:
 
     LoRA adapters beside the weights do not count: a request may run without them.
     """
+    import torch  # only here: that a profile's name is wrong shows before seconds of imports
+
     digest = hashlib.sha256()
     for name, weight in sorted(module.named_parameters(), key=lambda pair: pair[0].replace(".base_layer", "")):
         if ".lora_" in name:

@@ -8,7 +8,7 @@ from typing import Any
 
 from vllm_omni.diffusion.cache.base import CacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.errors import InvalidValueError
+from vllm_omni.errors import InvalidValueError, UnknownChoiceError
 
 _BACKENDS = {
     "magcache": ("vllm_omni.diffusion.cache.magcache", "MagCacheBackend"),
@@ -18,13 +18,24 @@ _BACKENDS = {
     "fbcache": ("vllm_omni.diffusion.cache.fbcache", "FirstBlockBackend"),
     "cachedit": ("vllm_omni.diffusion.cache.cache_dit", "CacheDitBackend"),
 }
+ENGINE_BACKENDS = tuple(name for name in _BACKENDS if name != "cachedit")  # those with a state per request
 
 
 def canonical_name(name: str) -> str:
     """`mag_cache`, `MagCache` and `mag-cache` are `magcache`; InvalidValueError (a ValueError) lists the choices."""
     plain = str(name).lower().replace("_", "").replace("-", "")
     if plain not in _BACKENDS:
-        raise InvalidValueError("cache_backend", name, f"must be one of 'none', {', '.join(map(repr, _BACKENDS))}")
+        raise UnknownChoiceError("cache_backend", name, ("none", *ENGINE_BACKENDS))
+    return plain
+
+
+def engine_backend(name: str | None) -> str:
+    """`name` as the engine takes it: the canonical name of a backend with a state per request, or "none"."""
+    if name is None or name.lower() == "none":
+        return "none"
+    if (plain := canonical_name(name)) not in ENGINE_BACKENDS:
+        fix = "keeps one state per model and cannot serve requests; take 'fbcache', the same rule per request"
+        raise InvalidValueError("cache_backend", name, fix)
     return plain
 
 

@@ -1,160 +1,44 @@
-"""`vllm-omni calibrate`: run some prompts uncached and write what the cache needs to know of this checkpoint."""
+"""`vllm-omni calibrate`: measure a model into a profile file, from which the cache plans its steps."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from math import exp, log
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tqdm import tqdm
-
-from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.predictor import PREDICTORS
-from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint
-from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
-from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
-from vllm_omni.entrypoints.cli.generate import parse_size
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.loader import generation_defaults
+from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
+from vllm_omni.entrypoints.cli.flags import command_parser
 from vllm_omni.envs import profile_folder
-from vllm_omni.errors import InvalidValueError
-from vllm_omni.inputs.data import check_text
+from vllm_omni.quality.pairs import read_prompts
 
-CHECKED_PROMPTS = 4
-CHECKED_SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
-WORST_DB = 30.0
 JUDGED_PAIRS = 64
 HELD_OUT_SEEDS = 49_000  # away from calibration's
-MAX_LINES = 100_000
+DESCRIPTION = """Some prompts run uncached. Their magnitude curve and the Gram matrix of their
+residuals are averaged and written with their provenance, and a chart beside
+them. The engine finds the profile by the model's weights."""
+EXAMPLES = """
+  vllm-omni calibrate MODEL --prompts prompts.txt                 at the model's own size and number of steps
+  vllm-omni calibrate MODEL --prompts prompts.txt --steps 20      a profile for each number of steps you serve
+  vllm-omni calibrate MODEL --prompts prompts.txt --hold-out      also choose the preset "auto", on prompts held out
+"""
 
 
-def calibrate(pipeline: Any, prompts: Sequence[str], name: str, seed: int = 0, **arguments: Any) -> CacheProfile:
-    """A profile of `pipeline`'s checkpoint, averaged over `prompts` (seeds count up); `arguments` go to its call.
-
-    Afterwards a few of the prompts run with other seeds, to find which predictor stays nearest to the uncached latents
-    at each of some speed-ups, under plans made for it.
-    """
-    backend = MagCacheBackend(DiffusionCacheConfig(mag_calibrate=True))
-    with _enabled(backend, pipeline):
-        for index, prompt in enumerate(tqdm(prompts, desc="calibrate", unit="prompt")):
-            _latents(pipeline, prompt, seed + index, arguments)
-    assert backend.calibration is not None
-    scheduler = pipeline.scheduler
-    profile = backend.calibration.profile(
-        name,
-        type(pipeline.transformer).__name__,
-        fingerprint(pipeline.transformer),
-        prompts_sha256=sha256_of(prompts),
-        scheduler=type(scheduler).__name__,
-        scheduler_config={k: v for k, v in scheduler.config.items() if "shift" in k},
-        arguments=arguments,
-        seed=seed,
-    )
-    errors = compare_predictors(pipeline, profile, prompts[:CHECKED_PROMPTS], seed + len(prompts), arguments)
-    best = tuple((float(speedup), min(found, key=found.__getitem__)) for speedup, found in errors.items())
-    return profile.model_copy(
-        update={"predictors": best, "provenance": profile.provenance | {"predictor_relative_error": errors}}
-    )
-
-
-def compare_predictors(
-    pipeline: Any, profile: CacheProfile, prompts: Sequence[str], seed: int, arguments: dict[str, Any]
-) -> dict[str, dict[str, float]]:
-    """By speed-up and predictor the distance to the uncached latents, relative to their norm, under its own plans.
-
-    The geometric mean over prompts: a decibel counts the same on each.
-    """
-    exact = [_latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
-    errors: dict[str, dict[str, float]] = {}
-    for speedup in tqdm(CHECKED_SPEEDUPS, desc="predictors", unit="speed-up"):
-        nfe = max(2, round(len(profile.ratios) / speedup))
-        for predictor in PREDICTORS:
-            with _enabled(
-                _cache(profile, nfe=nfe), pipeline, profile.model_copy(update={"predictors": ((1.0, predictor),)})
-            ):
-                got = [_latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
-            away = [max(((a - b).norm() / b.norm()).item(), 1e-9) for a, b in zip(got, exact, strict=True)]
-            errors.setdefault(f"{speedup:g}", {})[predictor] = float(f"{exp(sum(map(log, away)) / len(away)):.4g}")
-    return errors
-
-
-def judge(pipeline: Any, profile: CacheProfile, prompts: Sequence[str], seed: int, **arguments: Any) -> CacheProfile:
-    """`profile` with `forwards`: the fewest full forwards that are good on `prompts`, which calibration has not seen.
-
-    Good: PSNR to the uncached picture (floats) is at least 30 dB on every prompt, and on average above that of the
-    uncached picture with as many steps. The provenance keeps what was measured on the way.
-    """
-    exact = _pictures(pipeline, prompts, seed, arguments)
-    table: dict[str, dict[str, float]] = {}
-    chosen = None
-    for nfe in range(2, len(profile.ratios) + 1):
-        with _enabled(_cache(profile, nfe=nfe), pipeline, profile):
-            cached = decibels(_pictures(pipeline, prompts, seed, arguments), exact)
-        fewer = decibels(_pictures(pipeline, prompts, seed, arguments | {"num_inference_steps": nfe}), exact)
-        table[str(nfe)] = {
-            "mean_db": round(float(cached.mean()), 2),
-            "worst_db": round(float(cached.min()), 2),
-            "fewer_steps_mean_db": round(float(fewer.mean()), 2),
-            "fewer_steps_worst_db": round(float(fewer.min()), 2),
-        }
-        if cached.min() >= WORST_DB and cached.mean() > fewer.mean():
-            chosen = nfe
-            break
-    judged = {"prompts": len(prompts), "prompts_sha256": sha256_of(prompts), "seed": seed, "forwards": table}
-    return profile.model_copy(update={"forwards": chosen, "provenance": profile.provenance | {"held_out": judged}})
-
-
-def decibels(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """PSNR per picture, of pictures from 0 to 1."""
-    squared = ((got - exact) ** 2).reshape(len(exact), -1).mean(axis=1)
-    return -10 * np.log10(np.maximum(squared, 1e-30))
-
-
-def sha256_of(prompts: Sequence[str]) -> str:
-    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
-
-
-def _cache(profile: CacheProfile, **settings: Any) -> MagCacheBackend:
-    return MagCacheBackend(DiffusionCacheConfig(mag_ratios=profile.ratios, **settings))
-
-
-def _pictures(pipeline: Any, prompts: Sequence[str], seed: int, arguments: dict[str, Any]) -> np.ndarray:
-    rows = []
-    for index, prompt in enumerate(prompts):
-        generator = torch.Generator("cpu").manual_seed(seed + index)
-        images = pipeline(prompt, generator=generator, output_type="np", return_dict=False, **arguments)[0]
-        rows.append(np.asarray(images[0], dtype=np.float64))
-    return np.stack(rows)
-
-
-@contextmanager
-def _enabled(backend: MagCacheBackend, pipeline: Any, profile: CacheProfile | None = None) -> Iterator[None]:
-    backend.enable(pipeline)
-    backend.profiles = backend.profiles if profile is None else (profile,)
-    try:
-        yield
-    finally:
-        backend.disable(pipeline)
-
-
-def _latents(pipeline: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> torch.Tensor:
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return pipeline(prompt, generator=generator, output_type="latent", return_dict=False, **arguments)[0].float()
-
-
-def read_prompts(file: Path, limit: int) -> list[str]:
-    """At most `limit` of the file's lines, evenly spread."""
-    if not file.is_file():
-        raise InvalidValueError("--prompts", str(file), "must be a text file with one prompt a line")
-    lines = [check_text("--prompts", line.strip()) for line in file.read_text().splitlines() if line.strip()]
-    if not lines or limit < 1:
-        raise InvalidValueError("--prompts", str(file), "must hold at least one prompt")
-    count = min(limit, len(lines))
-    return [lines[index * len(lines) // count] for index in range(count)]
+def add_parser(commands: Any, summary: str) -> None:
+    """Add the command with its options."""
+    parser = command_parser(commands, "calibrate", summary, DESCRIPTION, EXAMPLES)
+    add_model(parser)
+    add_engine_flags(parser, "dtype", "device", "enable_cpu_offload")
+    add = parser.add_argument
+    add("--prompts", required=True, metavar="FILE", help="text file, one prompt a line; 8 to 32 are enough")
+    add("--limit", type=int, default=32, metavar="N", help="most prompts used, evenly spread (default: 32)")
+    add("--seed", type=int, default=0, metavar="N", help="seed of the first prompt, counted up (default: 0)")
+    add("--name", help="the profile's name (default: the model's)")
+    held = f"keep every second line out of calibration, and choose the preset 'auto' on up to {JUDGED_PAIRS} of those"
+    add("--hold-out", action="store_true", help=held)
+    add("--out", metavar="FILE", help="profile file to write, .json (default: where the engine finds it)")
 
 
 def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -164,24 +48,18 @@ def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def run(args: argparse.Namespace) -> int:
     """Write the profile and its chart."""
+    config = OmniDiffusionConfig(**engine_args(args))
     held_out: list[str] = []
     prompts = read_prompts(Path(args.prompts), args.limit)
     if args.hold_out:
-        prompts, held_out = split(read_prompts(Path(args.prompts), MAX_LINES))
+        prompts, held_out = split(read_prompts(Path(args.prompts)))
         prompts, held_out = prompts[: args.limit], held_out[:JUDGED_PAIRS]
-    width, height = parse_size(args.size)
-    asked = {
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance_scale,
-        "width": width,
-        "height": height,
-    }
-    arguments = generation_defaults(args.model) | {k: v for k, v in asked.items() if v is not None}
-    pipeline = load_pipeline(
-        OmniDiffusionConfig(
-            model=args.model, dtype=args.dtype, device=args.device, enable_cpu_offload=args.enable_cpu_offload
-        )
-    )
+    arguments = generation_defaults(args.model) | call_arguments(args)
+
+    from vllm_omni.diffusion.loader import load_pipeline
+    from vllm_omni.quality.calibrate import calibrate, draw, judge
+
+    pipeline = load_pipeline(config)
     profile = calibrate(pipeline, prompts, args.name or Path(args.model).name, args.seed, **arguments)
     if held_out:
         profile = judge(pipeline, profile, held_out, args.seed + HELD_OUT_SEEDS, **arguments)
@@ -189,38 +67,17 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else profile_folder() / file
     profile.save(out)
     draw(profile, out.with_suffix(".png"))
-    print(f"{'step':>4} {'sigma':>7} {'gamma':>8}")
-    for step, (sigma, ratio) in enumerate(zip(profile.sigmas or (), profile.ratios, strict=True)):
-        print(f"{step:4} {sigma:7.4f} {ratio:8.5f}")
-    for nfe, row in profile.provenance.get("held_out", {}).get("forwards", {}).items():
-        print(f"{nfe:>3} full forwards: {row['mean_db']:.1f} dB, worst {row['worst_db']:.1f}; as many steps: ", end="")
-        print(f"{row['fewer_steps_mean_db']:.1f} dB, worst {row['fewer_steps_worst_db']:.1f}")
+    _report(profile)
     best = ", ".join(f"{speedup:g}x {predictor}" for speedup, predictor in profile.predictors)
     print(f"{out}: {len(prompts)} prompts, {len(profile.ratios)} steps; best predictors: {best}")
     print(f"chart: {out.with_suffix('.png')}")
     return 0
 
 
-def draw(profile: CacheProfile, file: Path) -> None:
-    """The curve with its spread over prompts, and the correlation of the residuals of any two steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import numpy as np
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    for branch, curve in (profile.branches or {"default": profile.ratios}).items():
-        spread = profile.provenance.get("ratio_std", {}).get(branch, [0.0] * len(curve))
-        left.errorbar(range(len(curve)), curve, yerr=spread, marker="o", markersize=3, capsize=2, label=branch)
-    left.axhline(1.0, color="gray", linewidth=0.8)
-    left.set(title=f"magnitude ratio, {profile.name}", xlabel="step", ylabel="gamma")
-    left.legend()
-    if profile.gram is not None:
-        gram = np.asarray(profile.gram)
-        scale = np.sqrt(np.diag(gram))
-        shown = right.imshow(gram / np.outer(scale, scale), vmin=0, vmax=1, cmap="viridis")
-        figure.colorbar(shown, ax=right)
-        right.set(title="correlation of residuals", xlabel="step", ylabel="step")
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
+def _report(profile: Any) -> None:
+    print(f"{'step':>4} {'sigma':>7} {'gamma':>8}")
+    for step, (sigma, ratio) in enumerate(zip(profile.sigmas or (), profile.ratios, strict=True)):
+        print(f"{step:4} {sigma:7.4f} {ratio:8.5f}")
+    for nfe, row in profile.provenance.get("held_out", {}).get("forwards", {}).items():
+        print(f"{nfe:>3} full forwards: {row['mean_db']:.1f} dB, worst {row['worst_db']:.1f}; as many steps: ", end="")
+        print(f"{row['fewer_steps_mean_db']:.1f} dB, worst {row['fewer_steps_worst_db']:.1f}")

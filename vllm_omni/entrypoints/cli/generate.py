@@ -7,35 +7,81 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.entrypoints.cli.main import json_object
-from vllm_omni.entrypoints.omni import Omni
-from vllm_omni.errors import InvalidValueError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.diffusion.data import PRESETS
+from vllm_omni.diffusion.loader import resolve_model
+from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
+from vllm_omni.entrypoints.cli.flags import command_parser, named_by_flag
+from vllm_omni.errors import UnknownChoiceError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, check_text
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.outputs.media import open_image, save_video
+from vllm_omni.outputs.media import VIDEO_FORMATS, open_image, save_video
+
+CACHES = ("auto", *PRESETS, "off")
+DESCRIPTION = """All prompts run in one continuous batch. The table shows the seed of each
+picture, the steps that were computed, and those that the cache skipped."""
+EXAMPLES = """
+  vllm-omni generate demo 'red apple' 'cat face' --steps 28 --cache-backend magcache
+  vllm-omni generate MODEL 'a lighthouse' --size 1024x768 --seed 7 --cache-backend magcache --cache fast
+  vllm-omni generate MODEL 'the same in winter' --image house.png --out winter
+"""
 
 
-def parse_size(size: str | None) -> tuple[int | None, int | None]:
-    """(width, height) of "64x48"; (None, None) for None."""
-    if size is None:
-        return None, None
-    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
-    if match is None:
-        raise InvalidValueError("--size", size, "must be WIDTHxHEIGHT, e.g. 1024x768")
-    return int(match[1]), int(match[2])
+def add_parser(commands: Any, summary: str) -> None:
+    """Add the command with its options."""
+    parser = command_parser(commands, "generate", summary, DESCRIPTION, EXAMPLES)
+    add_model(parser)
+    add = parser.add_argument
+    add("prompts", nargs="+", metavar="PROMPT", help="one or more prompts")
+    add("--seed", type=int, metavar="N", help="seed of the first prompt, counted up for the others (default: random)")
+    add("--num-outputs-per-prompt", "-n", type=int, default=1, metavar="N", help="pictures per prompt (default: 1)")
+    add("--negative-prompt", metavar="PROMPT", help="what not to draw; needs --true-cfg-scale above 1 on FLUX")
+    add("--true-cfg-scale", type=float, metavar="N", help="classifier-free guidance with a second branch")
+    add("--cache", metavar="PRESET", help=f"a preset: {', '.join(CACHES)} (default: what --cache-config says)")
+    add("--out", default="outputs", metavar="FOLDER", help="where the files are written (default: outputs)")
+    engine = parser.add_argument_group("engine", "The model, its cache and its batch.")
+    add_engine_flags(engine, "cache_backend", "cache_config", "max_num_seqs", "dtype", "device", "enable_cpu_offload")
+    add_engine_flags(engine, "vae_use_tiling", "vae_use_slicing")
+    media = parser.add_argument_group("media and adapters", "Pictures in, videos out, LoRA, if the model takes them.")
+    add = media.add_argument
+    add("--image", action="append", default=[], metavar="FILE", help="picture to edit or animate; again for several")
+    add("--strength", type=float, metavar="N", help="how much of --image to replace, 0 to 1 (image-to-image models)")
+    add("--num-frames", type=int, metavar="N", help="frames of a video (default: the model's own)")
+    add("--fps", type=float, metavar="N", help="frames per second of a video's file (default: the model's own)")
+    add("--video-format", choices=VIDEO_FORMATS, default="mp4", help="file format (default: mp4)")
+    add("--lora", action="append", default=[], metavar="FILE", help="adapter, .safetensors; again for several")
+    add("--lora-scale", type=float, default=1.0, metavar="N", help="scale of the adapters (default: 1)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the pictures; 1 where a prompt failed."""
-    width, height = parse_size(args.size)
+    """Write the pictures; 1 if a prompt failed."""
     adapters = {f"lora-{index}": file for index, file in enumerate(args.lora)}
-    parameters = [
-        OmniDiffusionSamplingParams(
-            num_inference_steps=args.steps,
-            width=width,
-            height=height,
+    if args.cache not in (None, "none", *CACHES):
+        raise UnknownChoiceError("--cache", args.cache, CACHES)
+    engine = engine_args(args) | {"lora_modules": adapters}
+    resolve_model(args.model)
+    parameters = [_parameters(args, index, tuple(adapters)) for index in range(len(args.prompts))]
+    pictures = [open_image(Path(file), "--image") for file in args.image]
+    media = {"multi_modal_data": {"image": pictures if len(pictures) > 1 else pictures[0]}} if pictures else {}
+    prompts = [{"prompt": check_text("prompt", prompt), **media} for prompt in args.prompts]
+
+    from vllm_omni.entrypoints.omni import Omni  # with torch: what is wrong above shows before seconds of imports
+
+    with Omni(**engine) as omni:
+        outputs = omni.generate(prompts, parameters)
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{'prompt':32} {'seed':>20} {'steps':>5} {'computed':>8} {'skipped':>7} {'seconds':>7}  file")
+    for index, output in enumerate(outputs):
+        _report(output, args.prompts[index], _save(output, folder, f"{index:03d}-{_slug(args.prompts[index])}", args))
+    return 0 if all(output.ok for output in outputs) else 1
+
+
+def _parameters(args: argparse.Namespace, index: int, adapters: tuple[str, ...]) -> OmniDiffusionSamplingParams:
+    """What the prompt at `index` is drawn with."""
+    with named_by_flag(OmniDiffusionSamplingParams, num_inference_steps="--steps", width="--size", height="--size"):
+        return OmniDiffusionSamplingParams(
+            **call_arguments(args),
             seed=None if args.seed is None else args.seed + index,
-            guidance_scale=args.guidance_scale,
             true_cfg_scale=args.true_cfg_scale,
             negative_prompt=args.negative_prompt,
             num_outputs_per_prompt=args.num_outputs_per_prompt,
@@ -45,23 +91,6 @@ def run(args: argparse.Namespace) -> int:
             cache=args.cache,
             lora_request=tuple((name, args.lora_scale) for name in adapters) or None,
         )
-        for index in range(len(args.prompts))
-    ]
-    pictures = [open_image(Path(file), "--image") for file in args.image]
-    media = {"multi_modal_data": {"image": pictures if len(pictures) > 1 else pictures[0]}} if pictures else {}
-    prompts = [{"prompt": prompt, **media} for prompt in args.prompts]
-    names = ["dtype", "device", "cache_backend", "max_num_seqs"]
-    names += ["enable_cpu_offload", "vae_use_tiling", "vae_use_slicing"]
-    engine_args: dict[str, Any] = {name: vars(args)[name] for name in names}
-    config = json_object("--cache-config", args.cache_config)
-    with Omni(args.model, cache_config=config, lora_modules=adapters, **engine_args) as omni:
-        outputs = omni.generate(prompts, parameters)
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    print(f"{'prompt':32} {'seed':>20} {'steps':>5} {'computed':>8} {'skipped':>7} {'seconds':>7}  file")
-    for index, output in enumerate(outputs):
-        _report(output, args.prompts[index], _save(output, folder, f"{index:03d}-{_slug(args.prompts[index])}", args))
-    return 0 if all(output.ok for output in outputs) else 1
 
 
 def _slug(prompt: str) -> str:

@@ -8,44 +8,55 @@ import os
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.diffusion.cache.overrides import request_choice
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.loader import resolve_model
+from vllm_omni.entrypoints.cli.engine_flags import MODEL, add_engine_flags, add_size, call_arguments, engine_args
+from vllm_omni.entrypoints.cli.flags import command_parser
+from vllm_omni.errors import InvalidValueError
+from vllm_omni.quality.pairs import HELD_OUT_SEED, held_out
+from vllm_omni.quality.rows import read_settings
+
+DESCRIPTION = """Prompts are drawn uncached, with each setting, and with fewer steps as the
+control. PSNR, SSIM and times go to report.json and report.md, with a Pareto
+chart and a sheet of pictures. A run that was interrupted continues."""
+EXAMPLES = """
+  vllm-omni quality demo                                          the whole scan, 64 pairs at 28 and 50 steps
+  vllm-omni quality demo --pairs 8 --steps 28 --settings fast '{"speedup": 3}'
+  vllm-omni quality MODEL --prompts prompts.txt --suite peers     other packages' caches as well
+"""
 LEGEND = """PSNR in dB and SSIM to the uncached picture. NFE: full forwards. Work: multiply-adds in the blocks, in full
 forwards. × ideal: uncached work over work. × measured: one picture alone, time uncached over time."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's options; nothing heavy is imported for them."""
-    parser.add_argument("model", help="'demo' (shipped with the package), a diffusers model folder, or a hub id")
-    parser.add_argument(
-        "--settings",
-        nargs="+",
-        metavar="SETTING",
-        help="presets' names, JSON objects as in a request's `cache`, or files with a JSON list of these "
-        "(default: a scan of promises, other predictors, and the published rule)",
-    )
-    parser.add_argument(
-        "--suite", choices=("default", "peers"), default="default", help="peers: other packages' caches as well"
-    )
-    parser.add_argument("--pairs", type=int, default=64, help="captions with a seed each (default 64)")
-    parser.add_argument("--steps", type=int, nargs="+", default=[28, 50], help="step counts (default 28 50)")
-    parser.add_argument("--out", default="outputs/quality", help="folder of the report (default outputs/quality)")
-    parser.add_argument("--prompts", metavar="FILE", help="one prompt a line (default: the model's held-out captions)")
-    parser.add_argument("--seed", type=int, help="seed of the first pair, counted up (default: held out)")
-    parser.add_argument("--limit-minutes", type=float, help="begin nothing new after so long; run again to go on")
-    parser.add_argument(
-        "--processes", type=int, help="models side by side (default: one per core, at most 2; 1 on cuda)"
-    )
-    parser.add_argument("--dtype", default="auto", help="auto (default), float32, float16 or bfloat16")
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
-    parser.add_argument("--size", help="WIDTHxHEIGHT in pixels (default: the model's own)")
-    parser.add_argument("--guidance-scale", type=float, help="default: the model's own")
+def add_parser(commands: Any, summary: str) -> None:
+    """Add the command with its options."""
+    parser = command_parser(commands, "quality", summary, DESCRIPTION, EXAMPLES)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=MODEL)
+    settings = "presets' names, JSON objects as in a request's `cache`, or files with a JSON list of these"
+    scan = " (default: a scan of budgets, other predictors, and the published rule)"
+    add("--settings", nargs="+", metavar="SETTING", help=settings + scan)
+    add("--suite", choices=("default", "peers"), default="default", help="peers: other packages' caches as well")
+    add("--pairs", type=int, default=64, metavar="N", help="captions with a seed each (default: 64)")
+    add("--steps", type=int, nargs="+", default=[28, 50], metavar="N", help="numbers of steps (default: 28 50)")
+    add_size(parser)
+    add("--prompts", metavar="FILE", help="one prompt a line (default: the model's held-out captions)")
+    add("--seed", type=int, metavar="N", help="seed of the first pair, counted up (default: held out)")
+    add("--limit-minutes", type=float, metavar="N", help="start nothing new after so long; run again to go on")
+    processes = "models side by side (default: one per core, at most 2; 1 on an accelerator)"
+    add("--processes", type=int, metavar="N", help=processes)
+    add("--out", default="outputs/quality", metavar="FOLDER", help="of the report (default: outputs/quality)")
+    add_engine_flags(parser, "dtype", "device")
 
 
 def run(args: argparse.Namespace) -> int:
     """Draw, measure, write and print; the last line is JSON."""
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")  # it logs a dozen lines for each pipeline
+    plan = plan_of(args)
+
     from vllm_omni.quality import jobs
 
-    plan = plan_of(args)
     print(f"{args.model}: {len(plan.pairs)} pairs, {' and '.join(map(str, plan.steps))} steps", flush=True)
     outcome = jobs.run(plan)
     summary = write(plan, outcome, Path(args.out))
@@ -55,39 +66,37 @@ def run(args: argparse.Namespace) -> int:
 
 def plan_of(args: argparse.Namespace) -> Any:
     """The options, checked before anything loads. InvalidValueError names what cannot be used."""
-    from vllm_omni.diffusion.cache.overrides import request_choice
-    from vllm_omni.entrypoints.cli.generate import parse_size
-    from vllm_omni.errors import InvalidValueError
-    from vllm_omni.quality.bench import Model
-    from vllm_omni.quality.jobs import Plan
-    from vllm_omni.quality.pairs import HELD_OUT_SEED, held_out
-    from vllm_omni.quality.rows import read_settings
-
+    config = OmniDiffusionConfig(**engine_args(args))
     for steps in args.steps:
         if steps < 2:
             raise InvalidValueError("--steps", steps, "must be at least 2")
+    if args.processes is not None and args.processes < 1:
+        raise InvalidValueError("--processes", args.processes, "must be at least 1")
     settings = None if args.settings is None else tuple(read_settings(args.settings))
     for entry in settings or ():
         request_choice(entry, None)
     seed = HELD_OUT_SEED if args.seed is None else args.seed
     pairs = held_out(args.model, args.pairs, None if args.prompts is None else Path(args.prompts), seed)
-    width, height = parse_size(args.size)
-    given = {"width": width, "height": height, "guidance_scale": args.guidance_scale}
-    model = Model(args.model, args.dtype, args.device, {k: v for k, v in given.items() if v is not None})
+    resolve_model(args.model)
+    arguments = call_arguments(args)
+
+    from vllm_omni.quality.bench import Model  # with torch: what is wrong above shows before seconds of imports
+    from vllm_omni.quality.jobs import Plan
+
     return Plan(
-        model=model,
+        model=Model(args.model, config.dtype, config.device, arguments),
         pairs=tuple(pairs),
         steps=tuple(dict.fromkeys(args.steps)),
         folder=Path(args.out) / "work",
         settings=settings,
         peers=args.suite == "peers",
-        processes=_processes(args),
+        processes=args.processes or _processes(config.device),
         limit_s=None if args.limit_minutes is None else 60 * args.limit_minutes,
     )
 
 
 def write(plan: Any, outcome: Any, folder: Path) -> dict[str, Any]:
-    """Files and tables of an outcome; gives the last line."""
+    """Write the files and tables of an outcome; returns what the last line says."""
     from vllm_omni.quality import chart, report, sheet
 
     results = outcome.results
@@ -140,14 +149,9 @@ def _remarks(preset: Any, notices: list[str]) -> list[str]:
     return said
 
 
-def _processes(args: argparse.Namespace) -> int:
+def _processes(device: str | None) -> int:
+    """How many models run side by side unless told."""
     import torch
 
-    from vllm_omni.errors import InvalidValueError
-
-    if args.processes is not None:
-        if args.processes < 1:
-            raise InvalidValueError("--processes", args.processes, "must be at least 1")
-        return args.processes
-    accelerated = torch.cuda.is_available() if args.device is None else not args.device.startswith("cpu")
+    accelerated = torch.cuda.is_available() if device is None else not device.startswith("cpu")
     return 1 if accelerated else min(2, len(os.sched_getaffinity(0)))

@@ -22,11 +22,11 @@ from vllm_omni.version import __version__
 
 def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
     """The application; `engine` must have started. With keys set, every route but the health probes needs one."""
-    docs = {"docs_url": "/docs", "openapi_url": "/openapi.json"} if config.fastapi_docs else {}
+    docs = {} if config.http.disable_fastapi_docs else {"docs_url": "/docs", "openapi_url": "/openapi.json"}
     app = FastAPI(
         title="vllm-omni",
         version=__version__,
-        root_path=config.root_path,
+        root_path=config.http.root_path,
         redirect_slashes=False,
         responses=ERRORS,
         **{"docs_url": None, "redoc_url": None, "openapi_url": None, **docs},  # type: ignore[arg-type]

@@ -40,7 +40,7 @@ async def completions(http: Request, state: State) -> Any:
     check_makes(state.info, "image")
     given = parse_json(await http.body())
     messages = validate(ChatRequest, given, strict=True).messages
-    prompt, urls = read_messages(messages, state.config.max_input_images)
+    prompt, urls = read_messages(messages, state.config.limits.max_input_images)
     if "prompt" in given:
         raise invalid("prompt", "the prompt is the last user message", "unknown_parameter")
     values = {name: value for name, value in given.items() if name not in ChatRequest.model_fields}
@@ -48,7 +48,7 @@ async def completions(http: Request, state: State) -> Any:
     if bool(urls) != state.info.image_input:
         raise invalid("messages", "this model needs a picture" if not urls else "this model takes no picture")
     pictures = await asyncio.to_thread(lambda: tuple(media.decode_url(url, "messages", state.config) for url in urls))
-    generation = plan_images(request, state.info, state.config, pictures)
+    generation = plan_images(request, state.info, state.config.limits, pictures)
     made = await respond(http, state, generation, _chunks(http, state, generation))
     return made if isinstance(made, EventStream) else _completion(made, generation)
 

@@ -20,7 +20,7 @@ from vllm_omni.entrypoints.openai.protocol.requests import (
     ImageRequest,
     VideoRequest,
 )
-from vllm_omni.entrypoints.serve_config import ServeConfig
+from vllm_omni.entrypoints.serve_config import Limits
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
@@ -38,10 +38,13 @@ class GenerationRequest(Generic[R]):
     request: R
     pictures: Pictures  # given by the client
     params: tuple[OmniDiffusionSamplingParams, ...]
-    model: str
     width: int
     height: int
     timeout_s: float | None
+
+    @property
+    def model(self) -> str:
+        return self.request.model or ""
 
     @property
     def prompt(self) -> Any:
@@ -60,7 +63,7 @@ class GenerationRequest(Generic[R]):
 
 
 def plan_images(
-    request: ImageRequest, info: ModelInfo, config: ServeConfig, pictures: Pictures = ()
+    request: ImageRequest, info: ModelInfo, limits: Limits, pictures: Pictures = ()
 ) -> GenerationRequest[ImageRequest]:
     """ApiError for what this model or this server does not do, before any work."""
     if request.background == "transparent":
@@ -70,10 +73,10 @@ def plan_images(
     if request.output_compression not in (None, 100) and (request.output_format or "png") == "png":
         raise invalid("output_compression", "is for jpeg and webp; png loses nothing")
     count = request.n or 1
-    _at_most(config.max_n, n=count)
+    _at_most(limits.max_n, n=count)
     own = _rounded_down(pictures[0], info) if pictures else None
-    width, height = _size(request, info, config, own)
-    common = _parameters(request, info, config, width, height)
+    width, height = _size(request, info, limits, own)
+    common = _parameters(request, info, limits, width, height)
     if request.strength is not None and "strength" not in info.parameters:
         raise invalid("strength", "this model has no strength", "unsupported_parameter")
     seed = common.pop("seed")
@@ -85,29 +88,27 @@ def plan_images(
         )
         for i in range(count)
     )  # fmt: skip
-    model, timeout_s = request.model or config.model_names[0], request.timeout_s or config.request_timeout_s
-    return GenerationRequest(request, pictures, params, model, width, height, timeout_s)
+    return GenerationRequest(request, pictures, params, width, height, request.timeout_s or limits.request_timeout_s)
 
 
 def plan_video(
-    request: VideoRequest, info: ModelInfo, config: ServeConfig, picture: Image.Image | None
+    request: VideoRequest, info: ModelInfo, limits: Limits, picture: Image.Image | None
 ) -> GenerationRequest[VideoRequest]:
     """ApiError as above; the picture is cut to the video's size. There is a time-out only if the client sets one."""
     check_reference(picture is not None, info)
     own = None if picture is None else _same_shape(picture, info)
-    width, height = _size(request, info, config, own)
-    frames = _frames(request, info, config)
+    width, height = _size(request, info, limits, own)
+    frames = _frames(request, info, limits)
     if frames * width * height * 3 > MAX_FRAME_BYTES * 0.99:  # it must cross from the engine's process
         raise invalid("size", f"{frames} frames of {width}x{height} are more than one request may have; ask for less")
     second = request.guidance_scale_2
     if second is not None and ("guidance_scale_2" not in info.parameters or len(info.denoisers) < 2):
         raise invalid("guidance_scale_2", "is for models of two denoisers", "unsupported_parameter")
-    common = _parameters(request, info, config, width, height)
+    common = _parameters(request, info, limits, width, height)
     fps = request.fps or info.fps
     params = OmniDiffusionSamplingParams(**common, num_frames=frames, fps=fps, guidance_scale_2=second)
     pictures = () if picture is None else (ImageOps.fit(picture, (width, height)),)
-    model = request.model or config.model_names[0]
-    return GenerationRequest(request, pictures, (params,), model, width, height, request.timeout_s)
+    return GenerationRequest(request, pictures, (params,), width, height, request.timeout_s)
 
 
 def check_makes(info: ModelInfo, what: Literal["image", "video"]) -> None:
@@ -125,10 +126,10 @@ def check_reference(given: bool, info: ModelInfo) -> None:
         raise invalid(INPUT_REFERENCE, "this model takes no picture", "unsupported_parameter")
 
 
-def _parameters(request: BaseRequest, info: ModelInfo, config: ServeConfig, width: int, height: int) -> dict[str, Any]:
+def _parameters(request: BaseRequest, info: ModelInfo, limits: Limits, width: int, height: int) -> dict[str, Any]:
     """Sampling parameters that pictures and videos share; one that the model's pipeline lacks is refused."""
-    _at_most(config.max_steps, num_inference_steps=request.num_inference_steps)
-    _at_most(config.request_timeout_s, timeout_s=request.timeout_s)
+    _at_most(limits.max_steps, num_inference_steps=request.num_inference_steps)
+    _at_most(limits.request_timeout_s, timeout_s=request.timeout_s)
     optional = {
         "guidance_scale": request.guidance_scale,
         "true_cfg_scale": request.true_cfg_scale,
@@ -168,7 +169,7 @@ def _cache(request: BaseRequest, info: ModelInfo) -> Any:
     return asked
 
 
-def _size(request: BaseRequest, info: ModelInfo, config: ServeConfig, own: tuple[int, int] | None) -> tuple[int, int]:
+def _size(request: BaseRequest, info: ModelInfo, limits: Limits, own: tuple[int, int] | None) -> tuple[int, int]:
     """(width, height) in pixels: as asked, else `own` (that of a picture given), else the model's."""
     width, height, field = request.width, request.height, None
     if request.size not in (None, "auto"):
@@ -185,9 +186,9 @@ def _size(request: BaseRequest, info: ModelInfo, config: ServeConfig, own: tuple
     for name, side in (("width", width), ("height", height)):
         if side < 1 or side % info.size_multiple:
             raise invalid(field or name, f"{name} must be a multiple of {info.size_multiple} pixels, got {side}")
-    if width * height > config.max_pixels:
+    if width * height > limits.max_pixels:
         larger = "width" if width >= height else "height"
-        raise invalid(field or larger, f"a picture may have at most {config.max_pixels} pixels")
+        raise invalid(field or larger, f"a picture may have at most {limits.max_pixels} pixels")
     return width, height
 
 
@@ -203,7 +204,7 @@ def _same_shape(picture: Image.Image, info: ModelInfo) -> tuple[int, int]:
     return max(step, round(picture.width * scale / step) * step), max(step, round(picture.height * scale / step) * step)
 
 
-def _frames(request: VideoRequest, info: ModelInfo, config: ServeConfig) -> int:
+def _frames(request: VideoRequest, info: ModelInfo, limits: Limits) -> int:
     """As many as were asked for, or as come nearest to the seconds, or the model's own."""
     multiple, name = info.frame_multiple, "num_frames"
     if request.num_frames is not None:
@@ -220,8 +221,8 @@ def _frames(request: VideoRequest, info: ModelInfo, config: ServeConfig) -> int:
         frames = _nearest(float(seconds) * (request.fps or info.fps), multiple)
     else:
         frames = _nearest(info.defaults.get("num_frames") or 4 * info.fps, multiple)
-    if frames > config.max_frames:
-        raise invalid(name, f"a video may have at most {config.max_frames} frames, these are {frames}")
+    if frames > limits.max_frames:
+        raise invalid(name, f"a video may have at most {limits.max_frames} frames, these are {frames}")
     return frames
 
 

@@ -40,7 +40,7 @@ async def generations(http: Request, state: State) -> Any:
     request = check_request(ImageRequest, parse_json(await http.body()), state.config, strict=True)
     if state.info.image_input:
         raise invalid("image", "this model repaints a picture: use /v1/images/edits", "unsupported_parameter")
-    generation = plan_images(request, state.info, state.config)
+    generation = plan_images(request, state.info, state.config.limits)
     return await respond(http, state, generation, _events(http, state, generation, "image_generation"))
 
 
@@ -53,12 +53,12 @@ async def generations(http: Request, state: State) -> Any:
 async def edits(http: Request, state: State) -> Any:
     """Pictures of a prompt and of pictures given."""
     check_makes(state.info, "image")
-    form = await read_form(http, state.config.max_input_images)
+    form = await read_form(http, state.config.limits.max_input_images)
     request = check_request(ImageRequest, form.fields, state.config, strict=False)
     if not state.info.image_input:
         raise invalid("image", "this model takes no picture; it has /v1/images/generations", "unsupported_parameter")
     pictures = await asyncio.to_thread(_pictures, form, state)
-    generation = plan_images(request, state.info, state.config, pictures)
+    generation = plan_images(request, state.info, state.config.limits, pictures)
     return await respond(http, state, generation, _events(http, state, generation, "image_edit"))
 
 
@@ -82,7 +82,7 @@ async def respond(
     """The reply to a request, or its stream of events; the engine drops it when the client goes away."""
     state.accept(http, generation)
     if generation.request.stream:
-        return EventStream(events, state.config.sse_keep_alive_s)
+        return EventStream(events, state.config.sse_keep_alive_interval_s)
     with state.timed():
         return await unless_gone(http.receive, _collect(http, state, generation))
 
@@ -222,7 +222,7 @@ def _parameters(generation: Generation, index: int, output: OmniRequestOutput) -
 def _pictures(form: Form, state: AppState) -> tuple[Any, ...]:
     if form.masks:
         raise invalid("mask", "this model takes no mask", "unsupported_parameter")
-    found = [media.decode(data, PICTURES[0], state.config.max_input_pixels) for data in form.pictures]
+    found = [media.decode(data, PICTURES[0], state.config.limits.max_input_pixels) for data in form.pictures]
     found += [media.decode_url(url, "url", state.config) for url in form.urls]
     if not found:
         raise invalid("image", "at least one picture is needed")

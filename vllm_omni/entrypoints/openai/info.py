@@ -32,7 +32,7 @@ async def model(model_id: str, state: State) -> replies.Model:
 
 def _model(name: str, state: AppState) -> replies.Model:
     info, config = state.info, state.config
-    video = {"frames": config.max_frames, "frame_multiple": info.frame_multiple} if info.video_output else {}
+    video = {"frames": config.limits.max_frames, "frame_multiple": info.frame_multiple} if info.video_output else {}
     omni = {
         "pipeline": info.pipeline,
         "denoisers": info.denoisers,
@@ -47,13 +47,13 @@ def _model(name: str, state: AppState) -> replies.Model:
             "output_formats": [name.lower() for name in IMAGE_FORMATS],
         },
         "limits": {
-            "n": config.max_n,
-            "num_inference_steps": config.max_steps,
-            "pixels": config.max_pixels,
+            "n": config.limits.max_n,
+            "num_inference_steps": config.limits.max_steps,
+            "pixels": config.limits.max_pixels,
             "size_multiple": info.size_multiple,
             **video,
-            "prompt_characters": config.max_prompt_characters,
-            "timeout_s": config.request_timeout_s,
+            "prompt_characters": config.limits.max_prompt_characters,
+            "timeout_s": config.limits.request_timeout_s,
         },
         "cache": {**info.cache, "quality": QUALITY_CACHE},
     }

@@ -209,9 +209,9 @@ class VideoJobs:
     def _restored(self, job: VideoJob) -> Generation:
         """A stored job as this server makes it; raises if it does not."""
         data, config = self.store.picture(job), self._config
-        image = None if data is None else media.decode(data, INPUT_REFERENCE, config.max_input_pixels)
+        image = None if data is None else media.decode(data, INPUT_REFERENCE, config.limits.max_input_pixels)
         request = check_request(VideoRequest, job.fields, config, strict=False)
-        return plan_video(request, self._jobs.engine.info, config, image)
+        return plan_video(request, self._jobs.engine.info, config.limits, image)
 
     async def _generate(self, job: VideoJob, generation: Generation, admission: Admission | None) -> OmniRequestOutput:
         async with aclosing(self._jobs.run(generation, job.id)) as items:

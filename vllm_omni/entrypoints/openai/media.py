@@ -76,12 +76,13 @@ def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
 
 def decode_url(url: Any, field: str, config: ServeConfig) -> Image.Image:
     """The picture of a `data:` URL, or behind an address where the operator allows its host; may block on that."""
-    limit = config.max_input_pixels
+    limits = config.limits
     if isinstance(url, str) and url.startswith("data:"):
-        return _decode_data_url(url, field, limit)
+        return _decode_data_url(url, field, limits.max_input_pixels)
     if not isinstance(url, str) or not config.allowed_media_domains:
         raise invalid(field, "must be a data: URL; this server opens no addresses", "invalid_image")
-    return decode(fetch(url, field, config.allowed_media_domains, int(config.max_body_mb * 2**20)), field, limit)
+    data = fetch(url, field, config.allowed_media_domains, limits.max_body_bytes)
+    return decode(data, field, limits.max_input_pixels)
 
 
 def _decode_data_url(url: str, field: str, max_pixels: int) -> Image.Image:

@@ -34,8 +34,8 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 def add_middleware(app: FastAPI, state: AppState, open_paths: frozenset[str]) -> None:
     """The operator's own innermost, then the gatekeeper, then CORS: a browser asks for permission without its key."""
-    config = state.config
-    for name in config.middleware:  # as `vllm serve --middleware`: an ASGI class, or a function of request, call_next
+    options = state.config.http
+    for name in options.middleware:  # as `vllm serve --middleware`: an ASGI class, or a function of request, call_next
         module, _, attribute = name.rpartition(".")
         found: Any = vars(import_module(module))[attribute]
         if isclass(found):
@@ -43,13 +43,13 @@ def add_middleware(app: FastAPI, state: AppState, open_paths: frozenset[str]) ->
         else:
             app.middleware("http")(found)
     app.add_middleware(Gatekeeper, state=state, open_paths=open_paths)
-    if config.allowed_origins:
+    if options.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=config.allowed_origins,
-            allow_methods=config.allowed_methods,
-            allow_headers=config.allowed_headers,
-            allow_credentials=config.allow_credentials,
+            allow_origins=options.allowed_origins,
+            allow_methods=options.allowed_methods,
+            allow_headers=options.allowed_headers,
+            allow_credentials=options.allow_credentials,
             expose_headers=("x-request-id", "retry-after", "openai-poll-after-ms"),
         )
 
@@ -59,9 +59,9 @@ class Gatekeeper:
 
     def __init__(self, app: ASGIApp, state: AppState, open_paths: frozenset[str]) -> None:
         self.app, self.statuses, self.open_paths = app, state.statuses, open_paths
-        self.max_body = int(state.config.max_body_mb * 2**20)
+        self.max_body = state.config.limits.max_body_bytes
         self.traced = bool(state.config.otlp_traces_endpoint)
-        self.keys = [sha256(key.encode()).digest() for key in state.config.api_keys]
+        self.keys = [sha256(key.encode()).digest() for key in state.config.http.api_key]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":

@@ -61,7 +61,7 @@ async def create(http: Request, response: Response, state: State) -> replies.Vid
     request = check_request(VideoRequest, form.fields, state.config, strict=as_json)
     check_reference(bool(form.pictures or form.urls or reference is not None), state.info)
     picture = await asyncio.to_thread(_picture, form, reference, state.config)
-    generation = plan_video(request, state.info, state.config, picture)
+    generation = plan_video(request, state.info, state.config.limits, picture)
     job = await jobs.create(generation)
     state.accept(http, generation, video_id=job.id)
     return _reply(job, jobs, response)
@@ -139,7 +139,7 @@ def _reply(job: VideoJob, jobs: VideoJobs, response: Response | None = None) -> 
 def _picture(form: Form, reference: Any, config: ServeConfig) -> Image.Image | None:
     """The picture of a form's file, of a data URL, or of `{"image_url": data URL}`."""
     if form.pictures:
-        return media.decode(form.pictures[0], INPUT_REFERENCE, config.max_input_pixels)
+        return media.decode(form.pictures[0], INPUT_REFERENCE, config.limits.max_input_pixels)
     url = form.urls[0] if form.urls else reference
     if isinstance(url, dict):
         if set(url) != {"image_url"}:

@@ -77,7 +77,7 @@ class BaseRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     prompt: Annotated[Text, AfterValidator(_not_blank)] = Field(min_length=1, description="What to draw.")
-    model: Text | None = Field(default=None, max_length=512)
+    model: Text | None = Field(default=None, max_length=512, description="A name that is served; default: the first.")
     size: str | None = Field(default=None, max_length=32, description="WIDTHxHEIGHT, or auto: the model's own.")
     quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = None
     user: Text | None = Field(default=None, max_length=512)
@@ -203,8 +203,10 @@ def check_request(kind: type[R], given: dict[str, Any], config: ServeConfig, *, 
         if name in values and values[name] != value:
             raise invalid(key, f"{key} and {name} mean the same and differ; give one")
         values[name] = value
+    if values.get("model") is None:
+        values["model"] = config.model_names[0]
     request = validate(kind, values, strict=strict)
-    limit = config.max_prompt_characters
+    limit = config.limits.max_prompt_characters
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
         if len(text) > limit:
             raise invalid(name, f"{name} has {len(text)} characters, at most {limit} are taken")

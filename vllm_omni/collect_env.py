@@ -1,0 +1,145 @@
+"""`python -m vllm_omni.collect_env`: what will run where on this machine, and what stands in the way."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from vllm_omni import packages
+from vllm_omni._vllm_compat import INSTALL_HINT, TRIED, installed
+
+LISTED = ("torch", "diffusers", "transformers", "greenlet", "pydantic", "msgspec", "imageio", "peft", "cache-dit")
+DRIVER = "libcuda.so.1"
+CGROUP = Path("/sys/fs/cgroup/cpu.max")
+
+
+@dataclass
+class Report:
+    """Facts by name, and problems, each with its remedy."""
+
+    facts: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def lines(self) -> Iterator[str]:
+        """The report as it is printed."""
+        width = max(map(len, self.facts), default=0)
+        yield from (f"{name:{width}}  {fact}" for name, fact in self.facts.items())
+        yield from [f"problem: {problem}" for problem in self.problems] or ["nothing stands in the way"]
+
+
+def report() -> Report:
+    """What is installed, which device and which threads are used, and the problems."""
+    found = Report()
+    found.facts["python"] = f"{platform.python_version()} on {platform.platform()}"
+    for name in (packages.OURS, *LISTED):
+        found.facts[name] = _version(name) or "not installed"
+    vllm = installed()
+    found.facts["vllm"] = vllm or "not installed"
+    if vllm is None:
+        found.problems.append(f"`vllm serve` and `vllm-omni serve` need vLLM; {INSTALL_HINT}")
+    elif not vllm.startswith(TRIED):
+        found.problems.append(f"vLLM {vllm} is untried; this version is written for {TRIED}")
+    if (message := packages.conflict()) is not None:
+        found.problems.append(message)
+    for name in packages.unloadable():
+        found.problems.append(
+            f"{name} is a CUDA build beside a CPU build of torch and cannot be imported. What runs through vllm_omni "
+            f"hides it; plain `vllm serve` fails. Run: pip uninstall -y {name}"
+        )
+    _torch(found)
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _torch(found: Report) -> None:
+    """The device, the threads and the native operations, all of which torch must be imported for."""
+    packages.hide_unloadable()
+    try:
+        import torch
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:
+        found.problems.append(f"torch cannot be imported: {type(error).__name__}: {error}")
+        return
+    built, driver, cuda = torch.version.cuda, driver_cuda(), torch.cuda.is_available()
+    found.facts["torch build"] = f"for CUDA {built}" if built else "for the CPU"
+    found.facts["CUDA driver"] = f"for CUDA {_dotted(driver)} and older" if driver else "none"
+    found.facts["device"] = torch.cuda.get_device_name() if cuda else f"cpu, {platform.machine()}"
+    if (problem := device_problem(built, driver, cuda)) is not None:
+        found.problems.append(problem)
+    cores, threads = usable_cores(), torch.get_num_threads()
+    found.facts["cores"] = f"{cores} of {os.cpu_count()}"
+    found.facts["threads"] = f"{threads} of torch; {_settings(os.environ)}"
+    if not cuda and threads > cores:
+        found.problems.append(f"torch would start {threads} threads on {cores} cores; set OMP_NUM_THREADS={cores}")
+    from vllm_omni.kernels.ops import REASON
+
+    found.facts["native ops"] = f"not used: {REASON}" if REASON else "built"
+
+
+def _settings(environment: Mapping[str, str]) -> str:
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+    return ", ".join(f"{name}={environment[name]}" if name in environment else f"{name} not set" for name in names)
+
+
+def usable_cores(quota: Path = CGROUP) -> int:
+    """Cores that this process may use: its affinity, cut to the container's quota ("200000 100000" is two cores)."""
+    cores = len(os.sched_getaffinity(0))
+    limit, _, period = (quota.read_text() if quota.is_file() else "max 1").partition(" ")
+    return cores if limit == "max" else max(1, min(cores, int(limit) // int(period)))
+
+
+def driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that the installed driver runs, as (major, minor); None without a driver."""
+    number = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(number))
+    except OSError:
+        return None
+    return None if failed else (number.value // 1000, number.value % 1000 // 10)
+
+
+def device_problem(built: str | None, driver: tuple[int, int] | None, available: bool) -> str | None:
+    """Why an accelerator is not used although there is one, and what to do; None if nothing is wrong.
+
+    `built`: the CUDA that torch was built for, as "13.0"; None for a CPU build. A driver runs every CUDA up to its own
+    and, within a major version, newer ones.
+    """
+    if available or driver is None:
+        return None if available or built is None else _NO_DRIVER.format(built)
+    if built is None:
+        return f"there is a driver for CUDA {_dotted(driver)}, but torch is a CPU build; install torch for CUDA"
+    if int(built.partition(".")[0]) > driver[0]:
+        return (
+            f"torch is built for CUDA {built}, but the driver runs {_dotted(driver)} and older, so that everything "
+            f"would run on the CPU; update the driver, or install torch for CUDA {driver[0]}"
+        )
+    return f"torch for CUDA {built} finds no device behind the driver for {_dotted(driver)}; see `nvidia-smi`"
+
+
+_NO_DRIVER = "torch is built for CUDA {}, but there is no driver, so that everything runs on the CPU; install a driver"
+
+
+def _dotted(number: tuple[int, int]) -> str:
+    return f"{number[0]}.{number[1]}"
+
+
+def main() -> int:
+    """Print the report; 1 if something stands in the way."""
+    found = report()
+    print("\n".join(found.lines()))
+    return 1 if found.problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

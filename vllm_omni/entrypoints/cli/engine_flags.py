@@ -1,0 +1,57 @@
+"""The model and the engine on a command line: their flags, and what these say. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from vllm_omni.diffusion.cache.selector import ENGINE_BACKENDS, engine_backend
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.entrypoints.cli.flags import add_flags, given, named_by_flag
+from vllm_omni.entrypoints.cli.values import cache_settings, lora_modules, parse_size
+
+MODEL = "'demo' (comes with the package), a diffusers model folder, or a hub id"
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Add MODEL, and what a call of its pipeline takes: steps, size, guidance."""
+    add = parser.add_argument
+    add("model", metavar="MODEL", help=MODEL)
+    add("--steps", type=int, metavar="N", help="denoising steps (default: the model's own)")
+    add_size(parser)
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add the size and the guidance of pictures."""
+    add = parser.add_argument
+    add("--size", metavar="WxH", help="width and height in pixels, e.g. 1024x768 (default: the model's own)")
+    guidance = "guidance embedded in the model, or classifier-free guidance (default: the model's own)"
+    add("--guidance-scale", type=float, metavar="N", help=guidance)
+
+
+def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """What the flags of `add_model` say, as arguments of a pipeline's call; those alone that were given."""
+    width, height = parse_size(args.size)
+    steps = args.steps if isinstance(args.steps, int) else None  # `quality` takes several
+    asked = {"num_inference_steps": steps, "width": width, "height": height, "guidance_scale": args.guidance_scale}
+    return {name: value for name, value in asked.items() if value is not None}
+
+
+def add_engine_flags(group: Any, *names: str) -> None:
+    """Add the engine's flags of those names, of all without any."""
+    backends = f"what skips denoising steps: none, {', '.join(ENGINE_BACKENDS)}"
+    add_flags(group, OmniDiffusionConfig, *names, cache_backend=backends)
+
+
+def engine_args(args: argparse.Namespace) -> dict[str, Any]:
+    """The engine's arguments of a parsed command line, as plain data, checked as far as that needs no torch."""
+    found = given(args, OmniDiffusionConfig)
+    with named_by_flag(OmniDiffusionConfig):
+        if "cache_backend" in found:
+            found["cache_backend"] = engine_backend(found["cache_backend"])
+        if "cache_config" in found:
+            found["cache_config"] = cache_settings(found["cache_config"])
+        if "lora_modules" in found:
+            found["lora_modules"] = lora_modules(found["lora_modules"])
+        OmniDiffusionConfig(**found)
+    return found

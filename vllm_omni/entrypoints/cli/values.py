@@ -1,0 +1,62 @@
+"""Values of the command line that are more than a number or a word: sizes, JSON, cache settings, adapters."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from vllm_omni.diffusion.data import PRESETS, DiffusionCacheConfig
+from vllm_omni.errors import InvalidValueError, UnknownChoiceError
+
+
+def parse_size(size: str | None) -> tuple[int | None, int | None]:
+    """(width, height) of "64x48"; (None, None) for None."""
+    if size is None:
+        return None, None
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", size)
+    if match is None:
+        raise InvalidValueError("--size", size, "must be WIDTHxHEIGHT, e.g. 1024x768")
+    return int(match[1]), int(match[2])
+
+
+def json_object(field: str, text: str) -> dict[str, Any]:
+    """A JSON object from the command line; InvalidValueError says where it breaks."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidValueError(field, text, f"must be JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InvalidValueError(field, text, "must be a JSON object, e.g. '{\"mag_threshold\": 0.12}'")
+    return value
+
+
+def cache_settings(text: str) -> dict[str, Any]:
+    """The value of `--cache-config`, a preset's name or a JSON object, as plain data.
+
+    Checked here, with its profile, so that a typo costs no model load.
+    """
+    if text in PRESETS:
+        settings = dict(PRESETS[text])
+    elif re.fullmatch(r"[\w-]+", text):
+        raise UnknownChoiceError("--cache-config", text, PRESETS, ", or a JSON object")
+    else:
+        settings = json_object("--cache-config", text)
+    config = DiffusionCacheConfig.from_dict(settings)
+    if config.profile is not None:
+        from vllm_omni.diffusion.cache.profile import named_profile
+
+        named_profile(config.profile)
+    return settings
+
+
+def lora_modules(entries: Sequence[str]) -> dict[str, str]:
+    """Adapters by name, of `NAME=PATH`."""
+    modules = {}
+    for entry in entries:
+        name, equals, path = entry.partition("=")
+        if not (name and equals and path):
+            raise InvalidValueError("--lora-modules", entry, "must be NAME=PATH, e.g. ink=/models/ink.safetensors")
+        modules[name] = path
+    return modules
