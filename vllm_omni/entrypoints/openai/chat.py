@@ -39,12 +39,12 @@ async def completions(http: Request, state: State) -> Any:
     """A message whose content is pictures, as data URLs."""
     check_makes(state.info, "image")
     given = parse_json(await http.body())
-    messages = validate(ChatRequest, given, strict=True).messages
-    prompt, urls = read_messages(messages, state.config.limits.max_input_images)
     if "prompt" in given:
         raise invalid("prompt", "the prompt is the last user message", "unknown_parameter")
-    values = {name: value for name, value in given.items() if name not in ChatRequest.model_fields}
-    request = check_request(ImageRequest, {"prompt": prompt, **values}, state.config, strict=True)
+    own = {name: given.pop(name) for name in ChatRequest.model_fields if name in given}
+    messages = validate(ChatRequest, own, strict=True).messages
+    prompt, urls = read_messages(messages, state.config.limits.max_input_images)
+    request = check_request(ImageRequest, {"prompt": prompt, **given}, state.config, strict=True)
     if bool(urls) != state.info.image_input:
         raise invalid("messages", "this model needs a picture" if not urls else "this model takes no picture")
     pictures = await asyncio.to_thread(lambda: tuple(media.decode_url(url, "messages", state.config) for url in urls))
