@@ -26,8 +26,6 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 _SECONDS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?")
 Pictures = tuple[Image.Image, ...]
-
-
 R = TypeVar("R", bound=BaseRequest)
 
 
@@ -76,18 +74,12 @@ def plan_images(
     _at_most(limits.max_n, n=count)
     own = _rounded_down(pictures[0], info) if pictures else None
     width, height = _size(request, info, limits, own)
-    common = _parameters(request, info, limits, width, height)
-    if request.strength is not None and "strength" not in info.parameters:
-        raise invalid("strength", "this model has no strength", "unsupported_parameter")
-    seed = common.pop("seed")
+    common = _parameters(request, info, limits, width, height) | _supported(info, strength=request.strength)
     partial, steps = (request.partial_images or 0) if request.stream else 0, common["num_inference_steps"]
-    every = max(1, steps // (partial + 1)) if partial and steps and info.previews else None
-    params = tuple(
-        OmniDiffusionSamplingParams(
-            **common, seed=(seed + i) % 2**64, strength=request.strength, preview_every=every
-        )
-        for i in range(count)
-    )  # fmt: skip
+    if partial and steps and info.previews:
+        common["preview_every"] = max(1, steps // (partial + 1))
+    seed = common.pop("seed")
+    params = tuple(OmniDiffusionSamplingParams(**common, seed=(seed + i) % 2**64) for i in range(count))
     return GenerationRequest(request, pictures, params, width, height, request.timeout_s or limits.request_timeout_s)
 
 
@@ -127,19 +119,16 @@ def check_reference(given: bool, info: ModelInfo) -> None:
 
 
 def _parameters(request: BaseRequest, info: ModelInfo, limits: Limits, width: int, height: int) -> dict[str, Any]:
-    """Sampling parameters that pictures and videos share; one that the model's pipeline lacks is refused."""
+    """The sampling parameters that pictures and videos share."""
     _at_most(limits.max_steps, num_inference_steps=request.num_inference_steps)
     _at_most(limits.request_timeout_s, timeout_s=request.timeout_s)
-    optional = {
-        "guidance_scale": request.guidance_scale,
-        "true_cfg_scale": request.true_cfg_scale,
-        "negative_prompt": request.negative_prompt,
-    }
-    for name, value in optional.items():
-        if value is not None and name not in info.parameters:
-            raise invalid(name, f"this model has no {name}", "unsupported_parameter")
     return {
-        **optional,
+        **_supported(
+            info,
+            guidance_scale=request.guidance_scale,
+            true_cfg_scale=request.true_cfg_scale,
+            negative_prompt=request.negative_prompt,
+        ),
         "num_inference_steps": request.num_inference_steps or info.defaults.get("num_inference_steps"),
         "seed": request.seed if request.seed is not None else secrets.randbits(32),
         "width": width,
@@ -147,6 +136,14 @@ def _parameters(request: BaseRequest, info: ModelInfo, limits: Limits, width: in
         "lora_request": request.lora,
         "cache": _cache(request, info),
     }
+
+
+def _supported(info: ModelInfo, **values: Any) -> dict[str, Any]:
+    """`values`; one that the model's pipeline does not have is refused, not dropped."""
+    for name, value in values.items():
+        if value is not None and name not in info.parameters:
+            raise invalid(name, f"this model has no {name}", "unsupported_parameter")
+    return values
 
 
 def _at_most(limit: float, **values: float | None) -> None:

@@ -106,6 +106,7 @@ async def cache(state: State) -> replies.CacheReply:
 
 
 def _recent(entry: dict[str, Any]) -> dict[str, Any]:
+    """Without curves."""
     settings = entry.get("cache_settings")
     short = None if settings is None else {k: v for k, v in settings.items() if not isinstance(v, list | tuple)}
     return {**entry, "cache_settings": short}

@@ -123,7 +123,7 @@ class VideoJobs:
 
     async def __aenter__(self) -> Self:
         for job in self.store.unfinished():
-            self._begin(job, None, None)
+            self._begin(job, None).set_result(None)
         self._sweeper = asyncio.create_task(self._sweep())
         return self
 
@@ -152,9 +152,7 @@ class VideoJobs:
             fields=given | {"model": generation.model, "size": generation.size, "seed": params.seed},
             picture=await asyncio.to_thread(media.to_bytes, picture, "PNG") if picture else None,
         )
-        admission: Admission = asyncio.get_running_loop().create_future()
-        self._begin(job, generation, admission)
-        admitted = False
+        admission, admitted = self._begin(job, generation), False
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(REFUSAL_S):
@@ -171,12 +169,14 @@ class VideoJobs:
         if (task := self._tasks.get(job_id)) is not None:
             task.cancel()  # leaving the engine's iterator aborts the request
 
-    def _begin(self, job: VideoJob, generation: Generation | None, admission: Admission | None) -> None:
+    def _begin(self, job: VideoJob, generation: Generation | None) -> Admission:
+        admission: Admission = asyncio.get_running_loop().create_future()
         task = asyncio.create_task(self._run(job, generation, admission))
         self._tasks[job.id] = task
         task.add_done_callback(lambda task: self._ended(job, admission, task))
+        return admission
 
-    async def _run(self, job: VideoJob, generation: Generation | None, admission: Admission | None) -> None:
+    async def _run(self, job: VideoJob, generation: Generation | None, admission: Admission) -> None:
         if generation is None:
             generation = await asyncio.to_thread(self._restored, job)
         deaths = 0
@@ -186,7 +186,7 @@ class VideoJobs:
                 break
             except (QueueFullError, EngineDeadError) as error:
                 deaths += isinstance(error, EngineDeadError) and self._progress.pop(job.id, None) is not None
-                if (admission and not admission.done()) or error.retry_after_s is None or deaths >= MAX_DEATHS:
+                if not admission.done() or error.retry_after_s is None or deaths >= MAX_DEATHS:
                     raise
                 pause = error.retry_after_s
             await asyncio.sleep(pause)
@@ -213,12 +213,12 @@ class VideoJobs:
         request = check_request(VideoRequest, job.fields, config, strict=False)
         return plan_video(request, self._jobs.engine.info, config.limits, image)
 
-    async def _generate(self, job: VideoJob, generation: Generation, admission: Admission | None) -> OmniRequestOutput:
+    async def _generate(self, job: VideoJob, generation: Generation, admission: Admission) -> OmniRequestOutput:
         async with aclosing(self._jobs.run(generation, job.id)) as items:
             async for _, output in items:
                 if job.id not in self._progress:
                     self.store.begun(job.id)
-                if admission is not None and not admission.done():
+                if not admission.done():
                     admission.set_result(None)
                 self._progress[job.id] = min(99, 100 * output.step // (output.num_inference_steps or 100))
                 if output.finished:
@@ -234,12 +234,12 @@ class VideoJobs:
         }
         self.store.write(job, {FILES[name]: content for name, content in data.items()})
 
-    def _ended(self, job: VideoJob, admission: Admission | None, task: asyncio.Task[None]) -> None:
+    def _ended(self, job: VideoJob, admission: Admission, task: asyncio.Task[None]) -> None:
         """The one place where a job leaves, however it ended."""
         self._tasks.pop(job.id, None)
         self._progress.pop(job.id, None)
         error = None if task.cancelled() else task.exception()
-        if error is not None and admission is not None and not admission.done():
+        if error is not None and not admission.done():
             admission.set_exception(error)
         elif self.store.get(job.id) is None:  # deleted meanwhile
             self.store.clear(job.id)

@@ -54,7 +54,7 @@ class EventStream(Response):
                 await asyncio.wait({following, watch}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 if watch.done():
                     return
-                item = _outcome(following) if following.done() else _KEEP_ALIVE
+                item = _outcome(following) if (came := following.done()) else _KEEP_ALIVE
                 if not started:
                     if isinstance(item, ApiError):
                         return await item.response()(scope, receive, send)
@@ -64,7 +64,7 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": _frame(item), "more_body": True})
                 if item is None or isinstance(item, ApiError):
                     return await send({"type": "http.response.body", "body": b"", "more_body": False})
-                if following.done():
+                if came:
                     following = asyncio.ensure_future(anext(self.events))
         finally:
             await _cancel(following, watch)
