@@ -14,13 +14,12 @@ from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import check_makes, plan_images
 from vllm_omni.entrypoints.openai.images import Generation, data_url, encoded, respond
 from vllm_omni.entrypoints.openai.protocol import replies
+from vllm_omni.entrypoints.openai.protocol.bodies import Source, body_schema, read_json
 from vllm_omni.entrypoints.openai.protocol.errors import invalid
-from vllm_omni.entrypoints.openai.protocol.forms import body_schema
 from vllm_omni.entrypoints.openai.protocol.requests import (
     ChatRequest,
     ImageRequest,
     check_request,
-    parse_json,
     validate,
 )
 from vllm_omni.entrypoints.openai.protocol.streams import Event, EventStream
@@ -38,23 +37,23 @@ router = APIRouter(prefix="/v1/chat", tags=["chat"])
 async def completions(http: Request, state: State) -> Any:
     """A message whose content is pictures, as data URLs."""
     check_makes(state.info, "image")
-    given = parse_json(await http.body())
+    given = (await read_json(http)).fields
     if "prompt" in given:
         raise invalid("prompt", "the prompt is the last user message", "unknown_parameter")
     own = {name: given.pop(name) for name in ChatRequest.model_fields if name in given}
     messages = validate(ChatRequest, own, strict=True).messages
-    prompt, urls = read_messages(messages, state.config.limits.max_input_images)
+    prompt, sources = read_messages(messages)
     request = check_request(ImageRequest, {"prompt": prompt, **given}, state.config, strict=True)
-    if bool(urls) != state.info.image_input:
-        raise invalid("messages", "this model needs a picture" if not urls else "this model takes no picture")
-    pictures = await asyncio.to_thread(lambda: tuple(media.decode_url(url, "messages", state.config) for url in urls))
+    if bool(sources) != state.info.image_input:
+        raise invalid("messages", "this model needs a picture" if not sources else "this model takes no picture")
+    pictures = await asyncio.to_thread(media.load, sources, state.config)
     generation = plan_images(request, state.info, state.config.limits, pictures)
     made = await respond(http, state, generation, _chunks(http, state, generation))
     return made if isinstance(made, EventStream) else _completion(made, generation)
 
 
-def read_messages(messages: list[dict[str, Any]], max_pictures: int) -> tuple[str, list[str]]:
-    """(text of the last user message, its picture URLs)."""
+def read_messages(messages: list[dict[str, Any]]) -> tuple[str, list[Source]]:
+    """(text of the last user message, its pictures)."""
     if any(not isinstance(message.get("role"), str) for message in messages):
         raise invalid("messages", "every message is an object with role and content")
     content = next((message.get("content") for message in reversed(messages) if message["role"] == "user"), None)
@@ -63,17 +62,15 @@ def read_messages(messages: list[dict[str, Any]], max_pictures: int) -> tuple[st
     if not isinstance(content, list) or any(not isinstance(part, dict) for part in content):
         raise invalid("messages", "the last user message must have text, or a list of parts")
     text: list[str] = []
-    urls: list[str] = []
+    sources: list[Source] = []
     for part in content:
         if part.get("type") == "text" and isinstance(part.get("text"), str):
             text.append(part["text"])
         elif part.get("type") == "image_url" and isinstance(part.get("image_url"), dict):
-            urls.append(part["image_url"].get("url"))
+            sources.append(("messages", part["image_url"].get("url")))
         else:
             raise invalid("messages", "a part is text, or image_url with a URL")
-    if len(urls) > max_pictures:
-        raise invalid("messages", f"at most {max_pictures} pictures")
-    return "\n".join(text), urls
+    return "\n".join(text), sources
 
 
 def _part(generation: Generation, b64: str) -> replies.Part:

@@ -14,15 +14,16 @@ from starlette.responses import Response
 from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, plan_images
 from vllm_omni.entrypoints.openai.protocol import replies
+from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, read_form, read_json
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
-from vllm_omni.entrypoints.openai.protocol.forms import PICTURES, Form, body_schema, read_form
-from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest, check_request, parse_json
+from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest, check_request
 from vllm_omni.entrypoints.openai.protocol.streams import Event, EventStream, unless_gone
 from vllm_omni.entrypoints.openai.state import AppState, State
 from vllm_omni.outputs import OmniRequestOutput
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 Generation = GenerationRequest[ImageRequest]
+PICTURES, MASKS = ("image", "url"), ("mask", "mask_image")
 
 
 @router.post(
@@ -37,7 +38,7 @@ async def generations(http: Request, state: State) -> Any:
     kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(400, "the body must be application/json", "invalid_request")
-    request = check_request(ImageRequest, parse_json(await http.body()), state.config, strict=True)
+    request = check_request(ImageRequest, (await read_json(http)).fields, state.config, strict=True)
     if state.info.image_input:
         raise invalid("image", "this model repaints a picture: use /v1/images/edits", "unsupported_parameter")
     generation = plan_images(request, state.info, state.config.limits)
@@ -53,11 +54,15 @@ async def generations(http: Request, state: State) -> Any:
 async def edits(http: Request, state: State) -> Any:
     """Pictures of a prompt and of pictures given."""
     check_makes(state.info, "image")
-    form = await read_form(http, state.config.limits.max_input_images)
-    request = check_request(ImageRequest, form.fields, state.config, strict=False)
+    body = await read_form(http, state.config.limits.max_input_images, PICTURES + MASKS)
+    request = check_request(ImageRequest, body.fields, state.config)
     if not state.info.image_input:
         raise invalid("image", "this model takes no picture; it has /v1/images/generations", "unsupported_parameter")
-    pictures = await asyncio.to_thread(_pictures, form, state)
+    if body.take(*MASKS):
+        raise invalid("mask", "this model takes no mask", "unsupported_parameter")
+    if not body.sources:
+        raise invalid("image", "at least one picture is needed")
+    pictures = await asyncio.to_thread(media.load, body.take(*PICTURES), state.config)
     generation = plan_images(request, state.info, state.config.limits, pictures)
     return await respond(http, state, generation, _events(http, state, generation, "image_edit"))
 
@@ -217,13 +222,3 @@ def _parameters(generation: Generation, index: int, output: OmniRequestOutput) -
         "lora": None if not params.lora_request else [{"name": n, "scale": s} for n, s in params.lora_request],
     }
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _pictures(form: Form, state: AppState) -> tuple[Any, ...]:
-    if form.masks:
-        raise invalid("mask", "this model takes no mask", "unsupported_parameter")
-    found = [media.decode(data, PICTURES[0], state.config.limits.max_input_pixels) for data in form.pictures]
-    found += [media.decode_url(url, "url", state.config) for url in form.urls]
-    if not found:
-        raise invalid("image", "at least one picture is needed")
-    return tuple(found)

@@ -74,26 +74,29 @@ def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
     return picture
 
 
-def decode_url(url: Any, field: str, config: ServeConfig) -> Image.Image:
-    """The picture of a `data:` URL, or behind an address where the operator allows its host; may block on that."""
+def load(sources: Sequence[tuple[str, Any]], config: ServeConfig) -> tuple[Image.Image, ...]:
+    """The pictures of (the client's name, bytes or URL); blocks while an address is fetched."""
     limits = config.limits
-    if isinstance(url, str) and url.startswith("data:"):
-        return _decode_data_url(url, field, limits.max_input_pixels)
-    if not isinstance(url, str) or not config.allowed_media_domains:
+    if len(sources) > limits.max_input_images:
+        raise invalid(sources[0][0], f"at most {limits.max_input_images} pictures are taken")
+    return tuple(decode(_read(source, name, config), name, limits.max_input_pixels) for name, source in sources)
+
+
+def _read(source: Any, field: str, config: ServeConfig) -> bytes:
+    """What was sent, or is in a `data:` URL, or behind an address if the operator allows its host."""
+    if isinstance(source, bytes):
+        return source
+    if not isinstance(source, str) or not (source.startswith("data:") or config.allowed_media_domains):
         raise invalid(field, "must be a data: URL; this server opens no addresses", "invalid_image")
-    data = fetch(url, field, config.allowed_media_domains, limits.max_body_bytes)
-    return decode(data, field, limits.max_input_pixels)
-
-
-def _decode_data_url(url: str, field: str, max_pixels: int) -> Image.Image:
-    head, comma, body = url.partition(",")
-    if not comma or not head.endswith(";base64"):
-        raise invalid(field, "must be a data: URL in base64", "invalid_image")
+    if not source.startswith("data:"):
+        return fetch(source, field, config.allowed_media_domains, config.limits.max_body_bytes)
+    head, _, body = source.partition(",")
     try:
-        data = base64.b64decode(body, validate=True)
+        if not head.endswith(";base64"):
+            raise ValueError
+        return base64.b64decode(body, validate=True)
     except ValueError:
         raise invalid(field, "must be a data: URL in base64", "invalid_image") from None
-    return decode(data, field, max_pixels)
 
 
 def fetch(url: str, field: str, hosts: Sequence[str], max_bytes: int) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from PIL import Image
@@ -15,9 +15,9 @@ from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import check_makes, check_reference, plan_video
 from vllm_omni.entrypoints.openai.jobs import Jobs, VideoJobs
 from vllm_omni.entrypoints.openai.protocol import replies
+from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, read_form, read_json
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
-from vllm_omni.entrypoints.openai.protocol.forms import Form, body_schema, read_form
-from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest, check_request, parse_json
+from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest, check_request
 from vllm_omni.entrypoints.openai.state import AppState, State
 from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore
 from vllm_omni.entrypoints.serve_config import ServeConfig
@@ -52,16 +52,16 @@ router = APIRouter(prefix="/v1/videos", tags=["videos"], lifespan=_lifespan)
 async def create(http: Request, response: Response, state: State) -> replies.VideoReply:
     """Queue a video, from a multipart form or a JSON object; 503 if the queue is full."""
     jobs = _jobs(state)
-    as_json = http.headers.get("content-type", "").startswith("application/json")
-    if as_json:
-        form = Form(parse_json(await http.body()))
+    if http.headers.get("content-type", "").startswith("application/json"):
+        body = await read_json(http, (INPUT_REFERENCE,))
     else:
-        form = await read_form(http, 1, pictures=(INPUT_REFERENCE,), urls=())
-    reference = form.fields.pop(INPUT_REFERENCE, None)
-    request = check_request(VideoRequest, form.fields, state.config, strict=as_json)
-    check_reference(bool(form.pictures or form.urls or reference is not None), state.info)
-    picture = await asyncio.to_thread(_picture, form, reference, state.config)
-    generation = plan_video(request, state.info, state.config.limits, picture)
+        body = await read_form(http, 1, (INPUT_REFERENCE,))
+    request = check_request(VideoRequest, body.fields, state.config, strict=body.strict)
+    if len(body.sources) > 1:
+        raise invalid(INPUT_REFERENCE, "a video begins with one picture")
+    check_reference(bool(body.sources), state.info)
+    pictures = await asyncio.to_thread(media.load, body.sources, state.config)
+    generation = plan_video(request, state.info, state.config.limits, pictures[0] if pictures else None)
     job = await jobs.create(generation)
     state.accept(http, generation, video_id=job.id)
     return _reply(job, jobs, response)
@@ -134,16 +134,3 @@ def _reply(job: VideoJob, jobs: VideoJobs, response: Response | None = None) -> 
         response.headers["openai-poll-after-ms"] = str(POLL_AFTER_MS)
     record = job.model_dump(exclude={"fields", "facts"})
     return replies.VideoReply(**record, progress=jobs.progress(job), omni={"seed": job.fields["seed"], **job.facts})
-
-
-def _picture(form: Form, reference: Any, config: ServeConfig) -> Image.Image | None:
-    """The picture of a form's file, of a data URL, or of `{"image_url": data URL}`."""
-    if form.pictures:
-        return media.decode(form.pictures[0], INPUT_REFERENCE, config.limits.max_input_pixels)
-    url = form.urls[0] if form.urls else reference
-    if isinstance(url, dict):
-        if set(url) != {"image_url"}:
-            only = f"{INPUT_REFERENCE} takes image_url alone; no files are kept"
-            raise invalid(INPUT_REFERENCE, only, "unsupported_parameter")
-        url = url["image_url"]
-    return None if url is None else media.decode_url(url, INPUT_REFERENCE, config)

@@ -188,7 +188,7 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return seen
 
 
-def check_request(kind: type[R], given: dict[str, Any], config: ServeConfig, *, strict: bool) -> R:
+def check_request(kind: type[R], given: dict[str, Any], config: ServeConfig, *, strict: bool = False) -> R:
     """Fields as given, as a request of that kind; ApiError for the first that is wrong. `strict`: "1" is no number."""
     values: dict[str, Any] = {}
     for key, value in given.items():

@@ -1,4 +1,4 @@
-"""Multipart bodies: bracket keys (`cache[threshold]`), JSON in strings, and pictures. Knows no engine."""
+"""Bodies of requests: a JSON object, or a form with bracket keys (`cache[threshold]`), JSON in strings and pictures."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
-from vllm_omni.entrypoints.openai.protocol.requests import load_json
+from vllm_omni.entrypoints.openai.protocol.requests import load_json, parse_json
 
-PICTURES = ("image", "image[]")
-MASKS = ("mask", "mask_image")
-URLS = ("url", "url[]")
 MAX_FIELDS = 200
 MAX_FIELD_BYTES = 8 * 2**20
+Source = tuple[str, Any]  # the client's name of a picture, and its bytes or URL
 _KEY = re.compile(r"([A-Za-z_]\w{0,63})((?:\[\w{0,64}\]){0,4})")
 _AS_JSON = ("cache", "lora", "lora_request")
 
 
 @dataclass(frozen=True)
-class Form:
-    """Fields as a JSON body would have them, and the bytes (or data URLs) of the pictures."""
+class Body:
+    """Fields as JSON has them, and pictures; `strict`: the client's types are known, as in JSON."""
 
-    fields: dict[str, Any] = field(default_factory=dict)
-    pictures: list[bytes] = field(default_factory=list)
-    urls: list[str] = field(default_factory=list)
-    masks: list[bytes] = field(default_factory=list)
+    fields: dict[str, Any]
+    strict: bool
+    sources: list[Source] = field(default_factory=list)
+
+    def take(self, *names: str) -> list[Source]:
+        """The pictures of these names."""
+        return [source for source in self.sources if source[0] in names]
 
 
 def body_schema(
@@ -44,43 +45,51 @@ def body_schema(
     return {"requestBody": {"required": True, "content": {media: {"schema": schema}}}}
 
 
-async def read_form(
-    http: Request, max_pictures: int, pictures: tuple[str, ...] = PICTURES, urls: tuple[str, ...] = URLS
-) -> Form:
+async def read_json(http: Request, pictures: tuple[str, ...] = ()) -> Body:
+    """ApiError for a body that is no JSON object. `pictures`: names of fields that hold URLs of pictures."""
+    return _body(parse_json(await http.body()), [], pictures, strict=True)
+
+
+async def read_form(http: Request, max_pictures: int, pictures: tuple[str, ...]) -> Body:
     """ApiError for a body that is no multipart form, or has too many parts. No part's name ever names a file.
 
-    `pictures` and `urls`: the names that parts with pictures, or with data URLs of them, may have.
+    `pictures`: the names that parts with pictures, or with URLs of them, may have.
     """
     if not http.headers.get("content-type", "").startswith("multipart/form-data"):
         raise ApiError(400, "the body must be multipart/form-data", "invalid_request")
-    form = Form()
+    fields: dict[str, Any] = {}
+    sources: list[Source] = []
     try:
         async with http.form(max_files=max_pictures + 1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as got:
             for key, value in got.multi_items():
-                if isinstance(value, UploadFile):
-                    _keep(form, key, await value.read(), pictures)
-                elif key in urls or (key in pictures and value.startswith("data:")):
-                    form.urls.append(value)
+                name = key.removesuffix("[]")
+                if name in pictures:
+                    sources.append((name, await value.read() if isinstance(value, UploadFile) else value))
+                elif isinstance(value, UploadFile):
+                    names = " or ".join(pictures)
+                    raise invalid(
+                        key[:100], f"{key[:100]!r} is no name of a picture; send {names}", "unknown_parameter"
+                    )
                 else:
-                    _set(form.fields, key, value)
+                    _set(fields, key, value)
     except HTTPException as error:
         raise ApiError(400, f"the form cannot be read: {error.detail}", "invalid_request") from None
     except (KeyError, ValueError):
         raise ApiError(400, "the form cannot be read", "invalid_request") from None
-    if len(form.pictures) + len(form.urls) > max_pictures:
-        raise invalid(pictures[0], f"at most {max_pictures} pictures")
-    return form
+    return _body(fields, sources, pictures, strict=False)
 
 
-def _keep(form: Form, key: str, data: bytes, pictures: tuple[str, ...]) -> None:
-    masks = MASKS if pictures == PICTURES else ()
-    if key in pictures:
-        form.pictures.append(data)
-    elif key in masks:
-        form.masks.append(data)
-    else:
-        names = " or ".join([*pictures, *masks[:1]])
-        raise invalid(key[:100], f"{key[:100]!r} is no name of a picture; send {names}", "unknown_parameter")
+def _body(fields: dict[str, Any], sources: list[Source], pictures: tuple[str, ...], *, strict: bool) -> Body:
+    """Pictures that are among the fields, as `URL` or `{"image_url": URL}`, become sources."""
+    for name in pictures:
+        value = fields.pop(name, None)
+        if isinstance(value, dict):
+            if set(value) != {"image_url"}:
+                raise invalid(name, f"{name} takes image_url alone; no files are kept", "unsupported_parameter")
+            value = value["image_url"]
+        if value is not None:
+            sources.append((name, value))
+    return Body(fields, strict, sources)
 
 
 def _set(fields: dict[str, Any], key: str, value: str) -> None:
