@@ -30,6 +30,7 @@ _PICTURES = {
     "mask_image": ("Fill", "Inpaint"),
     "mask": (),
     "control_image": ("Control",),
+    "control_mask": ("Inpaint",),
 }
 _OPTIONAL = ("LTXConditionPipeline",)  # although its type does not say so
 _SEVERAL = ("EditPlus", "QwenImage21")  # likewise
@@ -64,7 +65,7 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
 
 
 def picture_inputs(pipeline: type) -> dict[str, PictureInput]:
-    """The arguments that take a picture. Whether one is needed is seen in its default, its type, or the class's name."""
+    """The arguments that take a picture; whether one is needed shows in its default, its type, or the class's name."""
     name, inputs = pipeline.__name__, {}
     for argument, words in _PICTURES.items():
         if (parameter := inspect.signature(pipeline.__call__).parameters.get(argument)) is None:

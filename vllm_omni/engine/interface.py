@@ -31,7 +31,7 @@ class ModelInfo:
     tokens_per_pixel: float  # latent tokens of a picture ÷ its pixels: for `usage`
     cache: dict[str, Any]  # backend, its settings, the profiles in use, the presets by name
     previews: bool  # True where partial images can be made
-    pictures: dict[str, PictureInput]  # by the pipeline's argument: image, mask_image, mask, control_image
+    pictures: dict[str, PictureInput]  # by the pipeline's argument: image, mask_image, control_image, ...
     video_output: bool = False
     fps: float = 16.0  # frames per second that the model's videos are made for
     frame_multiple: int = 1  # a video has a multiple of it plus one frames: what the VAE packs into one

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from vllm_omni.entrypoints.openai import media
-from vllm_omni.entrypoints.openai.generation import check_makes, plan_images
+from vllm_omni.entrypoints.openai.generation import check_makes, match_pictures, plan_images
 from vllm_omni.entrypoints.openai.images import Generation, data_url, encoded, respond
 from vllm_omni.entrypoints.openai.protocol import replies
 from vllm_omni.entrypoints.openai.protocol.bodies import Source, body_schema, read_json
@@ -44,9 +44,8 @@ async def completions(http: Request, state: State) -> Any:
     messages = validate(ChatRequest, own, strict=True).messages
     prompt, sources = read_messages(messages)
     request = check_request(ImageRequest, {"prompt": prompt, **given}, state.config, strict=True)
-    if bool(sources) != state.info.image_input:
-        raise invalid("messages", "this model needs a picture" if not sources else "this model takes no picture")
-    pictures = await asyncio.to_thread(media.load, sources, state.config)
+    matched = match_pictures(sources, state.info, "messages")
+    pictures = await asyncio.to_thread(media.load, matched, state.config)
     generation = plan_images(request, state.info, state.config.limits, pictures)
     made = await respond(http, state, generation, _chunks(http, state, generation))
     return made if isinstance(made, EventStream) else _completion(made, generation)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps
 
 from vllm_omni.engine.interface import ModelInfo
 from vllm_omni.engine.wire import MAX_FRAME_BYTES
+from vllm_omni.entrypoints.openai.protocol.bodies import Source
 from vllm_omni.entrypoints.openai.protocol.errors import invalid
 from vllm_omni.entrypoints.openai.protocol.requests import (
     INPUT_REFERENCE,
@@ -25,7 +27,20 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 _SECONDS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?")
-Pictures = tuple[Image.Image, ...]
+# Names that clients give to a picture, and the pipeline's arguments for it; the first that the model has is meant.
+_ARGUMENTS = {
+    "image": ("image", "control_image"),
+    "mask": ("mask_image", "mask", "control_mask"),
+    "control_image": ("control_image",),
+}
+_MEANT = {
+    "url": "image",
+    "messages": "image",
+    INPUT_REFERENCE: "image",
+    "image_reference": "image",
+    "mask_image": "mask",
+}
+Pictures = dict[str, tuple[Image.Image, ...]]  # by the pipeline's argument
 R = TypeVar("R", bound=BaseRequest)
 
 
@@ -34,7 +49,7 @@ class GenerationRequest(Generic[R]):
     """One HTTP request as the engine runs it, with the parameters of each picture, or of the video."""
 
     request: R
-    pictures: Pictures  # given by the client
+    pictures: Pictures
     params: tuple[OmniDiffusionSamplingParams, ...]
     width: int
     height: int
@@ -48,8 +63,8 @@ class GenerationRequest(Generic[R]):
     def prompt(self) -> Any:
         if not self.pictures:
             return self.request.prompt
-        image = self.pictures[0] if len(self.pictures) == 1 else list(self.pictures)
-        return {"prompt": self.request.prompt, "multi_modal_data": {"image": image}}
+        media = {name: found[0] if len(found) == 1 else list(found) for name, found in self.pictures.items()}
+        return {"prompt": self.request.prompt, "multi_modal_data": media}
 
     @property
     def size(self) -> str:
@@ -61,7 +76,7 @@ class GenerationRequest(Generic[R]):
 
 
 def plan_images(
-    request: ImageRequest, info: ModelInfo, limits: Limits, pictures: Pictures = ()
+    request: ImageRequest, info: ModelInfo, limits: Limits, pictures: Pictures | None = None
 ) -> GenerationRequest[ImageRequest]:
     """ApiError for what this model or this server does not do, before any work."""
     if request.background == "transparent":
@@ -70,10 +85,13 @@ def plan_images(
         raise invalid("response_format", "pictures come in the reply: b64_json")
     if request.output_compression not in (None, 100) and (request.output_format or "png") == "png":
         raise invalid("output_compression", "is for jpeg and webp; png loses nothing")
+    if request.strength == 0:
+        raise invalid("strength", "strength must be above 0: the picture would come back as it is")
     count = request.n or 1
     _at_most(limits.max_n, n=count)
-    own = _rounded_down(pictures[0], info) if pictures else None
-    width, height = _size(request, info, limits, own)
+    pictures = pictures or {}
+    first = next(iter(pictures.values()), None)
+    width, height = _size(request, info, limits, _size_like(first[0], info) if first else None)
     common = _parameters(request, info, limits, width, height) | _supported(info, strength=request.strength)
     partial, steps = (request.partial_images or 0) if request.stream else 0, common["num_inference_steps"]
     if partial and steps and info.previews:
@@ -84,12 +102,11 @@ def plan_images(
 
 
 def plan_video(
-    request: VideoRequest, info: ModelInfo, limits: Limits, picture: Image.Image | None
+    request: VideoRequest, info: ModelInfo, limits: Limits, pictures: Pictures
 ) -> GenerationRequest[VideoRequest]:
     """ApiError as above; the picture is cut to the video's size. There is a time-out only if the client sets one."""
-    check_reference(picture is not None, info)
-    own = None if picture is None else _same_shape(picture, info)
-    width, height = _size(request, info, limits, own)
+    first = next(iter(pictures.values()), None)
+    width, height = _size(request, info, limits, _same_shape(first[0], info) if first else None)
     frames = _frames(request, info, limits)
     if frames * width * height * 3 > MAX_FRAME_BYTES * 0.99:  # it must cross from the engine's process
         raise invalid("size", f"{frames} frames of {width}x{height} are more than one request may have; ask for less")
@@ -99,7 +116,7 @@ def plan_video(
     common = _parameters(request, info, limits, width, height)
     fps = request.fps or info.fps
     params = OmniDiffusionSamplingParams(**common, num_frames=frames, fps=fps, guidance_scale_2=second)
-    pictures = () if picture is None else (ImageOps.fit(picture, (width, height)),)
+    pictures = {name: tuple(ImageOps.fit(one, (width, height)) for one in found) for name, found in pictures.items()}
     return GenerationRequest(request, pictures, (params,), width, height, request.timeout_s)
 
 
@@ -110,12 +127,29 @@ def check_makes(info: ModelInfo, what: Literal["image", "video"]) -> None:
         raise invalid("model", f"this model makes {other}", "unsupported_model")
 
 
-def check_reference(given: bool, info: ModelInfo) -> None:
-    """A picture for a model that begins with one, and for no other."""
-    if info.image_input and not given:
-        raise invalid(INPUT_REFERENCE, "this model begins with a picture: send one as a file or a data URL")
-    if given and not info.image_input:
-        raise invalid(INPUT_REFERENCE, "this model takes no picture", "unsupported_parameter")
+def match_pictures(sources: Sequence[Source], info: ModelInfo, field: str) -> dict[str, list[Source]]:
+    """Pictures as sent, by the pipeline's arguments, before any is decoded.
+
+    ApiError for one that the model does not take, one too many, or one that it needs; `field` is the route's name of a
+    picture.
+    """
+    found: dict[str, list[Source]] = {}
+    for source in sources:
+        meant = _MEANT.get(source[0], source[0])
+        argument = next((name for name in _ARGUMENTS[meant] if name in info.pictures), None)
+        if argument is None:
+            kind = "mask" if meant == "mask" else "picture" if meant == "image" else "control picture"
+            raise invalid(source[0], f"this model takes no {kind}", "unsupported_parameter")
+        found.setdefault(argument, []).append(source)
+        if len(found[argument]) > 1 and not info.pictures[argument].several:
+            raise invalid(source[0], f"this model takes one picture as {source[0]}, got {len(sources)}")
+    for argument, picture in info.pictures.items():
+        if picture.needed and argument not in found:
+            if argument == "image":
+                raise invalid(field, "this model needs a picture: send one as a file or a data URL")
+            name = "mask" if "mask" in argument else argument
+            raise invalid(name, f"this model needs a {name.replace('_', ' ')} beside the prompt")
+    return found
 
 
 def _parameters(request: BaseRequest, info: ModelInfo, limits: Limits, width: int, height: int) -> dict[str, Any]:
@@ -184,20 +218,28 @@ def _size(request: BaseRequest, info: ModelInfo, limits: Limits, own: tuple[int,
         if side < 1 or side % info.size_multiple:
             raise invalid(field or name, f"{name} must be a multiple of {info.size_multiple} pixels, got {side}")
     if width * height > limits.max_pixels:
-        larger = "width" if width >= height else "height"
-        raise invalid(field or larger, f"a picture may have at most {limits.max_pixels} pixels")
+        larger = "width" if request.width and (width >= height or not request.height) else "height"
+        sent = field or (larger if request.width or request.height else "size")
+        raise invalid(sent, f"a picture may have at most {limits.max_pixels} pixels, {width}x{height} are more")
     return width, height
 
 
-def _rounded_down(picture: Image.Image, info: ModelInfo) -> tuple[int, int]:
+def _area(info: ModelInfo) -> int:
+    """Pixels that the model is made for."""
+    return int(info.defaults.get("width") or 1024) * int(info.defaults.get("height") or 1024)
+
+
+def _size_like(picture: Image.Image, info: ModelInfo) -> tuple[int, int]:
+    """The picture's own size, rounded down; scaled if it has more pixels than the model is made for."""
+    if picture.width * picture.height > _area(info):
+        return _same_shape(picture, info)
     step = info.size_multiple
     return max(step, picture.width // step * step), max(step, picture.height // step * step)
 
 
 def _same_shape(picture: Image.Image, info: ModelInfo) -> tuple[int, int]:
     """The picture's shape, with as many pixels as the model is made for."""
-    area = int(info.defaults.get("width") or 1024) * int(info.defaults.get("height") or 1024)
-    scale, step = math.sqrt(area / (picture.width * picture.height)), info.size_multiple
+    scale, step = math.sqrt(_area(info) / (picture.width * picture.height)), info.size_multiple
     return max(step, round(picture.width * scale / step) * step), max(step, round(picture.height * scale / step) * step)
 
 

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from vllm_omni.entrypoints.openai import media
-from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, plan_images
+from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, match_pictures, plan_images
 from vllm_omni.entrypoints.openai.protocol import replies
 from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, read_form, read_json
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
@@ -23,7 +23,7 @@ from vllm_omni.outputs import OmniRequestOutput
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 Generation = GenerationRequest[ImageRequest]
-PICTURES, MASKS = ("image", "url"), ("mask", "mask_image")
+PICTURES = ("image", "url", "mask", "mask_image", "control_image")
 
 
 @router.post(
@@ -39,30 +39,30 @@ async def generations(http: Request, state: State) -> Any:
     if kind != "application/json":
         raise ApiError(400, "the body must be application/json", "invalid_request")
     request = check_request(ImageRequest, (await read_json(http)).fields, state.config, strict=True)
-    if state.info.image_input:
-        raise invalid("image", "this model repaints a picture: use /v1/images/edits", "unsupported_parameter")
+    match_pictures((), state.info, "image")
     generation = plan_images(request, state.info, state.config.limits)
     return await respond(http, state, generation, _events(http, state, generation, "image_generation"))
 
 
 @router.post(
     "/edits",
-    openapi_extra=body_schema(ImageRequest, "multipart/form-data", required=("image",), optional=("mask",)),
+    openapi_extra=body_schema(
+        ImageRequest, "multipart/form-data", required=("image",), optional=("mask", "control_image")
+    ),
     response_model=replies.ImagesReply,
     responses=replies.STREAMS,
 )
 async def edits(http: Request, state: State) -> Any:
     """Pictures of a prompt and of pictures given."""
     check_makes(state.info, "image")
-    body = await read_form(http, state.config.limits.max_input_images, PICTURES + MASKS)
+    body = await read_form(http, state.config.limits.max_input_images, PICTURES)
     request = check_request(ImageRequest, body.fields, state.config)
-    if not state.info.image_input:
+    if not state.info.pictures:
         raise invalid("image", "this model takes no picture; it has /v1/images/generations", "unsupported_parameter")
-    if body.take(*MASKS):
-        raise invalid("mask", "this model takes no mask", "unsupported_parameter")
     if not body.sources:
         raise invalid("image", "at least one picture is needed")
-    pictures = await asyncio.to_thread(media.load, body.take(*PICTURES), state.config)
+    sources = match_pictures(body.sources, state.info, "image")
+    pictures = await asyncio.to_thread(media.load, sources, state.config)
     generation = plan_images(request, state.info, state.config.limits, pictures)
     return await respond(http, state, generation, _events(http, state, generation, "image_edit"))
 
@@ -171,7 +171,10 @@ def _usage(state: AppState, generation: Generation, output: OmniRequestOutput) -
     def tokens(pixels: int) -> int:
         return round(pixels * state.info.tokens_per_pixel)
 
-    text, given = int(output.metrics["text_tokens"]), sum(tokens(p.width * p.height) for p in generation.pictures)
+    text, given = (
+        int(output.metrics["text_tokens"]),
+        sum(tokens(one.width * one.height) for found in generation.pictures.values() for one in found),
+    )
     made = tokens(generation.width * generation.height) * len(generation.params)
     return replies.Usage(
         input_tokens=text + given,

@@ -32,16 +32,18 @@ async def model(model_id: str, state: State) -> replies.Model:
 
 def _model(name: str, state: AppState) -> replies.Model:
     info, config = state.info, state.config
+    needed = any(picture.needed for picture in info.pictures.values())
     video = {"frames": config.limits.max_frames, "frame_multiple": info.frame_multiple} if info.video_output else {}
     omni = {
         "pipeline": info.pipeline,
         "denoisers": info.denoisers,
         "defaults": info.defaults,
         "capabilities": {
-            "generations": not info.image_input and not info.video_output,
-            "edits": info.image_input and not info.video_output,
+            "generations": not needed and not info.video_output,
+            "edits": bool(info.pictures) and not info.video_output,
             "videos": info.video_output,
-            "input_reference": info.image_input and info.video_output,
+            "input_reference": "image" in info.pictures and info.video_output,
+            "pictures": {name: "needed" if one.needed else "optional" for name, one in info.pictures.items()},
             "partial_images": info.previews,
             "negative_prompt": "negative_prompt" in info.parameters,
             "output_formats": [name.lower() for name in IMAGE_FORMATS],

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vllm_omni.engine.interface import EngineClient
 from vllm_omni.entrypoints.openai import media
-from vllm_omni.entrypoints.openai.generation import GenerationRequest, plan_video
+from vllm_omni.entrypoints.openai.generation import GenerationRequest, match_pictures, plan_video
 from vllm_omni.entrypoints.openai.protocol.errors import as_api_error
 from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest, check_request
 from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore
@@ -143,7 +143,7 @@ class VideoJobs:
         asked, params = generation.request, generation.params[0]
         length = (params.num_frames or 1) / (params.fps or 1)
         given = asked.model_dump(exclude_none=True, exclude={"width", "height"})
-        (picture,) = generation.pictures or (None,)
+        picture = next((found[0] for found in generation.pictures.values()), None)
         job = self.store.add(
             model=generation.model,
             prompt=asked.prompt,
@@ -209,9 +209,10 @@ class VideoJobs:
     def _restored(self, job: VideoJob) -> Generation:
         """A stored job as this server makes it; raises if it does not."""
         data, config = self.store.picture(job), self._config
-        image = None if data is None else media.decode(data, INPUT_REFERENCE, config.limits.max_input_pixels)
-        request = check_request(VideoRequest, job.fields, config, strict=False)
-        return plan_video(request, self._jobs.engine.info, config.limits, image)
+        info, sources = self._jobs.engine.info, [] if data is None else [(INPUT_REFERENCE, data)]
+        pictures = media.load(match_pictures(sources, info, INPUT_REFERENCE), config)
+        request = check_request(VideoRequest, job.fields, config)
+        return plan_video(request, info, config.limits, pictures)
 
     async def _generate(self, job: VideoJob, generation: Generation, admission: Admission) -> OmniRequestOutput:
         async with aclosing(self._jobs.run(generation, job.id)) as items:

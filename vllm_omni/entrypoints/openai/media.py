@@ -25,7 +25,7 @@ from PIL import Image, PngImagePlugin
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.outputs.media import open_image
+from vllm_omni.outputs.media import open_image, open_mask
 
 PORT = 443
 SECONDS = 10.0  # for one picture, from resolving its host to its last byte
@@ -63,10 +63,13 @@ def _as_text(parameters: dict[str, Any]) -> str:
     return "\n".join([parameters["prompt"], *([f"Negative prompt: {negative}"] if negative else []), facts])
 
 
-def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
-    """An upright RGB picture; a 400 that names the field for everything else. Its size is read before its pixels."""
+def decode(data: bytes, field: str, max_pixels: int, mask: bool = False) -> Image.Image:
+    """An upright RGB picture; a 400 that names the field for everything else. Its size is read before its pixels.
+
+    A mask is white where the picture is to be repainted: in shades of gray, or where it is transparent.
+    """
     try:
-        picture = open_image(data, field, max_pixels)
+        picture = open_mask(data, field, max_pixels) if mask else open_image(data, field, max_pixels)
     except InvalidValueError as error:
         raise invalid(field, str(error), "invalid_image") from None
     if min(picture.size) < 2:
@@ -74,12 +77,22 @@ def decode(data: bytes, field: str, max_pixels: int) -> Image.Image:
     return picture
 
 
-def load(sources: Sequence[tuple[str, Any]], config: ServeConfig) -> tuple[Image.Image, ...]:
-    """The pictures of (the client's name, bytes or URL); blocks while an address is fetched."""
-    limits = config.limits
-    if len(sources) > limits.max_input_images:
-        raise invalid(sources[0][0], f"at most {limits.max_input_images} pictures are taken")
-    return tuple(decode(_read(source, name, config), name, limits.max_input_pixels) for name, source in sources)
+def load(sources: dict[str, list[tuple[str, Any]]], config: ServeConfig) -> dict[str, tuple[Image.Image, ...]]:
+    """The pictures of (the client's name, bytes or URL), by the pipeline's argument; blocks while one is fetched."""
+    limits, given = config.limits, [source for found in sources.values() for source in found]
+    if len(given) > limits.max_input_images:
+        raise invalid(given[0][0], f"at most {limits.max_input_images} pictures are taken")
+    pictures: dict[str, tuple[Image.Image, ...]] = {}
+    for argument, found in sources.items():
+        mask = "mask" in argument
+        pictures[argument] = tuple(
+            decode(_read(source, name, config), name, limits.max_input_pixels, mask) for name, source in found
+        )
+    for argument, (name, _) in ((argument, found[0]) for argument, found in sources.items() if "mask" in argument):
+        size, (mask_image, *_) = next(iter(pictures.values()))[0].size, pictures[argument]
+        if mask_image.size != size:
+            raise invalid(name, f"the mask must have the size of the picture, {size[0]}x{size[1]}", "invalid_image")
+    return pictures
 
 
 def _read(source: Any, field: str, config: ServeConfig) -> bytes:

@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.responses import FileResponse, Response
 
 from vllm_omni.entrypoints.openai import media
-from vllm_omni.entrypoints.openai.generation import check_makes, check_reference, plan_video
+from vllm_omni.entrypoints.openai.generation import check_makes, match_pictures, plan_video
 from vllm_omni.entrypoints.openai.jobs import Jobs, VideoJobs
 from vllm_omni.entrypoints.openai.protocol import replies
 from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, read_form, read_json
@@ -57,11 +57,9 @@ async def create(http: Request, response: Response, state: State) -> replies.Vid
     else:
         body = await read_form(http, 1, (INPUT_REFERENCE,))
     request = check_request(VideoRequest, body.fields, state.config, strict=body.strict)
-    if len(body.sources) > 1:
-        raise invalid(INPUT_REFERENCE, "a video begins with one picture")
-    check_reference(bool(body.sources), state.info)
-    pictures = await asyncio.to_thread(media.load, body.sources, state.config)
-    generation = plan_video(request, state.info, state.config.limits, pictures[0] if pictures else None)
+    sources = match_pictures(body.sources, state.info, INPUT_REFERENCE)
+    pictures = await asyncio.to_thread(media.load, sources, state.config)
+    generation = plan_video(request, state.info, state.config.limits, pictures)
     job = await jobs.create(generation)
     state.accept(http, generation, video_id=job.id)
     return _reply(job, jobs, response)
