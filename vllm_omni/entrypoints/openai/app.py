@@ -51,4 +51,4 @@ async def _error_reply(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):  # of a path or a query
         first = error.errors()[0]
         error = invalid(".".join(str(part) for part in first["loc"][1:]) or None, str(first["msg"]))
-    return as_api_error(error).response()
+    return as_api_error(error, request.scope["state"].get("names")).response()

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -14,15 +15,10 @@ from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import check_makes, match_pictures, plan_images
 from vllm_omni.entrypoints.openai.images import Generation, data_url, encoded, respond
 from vllm_omni.entrypoints.openai.protocol import replies
-from vllm_omni.entrypoints.openai.protocol.bodies import Source, body_schema, read_json
+from vllm_omni.entrypoints.openai.protocol.bodies import Source, body_schema, check_request, read_json, validate
 from vllm_omni.entrypoints.openai.protocol.errors import invalid
-from vllm_omni.entrypoints.openai.protocol.requests import (
-    ChatRequest,
-    ImageRequest,
-    check_request,
-    validate,
-)
-from vllm_omni.entrypoints.openai.protocol.streams import Event, EventStream
+from vllm_omni.entrypoints.openai.protocol.requests import ChatRequest, ImageRequest
+from vllm_omni.entrypoints.openai.protocol.streams import Event
 from vllm_omni.entrypoints.openai.state import AppState, State
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
@@ -32,23 +28,24 @@ router = APIRouter(prefix="/v1/chat", tags=["chat"])
     "/completions",
     openapi_extra=body_schema(ChatRequest, "application/json"),
     response_model=replies.ChatReply,
-    responses=replies.STREAMS,
+    responses=replies.STREAM,
 )
 async def completions(http: Request, state: State) -> Any:
     """A message whose content is pictures, as data URLs."""
     check_makes(state.info, "image")
-    given = (await read_json(http)).fields
+    body = await read_json(http)
+    given = body.fields
     if "prompt" in given:
         raise invalid("prompt", "the prompt is the last user message", "unknown_parameter")
     own = {name: given.pop(name) for name in ChatRequest.model_fields if name in given}
     messages = validate(ChatRequest, own, strict=True).messages
     prompt, sources = read_messages(messages)
-    request = check_request(ImageRequest, {"prompt": prompt, **given}, state.config, strict=True)
+    request = check_request(ImageRequest, replace(body, fields={"prompt": prompt, **given}), state.config)
     matched = match_pictures(sources, state.info, "messages")
     pictures = await asyncio.to_thread(media.load, matched, state.config)
     generation = plan_images(request, state.info, state.config.limits, pictures)
     made = await respond(http, state, generation, _chunks(http, state, generation))
-    return made if isinstance(made, EventStream) else _completion(made, generation)
+    return _completion(made, generation) if isinstance(made, replies.ImagesReply) else made
 
 
 def read_messages(messages: list[dict[str, Any]]) -> tuple[str, list[Source]]:
@@ -96,7 +93,7 @@ async def _chunks(http: Request, state: AppState, generation: Generation) -> Asy
     job_id = http.state.request_id
     base = {"id": f"chatcmpl-{job_id}", "object": "chat.completion.chunk", "created": int(time.time())}
 
-    def chunk(delta: dict[str, Any], reason: str | None = None) -> Event:
+    def chunk(delta: dict[str, Any], reason: str | None = None) -> tuple[None, dict[str, Any]]:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
         return None, {**base, "model": generation.model, "choices": [choice]}
 
@@ -105,5 +102,6 @@ async def _chunks(http: Request, state: AppState, generation: Generation) -> Asy
             if output.finished:
                 part = _part(generation, await encoded(state, generation, index, output))
                 yield chunk({"role": "assistant", "content": [part]})
-    yield chunk({}, "stop")
+    name, last = chunk({}, "stop")
+    yield name, last | {"omni": {"request_id": job_id, "warnings": http.state.warnings}}
     yield None, "[DONE]"

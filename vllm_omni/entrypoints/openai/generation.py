@@ -81,8 +81,8 @@ def plan_images(
     """ApiError for what this model or this server does not do, before any work."""
     if request.background == "transparent":
         raise invalid("background", "this model paints opaque pictures; leave it out or say opaque")
-    if request.response_format == "url":
-        raise invalid("response_format", "pictures come in the reply: b64_json")
+    if request.response_format == "url" or (request.response_format == "file" and request.stream):
+        raise invalid("response_format", "pictures come in the reply: b64_json, or file without stream")
     if request.output_compression not in (None, 100) and (request.output_format or "png") == "png":
         raise invalid("output_compression", "is for jpeg and webp; png loses nothing")
     if request.strength == 0:
@@ -113,7 +113,7 @@ def plan_video(
     second = request.guidance_scale_2
     if second is not None and ("guidance_scale_2" not in info.parameters or len(info.denoisers) < 2):
         raise invalid("guidance_scale_2", "is for models of two denoisers", "unsupported_parameter")
-    common = _parameters(request, info, limits, width, height)
+    common = _parameters(request, info, limits, width, height) | {"boundary_ratio": request.boundary_ratio}
     fps = request.fps or info.fps
     params = OmniDiffusionSamplingParams(**common, num_frames=frames, fps=fps, guidance_scale_2=second)
     pictures = {name: tuple(ImageOps.fit(one, (width, height)) for one in found) for name, found in pictures.items()}

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import time
+import zipfile
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -14,9 +17,9 @@ from starlette.responses import Response
 from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, match_pictures, plan_images
 from vllm_omni.entrypoints.openai.protocol import replies
-from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, read_form, read_json
+from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, read_form, read_json
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
-from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest, check_request
+from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest
 from vllm_omni.entrypoints.openai.protocol.streams import Event, EventStream, unless_gone
 from vllm_omni.entrypoints.openai.state import AppState, State
 from vllm_omni.outputs import OmniRequestOutput
@@ -30,7 +33,7 @@ PICTURES = ("image", "url", "mask", "mask_image", "control_image")
     "/generations",
     openapi_extra=body_schema(ImageRequest, "application/json"),
     response_model=replies.ImagesReply,
-    responses=replies.STREAMS,
+    responses=replies.STREAM_OR_FILE,
 )
 async def generations(http: Request, state: State) -> Any:
     """Pictures of a prompt: an ImagesReply, or with `stream` its events."""
@@ -38,7 +41,7 @@ async def generations(http: Request, state: State) -> Any:
     kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(400, "the body must be application/json", "invalid_request")
-    request = check_request(ImageRequest, (await read_json(http)).fields, state.config, strict=True)
+    request = check_request(ImageRequest, await read_json(http), state.config)
     match_pictures((), state.info, "image")
     generation = plan_images(request, state.info, state.config.limits)
     return await respond(http, state, generation, _events(http, state, generation, "image_generation"))
@@ -50,13 +53,13 @@ async def generations(http: Request, state: State) -> Any:
         ImageRequest, "multipart/form-data", required=("image",), optional=("mask", "control_image")
     ),
     response_model=replies.ImagesReply,
-    responses=replies.STREAMS,
+    responses=replies.STREAM_OR_FILE,
 )
 async def edits(http: Request, state: State) -> Any:
     """Pictures of a prompt and of pictures given."""
     check_makes(state.info, "image")
     body = await read_form(http, state.config.limits.max_input_images, PICTURES)
-    request = check_request(ImageRequest, body.fields, state.config)
+    request = check_request(ImageRequest, body, state.config)
     if not state.info.pictures:
         raise invalid("image", "this model takes no picture; it has /v1/images/generations", "unsupported_parameter")
     if not body.sources:
@@ -83,13 +86,26 @@ async def cancel(job_id: str, state: State) -> replies.Deleted:
 
 async def respond(
     http: Request, state: AppState, generation: Generation, events: AsyncGenerator[Event, None]
-) -> replies.ImagesReply | EventStream:
-    """The reply to a request, or its stream of events; the engine drops it when the client goes away."""
+) -> replies.ImagesReply | Response:
+    """The reply to a request, its files, or its stream of events; the engine drops it when the client goes away."""
     state.accept(http, generation)
     if generation.request.stream:
         return EventStream(events, state.config.sse_keep_alive_interval_s)
     with state.timed():
-        return await unless_gone(http.receive, _collect(http, state, generation))
+        reply = await unless_gone(http.receive, _collect(http, state, generation))
+    return _as_file(reply) if generation.request.response_format == "file" else reply
+
+
+def _as_file(reply: replies.ImagesReply) -> Response:
+    """The picture itself, or a ZIP of several."""
+    files = [base64.b64decode(picture.b64_json) for picture in reply.data]
+    if len(files) == 1:
+        return Response(files[0], media_type=f"image/{reply.output_format}")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:  # stored: pictures are compressed already
+        for index, data in enumerate(files):
+            archive.writestr(f"{index}.{reply.output_format}", data)
+    return Response(buffer.getvalue(), media_type="application/zip")
 
 
 async def encoded(state: AppState, generation: Generation, index: int, output: OmniRequestOutput) -> str:
@@ -112,14 +128,16 @@ async def _collect(http: Request, state: AppState, generation: Generation) -> re
                 facts, b64 = _facts(generation, index, output), await encoded(state, generation, index, output)
                 made[index] = replies.Picture(b64_json=b64, seed=facts.seed), facts, _usage(state, generation, output)
     results = [made[index] for index in sorted(made)]
-    warnings = ["style has no meaning for this model and was ignored"] if request.style else []
     return replies.ImagesReply(
         created=int(time.time()),
         data=[picture for picture, _, _ in results],
         usage=results[-1][2],
         safety_identifier=request.safety_identifier,
         omni=replies.Facts(
-            request_id=job_id, model=generation.model, images=[facts for _, facts, _ in results], warnings=warnings
+            request_id=job_id,
+            model=generation.model,
+            images=[facts for _, facts, _ in results],
+            warnings=http.state.warnings,
         ),
         **_looks(generation),
     )
@@ -137,7 +155,8 @@ async def _events(http: Request, state: AppState, generation: Generation, kind: 
             if output.finished:
                 base["b64_json"] = await encoded(state, generation, index, output)
                 base["usage"] = _usage(state, generation, output).model_dump(exclude={"output_tokens_details"})
-                base["omni"] = {"request_id": job_id, **_facts(generation, index, output).model_dump()}
+                base["omni"] = {"request_id": job_id, "warnings": http.state.warnings}
+                base["omni"] |= _facts(generation, index, output).model_dump()
                 yield f"{kind}.completed", {"type": f"{kind}.completed", **base}
                 continue
             progress = {

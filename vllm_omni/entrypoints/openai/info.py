@@ -8,8 +8,9 @@ from fastapi import APIRouter
 from starlette.responses import Response
 
 from vllm_omni.entrypoints.openai.protocol import replies
+from vllm_omni.entrypoints.openai.protocol.bodies import check_model
 from vllm_omni.entrypoints.openai.protocol.errors import unavailable
-from vllm_omni.entrypoints.openai.protocol.requests import QUALITY_CACHE, check_model
+from vllm_omni.entrypoints.openai.protocol.requests import QUALITY_CACHE
 from vllm_omni.entrypoints.openai.state import AppState, State
 from vllm_omni.outputs.media import IMAGE_FORMATS
 from vllm_omni.version import __version__

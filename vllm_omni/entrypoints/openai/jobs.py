@@ -16,8 +16,9 @@ from PIL import Image
 from vllm_omni.engine.interface import EngineClient
 from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import GenerationRequest, match_pictures, plan_video
+from vllm_omni.entrypoints.openai.protocol.bodies import Body, check_request
 from vllm_omni.entrypoints.openai.protocol.errors import as_api_error
-from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest, check_request
+from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest
 from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import (
@@ -211,7 +212,7 @@ class VideoJobs:
         data, config = self.store.picture(job), self._config
         info, sources = self._jobs.engine.info, [] if data is None else [(INPUT_REFERENCE, data)]
         pictures = media.load(match_pictures(sources, info, INPUT_REFERENCE), config)
-        request = check_request(VideoRequest, job.fields, config)
+        request = check_request(VideoRequest, Body(job.fields), config)
         return plan_video(request, info, config.limits, pictures)
 
     async def _generate(self, job: VideoJob, generation: Generation, admission: Admission) -> OmniRequestOutput:

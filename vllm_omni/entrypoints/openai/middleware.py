@@ -88,7 +88,7 @@ class Gatekeeper:
             self._admit(scope, headers)
             await self.app(scope, self._counted(receive), reply)
         except Exception as error:  # whatever it was, the client gets the envelope and the server lives
-            told = as_api_error(error)
+            told = as_api_error(error, scope["state"].get("names"))
             if told.status == 500:  # a client's mistake, a full queue or a server that ends is no fault of ours
                 logger.exception("request %s failed", request_id)
             if status:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
@@ -12,18 +15,21 @@ from PIL import Image
 from starlette.responses import FileResponse, Response
 
 from vllm_omni.entrypoints.openai import media
-from vllm_omni.entrypoints.openai.generation import check_makes, match_pictures, plan_video
+from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, match_pictures, plan_video
 from vllm_omni.entrypoints.openai.jobs import Jobs, VideoJobs
 from vllm_omni.entrypoints.openai.protocol import replies
-from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, read_form, read_json
+from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, read_form, read_json
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
-from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest, check_request
+from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest
+from vllm_omni.entrypoints.openai.protocol.streams import unless_gone
 from vllm_omni.entrypoints.openai.state import AppState, State
 from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.outputs.media import encode_video
 
 POLL_AFTER_MS = 500
+_PICTURES = (INPUT_REFERENCE, "image_reference")
+_BODY = body_schema(VideoRequest, "multipart/form-data", optional=(INPUT_REFERENCE,))
 _MEDIA = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
 
 
@@ -48,21 +54,56 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 router = APIRouter(prefix="/v1/videos", tags=["videos"], lifespan=_lifespan)
 
 
-@router.post("", openapi_extra=body_schema(VideoRequest, "multipart/form-data", optional=(INPUT_REFERENCE,)))
+@router.post("", openapi_extra=_BODY)
 async def create(http: Request, response: Response, state: State) -> replies.VideoReply:
-    """Queue a video, from a multipart form or a JSON object; 503 if the queue is full."""
-    jobs = _jobs(state)
-    if http.headers.get("content-type", "").startswith("application/json"):
-        body = await read_json(http, (INPUT_REFERENCE,))
-    else:
-        body = await read_form(http, 1, (INPUT_REFERENCE,))
-    request = check_request(VideoRequest, body.fields, state.config, strict=body.strict)
-    sources = match_pictures(body.sources, state.info, INPUT_REFERENCE)
-    pictures = await asyncio.to_thread(media.load, sources, state.config)
-    generation = plan_video(request, state.info, state.config.limits, pictures)
+    """Queue a video, from a form or a JSON object; 503 if the queue is full."""
+    jobs, generation = _jobs(state), await _read(http, state)
     job = await jobs.create(generation)
     state.accept(http, generation, video_id=job.id)
-    return _reply(job, jobs, response)
+    reply = _reply(job, jobs, response)
+    reply.omni["warnings"] = http.state.warnings
+    return reply
+
+
+@router.post("/sync", openapi_extra=_BODY, response_class=Response, responses={200: {"content": {_MEDIA["video"]: {}}}})
+async def create_and_wait(http: Request, state: State) -> Response:
+    """The MP4 itself; nothing is kept, and a client that goes away ends the work."""
+    generation = await _read(http, state)
+    if generation.timeout_s is None:
+        generation = replace(generation, timeout_s=state.config.limits.request_timeout_s)
+    state.accept(http, generation)
+    with state.timed():
+        return await unless_gone(http.receive, _film(http, state, generation))
+
+
+async def _film(http: Request, state: AppState, generation: GenerationRequest[VideoRequest]) -> Response:
+    began = time.monotonic()
+    async with aclosing(state.jobs.run(generation, http.state.request_id, http.state.facts)) as items:
+        output = [output async for _, output in items][-1]
+    frames, fps = output.videos[0], output.fps or state.info.fps
+    data = await asyncio.to_thread(encode_video, frames, "mp4", fps)
+    seconds = {name: round(value, 4) for name, value in output.stage_durations.items()}
+    omni = {"seed": output.seed, "num_frames": len(frames), "fps": fps, "warnings": http.state.warnings}
+    headers = {
+        "x-model": generation.model.encode("ascii", "replace").decode(),
+        "x-inference-time-s": f"{time.monotonic() - began:.3f}",
+        "x-stage-durations": json.dumps(seconds),
+        "x-peak-memory-mb": f"{output.peak_memory_mb:.1f}",
+        "x-omni": json.dumps(omni),
+    }
+    return Response(data, media_type=_MEDIA["video"], headers=headers)
+
+
+async def _read(http: Request, state: AppState) -> GenerationRequest[VideoRequest]:
+    check_makes(state.info, "video")
+    if http.headers.get("content-type", "").startswith("application/json"):
+        body = await read_json(http, _PICTURES)
+    else:
+        body = await read_form(http, 1, _PICTURES)
+    request = check_request(VideoRequest, body, state.config)
+    sources = match_pictures(body.sources, state.info, INPUT_REFERENCE)
+    pictures = await asyncio.to_thread(media.load, sources, state.config)
+    return plan_video(request, state.info, state.config.limits, pictures)
 
 
 @router.get("")

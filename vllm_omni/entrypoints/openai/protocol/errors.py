@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -87,8 +88,15 @@ def unavailable(message: str, code: str, retry_after_s: float | None) -> ApiErro
     return ApiError(503, message, code, type="server_error", headers={"Retry-After": seconds})
 
 
-def as_api_error(error: BaseException) -> ApiError:
-    """Any exception, reduced to what a client may know of it."""
+def as_api_error(error: BaseException, names: Mapping[str, str] | None = None) -> ApiError:
+    """Any exception, reduced to what a client may know of it. `names`: the client's words for fields."""
+    told = _as_api_error(error)
+    if (name := (names or {}).get(told.param or "")) is None:
+        return told
+    return replace(told, param=name, message=re.sub(rf"\b{told.param}\b", name, told.message))
+
+
+def _as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):

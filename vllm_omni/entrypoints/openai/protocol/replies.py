@@ -10,7 +10,10 @@ from vllm_omni.entrypoints.openai.protocol.errors import ErrorDetail, ErrorReply
 
 Responses = dict[int | str, dict[str, Any]]
 ERRORS: Responses = {"default": {"model": ErrorReply, "description": "An error."}}
-STREAMS: Responses = {200: {"content": {"text/event-stream": {}}}}
+STREAM: Responses = {200: {"content": {"text/event-stream": {}}}}
+STREAM_OR_FILE: Responses = {
+    200: {"content": {kind: {} for kind in ("text/event-stream", "image/png", "image/jpeg", "image/webp",
+                                            "application/zip")}}}  # fmt: skip
 OMIT_NONE = Field(exclude_if=lambda value: value is None)
 
 

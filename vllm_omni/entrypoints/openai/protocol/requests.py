@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
-from vllm_omni.entrypoints.serve_config import ServeConfig
-from vllm_omni.errors import UnknownKeyError
-
-ALIASES = {
-    "steps": "num_inference_steps",
-    "cfg_scale": "guidance_scale",
-    "lora_request": "lora",
-    "num_outputs_per_prompt": "n",
-}
-NOT_HERE = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup", "input_fidelity")
 MAX_ENTRIES = 1000  # of a curve, mask or other list inside `cache` or `lora`
 MAX_ADAPTERS = 16
 MAX_DEPTH = 4
 MAX_MESSAGES = 256
 INPUT_REFERENCE = "input_reference"
 # What a quality stands for if the request names no cache; None: the server's own setting.
-QUALITY_CACHE: dict[str, str | None] = {"max": "off", "hd": "off", "xhigh": "high", "high": "high", "auto": None,
-                                        "standard": None, "medium": "balanced", "low": "fast"}  # fmt: skip
+QUALITY_CACHE: dict[str, str | None] = {"lossless": "off", "max": "off", "hd": "off", "xhigh": "high",
+                                        "high": "high", "auto": None, "standard": None, "medium": "balanced",
+                                        "low": "fast"}  # fmt: skip
 
 
 def _text(value: str) -> str:
@@ -79,7 +68,7 @@ class BaseRequest(BaseModel):
     prompt: Annotated[Text, AfterValidator(_not_blank)] = Field(min_length=1, description="What to draw.")
     model: Text | None = Field(default=None, max_length=512, description="A name that is served; default: the first.")
     size: str | None = Field(default=None, max_length=32, description="WIDTHxHEIGHT, or auto: the model's own.")
-    quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd"] | None = None
+    quality: Literal["low", "medium", "high", "xhigh", "max", "auto", "standard", "hd", "lossless"] | None = None
     user: Text | None = Field(default=None, max_length=512)
     safety_identifier: Text | None = Field(default=None, max_length=512)
     # ours
@@ -107,7 +96,7 @@ class ImageRequest(BaseRequest):
     background: Literal["transparent", "opaque", "auto"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
     output_compression: int | None = Field(default=None, ge=0, le=100)
-    response_format: Literal["b64_json", "url"] | None = None
+    response_format: Literal["b64_json", "file", "url"] | None = None
     stream: bool | None = None
     partial_images: int | None = Field(default=None, ge=0, le=3)
     moderation: Literal["low", "auto"] | None = None
@@ -126,6 +115,7 @@ class VideoRequest(BaseRequest):
     num_frames: int | None = Field(default=None, ge=1, description="Instead of seconds.")
     fps: float | None = Field(default=None, ge=1, le=120, allow_inf_nan=False)
     guidance_scale_2: Scale | None = None
+    boundary_ratio: float | None = Field(default=None, ge=0, le=1, description="Where a second expert takes over.")
 
 
 _MESSAGES: dict[str, Any] = {
@@ -149,83 +139,6 @@ class ChatRequest(BaseModel):
     stop: Any = None
     stream_options: Any = None
     modalities: Any = None
+    response_format: Any = None
     metadata: Any = None
     store: Any = None
-
-
-R = TypeVar("R", bound=BaseRequest)
-M = TypeVar("M", bound=BaseModel)
-
-
-def parse_json(body: bytes) -> dict[str, Any]:
-    """A JSON object; no NaN, no key twice, no depth that breaks a parser."""
-    try:
-        value = load_json(body)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body must be a JSON object in UTF-8", "invalid_json") from None
-    if not isinstance(value, dict):
-        raise ApiError(400, "the body must be a JSON object", "invalid_json")
-    return value
-
-
-def load_json(text: bytes | str) -> Any:
-    """ApiError that names the key for a key that is there twice, or is NaN or Infinity; ValueError, RecursionError."""
-    return json.loads(text, parse_constant=_Constant, object_pairs_hook=_checked)
-
-
-class _Constant(str):
-    """NaN or Infinity, which JSON does not have, until its key is known."""
-
-
-def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise invalid(key[:100], "is given twice")
-        if any(isinstance(entry, _Constant) for entry in (value if isinstance(value, list) else [value])):
-            raise invalid(key[:100], "must not be NaN or Infinity, which JSON does not have")
-        seen[key] = value
-    return seen
-
-
-def check_request(kind: type[R], given: dict[str, Any], config: ServeConfig, *, strict: bool = False) -> R:
-    """Fields as given, as a request of that kind; ApiError for the first that is wrong. `strict`: "1" is no number."""
-    values: dict[str, Any] = {}
-    for key, value in given.items():
-        name = ALIASES.get(key, key)
-        if name in NOT_HERE:
-            raise invalid(key[:100], f"{key} is not supported by this server", "unsupported_parameter")
-        if name not in kind.model_fields:
-            if config.allow_unknown_fields:
-                continue
-            known = [*kind.model_fields, *ALIASES]
-            raise invalid(key[:100], str(UnknownKeyError("the request", key[:100], known)), "unknown_parameter")
-        if name in values and values[name] != value:
-            raise invalid(key, f"{key} and {name} mean the same and differ; give one")
-        values[name] = value
-    if values.get("model") is None:
-        values["model"] = config.model_names[0]
-    request = validate(kind, values, strict=strict)
-    limit = config.limits.max_prompt_characters
-    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
-        if len(text) > limit:
-            raise invalid(name, f"{name} has {len(text)} characters, at most {limit} are taken")
-    check_model(request.model, config)
-    return request
-
-
-def validate(kind: type[M], values: dict[str, Any], *, strict: bool) -> M:
-    """ApiError for the first field that is wrong."""
-    try:
-        return kind.model_validate(values, strict=strict)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = str(first["loc"][0])
-        raise invalid(name, f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
-
-
-def check_model(name: str | None, config: ServeConfig) -> None:
-    """404 for a model that is not served here."""
-    if name is not None and name not in config.model_names:
-        served = ", ".join(config.model_names)
-        raise ApiError(404, f"model {name[:100]!r} is not served here; it has: {served}", "model_not_found", "model")

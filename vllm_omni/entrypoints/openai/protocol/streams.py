@@ -54,7 +54,7 @@ class EventStream(Response):
                 await asyncio.wait({following, watch}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
                 if watch.done():
                     return
-                item = _outcome(following) if (came := following.done()) else _KEEP_ALIVE
+                item = _outcome(following, scope) if (came := following.done()) else _KEEP_ALIVE
                 if not started:
                     if isinstance(item, ApiError):
                         return await item.response()(scope, receive, send)
@@ -71,13 +71,13 @@ class EventStream(Response):
             await self.events.aclose()
 
 
-def _outcome(following: asyncio.Future[Event]) -> Event | ApiError | None:
+def _outcome(following: asyncio.Future[Event], scope: Scope) -> Event | ApiError | None:
     """The next event; None after the last; or what went wrong."""
     if (error := following.exception()) is None:
         return following.result()
     if isinstance(error, StopAsyncIteration):
         return None
-    told = as_api_error(error)
+    told = as_api_error(error, scope.get("state", {}).get("names"))
     if told.status == 500:
         logger.error("a stream failed", exc_info=error)
     return told
