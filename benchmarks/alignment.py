@@ -48,8 +48,8 @@ def main() -> None:
 
 def plan_of(steps: int) -> tuple[bool, ...]:
     """The demo's plan for so many steps under the default rule."""
-    from vllm_omni.diffusion.cache.curve import resample
-    from vllm_omni.diffusion.cache.plan import magcache_plan
+    from vllm_omni.diffusion.cache.plan.curve import resample
+    from vllm_omni.diffusion.cache.plan.rule import magcache_plan
     from vllm_omni.diffusion.cache.profile import shipped_profile
 
     return magcache_plan(resample(shipped_profile("demo").ratios, steps), 0.24, 5, 0.1)
@@ -72,10 +72,9 @@ ORDERS = {"ours: skips first": ours, "oldest first": oldest, "compute first": co
 
 def serve(plans: list[tuple[bool, ...]], every: int, order: str) -> dict[str, Any]:
     """Run the plans to their ends; request i arrives at tick i * every."""
-    from vllm_omni.diffusion.sched.interface import Turn
-    from vllm_omni.diffusion.sched.step_scheduler import StepScheduler
+    from vllm_omni.diffusion.scheduler import StepKind, StepScheduler
 
-    turns = {True: Turn.COMPUTE, False: Turn.SKIP}
+    turns = {True: StepKind.COMPUTE, False: StepKind.SKIP}
     scheduler = StepScheduler(len(plans))
     at = dict.fromkeys(map(str, range(len(plans))), 0)
     since: dict[str, int] = {}

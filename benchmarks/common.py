@@ -321,7 +321,10 @@ def arguments(description: str | None, **defaults: Any) -> argparse.ArgumentPars
 
 
 def begin(options: argparse.Namespace) -> dict[str, Any]:
-    """Apply the shared options; gives what the JSON line says about the machine."""
+    """Apply the shared options; returns what the JSON line says about the machine."""
+    from vllm_omni.engine.malloc import keep_freed_memory
+
+    keep_freed_memory()  # as the engine's own process does, for both sides of every comparison
     global _clock
     _clock = options.clock
     if options.threads:

@@ -15,7 +15,6 @@ Bar: never slower than any peer. How near the batching limit the engine comes is
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -25,6 +24,7 @@ import numpy as np
 import torch
 from common import arguments, begin, last_line, now, table
 
+from vllm_omni.bench.stats import PERCENTILES, arrivals, percentile
 from vllm_omni.diffusion.cache.profile import shipped_profile
 from vllm_omni.quality.peers import private
 
@@ -90,10 +90,10 @@ def compare(
         systems[name] = [_queue(load, times, services, i) for i, times in enumerate(served)]
     figures = {}
     for name, runs in systems.items():
-        percentiles = np.median([np.percentile(latency, (50, 95, 99)) for _, latency in runs], axis=0)
+        percentiles = np.median([[percentile(latency, p) for p in PERCENTILES] for _, latency in runs], axis=0)
         figures[name] = {
             "pictures_per_s": float(np.median([len(latency) / total for total, latency in runs])),
-            **{f"p{p}_s": float(v) for p, v in zip((50, 95, 99), percentiles, strict=True)},
+            **{f"p{p}_s": float(v) for p, v in zip(PERCENTILES, percentiles, strict=True)},
             "engine_times": float(np.median([a / b for (a, _), (b, _) in zip(runs, systems[ENGINE], strict=True)])),
         }
     return {"loop": kind, "amount": amount, "systems": figures}
@@ -105,17 +105,9 @@ def report(result: dict[str, Any]) -> None:
         what = f"{load['amount']} clients" if load["loop"] == "closed" else f"{load['amount']} of capacity"
         for name, f in load["systems"].items():
             rows.append([f"{load['loop']}, {what}", name, *f.values()])
-    table(["load", "system", "pictures/s", "p50 s", "p95 s", "p99 s", "engine's throughput, times"], rows)
+    quantiles = [f"p{p} s" for p in PERCENTILES]
+    table(["load", "system", "pictures/s", *quantiles, "engine's throughput, times"], rows)
     print("rows computed:", ", ".join(f"{name} {share:.3f}" for name, share in result["rows_computed"].items()))
-
-
-def arrivals(count: int, rate: float) -> list[float]:
-    """Seconds at which requests arrive: the same random draw for everybody."""
-    draw = random.Random(0)
-    times = [0.0]
-    while len(times) < count:
-        times.append(times[-1] + draw.expovariate(rate))
-    return times
 
 
 def _queue(

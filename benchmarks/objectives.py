@@ -47,7 +47,7 @@ def main() -> None:
 def measure(options: Any) -> dict[str, dict[int, tuple[float, float]]]:
     """(mean, worst) by plan and predictor, and by number of full forwards."""
     from vllm_omni import Omni
-    from vllm_omni.diffusion.cache.planner import best_plan
+    from vllm_omni.diffusion.cache.plan.planner import best_plan
     from vllm_omni.diffusion.cache.profile import load_profile
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
@@ -134,8 +134,8 @@ def own_profiles(pipeline: Any, captions: Sequence[str], folder: Path) -> list[P
 
 def expected_costs(sigmas: Sequence[float]) -> np.ndarray:
     """The planner's own costs of plain reuse, from the demo's profile."""
-    from vllm_omni.diffusion.cache.planner import gram_costs
-    from vllm_omni.diffusion.cache.predictor import resample_gram
+    from vllm_omni.diffusion.cache.plan.planner import gram_costs
+    from vllm_omni.diffusion.cache.plan.predictors import resample_gram
     from vllm_omni.diffusion.cache.profile import shipped_profile
 
     profile = shipped_profile("demo")

@@ -1,9 +1,9 @@
-"""The native operations against their torch twins and against a copy into new memory: time, GB/s, memory.
+"""The native forecast against its torch twin and against a copy into new memory: time, GB/s, memory.
 
 GB/s counts each tensor once (x and every residual read, the result written), whatever an implementation really moves;
 the copy (two streams) shows what the machine gives. "peak" is what was allocated during the call, in results.
 
-Bar: an operation is not slower than its twin where somebody uses it; otherwise it has no place here.
+Bar: it is not slower than its twin in any case that `ops.forecast` gives it; otherwise that case is torch's.
 """
 
 from __future__ import annotations
@@ -15,49 +15,38 @@ import torch
 from common import arguments, begin, interleaved, last_line, paired_ratio, table
 
 SHAPES = {"demo, 16 rows": (16, 64, 192), "FLUX 1024²": (1, 4096, 3072), "Wan 480p, a quarter": (1, 8192, 5120)}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> None:
-    parser = arguments(__doc__, repeats=7)
-    parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=["float32", "bfloat16"])
-    options = parser.parse_args()
+    options = arguments(__doc__, repeats=7).parse_args()
     result: dict[str, Any] = {"benchmark": "ops", **begin(options)}
     from vllm_omni.kernels import ops
 
     if ops.REASON is not None:
         raise SystemExit(f"nothing to compare: {ops.REASON}")
-    result["cases"] = [case for dtype in options.dtypes for shape in SHAPES for case in measure(shape, dtype, options)]
-    keys = ("op", "shape", "dtype", "kept", "ms", "gb_per_s", "of_copy", "times_twin", "peak", "twin_peak")
+    result["cases"] = [case for shape in SHAPES for case in measure(shape, options)]
+    keys = ("terms", "shape", "ms", "gb_per_s", "of_copy", "times_twin", "peak", "twin_peak")
     table(keys, [[case[key] for key in keys] for case in result["cases"]])
     last_line(result)
 
 
-def measure(shape: str, dtype: str, options: Any) -> list[dict[str, Any]]:
-    """Every operation on one shape and dtype; residuals kept in the model's dtype and in bf16."""
+def measure(shape: str, options: Any) -> list[dict[str, Any]]:
+    """Every case of one shape."""
     from vllm_omni.kernels import ops
 
-    x, y = (torch.randn(SHAPES[shape]).to(DTYPES[dtype]) for _ in range(2))
+    x, *r = (torch.randn(SHAPES[shape]).bfloat16() for _ in range(4))
+    calls: dict[str, tuple[Any, ...]] = {
+        f"{terms}": (x, r[:terms], [1.5, -0.5, 0.25][:terms], [0] * terms) for terms in (2, 3)
+    }
+    if len(x) > 1:  # a batch of requests
+        parts = [part[i : i + 1].clone() for i in range(len(x)) for part in r[:2]]
+        calls["2 a row"] = (x, parts, [1.5, -0.5] * len(x), [i // 2 for i in range(len(parts))])
     cases = []
-    for kept in dict.fromkeys((dtype, "bfloat16")):
-        r = [torch.randn(SHAPES[shape]).to(DTYPES[kept]) for _ in range(3)]
-        for terms in (1, 2, 3):
-            call = (x, r[:terms], [1.5, -0.5, 0.25][:terms], [0] * terms)
-            moved = 2 * x.nbytes + terms * r[0].nbytes
-            native, twin = _of(torch.ops.vllm_omni.forecast, *call), _of(ops.forecast_torch, *call)
-            cases.append(_case(f"forecast, {terms} terms", native, twin, x, moved, options))
-        rows = [slice(i, i + 1) for i in range(len(x))]
-        if len(rows) > 1:  # a batch of requests, two terms each
-            parts = [part[row].clone() for row in rows for part in r[:2]]
-            call = (x, parts, [1.5, -0.5] * len(rows), [i // 2 for i in range(len(parts))])
-            native, twin = _of(torch.ops.vllm_omni.forecast, *call), _of(ops.forecast_torch, *call)
-            cases.append(_case("forecast, 2 terms a row", native, twin, x, 2 * x.nbytes + 2 * r[0].nbytes, options))
-        native = _of(torch.ops.vllm_omni.residual_norm, x, y, DTYPES[kept])
-        twin = _of(ops.residual_norm_torch, x, y, DTYPES[kept])
-        cases.append(_case("residual and norm", native, twin, x, 2 * x.nbytes + r[0].nbytes, options))
-        for case in cases:
-            case.setdefault("kept", kept)
-    return [{"shape": shape, "dtype": dtype} | case for case in cases]
+    for terms, call in calls.items():
+        native, twin = _of(torch.ops.vllm_omni.forecast, *call), _of(ops.forecast_torch, *call)
+        moved = 2 * x.nbytes + (2 if "row" in terms else int(terms)) * x.nbytes
+        cases.append({"terms": terms, "shape": shape} | _case(native, twin, x, moved, options))
+    return cases
 
 
 def _of(function: Callable[..., Any], *call: Any) -> Callable[[], Any]:
@@ -65,7 +54,7 @@ def _of(function: Callable[..., Any], *call: Any) -> Callable[[], Any]:
 
 
 def _case(
-    op: str, native: Callable[[], Any], twin: Callable[[], Any], x: torch.Tensor, moved: int, options: Any
+    native: Callable[[], Any], twin: Callable[[], Any], x: torch.Tensor, moved: int, options: Any
 ) -> dict[str, Any]:
     loops = max(3, 30_000_000 // x.nbytes)
     jobs = {"native": native, "twin": twin, "copy": x.clone}
@@ -74,7 +63,6 @@ def _case(
     seconds = timings["native"].median / loops
     copy = 2 * x.nbytes * loops / timings["copy"].median
     return {
-        "op": op,
         "ms": 1e3 * seconds,
         "gb_per_s": moved / seconds / 1e9,
         "of_copy": moved / seconds / copy,

@@ -35,7 +35,7 @@ def main() -> None:
 def measure(options: Any) -> tuple[list[list[str]], dict[str, dict[int, tuple[float, float]]]]:
     """The table's rows, and (mean, worst) by setting and number of full forwards."""
     from vllm_omni import Omni
-    from vllm_omni.diffusion.cache.predictor import PREDICTORS
+    from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
     from vllm_omni.quality.pairs import held_out
 
     captions = [pair.prompt for pair in held_out("demo", options.captions)]
@@ -78,7 +78,7 @@ def pictures(omni: Any, captions: list[str], cache: Any, steps: int = STEPS, exp
 
 def tuned_rule(nfe: int) -> dict[str, float]:
     """Settings of the published rule with `nfe` full forwards on the demo's curve; the paper's K where it can."""
-    from vllm_omni.diffusion.cache.plan import magcache_plan
+    from vllm_omni.diffusion.cache.plan.rule import magcache_plan
     from vllm_omni.diffusion.cache.profile import shipped_profile
 
     ratios = shipped_profile("demo").ratios

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.curve import resample
-from vllm_omni.diffusion.cache.plan import magcache_plan
+from vllm_omni.diffusion.cache.plan.curve import resample
+from vllm_omni.diffusion.cache.plan.rule import magcache_plan
 
 Pair = tuple[float, float, int, int]  # errors of nearest and log, differences in skipped steps of nearest and log
 

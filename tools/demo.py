@@ -264,7 +264,9 @@ def main() -> None:
     asks = [Ask(prompt, steps, args.seed + i) for i, (prompt, steps) in enumerate(chosen.items())]
 
     from vllm_omni import Omni
+    from vllm_omni.engine.malloc import keep_freed_memory
 
+    keep_freed_memory()
     fewest, most = min(chosen.values()), max(chosen.values())
     print(f"Loading the model in the box, then drawing {len(asks)} prompts of {fewest} to {most} steps each way.")
     with Omni("demo", cache_backend="magcache", dtype="float32") as omni:

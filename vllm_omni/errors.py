@@ -2,15 +2,15 @@
 
 OmniError
 ├── InvalidValueError (ValueError)      a field, its value, and what would be right
-│   ├── UnknownKeyError                 a name nobody knows, with the close matches
+│   ├── UnknownKeyError                 an unknown name, with the close matches
 │   └── UnknownChoiceError              a value that is not among the choices, with the close matches
 ├── ModelLoadError (ValueError)         a model folder that cannot be served
 ├── RequestAbortedError                 the request was ended by its owner
 ├── DeadlineExceededError               its time-out ended the request
 ├── NumericalError                      a result that holds NaN; that request alone fails
-├── QueueFullError                      no room to wait; says when to come back
+├── QueueFullError                      no room to wait; with the time to retry
 ├── EngineDrainingError                 the engine is shutting down and takes nothing new
-├── EngineDeadError                     the engine's process died or hangs; it is being restarted
+├── EngineDeadError                     the engine died, hangs, or stayed in the process this one was forked from
 └── EngineClosedError (RuntimeError)    a call after close()
 """
 
@@ -18,19 +18,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import Repr
 from typing import Any
+
+_SHOWN = 120
+_PLAIN = (type(None), bool, int, float, str)
+_REPR = Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = _SHOWN
+_REPR.maxlist = _REPR.maxtuple = _REPR.maxdict = 16
 
 
 class OmniError(Exception):
-    """Base of all errors raised on purpose by this package."""
+    """Base of all errors raised on purpose by this package. They can be copied and pickled with all they say."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restored, (type(self), self.args), vars(self)
 
 
 class InvalidValueError(OmniError, ValueError):
-    """A value out of its range: `field`, `value`, and a message that says how to mend it."""
+    """A value out of its range: `field`, `value`, and a message with the fix.
+
+    `value` is the value itself if it is a short text or a number, else what the message shows of it.
+    """
 
     def __init__(self, field: str, value: Any, fix: str, hint: str = "") -> None:
-        self.field, self.value, self.fix, self.hint = field, value, fix, hint
-        super().__init__(f"{field} {fix}, got {_short(value)}{hint}")
+        shown = _short(value)
+        self.field, self.value = field, shown if type(value) not in _PLAIN or shown.endswith("...") else value
+        self.fix, self.hint = fix, hint
+        super().__init__(f"{field} {fix}, got {shown}{hint}")
 
     def named(self, field: str) -> InvalidValueError:
         """The same about `field`, the name that the caller knows it by."""
@@ -43,8 +58,9 @@ class UnknownKeyError(InvalidValueError):
     def __init__(self, owner: str, key: str, known: Iterable[str]) -> None:
         names = sorted(known)
         hint = did_you_mean(key, names) or f"it has: {', '.join(names)}"
-        self.field, self.value, self.fix, self.hint = key, key, f"is not a field of {owner}", hint
-        OmniError.__init__(self, f"{owner} has no {key!r}; {hint}")
+        self.field = self.value = key[:_SHOWN]
+        self.fix, self.hint = f"is not a field of {owner}", hint
+        OmniError.__init__(self, f"{owner} has no {_short(key)}; {hint}")
 
 
 class UnknownChoiceError(InvalidValueError):
@@ -77,11 +93,11 @@ class NumericalError(OmniError):
 
 
 class QueueFullError(OmniError):
-    """As many requests wait as the engine lets wait; the planned cost of what is queued says when to come back."""
+    """As many requests wait as may wait; `retry_after_s` follows from the planned cost of what is queued."""
 
     def __init__(self, waiting: int, retry_after_s: float) -> None:
         self.waiting, self.retry_after_s = waiting, retry_after_s
-        super().__init__(f"{waiting} requests wait already; come back in {retry_after_s:.0f} s")
+        super().__init__(f"{waiting} requests are already waiting; retry in {retry_after_s:.0f} s")
 
 
 class EngineDrainingError(OmniError):
@@ -89,9 +105,9 @@ class EngineDrainingError(OmniError):
 
 
 class EngineDeadError(OmniError):
-    """The engine's process died or does not answer. Its requests were ended; it is being restarted.
+    """The engine died or does not answer, and its requests were ended; or it belongs to another process.
 
-    `retry_after_s`: when it should be back, where that can be said.
+    `retry_after_s`: when it should be back, if a server is restarting it.
     """
 
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
@@ -103,6 +119,11 @@ class EngineClosedError(OmniError, RuntimeError):
     """The engine has been closed."""
 
 
+def _restored(kind: type[OmniError], args: tuple[Any, ...]) -> OmniError:
+    """An error as it was, without its constructor, whose arguments are another matter than the text they made."""
+    return kind.__new__(kind, *args)
+
+
 def did_you_mean(word: str, names: Iterable[str], most: int = 3) -> str:
     """The question "did you mean 'a' or 'b'?" about the names close to `word`; empty if none is."""
     close = get_close_matches(word, list(names), n=most, cutoff=0.5)
@@ -110,8 +131,12 @@ def did_you_mean(word: str, names: Iterable[str], most: int = 3) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    """At most `_SHOWN` characters; of something large, only those are made."""
+    try:
+        text = _REPR.repr(value)
+    except ValueError:  # more digits than Python writes out
+        text = f"{type(value).__name__} of too many digits..."
+    return text if len(text) < _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def check_keys(owner: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -26,7 +26,7 @@ from vllm_omni.diffusion.cache.profile import profile_names, shipped_profile
 from vllm_omni.diffusion.cache.selector import get_cache_backend
 from vllm_omni.diffusion.cache.standalone import detach
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.denoisers import DENOISERS
+from vllm_omni.diffusion.denoiser.specs import DENOISERS
 from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook, StateManager
 from vllm_omni.errors import InvalidValueError, OmniError, UnknownKeyError
 

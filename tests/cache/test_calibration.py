@@ -17,6 +17,7 @@ from vllm_omni.diffusion.cache.magcache import (
     MagCacheBackend,
 )
 from vllm_omni.diffusion.cache.profile import CacheProfile, load_profile
+from vllm_omni.diffusion.cache.settings import parse
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
 
@@ -81,7 +82,7 @@ def test_a_request_may_bring_its_own_profile(pipe: FluxPipeline, calibrated: tup
     own = DiffusionCacheConfig(profile=str(path), predictor="gram")
     with cached(pipe) as backend:
         run_latents(pipe, num_inference_steps=10)
-        record = backend.refresh(pipe, 10, request_id="r", config=own)
+        record = backend.refresh(pipe, 10, request_id="r", settings=parse("magcache", own))
         assert record is not None
         assert record.settings["predictor"] == "gram" and record.settings["profile"] == "tiny"
 
@@ -159,7 +160,7 @@ def test_a_requests_profile_must_be_of_the_class_too(
 ) -> None:
     file = broken(tmp_path / "bad.json", calibrated[0], "wrong class")
     with cached(pipe) as backend, pytest.raises(InvalidValueError, match="FluxTransformer2DModel"):
-        backend.check(DiffusionCacheConfig(profile=file))
+        backend.check(parse("magcache", DiffusionCacheConfig(profile=file)))
 
 
 def test_a_missing_profile_lists_the_shipped_ones(pipe: FluxPipeline) -> None:

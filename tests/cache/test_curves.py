@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from planning import planned
 
-from vllm_omni.diffusion.cache.curve import resample
-from vllm_omni.diffusion.cache.magcache.plan import plan_request
-from vllm_omni.diffusion.cache.plan import magcache_plan
+from vllm_omni.diffusion.cache.plan.curve import resample
+from vllm_omni.diffusion.cache.plan.rule import magcache_plan
 from vllm_omni.diffusion.cache.profile import find_profiles, profile_names, shipped_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 
@@ -55,7 +55,7 @@ def test_a_plan_uses_every_branch_of_its_profile(steps: int) -> None:
     profile = shipped_profile("qwen-image-edit-50")
     config = DiffusionCacheConfig(mag_threshold=0.06, mag_max_skip_steps=3, mag_retention_ratio=0.2)
     sigmas = tuple(1 - i / steps for i in range(steps))
-    planned = plan_request(config, profile.ratios, profile, steps, sigmas).compute
+    plan = planned(config, profile.ratios, profile, steps, sigmas).compute
     cond, uncond = (resample(curve, steps) for curve in profile.branches.values())
-    assert planned == magcache_plan(cond, 0.06, 3, 0.2, True, [uncond])
-    assert planned == magcache_plan(uncond, 0.06, 3, 0.2, True, [cond])
+    assert plan == magcache_plan(cond, 0.06, 3, 0.2, True, [uncond])
+    assert plan == magcache_plan(uncond, 0.06, 3, 0.2, True, [cond])

@@ -9,16 +9,16 @@ import pytest
 import torch
 from families import FAMILIES
 from pipelines import Blocks
+from planning import planned
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache.clock import schedule_of
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.magcache.plan import plan_request
-from vllm_omni.diffusion.cache.planner import forecast_error
-from vllm_omni.diffusion.cache.predictor import PREDICTORS
+from vllm_omni.diffusion.cache.plan.planner import forecast_error
+from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
 from vllm_omni.diffusion.cache.profile import CacheProfile, shipped_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.denoiser.step_tracker import schedule_of
 from vllm_omni.errors import InvalidValueError
 
 WAN22 = next(family for family in FAMILIES if family.name.startswith("Wan 2.2 (two"))
@@ -128,11 +128,11 @@ def test_a_boundary_needs_a_second_expert() -> None:
 def test_a_promise_that_two_experts_cannot_keep_names_the_nearest() -> None:
     config = DiffusionCacheConfig(mag_ratios=CURVE, nfe=1, compute_last_step=False)
     sigmas = tuple(np.linspace(1, 0.1, 10))
-    assert plan_request(config, CURVE, None, 10, sigmas).full_forwards == 1
+    assert planned(config, CURVE, None, 10, sigmas).full_forwards == 1
     with pytest.raises(InvalidValueError, match=r"10 steps of 2 denoisers \(nearest: 2\)"):
-        plan_request(config, CURVE, None, 10, sigmas, (4,))
+        planned(config, CURVE, None, 10, sigmas, (4,))
     with pytest.raises(InvalidValueError, match=r"nearest: 5, 2 full forwards"):
-        plan_request(config.model_copy(update={"nfe": None, "speedup": 10.0}), CURVE, None, 10, sigmas, (4,))
+        planned(config.model_copy(update={"nfe": None, "speedup": 10.0}), CURVE, None, 10, sigmas, (4,))
     pipeline = wan22(0.5)
     with Omni.from_pipe(
         pipeline, cache_backend="magcache", cache_config={"mag_ratios": CURVE}, defaults=WAN22.settings
@@ -178,7 +178,7 @@ def test_no_forecast_reaches_over_a_switch_and_the_plan_is_the_best(predictor: s
 
     for switches in [(4,), (3, 6), (8,), ()]:
         config = DiffusionCacheConfig(nfe=nfe, predictor=predictor)
-        plan = plan_request(config, profile.ratios, profile, steps, tuple(sigmas), switches)
+        plan = planned(config, profile.ratios, profile, steps, tuple(sigmas), switches)
         ends = (0, *switches, steps)
         for step, terms in plan.terms.items():
             begin = max(s for s in ends if s <= step)

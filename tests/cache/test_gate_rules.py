@@ -11,9 +11,9 @@ import torch
 from gating import GATES, STEPS, enabled, l1
 from pipelines import BlockCounter, count_blocks, run_latents, tiny_flux
 
-from vllm_omni.diffusion.cache.seacache import sea_filter
+from vllm_omni.diffusion.cache.gates.seacache import sea_filter
+from vllm_omni.diffusion.cache.gates.teacache import fit_coefficients, published_coefficients
 from vllm_omni.diffusion.cache.selector import get_cache_backend
-from vllm_omni.diffusion.cache.teacache import fit_coefficients, published_coefficients
 from vllm_omni.errors import InvalidValueError
 
 

@@ -15,7 +15,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vllm_omni.diffusion.cache.profile import CacheProfile
-from vllm_omni.diffusion.hooks.conditioning import Conditioning
 
 
 class Sync(Exception):
@@ -48,18 +47,12 @@ class DispatchTrap(TorchDispatchMode):
 
 
 class Trap:
-    """Traps reads from the outermost pre hook of the transformer to its outermost post hook, but for step 0.
-
-    What is trapped stands for a device, where no conditioning is remembered (test_conditioning.py: not a value is read
-    there); so none is here.
-    """
+    """Traps reads from the outermost pre hook of the transformer to its outermost post hook, but for step 0."""
 
     def __init__(self, transformer: torch.nn.Module, calls_of_first_step: int = 1) -> None:
         self.calls = self.trapped = 0
         self._first = calls_of_first_step
         self._modes: list[Any] = []
-        self._own = Conditioning.enter
-        Conditioning.enter = lambda self, memory: None  # type: ignore[method-assign]
         self._handles = [
             transformer.register_forward_pre_hook(self._enter, prepend=True),
             transformer.register_forward_hook(self._leave, always_call=True),
@@ -78,7 +71,6 @@ class Trap:
             self._modes.pop().__exit__(None, None, None)
 
     def remove(self) -> None:
-        Conditioning.enter = self._own  # type: ignore[method-assign]
         for handle in self._handles:
             handle.remove()
 

@@ -322,6 +322,7 @@ def test_without_room_for_one_residual_it_is_the_plain_pipeline(
         assert backend.last_request.computed_steps == 28
 
 
+@pytest.mark.slow
 def test_compiled_blocks_keep_working_with_the_cache_on(pipe: FluxPipeline) -> None:
     with cached(pipe):
         eager = run_latents(pipe, num_inference_steps=8)

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from vllm_omni.diffusion.cache.curve import resample, resample_log, resample_nearest
-from vllm_omni.diffusion.cache.plan import magcache_plan, mask_plan
-from vllm_omni.diffusion.cache.predictor import (
+from vllm_omni.diffusion.cache.plan.compose import CachePlan
+from vllm_omni.diffusion.cache.plan.curve import resample, resample_log, resample_nearest
+from vllm_omni.diffusion.cache.plan.predictors import (
     PREDICTORS,
     RIDGE,
     forecasts,
@@ -20,8 +20,8 @@ from vllm_omni.diffusion.cache.predictor import (
     resample_gram,
     reuse,
 )
+from vllm_omni.diffusion.cache.plan.rule import magcache_plan, mask_plan
 from vllm_omni.diffusion.cache.profile import shipped_profile
-from vllm_omni.diffusion.cache.request_cache import CachePlan
 
 FLUX = shipped_profile("flux1-dev-28").ratios
 

@@ -8,12 +8,11 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from planning import budgeted, plan_cost, planned
 
-from vllm_omni.diffusion.cache.curve import resample
-from vllm_omni.diffusion.cache.magcache.plan import plan_request, promised_forwards
-from vllm_omni.diffusion.cache.plan import Plan, magcache_plan
-from vllm_omni.diffusion.cache.planner import best_plan, curve_costs, gram_costs, plan_cost
-from vllm_omni.diffusion.cache.predictor import (
+from vllm_omni.diffusion.cache.plan.curve import resample
+from vllm_omni.diffusion.cache.plan.planner import best_plan, curve_costs, gram_costs
+from vllm_omni.diffusion.cache.plan.predictors import (
     NEED_GRAM,
     PREDICTORS,
     affine,
@@ -29,8 +28,9 @@ from vllm_omni.diffusion.cache.predictor import (
     resample_gram,
     reuse,
 )
+from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan
 from vllm_omni.diffusion.cache.profile import CacheProfile, shipped_profile
-from vllm_omni.diffusion.data import PRESETS, DiffusionCacheConfig, PredictorName
+from vllm_omni.diffusion.cache.settings import PRESETS, DiffusionCacheConfig, PredictorName
 from vllm_omni.errors import InvalidValueError
 
 DEMO = shipped_profile("demo")
@@ -152,7 +152,7 @@ def test_a_thousand_steps_are_planned_in_a_second() -> None:
     config = DiffusionCacheConfig(nfe=300, predictor="affine3")
     sigmas = tuple(np.linspace(1, 0.001, 1000).tolist())
     begin = time.perf_counter()
-    plan = plan_request(config, DEMO.ratios, DEMO, 1000, sigmas)
+    plan = planned(config, DEMO.ratios, DEMO, 1000, sigmas)
     assert time.perf_counter() - begin < 1 * SLACK and plan.full_forwards == 300
 
 
@@ -235,7 +235,7 @@ def test_gamma_gives_the_last_residual_the_magnitude_of_the_target() -> None:
 def test_gamma_from_a_curve_alone() -> None:
     profile = CacheProfile(name="c", transformer_class="T", ratios=(1.0, 1.1, 0.9, 0.8))
     config = DiffusionCacheConfig(predictor="gamma", steps_mask=(True, False, False, True))
-    made = plan_request(config, profile.ratios, profile, 4, (1.0, 0.7, 0.4, 0.2))
+    made = planned(config, profile.ratios, profile, 4, (1.0, 0.7, 0.4, 0.2))
     assert made.terms[1][0][1] == pytest.approx(1.1) and made.terms[2][0][1] == pytest.approx(0.99)
 
 
@@ -273,9 +273,9 @@ def test_a_speedup_is_a_number_of_full_forwards(speedup: float, steps: int, nfe:
     config = DiffusionCacheConfig(speedup=speedup)
     if nfe is None:
         with pytest.raises(InvalidValueError, match=r"speedup is out of reach in 1 steps \(nearest: 1, "):
-            promised_forwards(config, steps)
+            budgeted(config, steps)
     else:
-        assert promised_forwards(config, steps) == nfe
+        assert budgeted(config, steps) == nfe
 
 
 @pytest.mark.parametrize(
@@ -288,15 +288,15 @@ def test_a_speedup_is_a_number_of_full_forwards(speedup: float, steps: int, nfe:
 )
 def test_what_cannot_be_kept_names_the_nearest(settings: dict[str, float], message: str) -> None:
     with pytest.raises(InvalidValueError, match=message):
-        promised_forwards(DiffusionCacheConfig.from_dict(settings), 28)
+        budgeted(DiffusionCacheConfig.from_dict(settings), 28)
 
 
 def test_the_matrix_plans_where_there_is_one_and_the_curve_otherwise() -> None:
     sigmas = DEMO.sigmas or ()
     config = DiffusionCacheConfig(nfe=9, predictor="linear")
-    with_gram = plan_request(config, DEMO.ratios, DEMO, 28, sigmas).compute
+    with_gram = planned(config, DEMO.ratios, DEMO, 28, sigmas).compute
     bare = DEMO.model_copy(update={"gram": None})
-    with_curve = plan_request(config, DEMO.ratios, bare, 28, sigmas).compute
+    with_curve = planned(config, DEMO.ratios, bare, 28, sigmas).compute
     assert sum(with_gram) == sum(with_curve) == 9 and with_gram != with_curve
     assert with_gram == best_plan(gram_costs(np.asarray(DEMO.gram), sigmas, "linear"), 9)
     assert with_curve == best_plan(curve_costs(DEMO.ratios, sigmas), 9)
@@ -307,14 +307,14 @@ def test_the_matrix_plans_where_there_is_one_and_the_curve_otherwise() -> None:
 
 def planned_forwards(profile: CacheProfile, steps: int, **settings: Any) -> int:
     sigmas = tuple(np.linspace(1, 1 / steps, steps).tolist())
-    return plan_request(DiffusionCacheConfig(**settings), profile.ratios, profile, steps, sigmas).full_forwards
+    return planned(DiffusionCacheConfig(**settings), profile.ratios, profile, steps, sigmas).full_forwards
 
 
 @pytest.mark.parametrize(("preset", "forwards"), [("high", 19), ("balanced", 14), ("fast", 9)])
 def test_a_preset_is_a_speedup_where_the_profile_has_a_matrix(preset: str, forwards: int) -> None:
     assert planned_forwards(DEMO, 28, preset=preset) == forwards
     bare = DEMO.model_copy(update={"gram": None})
-    rule = magcache_plan(DEMO.ratios, *PRESETS[preset].values())
+    rule = magcache_plan(DEMO.ratios, *vars(PRESETS[preset].rule).values())
     assert planned_forwards(bare, 28, preset=preset) == sum(rule)
 
 

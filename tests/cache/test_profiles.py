@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from pipelines import run_latents, tiny_flux
+from planning import planned
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.magcache.plan import plan_request
 from vllm_omni.diffusion.cache.profile import (
     FORMAT,
     CacheProfile,
@@ -24,6 +24,7 @@ from vllm_omni.diffusion.cache.profile import (
     profile_names,
     shipped_profile,
 )
+from vllm_omni.diffusion.cache.settings import parse
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
 
@@ -108,7 +109,8 @@ def test_of_profiles_at_several_step_counts_the_nearest_in_ratio_is_taken(folder
     backend = MagCacheBackend(DiffusionCacheConfig(speedup=2))
     backend.enable(pipe)
     assert set(backend.profile_names) == {"long", "short"}
-    named = backend.refresh(pipe, None, request_id="x", config=DiffusionCacheConfig(speedup=2, profile="short"))
+    settings = parse("magcache", DiffusionCacheConfig(speedup=2, profile="short"))
+    named = backend.refresh(pipe, None, request_id="x", settings=settings)
     assert named is not None and named.settings["profile"] == "short"
     for steps, expected in ((4, "short"), (8, "short"), (9, "long"), (12, "long"), (40, "long")):
         run_latents(pipe, num_inference_steps=steps)
@@ -232,15 +234,15 @@ def test_auto_takes_the_predictor_calibrated_nearest_to_the_requests_full_forwar
     config = DiffusionCacheConfig(nfe=3)
     longer = (*sigmas[:1], *np.linspace(sigmas[0], sigmas[-1], 10)[1:].tolist())  # as many forwards, as far apart
     named = config.model_copy(update={"predictor": "normed"})
-    at_ten = [plan_request(c, profile.ratios, profile, 10, longer) for c in (config, named)]
+    at_ten = [planned(c, profile.ratios, profile, 10, longer) for c in (config, named)]
     assert at_ten[0] == at_ten[1]
     mask = (True, True, False, True, False, True)
     for settings, name in [({"nfe": 4}, "affine"), ({"nfe": 3}, "normed"), ({"steps_mask": mask}, "affine")]:
-        auto = plan_request(DiffusionCacheConfig(**settings), profile.ratios, profile, STEPS, sigmas)
+        auto = planned(DiffusionCacheConfig(**settings), profile.ratios, profile, STEPS, sigmas)
         named = DiffusionCacheConfig(**settings, predictor=name)
-        assert auto == plan_request(named, profile.ratios, profile, STEPS, sigmas)
+        assert auto == planned(named, profile.ratios, profile, STEPS, sigmas)
         others = {"affine", "normed"} - {name}
-        assert auto != plan_request(
+        assert auto != planned(
             named.model_copy(update={"predictor": others.pop()}), profile.ratios, profile, STEPS, sigmas
         )
     assert CacheProfile.from_dict(content()).predictor_at(2) is None

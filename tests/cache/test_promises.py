@@ -14,11 +14,12 @@ from pipelines import DEFAULTS, embeds, run_latents, tiny_flux
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.overrides import request_choice
-from vllm_omni.diffusion.cache.predictor import PREDICTORS
+from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
+from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import fingerprint
+from vllm_omni.diffusion.cache.settings import Budget, override, parse
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.worker.pace import Pace, Stopwatch
+from vllm_omni.diffusion.worker.pace import Pace, Timings
 from vllm_omni.errors import InvalidValueError
 
 STEPS = 12
@@ -91,6 +92,7 @@ def test_every_promise_is_kept_in_one_mixed_batch(tiny: Omni) -> None:
     check_batch(tiny, [embeds(i) for i in range(len(asked))], asked, forwards)
 
 
+@pytest.mark.slow
 def test_promises_on_the_demo(demo: Omni) -> None:
     caches: list[tuple[Any, int, int | None]] = [
         ({"nfe": 14}, 28, 14),
@@ -106,6 +108,7 @@ def test_promises_on_the_demo(demo: Omni) -> None:
     check_batch(demo, prompts, asked, [nfe for _, _, nfe in caches])
 
 
+@pytest.mark.slow
 def test_a_promise_beats_the_same_number_of_steps_and_of_threshold_forwards(demo: Omni) -> None:
     prompts = ["red apple", "penguin", "rocket", "banana"]
 
@@ -120,6 +123,7 @@ def test_a_promise_beats_the_same_number_of_steps_and_of_threshold_forwards(demo
     assert error < 0.4 * (fewer - exact).norm() and error < 0.7 * (rule - exact).norm()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "least_db"), [(10, 60.0), (20, 74.0), (50, 74.0)])
 def test_the_profile_of_28_steps_at_other_step_counts(demo: Omni, steps: int, least_db: float) -> None:
     """Half of the steps, as promised, and as near as docs/quality.md says (means there: 63.7, 83.6 and 79.3 dB)."""
@@ -229,10 +233,10 @@ def test_settings_with_two_plans_are_refused() -> None:
 
 
 def test_a_request_may_take_the_engines_promise_away() -> None:
-    engine = ("magcache", DiffusionCacheConfig(nfe=4))
+    engine = parse("magcache", DiffusionCacheConfig(nfe=4))
     for asked in ({"nfe": None}, {"threshold": 0.2}, "high", {"steps_mask": [1, 0]}):
-        choice = request_choice(asked, engine)
-        assert choice is not None and choice[1].promise == {}
+        settings = override(asked, engine)
+        assert settings is not None and not isinstance(settings.plan, Budget)
 
 
 def test_a_long_schedule_is_planned_too(tiny: Omni) -> None:
@@ -261,7 +265,8 @@ def test_seconds_are_refused_before_anything_was_measured_and_kept_afterwards(pr
         for seed in range(3):
             generate(omni, [embeds(0)], [params({"nfe": 6}, seed)])
         pace, size = omni.engine.worker.runner.pace, next(iter(omni.engine.worker.runner.pace._sizes))
-        wanted = pace.expected(size, 7, STEPS - 7)
+        known = pace._sizes[size]
+        wanted = known.coding.seconds + 7 * known.computed.seconds + (STEPS - 7) * known.skipped.seconds
         kept = generate(omni, [embeds(0)], [params({"seconds": wanted * 1.001})])[0]
         assert kept.error is None and kept.computed_steps in (5, 6, 7, 8, 9)  # the averages move with every request
         assert kept.cache_settings["seconds"] == wanted * 1.001
@@ -274,17 +279,22 @@ def test_seconds_are_refused_before_anything_was_measured_and_kept_afterwards(pr
         assert omni.engine.worker.cache_bytes == 0
 
 
+def settled(pace: Pace, seconds: float) -> Any:
+    """The budget that so many seconds become, for ten steps of a size."""
+    schedule = Schedule(10, tuple(1 - i / 10 for i in range(10)))
+    return pace.settle(parse("magcache", DiffusionCacheConfig(seconds=seconds)), "size", schedule).plan
+
+
 def test_the_most_forwards_that_the_seconds_allow() -> None:
-    pace, watch = Pace(), Stopwatch(ends=1.0)
+    pace, watch = Pace(), Timings(encode_s=1.0)
     for step, skipped in enumerate((False, False, True, False, True)):
         pace.note("size", watch, step, 0.1 if skipped else 1.0, alone=True, skipped=skipped)
     pace.note("size", watch, 5, 9.0, alone=False, skipped=False)  # shared with others: says nothing of this one alone
     pace.finish("size", watch)
-    assert pace.expected("size", 4, 6) == pytest.approx(1.0 + 4.0 + 0.6)
     for seconds, nfe in ((5.6001, 4), (6.4, 4), (6.5001, 5), (100.0, 10)):
-        assert pace.settle(DiffusionCacheConfig(seconds=seconds), "size", 10).nfe == nfe
+        assert settled(pace, seconds).nfe == nfe
     with pytest.raises(InvalidValueError, match=r"nearest: 3.8, 2 full forwards"):
-        pace.settle(DiffusionCacheConfig(seconds=3.0), "size", 10)
+        settled(pace, 3.0)
 
 
 def test_a_plain_pipeline_cannot_promise_seconds(profile: str) -> None:

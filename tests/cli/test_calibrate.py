@@ -11,7 +11,7 @@ import torch
 from pipelines import TEXT_TOKENS, embeds, tiny_flux
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.predictor import PREDICTORS
+from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
 from vllm_omni.diffusion.cache.profile import fingerprint, load_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.entrypoints.cli.calibrate import split
@@ -34,6 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_the_profile_says_where_it_comes_from(made: Path) -> None:
     profile = load_profile(made)
     said = profile.provenance
@@ -51,6 +52,7 @@ def test_the_profile_says_where_it_comes_from(made: Path) -> None:
     assert made.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
+@pytest.mark.slow
 def test_auto_was_judged_on_the_prompts_between(made: Path) -> None:
     profile = load_profile(made)
     judged = profile.provenance["held_out"]

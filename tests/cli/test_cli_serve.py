@@ -13,7 +13,8 @@ from commands import refused, run
 from paths import ROOT
 
 from vllm_omni import plugin
-from vllm_omni.entrypoints.cli import serve
+from vllm_omni.entrypoints.cli import bench, serve_flags
+from vllm_omni.entrypoints.cli.flags import flags_of
 from vllm_omni.entrypoints.cli.values import cache_settings
 from vllm_omni.errors import InvalidValueError
 
@@ -44,6 +45,7 @@ BAD = [
     ("demo --port 1 --max-body-mb nan", "--max-body-mb should be a finite number"),
     ("demo --tensor-parallel-size 2", "--tensor-parallel-size must be 1"),
     ("demo --lora-modules ink", "--lora-modules must be NAME=PATH"),
+    ("demo --cache-backnd magcache", "--cache-backnd is not a flag of this command; did you mean '--cache-backend'?"),
     ("no/such/model --ui", "'no/such/model' does not exist"),
     ("--max-n 65 demo", "--max-n should be less than or equal to 64, got 65"),
 ]
@@ -93,25 +95,27 @@ def test_vllm_keeps_what_is_its_own() -> None:
 
 @needs_vllm
 def test_flags_in_the_docs_exist() -> None:
-    told = argparse.ArgumentParser.format_help(serve.build_parser())  # all of it: vLLM's own is cut short
-    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", told)) | {
-        "--help",
-        "--config",
-    }  # vLLM's parser takes that one before
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", (ROOT / "docs" / "serving.md").read_text()))
-    assert len(named) > 5 and named <= flags, named - flags
+    def named(text: str) -> set[str]:
+        return set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text))
+
+    serving, _, load = (ROOT / "docs" / "serving.md").read_text().partition("## Load")
+    told = argparse.ArgumentParser.format_help(serve_flags.build_parser())  # all of it: vLLM's own is cut short
+    asked, known = named(serving), named(told) | {"--help", "--config"}  # vLLM's parser takes that one before
+    assert len(asked) > 5 and asked <= known, asked - known
+    commands = argparse.ArgumentParser().add_subparsers()
+    asked = named(load.partition("## Flags of other servers")[0])
+    known = flags_of(bench.add_parser(commands, ""))
+    assert len(asked) > 5 and asked <= known, asked - known
 
 
 @needs_vllm
 def test_where_the_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line, else a file, else the environment, as vLLM has it; a blank variable is no key."""
-    from vllm_omni.entrypoints.cli import serve
-
     file = tmp_path / "serve.yaml"
     file.write_text("api-key: [from-file]\nmax-n: 3\n")
 
     def keys(*words: str) -> tuple[str, ...]:
-        return serve.serve_config(serve.build_parser().parse_args(["demo", *words])).http.api_key
+        return serve_flags.serve_config(serve_flags.build_parser().parse_args(["demo", *words])).http.api_key
 
     assert keys() == ()
     monkeypatch.setenv("VLLM_API_KEY", "from-environment")

@@ -12,7 +12,7 @@ from vllm_omni.entrypoints.cli.main import COMMANDS, main
 
 def test_omni_with_another_command_is_explained() -> None:
     code = "import sys; from vllm_omni.entrypoints.cli.main import main; sys.exit(main())"
-    ran = run([sys.executable, "-c", code, "bench", "serve", "--omni"])
+    ran = run([sys.executable, "-c", code, "chat", "--omni"])
     assert ran.returncode == 2
     assert "leave --omni out" in ran.stderr
 
@@ -47,6 +47,8 @@ WRONG = [
     ("generate demo x --cache balancd", "--cache must be one of 'auto'", "did you mean 'balanced'?"),
     ("generate demo x --dtype bfloat61", "--dtype must be one of 'auto'", "did you mean 'bfloat16'?"),
     ("generate demo x --device cdua:1", "--device must be one of 'cpu'", "did you mean 'cuda'?"),
+    ("generate demo x --cache-backnd magcache", "--cache-backnd is not a flag", "did you mean '--cache-backend'?"),
+    ("quality demo more", "'more' has no meaning here", ""),
     ("generate demo x --size 64", "--size must be WIDTHxHEIGHT", ""),
     ("generate demo x --steps 0", "--steps should be greater than or equal to 1, got 0", ""),
     ("generate demo x --max-num-seqs 0", "--max-num-seqs should be greater than or equal to 1, got 0", ""),

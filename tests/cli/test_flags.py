@@ -9,7 +9,7 @@ import pytest
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.entrypoints.cli.flags import add_flags, flag_of, given, named_by_flag
-from vllm_omni.entrypoints.cli.serve import add_own_flags, serve_config
+from vllm_omni.entrypoints.cli.serve_flags import add_own_flags, serve_config
 from vllm_omni.entrypoints.serve_config import Limits, ServeConfig
 from vllm_omni.errors import InvalidValueError
 

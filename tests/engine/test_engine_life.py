@@ -29,6 +29,7 @@ from vllm_omni.errors import (
 one_loop = pytest.mark.asyncio(loop_scope="module")
 
 
+@pytest.mark.slow
 @one_loop
 async def test_a_killed_and_a_hung_engine_are_replaced_twice_and_no_more(caplog: pytest.LogCaptureFixture) -> None:
     """By a signal, by standing still, and at last by a step that takes too long."""
@@ -62,6 +63,34 @@ async def test_a_killed_and_a_hung_engine_are_replaced_twice_and_no_more(caplog:
             await last(client, "dead")
     with pytest.raises(EngineClosedError):
         await last(client, "closed")
+
+
+FAILING = """
+import sys
+if "vllm_omni.engine.process" in sys.orig_argv:
+    from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+    step, steps = DiffusionEngine.step, iter(range(10**6))
+    def failing(engine):
+        if next(steps) == 6:
+            raise {kind}("injected")
+        return step(engine)
+    DiffusionEngine.step = failing
+"""
+
+
+@pytest.mark.parametrize("kind", ["RuntimeError", "SystemExit"])
+async def test_a_step_that_fails_ends_its_process_and_everybody_is_told_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: str
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(FAILING.format(kind=kind))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    async with ProcessEngineClient(ARGS, warmup=False, max_restarts=1) as client:
+        tasks = [asyncio.create_task(last(client, f"{i}", num_inference_steps=900)) for i in range(6)]
+        ended = await asyncio.wait_for(asyncio.gather(*tasks), 10)
+        assert all(isinstance(output.error, EngineDeadError) for output in ended)
+        assert "injected" in capfd.readouterr().err
+        await until(lambda: client.ready, 60)
+        assert (await last(client, "again", num_inference_steps=2)).ok
 
 
 @one_loop
@@ -113,6 +142,7 @@ async def test_what_cannot_be_loaded_is_said_once_and_leaves_nothing(
     assert process.poll() is not None
 
 
+@pytest.mark.slow
 async def test_a_process_that_was_launched_before_is_the_first_engine() -> None:
     launch = launch_engine(ARGS, warmup=False)
     async with ProcessEngineClient(ARGS, warmup=False, launch=launch) as client:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import platform
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,8 @@ import pytest
 import pytest_asyncio
 import torch
 from paths import ROOT
-from process_client import ARGS, idle, last, until
+from PIL import Image
+from process_client import ARGS, idle, last, page_faults, until
 
 from vllm_omni import Omni
 from vllm_omni.engine.client import ProcessEngineClient
@@ -106,6 +109,18 @@ async def test_stats_count_what_was_done(client: ProcessEngineClient) -> None:
 
 
 @one_loop
+@pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="another allocator")
+async def test_a_forward_of_the_engine_finds_the_memory_of_the_last_one(client: ProcessEngineClient) -> None:
+    assert client._engine is not None
+    counts = []
+    for turn in range(5):
+        before = page_faults(client._engine.process.pid)
+        await asyncio.gather(*(last(client, f"{turn}-{i}", num_inference_steps=6) for i in range(8)))
+        counts.append(page_faults(client._engine.process.pid) - before)
+    assert min(counts) < 1000, counts  # else 10,000
+
+
+@one_loop
 async def test_errors_keep_their_class_and_text(client: ProcessEngineClient) -> None:
     with pytest.raises(InvalidValueError, match=r"height must be a multiple of 8 \(nearest: 64\)") as refused:
         await last(client, "bad", height=63)
@@ -176,13 +191,36 @@ async def test_frames_that_nobody_should_send_are_dropped(client: ProcessEngineC
 
 
 @one_loop
+async def test_what_could_not_be_read_is_not_sent(client: ProcessEngineClient) -> None:
+    for wrong in (np.zeros((1,) * 17, np.float32), np.zeros(2, np.complex64), Image.new("RGB", (0, 4)), "\ud83c"):
+        with pytest.raises(InvalidValueError):
+            await last(client, "wrong", extra_args={"joint_attention_kwargs": wrong})
+    for prompt in ("half \ud83c", {"prompt": "x", "negative_prompt": "half \udcff"}):
+        with pytest.raises(InvalidValueError, match="prompt must hold whole characters"):
+            await last(client, "wrong", prompt)
+    assert (await last(client, "right", num_inference_steps=2)).ok
+
+
+@one_loop
+async def test_an_id_is_free_as_soon_as_its_client_has_left(client: ProcessEngineClient) -> None:
+    """A retry right after a disconnect: the engine has not heard of the abort yet."""
+    for _ in range(5):
+        async with aclosing(client.generate("x", Params(num_inference_steps=900, cache="off"), "again")) as stream:
+            await anext(stream)
+            with pytest.raises(InvalidValueError, match="must not be in use"):
+                await last(client, "again")
+        assert (await last(client, "again", num_inference_steps=2)).request_id == "again"
+    await idle(client)
+
+
+@one_loop
 async def test_beyond_the_queue_requests_are_refused_at_once(client: ProcessEngineClient) -> None:
     tasks = [asyncio.create_task(last(client, f"full-{i}", num_inference_steps=28, cache="off")) for i in range(8)]
     await until(lambda: len(client._requests) == 8)
     seconds, later = [], []
     for i in range(100):
         began = time.perf_counter()
-        with pytest.raises(QueueFullError, match="4 requests wait already") as full:
+        with pytest.raises(QueueFullError, match="4 requests are already waiting") as full:
             await last(client, f"more-{i}")
         seconds.append(time.perf_counter() - began)
         later.append(full.value.retry_after_s)

@@ -71,7 +71,7 @@ def test_a_fault_at_any_place_costs_one_request(
     if place == "cache":
         while engine.stage("bad") != "denoise":
             first += engine.step()
-        cache = engine._entries["bad"].state.cache
+        cache = engine._entries["bad"].running.cache
         monkeypatch.setattr(cache, "forecast", failing(cache.forecast, lambda args, kwargs: True))
     ended = {output.request_id: output for output in first} | finish(engine)
     assert seen and isinstance(ended["bad"].error, RuntimeError) and not ended["bad"].images

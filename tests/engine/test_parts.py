@@ -14,8 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.worker import parts
-from vllm_omni.diffusion.worker.coroutine import DecoderProxy, PartCall
+from vllm_omni.diffusion.worker import batching
+from vllm_omni.diffusion.worker.batching import call_component, component_key
+from vllm_omni.diffusion.worker.coroutine import ComponentCall, DecoderProxy
 from vllm_omni.errors import RequestAbortedError
 
 PROMPTS = ["red apple", "penguin", "rocket", "banana"]
@@ -58,7 +59,7 @@ def test_a_joint_decode_is_no_larger_than_one_large_picture(
     demo: Omni, calls: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = demo.generate("x", Params(num_inference_steps=1, output_type="latent"), use_tqdm=False)[0].latents.shape
-    monkeypatch.setattr(parts, "MOST_JOINED", 3 * shape.numel() + 1)
+    monkeypatch.setattr(batching, "MOST_JOINED", 3 * shape.numel() + 1)
     outputs = demo.generate(PROMPTS, Params(num_inference_steps=2, seed=0), use_tqdm=False)
     assert all(output.ok for output in outputs) and calls["vae"] == [3, 1]
 
@@ -101,8 +102,9 @@ def test_one_can_leave_at_each_part(demo: Omni) -> None:
             outputs |= {output.request_id: output for output in demo.engine.step()}
         assert demo.engine.stage("b") == stage
         seen.append(demo.engine.stage("a"))
-        state = demo.engine._entries["a"].state
-        assert state is not None and not state.arguments and state.forecast is None  # decoding needs the room
+        running = demo.engine._entries["a"].running
+        assert running is not None and running.parked is not None
+        assert not running.parked.arguments and running.parked.forecast is None  # decoding needs the room
         demo.engine.abort(["a"])
         drain(demo, outputs)
         assert isinstance(outputs["a"].error, RequestAbortedError) and outputs["b"].ok
@@ -137,7 +139,7 @@ def test_a_text_encoder_with_adapters_is_scaled_for_its_own_request_alone() -> N
 
 def test_a_decoder_that_a_pipeline_casts_does_not_park() -> None:
     """SDXL's pipelines cast the shared VAE before the call and back after it."""
-    parked: list[PartCall] = []
+    parked: list[ComponentCall] = []
     vae = tiny_flux().vae
     proxy: Any = DecoderProxy("vae", vae, parked.append)
     latents = torch.randn(1, vae.config.latent_channels, 4, 4)
@@ -150,18 +152,18 @@ def test_a_decoder_that_a_pipeline_casts_does_not_park() -> None:
 
 
 def test_what_fits_together() -> None:
-    def call(*args: Any, **kwargs: Any) -> PartCall:
-        return PartCall("vae", "decode", args, kwargs)
+    def call(*args: Any, **kwargs: Any) -> ComponentCall:
+        return ComponentCall("vae", "decode", args, kwargs)
 
     one, row = torch.zeros(1, 4, 8, 8), torch.zeros(2, 4, 8, 8)
-    key = parts.key(call(one, return_dict=False))
-    assert key is not None and key == parts.key(call(row, return_dict=False))
+    key = component_key(call(one, return_dict=False))
+    assert key is not None and key == component_key(call(row, return_dict=False))
     others = [call(one), call(one, return_dict=True), call(one.half(), return_dict=False),
               call(torch.zeros(1, 4, 8, 9), return_dict=False), call(one, return_dict=False, timestep=one)]  # fmt: skip
-    assert len({parts.key(other) for other in others} | {key}) == 6
-    assert parts.key(call(one, generator=torch.Generator())) is None
-    assert parts.key(call(one, torch.zeros(3))) is None and parts.key(call(one, torch.zeros(()))) is None
-    assert parts.key(call(prompt="x")) is None
+    assert len({component_key(other) for other in others} | {key}) == 6
+    assert component_key(call(one, generator=torch.Generator())) is None
+    assert component_key(call(one, torch.zeros(3))) is None and component_key(call(one, torch.zeros(()))) is None
+    assert component_key(call(prompt="x")) is None
 
 
 def test_a_language_model_s_cache_is_nobody_s_rows() -> None:
@@ -174,15 +176,15 @@ def test_a_language_model_s_cache_is_nobody_s_rows() -> None:
             last_hidden_state=input_ids * 10, past_key_values=object(), hidden_states=(input_ids, input_ids + 1)
         )
 
-    calls = [PartCall("text_encoder", "__call__", (each,), {"use_cache": True}) for each in ids]
-    assert parts.key(calls[0]) == parts.key(calls[1])
-    for each, output in zip(ids, parts.run(encoder, calls), strict=True):
+    calls = [ComponentCall("text_encoder", "__call__", (each,), {"use_cache": True}) for each in ids]
+    assert component_key(calls[0]) == component_key(calls[1])
+    for each, output in zip(ids, call_component(encoder, calls), strict=True):
         assert torch.equal(output.last_hidden_state, each * 10) and torch.equal(output.hidden_states[1], each + 1)
         assert output.past_key_values is None
         assert output.last_hidden_state.untyped_storage().nbytes() == each.nbytes  # it keeps nobody else's alive
     assert seen == [3]
     with pytest.raises(TypeError, match="3 rows"):
-        parts.run(lambda input_ids, use_cache: torch.zeros(1), calls)
+        call_component(lambda input_ids, use_cache: torch.zeros(1), calls)
 
 
 def test_pictures_of_two_sizes_are_decoded_apart() -> None:

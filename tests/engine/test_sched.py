@@ -3,8 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_omni.diffusion.sched.interface import Turn
-from vllm_omni.diffusion.sched.step_scheduler import AGEING_S, StepScheduler
+from vllm_omni.diffusion.scheduler import AGEING_S, StepKind, StepScheduler
 
 
 def test_admission_is_first_come_first_served_up_to_the_limit() -> None:
@@ -22,16 +21,16 @@ def test_skips_go_first_then_parts_and_equal_keys_go_together() -> None:
     for name in "abcd":
         scheduler.add(name)
     scheduler.admit()
-    scheduler.park("a", "k", Turn.COMPUTE)
-    scheduler.park("b", "k", Turn.SKIP)
-    scheduler.park("c", "other", Turn.SKIP)
-    scheduler.park("d", "k", Turn.COMPUTE)
+    scheduler.park("a", "k", StepKind.COMPUTE)
+    scheduler.park("b", "k", StepKind.SKIP)
+    scheduler.park("c", "other", StepKind.SKIP)
+    scheduler.park("d", "k", StepKind.COMPUTE)
     assert scheduler.schedule() == ["b"]
-    scheduler.park("b", "k", Turn.COMPUTE)
+    scheduler.park("b", "k", StepKind.COMPUTE)
     assert scheduler.schedule() == ["c"]
-    scheduler.park("c", "vae", Turn.PART)
+    scheduler.park("c", "vae", StepKind.COMPONENT)
     assert scheduler.schedule() == ["c"]
-    scheduler.park("c", "other", Turn.COMPUTE)
+    scheduler.park("c", "other", StepKind.COMPUTE)
     assert scheduler.schedule() == ["a", "b", "d"]
 
 
@@ -40,13 +39,13 @@ def test_the_group_that_waits_longest_is_next() -> None:
     for name in "ab":
         scheduler.add(name)
     scheduler.admit()
-    scheduler.park("a", "x", Turn.COMPUTE)
-    scheduler.park("b", "y", Turn.COMPUTE)
+    scheduler.park("a", "x", StepKind.COMPUTE)
+    scheduler.park("b", "y", StepKind.COMPUTE)
     turns = []
     for _ in range(6):
         (name,) = scheduler.schedule()
         turns.append(name)
-        scheduler.park(name, "x" if name == "a" else "y", Turn.COMPUTE)
+        scheduler.park(name, "x" if name == "a" else "y", StepKind.COMPUTE)
     assert turns == ["a", "b"] * 3
 
 

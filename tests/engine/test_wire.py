@@ -11,11 +11,18 @@ import torch
 from PIL import Image
 
 from vllm_omni.engine.process import Link
-from vllm_omni.engine.wire import HEADER, MAX_FRAME_BYTES, Abort, Add, Outputs, decode_command, decode_event, encode
-from vllm_omni.errors import (
-    OmniError,
-    QueueFullError,
+from vllm_omni.engine.wire import (
+    HEADER,
+    MAX_FRAME_BYTES,
+    Abort,
+    Add,
+    Outputs,
+    Refused,
+    decode_command,
+    decode_event,
+    encode,
 )
+from vllm_omni.errors import InvalidValueError, OmniError, QueueFullError
 from vllm_omni.outputs import OmniRequestOutput
 
 
@@ -31,6 +38,23 @@ def test_an_oversized_frame_is_skipped_and_the_next_one_read() -> None:
     assert link.commands.get(timeout=20) == Abort(["mine"])
     ours.close()
     assert ended.get(timeout=5)
+    theirs.close()
+
+
+def test_a_request_that_cannot_be_read_is_refused_and_the_next_frame_read() -> None:
+    """Whoever sent it waits for an answer."""
+    ours, theirs = socket.socketpair()
+    link = Link(theirs, lambda: None)
+    good = encode(Add("lost", {"embeds": np.zeros((4, 4), np.float32)}, {}, 0, 1.0, None))
+    ours.sendall(good.replace(b"\x92\x04\x04", b"\x92\x7f\x04"))
+    ours.sendall(encode(Abort(["mine"])))
+    assert link.commands.get(timeout=5) == Abort(["mine"])
+    with ours.makefile("rb") as stream:
+        (length,) = HEADER.unpack(stream.read(HEADER.size))
+        refused = decode_event(stream.read(length))
+    assert isinstance(refused, Refused) and refused.request_id == "lost"
+    assert isinstance(refused.error, InvalidValueError)
+    ours.close()
     theirs.close()
 
 

@@ -1,4 +1,4 @@
-"""Tiny models on disk whose pictures are not simply needed: FLUX.1 Fill (a mask too), FLUX.2 klein (optional, several)."""
+"""Tiny models on disk that take other pictures than one: FLUX.1 Fill (a mask too), FLUX.2 klein (optional, several)."""
 
 from __future__ import annotations
 

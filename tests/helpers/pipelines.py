@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from paths import DEMO
 
 from vllm_omni.diffusion.cache.magcache import FluxMagCacheStrategy
-from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
+from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES, DENOISERS
 
 CURVE = FluxMagCacheStrategy.FLUX_MAG_RATIOS
 DEFAULTS = {"height": 32, "width": 32}

@@ -43,6 +43,10 @@ def processor_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def page_faults(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
 def gone(pid: int) -> bool:
     with suppress(FileNotFoundError):
         return "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text()

@@ -9,15 +9,16 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, Family
+from lanes import lane, one_of_a_kind
 from paths import ROOT
 from pipelines import Blocks, embeds, tiny_flux
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache import standalone
+from vllm_omni.diffusion.cache import forward
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.denoisers import DENOISERS
+from vllm_omni.diffusion.denoiser.specs import DENOISERS
 from vllm_omni.errors import InvalidValueError
 
 MASK = [1, 1, 0, 1, 0, 1]
@@ -36,7 +37,7 @@ def backend_on(pipeline: Any, mask: list[int]) -> MagCacheBackend:
     return backend
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", lane(FAMILIES, one_of_a_kind), ids=lambda f: f.name)
 def test_a_family_on_a_plain_pipeline(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = family.build()
     blocks = Blocks(pipeline)
@@ -58,7 +59,7 @@ def test_a_family_on_a_plain_pipeline(family: Family, monkeypatch: pytest.Monkey
         return
     assert blocks.count == calls * sum(MASK)
     assert backend.store.used == 0 and backend.store.peak > 0
-    monkeypatch.setattr(standalone, "correction", lambda forecasts, hidden_states: hidden_states)
+    monkeypatch.setattr(forward, "corrected", lambda forecasts, hidden_states: hidden_states)
     identity = latents_of(family, pipeline)
     backend.disable(pipeline)
     assert torch.isfinite(cached).all()
@@ -67,7 +68,7 @@ def test_a_family_on_a_plain_pipeline(family: Family, monkeypatch: pytest.Monkey
     assert torch.equal(latents_of(family, pipeline), plain)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.name)
+@pytest.mark.parametrize("family", lane(FAMILIES, one_of_a_kind), ids=lambda f: f.name)
 def test_a_mixed_batch_equals_each_request_alone(family: Family) -> None:
     pipeline = family.build()
     plain = latents_of(family, pipeline)
@@ -186,5 +187,6 @@ def test_a_class_without_an_entry_is_served_uncached(
         Omni.from_pipe(pipeline, cache_backend="magcache", cache_config={"steps_mask": MASK})
 
 
+@pytest.mark.slow
 def test_the_table_of_models_is_in_step() -> None:
     subprocess.run([sys.executable, str(ROOT / "tools" / "models_table.py"), "--check"], cwd=ROOT, check=True)

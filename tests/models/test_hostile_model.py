@@ -196,6 +196,7 @@ def test_ignored(folder: Path, attack: Callable[[Path], None]) -> None:
     assert not (folder.parent / "canary").exists()
 
 
+@pytest.mark.slow
 def test_a_hub_model_is_checked_like_a_folder(folder: Path, tmp_path: Path) -> None:
     """From a cache as the hub's client leaves it, without a network: a good model loads, a hostile one is refused."""
     for name, attack in (("good", None), ("evil", pickle_as_a_shard)):

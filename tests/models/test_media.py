@@ -186,6 +186,7 @@ def test_generate_writes_a_video(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert picture.n_frames == 5 and picture.info["duration"] == 120  # a GIF counts centiseconds
 
 
+@pytest.mark.slow
 def test_generate_edits_a_picture(image_to_image: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     image_to_image.save_pretrained(tmp_path / "model")
     Image.new("RGB", (64, 64), "red").save(tmp_path / "in.png")

@@ -65,13 +65,13 @@ def trace(path: str) -> None:
 
 
 def count_cache(path: str) -> None:
-    from vllm_omni.diffusion.cache.store import ResidualShelf
+    from vllm_omni.diffusion.cache.store import Buffer
     from vllm_omni.engine.loop import EngineLoop
 
     file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the process
 
     def count(loop: Any) -> None:
-        shelves = [thing for thing in gc.get_objects() if type(thing) is ResidualShelf]
+        shelves = [thing for thing in gc.get_objects() if type(thing) is Buffer]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
                     for shelf in shelves for t in shelf._residuals.values()}  # fmt: skip
         file.write(f"{loop.engine.worker.cache_bytes} {sum(storages.values())}\n")

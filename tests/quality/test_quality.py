@@ -103,6 +103,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.mean((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))))
 
 
+@pytest.mark.slow
 def test_a_second_run_draws_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, first = run(folder, capsys, *SETTINGS)
     before = {file: file.stat().st_mtime_ns for file in (folder / "work").iterdir()}
@@ -120,6 +121,7 @@ def test_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert any("nfe=4" in notice and "run again" in notice for notice in content["notices"])
 
 
+@pytest.mark.slow
 def test_two_processes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same figures as in one; a setting that cannot be had is one clear line from there, too."""
     _, alone = run(folder, capsys, *SETTINGS)
@@ -215,6 +217,7 @@ def test_a_peer_is_charged_for_the_first_block_it_recomputes(bench: Bench) -> No
         assert work.done == 2 * (computed * full + (STEPS - computed) * first), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
 def test_peers_run_and_leave_the_pipeline_alone(name: str, bench: Bench) -> None:
     if not PEERS[name].installed:

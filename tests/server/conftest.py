@@ -52,6 +52,13 @@ def process(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield started
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real command takes ten seconds to start: its tests are slow."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "process" in item.fixturenames:
+            item.add_marker(pytest.mark.slow)
+
+
 def check_error(reply: httpx.Response) -> None:
     """Every error body that a shared client receives."""
     if reply.status_code >= 400:

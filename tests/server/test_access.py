@@ -61,6 +61,7 @@ def test_no_path_or_header_gets_around_the_key(process: Command, process_http: h
         assert answer.split()[1] == b"200", (target, answer[:100])
 
 
+@pytest.mark.slow
 def test_a_root_path_or_a_websocket_needs_the_key_too(proxied: Running) -> None:
     with httpx.Client(base_url=proxied.url) as client:
         for path in ("/api/v1/models", "/v1/models", "/api/metrics", "/api/api/v1/models", "//api/v1/models"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from fuzzing import MODES, Fuzz
 from http_server import AUTH, Running
 
 
+@pytest.mark.slow
 def test_generated_requests_never_break_the_description(server: Running) -> None:
     """Schemathesis, valid and invalid requests of every operation; `stress/http_fuzz.py` asks more."""
     fuzz = Fuzz(server.url, AUTH)

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 from http_replies import envelope, pixels
 from http_server import CHAT, GENERATIONS, KEY, Running, repaint_folder
+from lanes import lane
 from leaving import Leaving, leaving
 from PIL import Image
 
@@ -48,7 +49,7 @@ def leave(server: Running, route: str, seconds: float, **more: Any) -> None:
         gone.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
 
 
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", lane(ROUTES, lambda route: route == "stream"))
 def test_leaving_at_any_moment_ends_the_request(server: Running, http: httpx.Client, route: str) -> None:
     """Before it is read, while encoding, at every step, at decoding and after: all is given back at once."""
     began = time.perf_counter()
@@ -173,6 +174,7 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Leaving]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["edits", "edits-stream", "chat", "chat-stream"])
 def test_leaving_at_every_stage_ends_within_one_step(clients: Leaving, name: str) -> None:
     """Dropped within one step, and nothing of it is left: no job, no request, no byte of its cache."""
@@ -182,6 +184,7 @@ def test_leaving_at_every_stage_ends_within_one_step(clients: Leaving, name: str
         assert left.longest_s < 1.0, (point, left)
 
 
+@pytest.mark.slow
 def test_the_cache_gauge_equals_the_bytes_of_the_tensors(clients: Leaving) -> None:
     body = {"prompt": "x", "steps": "60", "strength": "1.0", "cache": "fast"}
     reply = clients.http.post("/v1/images/edits", data=body, files={"image": clients.png})

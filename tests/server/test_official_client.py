@@ -101,6 +101,7 @@ def method(owner: Any, name: str) -> Any:
     return owner.generate if name == "generate" else owner.edit
 
 
+@pytest.mark.slow
 async def test_replies_have_the_official_types(server: Running, repainter: Running) -> None:
     """Generate, edit, streams of both, raw and streamed bodies; sync and async give the same type and picture."""
     body = {"seed": 3, "steps": 4, "cache": "off"}
@@ -171,6 +172,7 @@ async def test_every_error_raises_its_official_class(
         server.idle()
 
 
+@pytest.mark.slow
 def test_clients_retry_a_full_queue_until_they_are_served(server: Running) -> None:
     """More clients than places: each is told when to come back, does so, and none is lost or asks too often."""
     before = server.app.state.omni.statuses.copy()
@@ -198,6 +200,7 @@ def test_chat_returns_a_picture(openai: OpenAI) -> None:
     assert chunks[0].choices[0].delta.content[0]["type"] == "image_url"
 
 
+@pytest.mark.slow
 def test_edits_follow_strength_and_stream(repainter: Running, tmp_path: Path) -> None:
     client = OpenAI(base_url=repainter.url + "/v1", api_key="none", max_retries=0)
     buffer = io.BytesIO()
@@ -229,6 +232,7 @@ def test_edits_are_refused_by_a_text_to_image_model(openai: OpenAI, http: httpx.
     envelope(http.post("/v1/images/edits", json={}), 400, "invalid_request")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "written"), [("openai_client", 2), ("stream", 2), ("cache", 0)])
 def test_examples_run(server: Running, tmp_path: Path, name: str, written: int) -> None:
     run_example(server, tmp_path, name)

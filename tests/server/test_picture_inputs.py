@@ -42,7 +42,7 @@ def chat(server: Running, *urls: str) -> httpx.Response:
     return httpx.post(server.url + CHAT, json={"messages": [{"role": "user", "content": content}]}, timeout=60)
 
 
-# ------------------------------------------------------------------------------------------------ a mask that is needed
+# ------------------------------------------------------------------------------------------------- a mask that is needed
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,10 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 def test_an_optional_picture_is_optional(klein: Running) -> None:
     url = "data:image/png;base64," + base64.b64encode(PICTURE).decode()
     assert generate(klein).status_code == chat(klein).status_code == chat(klein, url).status_code == 200
-    one, two = edit(klein, ("image", PICTURE)), edit(klein, ("image[]", PICTURE), ("image[]", saved(scene())))
+    one, two = (
+        edit(klein, ("image", PICTURE)),
+        edit(klein, ("image[]", PICTURE), ("image[]", saved(scene().resize((SIDE, SIDE))))),
+    )
     assert not np.array_equal(pixels(one), pixels(two))
     envelope(httpx.post(klein.url + EDITS, data=FIELDS, files={"steps": (None, "4")}), 400, "invalid_value", "steps")
     envelope(httpx.post(klein.url + EDITS, data=FIELDS), 400, "invalid_value", "image")
@@ -101,7 +104,7 @@ def test_an_optional_picture_is_optional(klein: Running) -> None:
     assert capable["generations"] and capable["edits"] and capable["pictures"] == {"image": "optional"}
 
 
-# ------------------------------------------------------------------------------------------------- what does not fit
+# ---------------------------------------------------------------------------------------------------- what does not fit
 
 
 def test_one_picture_too_many_is_named(repainter: Running) -> None:
@@ -144,7 +147,7 @@ def test_a_size_that_was_never_sent_is_not_blamed(repainter: Running) -> None:
         assert caught.value.param == wanted, given
 
 
-# ------------------------------------------------------------------------------------------------- which model takes what
+# ------------------------------------------------------------------------------------------------ which model takes what
 
 TAKES = {
     "FluxPipeline": {}, "FluxImg2ImgPipeline": {"image": "needed"}, "FluxKontextPipeline": {"image": "optional"},

@@ -68,6 +68,7 @@ def test_a_good_picture_is_decoded_to_its_pixels(process_http: httpx.Client, nam
     np.testing.assert_array_equal(made(process_http, data), made(process_http, saved(wanted)))
 
 
+@pytest.mark.slow
 def test_an_address_that_is_not_allowed_is_never_opened(repainter: Running) -> None:
     fetched = httpx.post(repainter.url + "/v1/images/edits",
                          files={"prompt": (None, "x"), "url": (None, "http://127.0.0.1:1/x.png")})  # fmt: skip

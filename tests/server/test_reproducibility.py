@@ -11,11 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import numpy as np
+import pytest
 from http_replies import digest, pixels
 from http_server import GENERATIONS, Running
 from PIL import Image
 
 
+@pytest.mark.slow
 def test_a_seed_makes_the_same_picture_alone_reordered_and_after_a_restart(
     server: Running, proxied: Running, http: httpx.Client
 ) -> None:
@@ -47,6 +49,7 @@ def test_a_files_metadata_makes_its_picture_again(http: httpx.Client) -> None:
     assert digest(http.post(GENERATIONS, json=json.loads(file.info["vllm_omni"]))) == digest(first)
 
 
+@pytest.mark.slow
 def test_simultaneous_requests_keep_their_own_data(server: Running, http: httpx.Client) -> None:
     """Pairs with marked prompts and seeds, at once: each gets its own prompt, seed, id and picture."""
     words = ("cat", "rocket", "guitar", "penguin")

@@ -220,6 +220,7 @@ def test_an_error_names_the_wrong_field_of_a_video(
     assert server.http("GET", "/v1/videos").json() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VIDEO_NUMBERS)
 def test_numbers_outside_a_video_fields_limits_are_refused(server: Server, name: str) -> None:
     """What is no value of the field is refused at once and named, as JSON and as a form; nothing is queued."""
@@ -278,6 +279,7 @@ def test_no_video_route_answers_without_the_key(server: Server) -> None:
             assert server.http(method, route.path, headers={}).status_code == 401, (method, route.path)
 
 
+@pytest.mark.slow
 def test_the_video_example_runs(server: Server, tmp_path: Path) -> None:
     script = EXAMPLES / "serving" / "video.py"
     assert len(script.read_text().splitlines()) <= 40
@@ -289,6 +291,7 @@ def test_the_video_example_runs(server: Server, tmp_path: Path) -> None:
     assert frames_of(mp4.read_bytes()).shape == (9, 32, 32, 3)
 
 
+@pytest.mark.slow
 def test_jobs_survive_a_restart(server: Server) -> None:
     short = {"num_frames": 9, "steps": 4, "seed": 11}
     finished = server.client.videos.create_and_poll(prompt="kept", extra_body=short, poll_interval_ms=50)

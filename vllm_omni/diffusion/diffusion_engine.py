@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy
 import torch
 
-from vllm_omni.diffusion.cache.overrides import Choice
+from vllm_omni.diffusion.cache.plan.compose import expected_forwards
+from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.diffusion.sched.interface import Turn
-from vllm_omni.diffusion.sched.step_scheduler import StepScheduler
+from vllm_omni.diffusion.scheduler import StepKind, StepScheduler
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
-from vllm_omni.diffusion.worker.model_runner import RequestState
+from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.diffusion.worker.worker import DiffusionWorker
 from vllm_omni.errors import EngineClosedError, InvalidValueError, NumericalError, RequestAbortedError
 from vllm_omni.outputs import OmniRequestOutput
+
+GUESSED_STEPS = 50  # of a request that names none, until its schedule is known: what most pipelines take
 
 
 @dataclass
@@ -29,35 +31,36 @@ class _Entry:
 
     request: OmniDiffusionRequest
     arguments: dict[str, Any]
-    choice: Choice
+    settings: CacheSettings | None
+    fps: float
     arrived: float = field(default_factory=time.perf_counter)
-    state: RequestState | None = None
+    running: Request | None = None
     seed: int | None = None
-    fps: float | None = None
-    text_tokens: int = 0
-    calls: int = 0  # denoiser calls made for it; more than its steps where guidance needs two
+    calls: int = 0  # denoiser calls made for it; more than its steps if guidance needs two
 
     @property
     def pixels(self) -> int:
-        """Of one picture; 0 where only the pipeline knows."""
+        """Of one picture; 0 if only the pipeline knows."""
         return (self.arguments.get("height") or 0) * (self.arguments.get("width") or 0)
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """What the last `step` did: one forward of `rows` (0: text encoders or decoders ran) and its seconds; how many
-    requests got their picture, and the seconds that these have spent in encoding and decoding, all in all."""
+    """What the last `step` did: one forward of `rows` (0: text encoders or decoders ran) and its seconds.
+
+    `ended` requests got their picture in it; these have spent `coding_s` seconds in encoding and decoding, all in all.
+    """
 
     pixels: int = 0
     rows: int = 0
     skipped: bool = False
     forward_s: float = 0.0
     ended: int = 0
-    ends_s: float = 0.0
+    coding_s: float = 0.0
 
 
 @dataclass(frozen=True)
-class Outlook:
+class RemainingWork:
     """What a request still needs: rows of a forward that compute, and that skip; exact once its plan is made."""
 
     request_id: str
@@ -92,8 +95,9 @@ class DiffusionEngine:
             raise EngineClosedError("the engine is closed")
         if not request.request_id or request.request_id in self._entries:
             raise InvalidValueError("request_id", request.request_id, "must be new and not empty")
-        arguments, choice = self.worker.check(request)
-        self._entries[request.request_id] = _Entry(request, arguments, choice, fps=self.worker.fps(request))
+        arguments, settings = self.worker.check(request)
+        fps = self.worker.arguments.fps(request)
+        self._entries[request.request_id] = _Entry(request, arguments, settings, fps)
         self.scheduler.add(request.request_id, priority, time.monotonic() if arrived is None else arrived)
 
     def step(self) -> list[OmniRequestOutput]:
@@ -102,20 +106,37 @@ class DiffusionEngine:
             for request_id in self.scheduler.admit():
                 self._start(self._entries[request_id])
             entries = [self._entries[request_id] for request_id in self.scheduler.schedule()]
-            batch = [entry.state for entry in entries if entry.state is not None]
+            batch = [entry.running for entry in entries if entry.running is not None]
             self.last = self._run(entries[0].pixels, batch) if batch else StepReport()
-            for entry, state in zip(entries, batch, strict=True):
+            for entry, request in zip(entries, batch, strict=True):
                 entry.calls += self.last.rows > 0
-                self._settle(state)
+                self._settle(request)
         return self.collect()
 
-    def _run(self, pixels: int, batch: Sequence[RequestState]) -> StepReport:
-        rows, skipped = sum(state.rows for state in batch), batch[0].turn is Turn.SKIP
-        began, decoded = time.perf_counter(), sum(state.decoding for state in batch)
-        self.worker.run(batch)
-        seconds = time.perf_counter() - began + decoded - sum(state.decoding for state in batch)
-        ends = [state.encoding + state.decoding for state in batch if isinstance(state.event, Finished)]
-        return StepReport(pixels, rows, skipped, seconds, len(ends), sum(ends))
+    def _start(self, entry: _Entry) -> None:
+        """Begin a request, whose own fault is whatever goes wrong in it."""
+
+        def start() -> None:
+            entry.running, entry.seed = self.worker.start(entry.request, entry.arguments, entry.settings)
+
+        error = _failure_of(start)
+        if entry.running is not None:
+            self._settle(entry.running)
+        elif error is not None:
+            self._end(entry, Failed(error))
+
+    def _run(self, pixels: int, batch: Sequence[Request]) -> StepReport:
+        """Run one batch; what no single request's call has raised ends all of the batch, and nobody else."""
+        kind, rows = batch[0].parked, sum(request.parked.rows for request in batch if request.parked is not None)
+        skipped = kind is not None and kind.kind is StepKind.SKIP
+        began, decoded = time.perf_counter(), sum(request.times.decode_s for request in batch)
+        if (error := _failure_of(lambda: self.worker.runner.run(batch))) is not None:
+            for request in batch:
+                if request.ended is None:
+                    self.worker.runner.abort(request, error)
+        seconds = time.perf_counter() - began + decoded - sum(request.times.decode_s for request in batch)
+        coding = [request.times.coding_s for request in batch if isinstance(request.ended, Finished)]
+        return StepReport(pixels, rows, skipped, seconds, len(coding), sum(coding))
 
     def collect(self) -> list[OmniRequestOutput]:
         """The requests that ended since they were last asked for; aborted ones end without a step."""
@@ -132,12 +153,12 @@ class DiffusionEngine:
             if entry is None:
                 continue
             error = reason or RequestAbortedError(f"request {request_id} was aborted")
-            if entry.state is None:
+            if entry.running is None:
                 self._end(entry, Failed(error))
             else:
                 with torch.inference_mode():
-                    self.worker.abort(entry.state, error)
-                self._settle(entry.state)
+                    self.worker.runner.abort(entry.running, error)
+                self._settle(entry.running)
 
     def has_unfinished_requests(self) -> bool:
         return bool(self._entries) or bool(self._ended)
@@ -149,21 +170,21 @@ class DiffusionEngine:
         """
         if (entry := self._entries.get(request_id)) is None:
             return None
-        if entry.state is None:
+        if entry.running is None:
             return "queued"
         if not entry.calls:
             return "encode"
-        return "decode" if entry.state.turn is Turn.PART else "denoise"
+        parked = entry.running.parked
+        return "decode" if parked is not None and parked.kind is StepKind.COMPONENT else "denoise"
 
-    def outlooks(self) -> list[Outlook]:
+    def remaining_work(self) -> list[RemainingWork]:
         """What every unfinished request still needs."""
-        return [_outlook(entry) for entry in self._entries.values()]
+        return [_remaining_work(entry) for entry in self._entries.values()]
 
     def progress_steps(self) -> tuple[int, int]:
         """Steps computed and skipped by those that run, so far."""
-        states = [entry.state for entry in self._entries.values() if entry.state is not None]
-        skipped = sum(state.cache.skipped_steps for state in states if state.cache is not None)
-        return sum(len(state.computed) for state in states), skipped
+        states = [entry.running.cache for entry in self._entries.values() if entry.running is not None]
+        return sum(state.computed_steps for state in states), sum(state.skipped_steps for state in states)
 
     def progress(self, previews_only: bool = False) -> list[OmniRequestOutput]:
         """Where every admitted request stands, or those alone that have a new preview, which comes once."""
@@ -171,16 +192,16 @@ class DiffusionEngine:
             OmniRequestOutput(
                 request_id,
                 entry.request.prompt,
-                images=entry.state.take_preview(),
+                images=running.previews.take(),
                 finished=False,
                 seed=entry.seed,
-                step=entry.state.step,
-                num_inference_steps=entry.state.steps,
-                computed_steps=len(entry.state.computed),
-                skipped_steps=entry.state.cache.skipped_steps if entry.state.cache is not None else 0,
+                step=running.step,
+                num_inference_steps=running.schedule.steps if running.schedule is not None else None,
+                computed_steps=running.cache.computed_steps,
+                skipped_steps=running.cache.skipped_steps,
             )
             for request_id, entry in self._entries.items()
-            if entry.state is not None and (entry.state.preview or not previews_only)
+            if (running := entry.running) is not None and (running.previews.images or not previews_only)
         ]
 
     def close(self) -> None:
@@ -191,17 +212,12 @@ class DiffusionEngine:
             self.worker.close()
             self._closed = True
 
-    def _start(self, entry: _Entry) -> None:
-        entry.text_tokens = self.worker.text_tokens(entry.arguments)
-        entry.state, entry.seed = self.worker.start(entry.request, entry.arguments, entry.choice)
-        self._settle(entry.state)
-
-    def _settle(self, state: RequestState) -> None:
+    def _settle(self, request: Request) -> None:
         """A request that has just advanced either parked again or ended."""
-        if isinstance(state.event, Finished | Failed):
-            self._end(self._entries[state.request_id], state.event)
-        else:
-            self.scheduler.park(state.request_id, state.key, state.turn)
+        if request.ended is not None:
+            self._end(self._entries[request.request_id], request.ended)
+        elif request.parked is not None:
+            self.scheduler.park(request.request_id, request.parked.key, request.parked.kind)
 
     def _end(self, entry: _Entry, event: Finished | Failed) -> None:
         del self._entries[entry.request.request_id]
@@ -209,43 +225,57 @@ class DiffusionEngine:
         self._ended.append(_output(entry, event))
 
 
-def _outlook(entry: _Entry) -> Outlook:
-    state, config = entry.state, entry.choice[1] if entry.choice is not None else None
-    rows = entry.arguments.get("num_images_per_prompt") or 1
-    steps = entry.arguments.get("num_inference_steps") or 50  # what most pipelines take unless told
+def _failure_of(act: Callable[[], None]) -> Exception | None:
+    """What `act` raises: nothing leaves a step but as the end of those requests that it was about."""
+    try:
+        act()
+    except Exception as error:
+        return error
+    return None
+
+
+def _remaining_work(entry: _Entry) -> RemainingWork:
+    running, settings = entry.running, entry.settings
+    rows: float = entry.arguments.get("num_images_per_prompt") or 1
+    steps = entry.arguments.get("num_inference_steps") or GUESSED_STEPS
     done = 0
-    if state is not None:
-        steps, done, rows = state.steps or steps, state.step, state.rows or rows
+    if running is not None:
+        if running.schedule is not None:
+            steps = running.schedule.steps
+        done = running.step
+        if running.parked is not None and running.parked.rows:
+            rows = running.parked.rows
         rows *= max(1.0, entry.calls / max(1, done)) if done > 1 else 1.0
-    if state is not None and state.plan is not None:
-        computed = sum(state.plan[done:])
+    left = steps - done
+    if running is not None and running.plan is not None:
+        computed = sum(running.plan[done:])
     else:
-        computed = steps - done
-        if config is not None and config.promise:
-            share = config.nfe / steps if config.nfe is not None else 1 / (config.speedup or 1.0)
-            computed = round(computed * min(1.0, share))
-    skipped = steps - done - computed
-    return Outlook(
-        entry.request.request_id, entry.pixels, state is not None, config is not None, computed * rows, skipped * rows
+        computed = left if settings is None else round(left * expected_forwards(settings, steps) / steps)
+    return RemainingWork(
+        entry.request.request_id,
+        entry.pixels,
+        running is not None,
+        settings is not None,
+        computed * rows,
+        (left - computed) * rows,
     )
 
 
 def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
     now = time.perf_counter()
     output = OmniRequestOutput(entry.request.request_id, entry.request.prompt, seed=entry.seed)
-    output.metrics = {"total_s": now - entry.arrived, "text_tokens": entry.text_tokens}
-    if (state := entry.state) is not None:
-        output.num_inference_steps = state.steps
-        output.step = (state.steps or 0) if isinstance(event, Finished) else state.step
-        output.computed_steps, output.plan = len(state.computed), state.plan
-        if state.cache is not None:
-            output.computed_steps = state.cache.computed_steps
-            output.skipped_steps = state.cache.skipped_steps
-            output.cache_settings = state.cache.settings
+    output.metrics = {"total_s": now - entry.arrived, "text_tokens": 0}
+    if (running := entry.running) is not None:
+        output.metrics["text_tokens"] = running.text_tokens
+        output.num_inference_steps = running.schedule.steps if running.schedule is not None else None
+        output.step = (output.num_inference_steps or 0) if isinstance(event, Finished) else running.step
+        output.computed_steps, output.skipped_steps = running.cache.computed_steps, running.cache.skipped_steps
+        output.plan = running.plan
+        output.cache_settings = dict(running.cache.settings) if running.cache.settings is not None else None
         output.stage_durations = {
-            "queue_s": state.started - entry.arrived,
-            "encode_and_denoise_s": state.denoising,
-            "decode_s": state.decoding,
+            "queue_s": running.times.started - entry.arrived,
+            "encode_and_denoise_s": running.times.encode_and_denoise_s,
+            "decode_s": running.times.decode_s,
         }
     output.peak_memory_mb = _peak_memory_mb()
     if isinstance(event, Failed):

@@ -1,36 +1,24 @@
-"""The engine as a server sees it, run in a process of its own. One event loop makes all calls; no torch here."""
+"""An `EngineClient` over an engine in a process of its own. One event loop makes all calls; no torch here."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Self
 
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
+from vllm_omni.engine.in_flight import InFlight, InFlightRequest, Item
 from vllm_omni.engine.interface import EngineStats, ModelInfo
-from vllm_omni.engine.ledger import Ledger, Size, outcome
+from vllm_omni.engine.ledger import Ledger, RequestSize, outcome
 from vllm_omni.engine.supervisor import EngineProcess, Launch, Restarts
-from vllm_omni.engine.wire import (
-    MAX_NAME_CHARACTERS,
-    Abort,
-    Add,
-    Event,
-    Loaded,
-    Outputs,
-    Refused,
-    Report,
-    Start,
-    StartFailed,
-    encode,
-)
+from vllm_omni.engine.wire import Abort, Add, EngineEvent, Loaded, Report, Start, StartFailed, encode, given_parameters
 from vllm_omni.errors import (
     EngineClosedError,
     EngineDeadError,
     EngineDrainingError,
     InvalidValueError,
-    OmniError,
     QueueFullError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
@@ -41,22 +29,14 @@ logger = init_logger(__name__)
 
 MAX_PRIORITY = 1000
 WATCH_EVERY_S = 0.25
-_LOADING = 20  # times the patience, while imports and weights keep the process from speaking
+_LOADING = 20  # times the patience, while imports and weights keep the process silent
 
 
 def launch_engine(
     engine_args: dict[str, Any], *, warmup: bool = True, log_json: bool = False, heartbeat_s: float = 0.5
 ) -> Launch:
-    """An engine process for a `ProcessEngineClient` of these settings; it loads while its front end gets ready."""
+    """Launch the engine process of a `ProcessEngineClient` with these settings; it loads while its front end does."""
     return Launch.of(_start_of(engine_args, warmup, heartbeat_s, log_json))
-
-
-@dataclass
-class _Request:
-    """In flight until the engine says that it ended; `inbox` is None once nobody listens."""
-
-    size: Size
-    inbox: asyncio.Queue[OmniRequestOutput | OmniError] | None = field(default_factory=asyncio.Queue)
 
 
 class ProcessEngineClient:
@@ -82,7 +62,7 @@ class ProcessEngineClient:
         restart_window_s: float = 600.0,
         launch: Launch | None = None,
     ) -> None:
-        config = OmniDiffusionConfig(**engine_args)  # what is wrong is said here
+        config = OmniDiffusionConfig(**engine_args)  # raises what is wrong
         self._start = _start_of(engine_args, warmup, heartbeat_s, log_json)
         if launch is not None and launch.start != self._start:
             launch.discard()
@@ -94,7 +74,7 @@ class ProcessEngineClient:
         self._max_num_seqs, self._heartbeat_s = config.max_num_seqs, heartbeat_s
         self._heartbeat_timeout_s, self._step_timeout_s = heartbeat_timeout_s, step_timeout_s
         self._restarts = Restarts(max_restarts, restart_window_s)
-        self._requests: dict[str, _Request] = {}
+        self._requests = InFlight(self._send_abort, backlog=1, ended=self._note_end)
         self._engine: EngineProcess | None = None
         self._info: ModelInfo | None = None
         self._loaded = self._draining = self._closed = False
@@ -108,7 +88,7 @@ class ProcessEngineClient:
         self._ledger = Ledger()
 
     async def start(self) -> Self:
-        """Return once the model is loaded and warmed up; raises what the engine says is wrong, e.g. ModelLoadError."""
+        """Return once the model is loaded and warmed up; raises the engine's reason if it cannot."""
         if self._closed:
             raise EngineClosedError("the engine is closed")
         if self._task is None:
@@ -127,17 +107,15 @@ class ProcessEngineClient:
 
     @property
     def info(self) -> ModelInfo:
-        """What was loaded; known once `start` has returned."""
         if self._info is None:
             raise EngineDeadError("the engine has not loaded its model yet")
         return self._info
 
     @property
     def ready(self) -> bool:
-        """True while requests can be served: loaded, warmed up, alive, and not draining."""
         return self._loaded and not self._draining and not self._closed
 
-    async def generate(
+    def generate(
         self,
         prompt: Any,
         sampling_params: OmniDiffusionSamplingParams,
@@ -147,46 +125,26 @@ class ProcessEngineClient:
         timeout_s: float | None = None,
     ) -> AsyncIterator[OmniRequestOutput]:
         """See `EngineClient`; all errors named there come at the first step of the iterator."""
-        request, frame = self._check(prompt, sampling_params, request_id, priority, timeout_s)
-        assert self._engine is not None and request.inbox is not None
-        inbox = request.inbox
-        self._requests[request_id] = request
-        self._empty.clear()
-        self._engine.send(frame)
-        ended = False
-        try:
-            while not ended:
-                item = await inbox.get()
-                ended = isinstance(item, OmniError) or item.finished
-                if isinstance(item, OmniError):
-                    raise item
-                item.prompt = prompt
-                yield item
-        finally:
-            request.inbox = None
-            if not ended and self._requests.get(request_id) is request:
-                self._engine.send(encode(Abort([request_id])))
+
+        def begin(request: InFlightRequest) -> None:
+            self._begin(request, sampling_params, priority, timeout_s)
+
+        return self._requests.stream(request_id, prompt, begin)
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
-        """End requests within one step; unknown ids are ignored."""
-        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
-        if (known := [i for i in ids if i in self._requests]) and self._engine is not None:
-            self._engine.send(encode(Abort(known)))
+        self._requests.abort(request_ids)
 
     async def check_health(self) -> None:
-        """Raise EngineDeadError unless the engine answers within a few seconds."""
         if not self._loaded or self._engine is None:
             raise self._unavailable()
-        if not await self._engine.heard(max(2.0, 4 * self._heartbeat_s)):
+        if not await self._engine.answers(max(2.0, 4 * self._heartbeat_s)):
             raise EngineDeadError("the engine process does not answer")
 
     async def stats(self) -> EngineStats:
-        """Counters since `start`, whatever restarts there were, and gauges as of the last report."""
-        stats = self._ledger.stats(self._sizes())
+        stats = self._ledger.stats(self._requests.sizes)
         return replace(stats, max_num_seqs=self._max_num_seqs, restarts=self._restarts.count)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more requests, and return when none is left or `timeout_s` is over."""
         self._draining = True
         try:
             async with asyncio.timeout(timeout_s):
@@ -195,11 +153,10 @@ class ProcessEngineClient:
             logger.warning("%d requests had not ended after %.1f s of draining", len(self._requests), timeout_s)
 
     async def shutdown(self) -> None:
-        """Abort what runs; end the engine; leave no process and no socket."""
         if self._closed:
             return
         self._closed, self._loaded = True, False
-        self._end_all(lambda i: EngineClosedError(f"request {i} was aborted: the engine shuts down"), "aborted")
+        self._end_all(lambda i: EngineClosedError(f"request {i} was aborted: the engine shuts down"))
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])
@@ -211,40 +168,45 @@ class ProcessEngineClient:
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineClosedError("the engine was closed while it started"))
 
-    def _check(
-        self, prompt: Any, params: OmniDiffusionSamplingParams, request_id: str, priority: int, timeout_s: float | None
-    ) -> tuple[_Request, bytes]:
-        """Everything that can be refused without asking the engine, in microseconds, and the frame to send."""
+    def _begin(
+        self,
+        request: InFlightRequest,
+        params: OmniDiffusionSamplingParams,
+        priority: int,
+        timeout_s: float | None,
+    ) -> None:
+        """Refuse, in microseconds, what can be refused without asking the engine, and send the rest."""
         if self._closed:
             raise EngineClosedError("the engine is closed")
         if self._draining:
             raise EngineDrainingError("the engine is shutting down and takes no new requests")
         if not self._loaded:
             raise self._unavailable()
-        if len(self._requests) >= self._limit:
-            retry_after_s = self._ledger.retry_after_s(self._sizes())
-            raise QueueFullError(len(self._requests) - self._max_num_seqs, retry_after_s)
-        if not isinstance(request_id, str) or not request_id or len(request_id) > MAX_NAME_CHARACTERS:
-            raise InvalidValueError("request_id", request_id, f"must be 1 to {MAX_NAME_CHARACTERS} characters")
-        if request_id in self._requests:
-            raise InvalidValueError("request_id", request_id, "must not be in use")
+        others = self._requests.sizes[:-1]
+        if len(others) >= self._limit:
+            raise QueueFullError(len(others) - self._max_num_seqs, self._ledger.retry_after_s(others))
         if not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
             raise InvalidValueError("priority", priority, f"must be between -{MAX_PRIORITY} and {MAX_PRIORITY}")
         if timeout_s is not None and not 0 < timeout_s < float("inf"):
             raise InvalidValueError("timeout_s", timeout_s, "must be a number of seconds above 0")
         if params.generator is not None:
             raise InvalidValueError("generator", "given", "cannot cross to the engine's process; give a seed")
-        normalise_prompt(prompt)
-        given = {name: value for name, value in params if value is not None}
-        if params.lora_request:
-            given["lora_request"] = [{"name": name, "scale": scale} for name, scale in params.lora_request]
+        normalise_prompt(request.prompt)
+        given = given_parameters(params)
         now = time.monotonic()
         deadline = None if timeout_s is None else now + timeout_s
-        frame = encode(Add(request_id, prompt, given, priority, now, deadline))
+        frame = encode(Add(request.engine_id, request.prompt, given, priority, now, deadline))
         defaults = self.info.defaults
-        size = [given.get(name) or defaults.get(name) or 0 for name in ("height", "width")]
+        height, width = (given.get(name) or defaults.get(name) or 0 for name in ("height", "width"))
         steps = given.get("num_inference_steps") or defaults.get("num_inference_steps") or 50
-        return _Request(Size(size[0] * size[1], steps * params.num_outputs_per_prompt)), frame
+        request.size = RequestSize(height * width, steps * params.num_outputs_per_prompt)
+        assert self._engine is not None
+        self._engine.send(frame)
+        self._empty.clear()
+
+    def _send_abort(self, engine_ids: list[str]) -> None:
+        if self._engine is not None:
+            self._engine.send(encode(Abort(engine_ids)))
 
     def _unavailable(self) -> EngineDeadError:
         if self._dead:
@@ -254,14 +216,11 @@ class ProcessEngineClient:
         left = max(1.0, self._load_s - (time.monotonic() - self._load_began))
         return EngineDeadError("the engine process is being restarted", retry_after_s=left)
 
-    def _sizes(self) -> list[Size]:
-        return [request.size for request in self._requests.values()]
-
     async def _supervise(self) -> None:
         """One engine process after another, until shutdown or until restarting it makes no sense."""
         while not self._dead:
             self._load_began = time.monotonic()
-            failure: OmniError | None = None
+            failure: Exception | None = None
             served = False
             try:
                 launch, self._launch = self._launch or Launch.of(self._start), None
@@ -282,20 +241,20 @@ class ProcessEngineClient:
                 await asyncio.sleep(pause)
 
     def _unsupervised(self, task: asyncio.Task[None]) -> None:
-        """Nobody restarts the engine any more; by a fault of ours, if not by the shutdown or by `_pause`."""
+        """The supervisor itself has ended, by a fault of ours unless it was cancelled: nobody restarts the engine."""
         if task.cancelled() or (error := task.exception()) is None:
             return
         self._loaded, self._dead = False, "the engine cannot be restarted any more; restart the server"
         logger.critical("the supervisor of the engine process failed", exc_info=error)
-        self._end_all(lambda _: EngineDeadError(self._dead), "failed")
+        self._end_all(lambda _: EngineDeadError(self._dead))
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineDeadError(self._dead))
 
-    async def _listen(self, engine: EngineProcess) -> OmniError | None:
-        """Until the process ends; gives what it said was wrong, if it could not start."""
+    async def _listen(self, engine: EngineProcess) -> Exception | None:
+        """Handle events until the process ends; returns its reason if it could not start."""
         while (event := await engine.receive()) is not None:
             if isinstance(event, StartFailed):
-                return event.error if isinstance(event.error, OmniError) else OmniError(str(event.error))
+                return event.error
             self._handle(event)
         return None
 
@@ -305,27 +264,27 @@ class ProcessEngineClient:
             slept = time.monotonic()
             await asyncio.sleep(WATCH_EVERY_S)
             if time.monotonic() - slept > 4 * WATCH_EVERY_S:
-                continue  # it is this loop that stood still: hear first what was said meanwhile
+                continue  # this event loop stood still: read first what came meanwhile
             patience = self._heartbeat_timeout_s * (1 if self._loaded else _LOADING)
             if why := engine.hangs(patience, self._step_timeout_s):
                 logger.error("the engine process %d hangs and is killed: %s", engine.process.pid, why)
                 engine.process.kill()
                 return
 
-    def _lost(self, how: str, failure: OmniError | None) -> None:
-        """The process is gone: its requests end, once each, and its counters are kept."""
-        if self._started is None or self._started.done():  # else whoever starts it is told
+    def _lost(self, how: str, failure: Exception | None) -> None:
+        """End the requests of a process that is gone, once each, and keep its counters."""
+        if self._started is None or self._started.done():  # else `start` raises it
             ended = len(self._requests)
             logger.error("the engine process %s; %d requests end%s", how, ended, f": {failure}" if failure else "")
         text = f"the engine process {how} while the request was in flight"
-        self._end_all(lambda i: EngineDeadError(text, retry_after_s=self._load_s), "failed")
+        self._end_all(lambda _: EngineDeadError(text, retry_after_s=self._load_s))
         self._ledger.process_ended()
         if self._started is not None and not self._started.done():
             self._dead = str(failure) if failure else f"the engine process {how} while it loaded its model; see its log"
             self._started.set_exception(failure or EngineDeadError(self._dead))
 
     def _pause(self, served: bool) -> float | None:
-        """Seconds until the next start, or None where there will be none: `_dead` says why."""
+        """Seconds until the next start, or None if there will be none; `_dead` is then the reason."""
         if self._dead:
             return None
         if self._draining:
@@ -338,46 +297,26 @@ class ProcessEngineClient:
             logger.critical(self._dead)
         return pause
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: EngineEvent) -> None:
         if isinstance(event, Loaded):
             self._info, self._loaded = event.info, True
             self._load_s = time.monotonic() - self._load_began
             logger.info("the engine is ready after %.1f s", self._load_s)
             if self._started is not None and not self._started.done():
                 self._started.set_result(None)
-        elif isinstance(event, Outputs):
-            for output in event.outputs:
-                self._deliver(output)
-        elif isinstance(event, Refused):
-            error = event.error if isinstance(event.error, OmniError) else OmniError(str(event.error))
-            self._end(event.request_id, error, "failed")
         elif isinstance(event, Report):
             self._ledger.note(event)
+        else:
+            self._requests.note(event)
 
-    def _deliver(self, output: OmniRequestOutput) -> None:
-        if output.finished:
-            self._end(output.request_id, output, outcome(output.error))
-            return
-        request = self._requests.get(output.request_id)
-        if request is None or request.inbox is None:
-            return
-        if output.images or request.inbox.empty():  # a slow listener gets fewer reports, not a heap of old ones
-            request.inbox.put_nowait(output)
-
-    def _end(self, request_id: str, item: OmniRequestOutput | OmniError, word: str) -> None:
-        """The one place where a request leaves."""
-        if (request := self._requests.pop(request_id, None)) is None:
-            return
-        self._ledger.outcomes[word] += 1
-        if request.inbox is not None:
-            request.inbox.put_nowait(item)
+    def _note_end(self, item: Item) -> None:
+        self._ledger.outcomes[outcome(item if isinstance(item, Exception) else item.error)] += 1
         if not self._requests:
             self._ledger.calm()
             self._empty.set()
 
-    def _end_all(self, error_of: Callable[[str], Exception], word: str) -> None:
-        for request_id in list(self._requests):
-            self._end(request_id, OmniRequestOutput(request_id, error=error_of(request_id)), word)
+    def _end_all(self, error_of: Callable[[str], Exception]) -> None:
+        self._requests.end_all(lambda request_id: OmniRequestOutput(request_id, error=error_of(request_id)))
 
 
 def _start_of(engine_args: dict[str, Any], warmup: bool, heartbeat_s: float, log_json: bool) -> Start:

@@ -1,4 +1,4 @@
-"""What work will take: moving averages of what the same work took lately. Pure numbers."""
+"""How long work will take: moving averages of what the same work took lately. Pure numbers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from vllm_omni.engine.wire import UnitCosts
 
 UNKNOWN_ROW_S = 1.0  # a row of a computed forward nobody has measured yet
-_SHARE_SKIPPED = 0.1  # of a computed row, where no skipped one has been measured
+_SHARE_SKIPPED = 0.1  # of a computed row, as long as no skipped one has been measured
 _KEPT_SIZES = 64
 _WEIGHT = 0.1  # of a request's measurement
 _ROW_WEIGHT = 0.02  # of a row's

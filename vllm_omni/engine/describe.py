@@ -1,4 +1,4 @@
-"""What was loaded, in plain values: read from a pipeline once, so that a front end need not load one."""
+"""A loaded model in plain values, read from its pipeline once, so that a front end need not load one."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.cache.overrides import PRESETS
+from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.preview import can_preview
 from vllm_omni.engine.interface import ModelInfo, PictureInput
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
-_TOLD = (
+_DEFAULTS = (
     "num_inference_steps",
     "height",
     "width",
@@ -45,13 +45,13 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
     pipeline = worker.pipeline
     signature = inspect.signature(type(pipeline).__call__).parameters
     video = "num_frames" in signature
-    multiple = max(worker.size_multiple, _side(pipeline, worker.runner.modules) if video else 1)
+    multiple = max(worker.arguments.multiple, _side(pipeline, worker.runner.modules) if video else 1)
     named = engine.config.model
     return ModelInfo(
         name=Path(named).expanduser().name if Path(named).expanduser().is_dir() else named,
         pipeline=type(pipeline).__name__,
         denoisers={name: type(module).__name__ for name, module in worker.runner.modules.items()},
-        defaults=_defaults(pipeline, signature, worker.defaults),
+        defaults=_defaults(pipeline, signature, worker.arguments.defaults),
         parameters=tuple(name for name in signature if name != "self"),
         size_multiple=multiple,
         tokens_per_pixel=next((count / pixels for pixels, count in tokens.items() if pixels), 1 / multiple**2),
@@ -59,7 +59,7 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
         previews=can_preview(pipeline),
         pictures=picture_inputs(type(pipeline)),
         video_output=video,
-        fps=worker.fps(OmniDiffusionRequest("", "", {}, OmniDiffusionSamplingParams())),
+        fps=worker.arguments.fps(OmniDiffusionRequest("", "", {}, OmniDiffusionSamplingParams())),
         frame_multiple=_first(pipeline, _TEMPORAL) if video else 1,
     )
 
@@ -79,7 +79,7 @@ def picture_inputs(pipeline: type) -> dict[str, PictureInput]:
 
 
 def _side(pipeline: Any, denoisers: Mapping[str, Any]) -> int:
-    """Pixels of a token's side in a video: what the VAE packs, times the patch; an image pipeline tells its own."""
+    """Pixels of a token's side in a video: what the VAE packs, times the patch; an image pipeline knows its own."""
     patch = next((module.config.get("patch_size") for module in denoisers.values()), None)
     sides = patch if isinstance(patch, list | tuple) else (patch or 1,)
     return _first(pipeline, _SPATIAL) * int(sides[-1])
@@ -89,24 +89,24 @@ def _first(pipeline: Any, names: tuple[str, ...]) -> int:
     return next((int(vars(pipeline)[name]) for name in names if name in vars(pipeline)), 1)
 
 
-def _defaults(pipeline: Any, signature: Any, told: dict[str, Any]) -> dict[str, Any]:
-    """The model's own words, then its pipeline's signature, then the size its latents were made for."""
+def _defaults(pipeline: Any, signature: Any, given: dict[str, Any]) -> dict[str, Any]:
+    """The model's own defaults, then the size its latents were made for, then its pipeline's signature."""
     values = {
         name: signature[name].default
-        for name in _TOLD
+        for name in _DEFAULTS
         if name in signature and isinstance(signature[name].default, int | float)
     }
     attributes = vars(pipeline)
     sample, scale = attributes.get("default_sample_size"), attributes.get("vae_scale_factor")
     if isinstance(sample, int) and isinstance(scale, int):
         values |= {name: sample * scale for name in ("height", "width") if name in signature}
-    return values | {name: value for name, value in told.items() if isinstance(value, int | float | str)}
+    return values | {name: value for name, value in given.items() if isinstance(value, int | float | str)}
 
 
 def _cache(engine: DiffusionEngine) -> dict[str, Any]:
-    choice = engine.worker.default_cache
-    if choice is None:
-        return {"backend": None, "settings": {}, "profiles": [], "presets": PRESETS}
-    backend, config = choice
-    settings = config.model_dump(exclude_none=True, exclude={"mag_ratios", "profile"})
-    return {"backend": backend, "settings": settings, "profiles": engine.worker.profile_names, "presets": PRESETS}
+    settings, presets = engine.worker.default_cache, {name: preset.as_config() for name, preset in PRESETS.items()}
+    if settings is None:
+        return {"backend": None, "settings": {}, "profiles": [], "presets": presets}
+    told = settings.config.model_dump(exclude_none=True, exclude={"mag_ratios", "profile"})
+    profiles = engine.worker.profile_names
+    return {"backend": settings.backend, "settings": told, "profiles": profiles, "presets": presets}

@@ -1,4 +1,4 @@
-"""What a front end may ask of an engine, wherever that runs. Knows no tensors, no HTTP and no sockets."""
+"""The interface between a front end and an engine, wherever that runs. Knows no tensors, no HTTP and no sockets."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ class PictureInput:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What was loaded: enough to validate a request, and to describe the model, without asking the engine again."""
+    """A loaded model: enough to validate a request, and to describe the model, without asking the engine again."""
 
     name: str  # as given on the command line; never a path that a client should see
     pipeline: str  # class of the diffusers pipeline
     denoisers: dict[str, str]  # attribute of the pipeline -> class name
-    defaults: dict[str, Any]  # steps, height, width, guidance_scale, ... where the model says so
+    defaults: dict[str, Any]  # steps, height, width, guidance_scale, ... if the model defines them
     parameters: tuple[str, ...]  # names that the pipeline's call takes
     size_multiple: int  # height and width must be multiples of it, in pixels
     tokens_per_pixel: float  # latent tokens of a picture ÷ its pixels: for `usage`
     cache: dict[str, Any]  # backend, its settings, the profiles in use, the presets by name
-    previews: bool  # True where partial images can be made
+    previews: bool  # True if partial images can be made
     pictures: dict[str, PictureInput]  # by the pipeline's argument: image, mask_image, control_image, ...
     video_output: bool = False
     fps: float = 16.0  # frames per second that the model's videos are made for
@@ -65,7 +65,7 @@ class EngineClient(Protocol):
 
     @property
     def info(self) -> ModelInfo:
-        """What was loaded; the engine must have started."""
+        """The loaded model; the engine must have started."""
 
     @property
     def ready(self) -> bool:
@@ -88,13 +88,13 @@ class EngineClient(Protocol):
         """
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
-        """End requests within one step; their iterators give an output whose error says so."""
+        """End requests within one step, each with an output whose error says so. Unknown ids are ignored."""
 
     async def check_health(self) -> None:
         """Raise EngineDeadError unless the engine answers within a few seconds."""
 
     async def stats(self) -> EngineStats:
-        """Counters and gauges; cheap, and answered from the last report while the engine is busy in a forward."""
+        """Counters since the start, whatever restarts there were, and gauges as of the last report; cheap."""
 
     async def drain(self, timeout_s: float) -> None:
         """Take no more requests, and return when none is left or `timeout_s` is over."""

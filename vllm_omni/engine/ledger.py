@@ -1,4 +1,4 @@
-"""What was counted and what work costs, over every engine process there was. Numbers only."""
+"""Counters and costs over all engine processes of a client. Numbers only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineStats
 from vllm_omni.engine.wire import Report
-from vllm_omni.errors import DeadlineExceededError, RequestAbortedError
+from vllm_omni.errors import DeadlineExceededError, EngineClosedError, RequestAbortedError
 
 _COUNTERS = (
     "steps_computed",
@@ -27,8 +27,8 @@ _COUNTERS = (
 
 
 @dataclass(frozen=True)
-class Size:
-    """What is known of a request's work before the engine has seen it."""
+class RequestSize:
+    """The size of a request, as far as it is known before the engine has seen it."""
 
     pixels: int
     steps: int  # times the pictures that share them
@@ -41,21 +41,21 @@ class Ledger:
         self.outcomes: Counter[str] = Counter()
         self._stats, self._before = EngineStats(), EngineStats()  # of the present process, and of those before it
         self._costs = cost.no_costs()
-        self._promised = 0.0  # when the last one sent away was told to come back
+        self._promised = 0.0  # when the last request that was refused may come back
 
     def note(self, report: Report) -> None:
         self._stats, self._costs = report.stats, report.costs
 
     def process_ended(self) -> None:
-        """What it counted stays; nothing runs any more."""
+        """Keep what it counted; nothing runs any more."""
         self._before = replace(self._before, **self._sums())
         self._stats = EngineStats(recent=self._stats.recent)
 
     def calm(self) -> None:
-        """Nothing is in flight: whoever comes back now finds room."""
+        """Note that nothing is in flight: there is room for whoever comes back."""
         self._promised = 0.0
 
-    def stats(self, in_flight: Collection[Size]) -> EngineStats:
+    def stats(self, in_flight: Collection[RequestSize]) -> EngineStats:
         """Counters since the beginning, gauges as of the last report, bounded by what is in flight."""
         running = min(self._stats.running, len(in_flight))
         return replace(
@@ -67,14 +67,14 @@ class Ledger:
             queued_cost_s=self._queued_cost(in_flight),
         )
 
-    def retry_after_s(self, in_flight: Collection[Size]) -> float:
-        """For one more that is sent away: seconds until there should be room for it, at least one."""
+    def retry_after_s(self, in_flight: Collection[RequestSize]) -> float:
+        """Seconds until there should be room for one more that is refused now, at least one."""
         now, queued = time.monotonic(), self._queued_cost(in_flight)
         self._promised = cost.come_back(now, self._promised, queued / max(1, len(in_flight)), queued)
         return max(1.0, self._promised - now)
 
-    def _queued_cost(self, in_flight: Collection[Size]) -> float:
-        """Planned seconds of all that is in flight: as the engine last told, and of what it had not seen then."""
+    def _queued_cost(self, in_flight: Collection[RequestSize]) -> float:
+        """Planned seconds of all that is in flight: as last reported, and of what the engine had not seen then."""
         if not in_flight:
             return 0.0
         unseen = len(in_flight) - self._stats.running - self._stats.waiting
@@ -91,7 +91,7 @@ def outcome(error: Exception | None) -> str:
     """The word under which an ended request is counted."""
     if error is None:
         return "finished"
-    if isinstance(error, RequestAbortedError):
+    if isinstance(error, RequestAbortedError | EngineClosedError):
         return "aborted"
     return "expired" if isinstance(error, DeadlineExceededError) else "failed"
 

@@ -1,4 +1,4 @@
-"""The loop of the engine process: between any two steps it takes what was asked, ends what is late, and tells."""
+"""The loop that drives an engine: between two steps it takes commands, ends what is late, and reports."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineStats, ModelInfo
-from vllm_omni.engine.wire import Abort, Add, Close, Command, Event, Outputs, Refused, Report, UnitCosts
+from vllm_omni.engine.wire import Abort, Add, Close, Command, EngineEvent, Outputs, Refused, Report, UnitCosts
 from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.logger import init_logger
@@ -26,17 +26,19 @@ logger = init_logger(__name__)
 REPORT_EVERY_S = 0.25
 PROGRESS_EVERY_S = 0.1
 RECENT = 32
-# What a value of the wrong kind can raise while a request is checked; it is that request's fault alone.
-_BAD_REQUEST = (OmniError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class EngineLoop:
     """One thread drives `engine`: commands come from a queue, events go to `send`, which must not block."""
 
     def __init__(
-        self, engine: DiffusionEngine, commands: queue.SimpleQueue[Command], send: Callable[[Event], None]
+        self,
+        engine: DiffusionEngine,
+        commands: queue.SimpleQueue[Command],
+        send: Callable[[EngineEvent], None],
+        progress_every_s: float = PROGRESS_EVERY_S,
     ) -> None:
-        self.engine = engine
+        self.engine, self._progress_every_s = engine, progress_every_s
         self.turn_began: float | None = None  # monotonic; None while there is nothing to do. Read by the heartbeat
         self.costs = cost.no_costs()
         self._commands, self._send = commands, send
@@ -49,11 +51,11 @@ class EngineLoop:
         self._reported = self._progressed = 0.0
 
     def run(self) -> None:
-        """Until Close."""
+        """Serve until Close."""
         ended: list[OmniRequestOutput] = []
         while self._obey(ended):
             self._expire()
-            self._tell(ended + self.engine.collect())
+            self._send_outputs(ended + self.engine.collect())
             ended = self.engine.step()
             self._measure()
         self.engine.close()
@@ -82,7 +84,7 @@ class EngineLoop:
             prompt = command.prompt
             request = OmniDiffusionRequest(command.request_id, prompt, normalise_prompt(prompt), params)
             self.engine.add_request(request, command.priority, command.arrived)
-        except _BAD_REQUEST as error:
+        except Exception as error:  # whatever a value of the wrong kind raises is that request's fault alone
             self._send(Refused(command.request_id, error))
             if not isinstance(error, OmniError):
                 logger.error(
@@ -93,7 +95,7 @@ class EngineLoop:
             self._deadlines[command.request_id] = command.deadline
 
     def _abort(self, request_ids: list[str], ended: list[OmniRequestOutput]) -> None:
-        """Also those whose picture was made in the step just done, and not told yet."""
+        """Abort requests, also those whose picture was made in the step just done and has not been sent."""
         for request_id in request_ids:
             if (stage := self.engine.stage(request_id)) is not None:
                 self._aborts[stage] += 1
@@ -113,17 +115,17 @@ class EngineLoop:
             late = DeadlineExceededError(f"request {request_id} did not end within its time-out; {where}")
             self.engine.abort([request_id], late)
 
-    def _tell(self, ended: list[OmniRequestOutput]) -> None:
+    def _send_outputs(self, ended: list[OmniRequestOutput]) -> None:
         now = time.monotonic()
         for output in ended:
             self._note_end(output)
-        due = now - self._progressed >= PROGRESS_EVERY_S
+        due = now - self._progressed >= self._progress_every_s
         if due:
             self._progressed = now
-        if told := [*self.engine.progress(previews_only=not due), *ended]:
-            for output in told:
-                output.prompt = None  # whoever asked knows it
-            self._send(Outputs(told))
+        if outputs := [*self.engine.progress(previews_only=not due), *ended]:
+            for output in outputs:
+                output.prompt = None  # known to whoever asked
+            self._send(Outputs(outputs))
         if now - self._reported >= REPORT_EVERY_S:
             self._report()
 
@@ -159,10 +161,10 @@ class EngineLoop:
             table = self.costs.skipped if done.skipped else self.costs.computed
             cost.note_rows(table, done.pixels, done.forward_s, done.rows)
         if done.ended:
-            cost.note(self.costs.ends, done.pixels, done.ends_s / done.ended)
+            cost.note(self.costs.ends, done.pixels, done.coding_s / done.ended)
 
     def _report(self) -> None:
-        """Counters and gauges as they stand."""
+        """Send counters and gauges as they stand."""
         self._reported = time.monotonic()
         worker, scheduler, running = self.engine.worker, self.engine.scheduler, self.engine.progress_steps()
         stats = EngineStats(
@@ -187,7 +189,7 @@ class EngineLoop:
     def _queued_cost(self) -> float:
         share = self.costs.cached_share
         needs = []
-        for need in self.engine.outlooks():
+        for need in self.engine.remaining_work():
             computed, skipped = need.computed, need.skipped
             if need.cached and not need.begun and not skipped:  # no plan and no promise yet
                 computed, skipped = computed * share, computed * (1 - share)
@@ -196,9 +198,9 @@ class EngineLoop:
 
 
 def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[int, int]:
-    """One short run at the model's own size (few frames): first-call costs are paid, and a row's cost is known.
+    """Run once, shortly, at the model's own size (few frames): first-call costs are paid, and a row's cost is known.
 
-    Gives the denoiser's latent tokens by pixels of the picture. A model that will not run so is served all the same.
+    Returns the denoiser's latent tokens by pixels of the picture. A model that will not run so is served all the same.
     """
     seen: dict[int, int] = {}
     size = {name: info.defaults[name] for name in ("height", "width") if name in info.defaults}
@@ -227,7 +229,7 @@ def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[
             if engine.last.rows:  # the last forward's time stands: the first ones paid for what is loaded once
                 costs.computed[engine.last.pixels] = engine.last.forward_s / engine.last.rows
             if engine.last.ended:
-                costs.ends[engine.last.pixels] = engine.last.ends_s
+                costs.ends[engine.last.pixels] = engine.last.coding_s
     except OmniError as error:
         logger.warning("no warm-up: %s", error)
     finally:

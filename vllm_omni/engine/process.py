@@ -1,8 +1,8 @@
 """The engine process: `python -m vllm_omni.engine.process FD`, started by `ProcessEngineClient` and by nobody else.
 
-FD is one end of a socket pair that the front end made: no name, no file, nobody else can connect, and its end is seen
-by the other side at once, whichever way a process ends. A thread reads, another writes, a third tells that the process
-lives; the main thread runs the steps.
+FD is one end of a socket pair that the front end made: no name, no file, nobody else can connect, and each side sees at
+once that the other has ended, however it did. One thread reads, another writes, a third sends heartbeats; the main
+thread runs the steps.
 """
 
 from __future__ import annotations
@@ -24,17 +24,20 @@ from vllm_omni.engine.wire import (
     MAX_FRAME_BYTES,
     Close,
     Command,
-    Event,
+    EngineEvent,
     Heartbeat,
     Loaded,
     Outputs,
+    Refused,
     Start,
     StartFailed,
     decode_command,
     encode,
+    request_id_of,
 )
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.logger import init_logger, log_as_json
+from vllm_omni.outputs import OmniRequestOutput
 
 logger = init_logger("vllm_omni.engine.process")  # `__name__` is "__main__" here
 
@@ -42,7 +45,7 @@ if TYPE_CHECKING:
     from vllm_omni.engine.interface import ModelInfo
     from vllm_omni.engine.loop import EngineLoop
 
-MAX_BACKLOG = 256  # events not read yet; beyond, progress is not told
+MAX_BACKLOG = 256  # events not read yet; beyond, no progress is sent
 FLUSH_S = 5.0
 _PR_SET_PDEATHSIG = 1
 
@@ -51,7 +54,7 @@ class Link:
     """The engine's end of the socket: commands into a queue, events out of one. A wrong frame costs itself alone."""
 
     def __init__(self, end: socket.socket, lost: Callable[[], None]) -> None:
-        """`lost` is called in the reading thread where the other side is gone."""
+        """`lost` is called in a thread of the link when the other side is gone."""
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._end, self._lost = end, lost
         self._events: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -59,27 +62,18 @@ class Link:
         self._writer.start()
         threading.Thread(target=self._read, name="vllm-omni-read", daemon=True).start()
 
-    def send(self, event: Event) -> None:
+    def send(self, event: EngineEvent) -> None:
         """Encode and queue; never waits for the other side."""
         if self._events.qsize() > MAX_BACKLOG and isinstance(event, Outputs):
             event = Outputs([output for output in event.outputs if output.finished])
         try:
             self._events.put(encode(event))
-        except InvalidValueError as error:
+        except InvalidValueError as error:  # e.g. a result too long to send: its request alone fails
             if not isinstance(event, Outputs):
                 raise
-            for output in event.outputs:  # e.g. a result too long to send: its request fails, the rest is told
-                self._send_one(output, error)
-
-    def _send_one(self, output: object, error: InvalidValueError) -> None:
-        from vllm_omni.outputs import OmniRequestOutput
-
-        assert isinstance(output, OmniRequestOutput)
-        try:
-            self._events.put(encode(Outputs([output])))
-        except InvalidValueError:
-            failed = OmniError(f"the result could not be sent: {error}")
-            self._events.put(encode(Outputs([OmniRequestOutput(output.request_id, error=failed)])))
+            for output in event.outputs:
+                failed = OmniRequestOutput(output.request_id, error=OmniError(f"the result could not be sent: {error}"))
+                self.send(Outputs([output if len(event.outputs) > 1 else failed]))
 
     def close(self) -> None:
         """Send what waits, if the other side reads it."""
@@ -87,29 +81,36 @@ class Link:
         self._writer.join(FLUSH_S)
 
     def _write(self) -> None:
-        while (frame := self._events.get()) is not None:
-            try:
+        try:
+            while (frame := self._events.get()) is not None:
                 self._end.sendall(frame)
-            except OSError:
-                self._lost()
-                return
+        except OSError:
+            self._lost()
 
     def _read(self) -> None:
+        try:
+            self._take_frames()
+        finally:  # also by an error, such as no memory for a frame
+            self.commands.put(Close())
+            self._lost()
+
+    def _take_frames(self) -> None:
         while (header := self._exactly(HEADER.size)) is not None:
             (length,) = HEADER.unpack(header)
             if length > MAX_FRAME_BYTES:
                 logger.error("a frame of %d bytes is dropped, at most %d are taken", length, MAX_FRAME_BYTES)
                 if not self._skip(length):
-                    break
+                    return
                 continue
             if (body := self._exactly(length)) is None:
-                break
+                return
             try:
                 self.commands.put(decode_command(body))
-            except ValueError as error:
+            except (ValueError, MemoryError) as error:
                 logger.error("a frame of %d bytes is dropped: %s", length, error)
-        self.commands.put(Close())
-        self._lost()
+                if request_id := request_id_of(body):  # somebody waits for it
+                    refused = InvalidValueError("request", f"{length} bytes", "could not be read by the engine")
+                    self.send(Refused(request_id, refused))
 
     def _exactly(self, length: int) -> bytearray | None:
         body = bytearray(length)
@@ -133,7 +134,7 @@ class Link:
 
 
 def beat(link: Link, every_s: float, turn_began: Callable[[], float | None], parent: int) -> None:
-    """Tell that the process lives, and how long its loop has been in the present turn; end with the parent."""
+    """Send heartbeats, with the time that the loop has spent in its present turn; end with the parent."""
     while True:
         time.sleep(every_s)
         if os.getppid() != parent:
@@ -143,7 +144,7 @@ def beat(link: Link, every_s: float, turn_began: Callable[[], float | None], par
 
 
 def _load(start: Start, link: Link) -> tuple[EngineLoop, ModelInfo]:
-    """The loop, ready to serve; OmniError where the model is wrong, before anything heavy is imported if that shows."""
+    """The loop, ready to serve; OmniError if the model is wrong, if possible before anything heavy is imported."""
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.loader import resolve_model
 
@@ -154,7 +155,9 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, ModelInfo]:
     from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
     from vllm_omni.engine.describe import describe
     from vllm_omni.engine.loop import EngineLoop, warm_up
+    from vllm_omni.engine.malloc import keep_freed_memory
 
+    keep_freed_memory()
     engine = DiffusionEngine(config)
     loop = EngineLoop(engine, link.commands, link.send)
     tokens = warm_up(engine, describe(engine, {}), loop.costs) if start.warmup else {}
@@ -164,11 +167,11 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, ModelInfo]:
 
 
 def main() -> int:
-    """Load, say so, and serve until told to stop or alone."""
+    """Load, report it, and serve until Close or until the front end is gone."""
     parent = os.getppid()
-    if sys.platform == "linux":  # also where a stopped process could not see that its socket has closed
+    if sys.platform == "linux":  # also while a stopped process cannot see that its socket has closed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager tells all; the front end decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager signals all; the front end decides
         signal.signal(number, signal.SIG_IGN)
     link = Link(socket.socket(fileno=int(sys.argv[1])), lambda: os._exit(1))
     start = link.commands.get()
@@ -182,7 +185,7 @@ def main() -> int:
 
     try:
         loop, info = _load(start, link)
-    except OmniError as error:  # whoever started this process says so
+    except OmniError as error:  # the front end shows it
         link.send(StartFailed(error))
         link.close()
         return 1
@@ -193,6 +196,11 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    code = main()
-    sys.stdout.flush()
-    os._exit(code)  # nothing is left to tidy, and library threads must not delay the end
+    code = 1
+    try:
+        code = main()
+    finally:
+        if (error := sys.exception()) is not None:
+            logger.critical("the engine failed", exc_info=error)
+        sys.stdout.flush()
+        os._exit(code)  # nothing is left to tidy, and library threads must not delay the end

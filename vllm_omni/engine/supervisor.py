@@ -1,4 +1,4 @@
-"""One engine process after another: starting it, hearing it, noticing that it died or hangs. Knows no requests."""
+"""An engine process: how it is started, heard and ended, and how often it is restarted. Knows no requests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_omni.engine.wire import (
     HEADER,
     MAX_FRAME_BYTES,
     Close,
-    Event,
+    EngineEvent,
     Heartbeat,
     Start,
     decode_event,
@@ -31,12 +31,12 @@ logger = init_logger(__name__)
 
 _PACKAGE_PARENT = str(Path(__file__).resolve().parent.parent.parent)
 _READ_BUFFER = 4 * 2**20
-_END_S = 5.0  # an engine that was told to end gets this long
+_END_S = 5.0  # an engine that was asked to end gets this long
 
 
 @dataclass(frozen=True)
 class Launch:
-    """An engine process that was told what to load, and this side of its socket pair. Needs no event loop yet."""
+    """An engine process that has its `Start`, and this side of its socket pair. Needs no event loop yet."""
 
     start: Start
     process: subprocess.Popen[bytes]
@@ -84,17 +84,16 @@ class EngineProcess:
         self.process, self._reader, self._writer = process, reader, writer
         self.last_beat = time.monotonic()
         self.turn_s: float | None = None
-        self.beaten = asyncio.Event()
+        self._news = asyncio.Event()
 
     @classmethod
     async def adopt(cls, launch: Launch) -> EngineProcess:
-        """Speak with a launched process; whoever cancels this leaves none behind."""
-        try:
+        """Connect to a launched process; it is ended if this is cancelled."""
+        with contextlib.ExitStack() as undo:
+            undo.callback(launch.discard)
             launch.end.setblocking(False)
             reader, writer = await asyncio.open_unix_connection(sock=launch.end, limit=_READ_BUFFER)
-        except BaseException:
-            launch.discard()
-            raise
+            undo.pop_all()
         return cls(launch.process, reader, writer)
 
     def send(self, frame: bytes) -> None:
@@ -102,8 +101,8 @@ class EngineProcess:
         if not self._writer.is_closing():
             self._writer.write(frame)
 
-    async def receive(self) -> Event | None:
-        """The next event other than a heartbeat; None where the process has closed its end."""
+    async def receive(self) -> EngineEvent | None:
+        """The next event other than a heartbeat; None once the process has closed its end."""
         while True:
             try:
                 (length,) = HEADER.unpack(await self._reader.readexactly(HEADER.size))
@@ -112,28 +111,28 @@ class EngineProcess:
                 event = decode_event(await self._reader.readexactly(length))
             except (asyncio.IncompleteReadError, OSError, ValueError) as error:
                 if not isinstance(error, asyncio.IncompleteReadError | ConnectionResetError):
-                    logger.error("the engine's words are not understood: %s", error)
+                    logger.error("an event of the engine cannot be read: %s", error)
                 return None
             self.last_beat = time.monotonic()
             if not isinstance(event, Heartbeat):
                 return event
             self.turn_s = event.turn_s
-            self.beaten.set()
-            self.beaten.clear()
+            self._news.set()
+            self._news.clear()
 
-    async def heard(self, timeout_s: float) -> bool:
-        """Whether it has spoken in the last `timeout_s`, or does within that time."""
+    async def answers(self, timeout_s: float) -> bool:
+        """Whether it has sent anything in the last `timeout_s`, or does within that time."""
         if time.monotonic() - self.last_beat < timeout_s:
             return True
         try:
             async with asyncio.timeout(timeout_s):
-                await self.beaten.wait()
+                await self._news.wait()
         except TimeoutError:
             return False
         return True
 
     def hangs(self, heartbeat_timeout_s: float, step_timeout_s: float) -> str | None:
-        """Why it must be taken for hung, or None."""
+        """The reason to take it for hung, or None."""
         silent = time.monotonic() - self.last_beat
         if silent > heartbeat_timeout_s:
             return f"it has been silent for {silent:.1f} s"
@@ -142,7 +141,7 @@ class EngineProcess:
         return None
 
     async def end(self, kill: bool) -> str:
-        """End the process, ask it first unless `kill`, and reap it; says how it ended."""
+        """End the process, after asking it to unless `kill`, and reap it; returns how it ended."""
         if not kill:
             self.send(encode(Close()))
             await self._ended(_END_S)
@@ -172,7 +171,7 @@ class Restarts:
         self._unserved = 0  # starts in a row that came to nothing
 
     def pause(self, now: float, served: bool) -> float | None:
-        """Note one more at `now`, and say how long to wait first; None: no more. `served`: the last one had loaded."""
+        """Count one more; returns the seconds to wait first, or None for no more. `served`: the last one had loaded."""
         while self._times and self._times[0] < now - self.window_s:
             self._times.popleft()
         if len(self._times) >= self.most:

@@ -1,4 +1,4 @@
-"""What crosses between a front end and its engine process: msgpack of typed messages in frames of limited length.
+"""The messages between a front end and its engine process: msgpack of typed structs in frames of limited length.
 
 Nothing here can make an object that is not listed: a frame is one of the messages below, pictures are raw pixels,
 arrays are dtype, shape and bytes, errors are a name of `vllm_omni/errors.py` and a text. Knows no engine, no asyncio.
@@ -16,11 +16,12 @@ from msgspec import Struct
 import vllm_omni.errors as errors
 from vllm_omni.engine.interface import EngineStats, ModelInfo
 from vllm_omni.errors import InvalidValueError, OmniError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 
 HEADER = struct.Struct("!I")
 MAX_FRAME_BYTES = 512 * 2**20
-MAX_NAME_CHARACTERS = 256
+_MAX_DIMENSIONS = 16
 _PICTURE, _ARRAY, _TENSOR = 1, 2, 3
 _CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
 _DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8, "uint8": 1, "bool": 1}
@@ -28,7 +29,7 @@ _ATTRIBUTES = ("field", "value", "waiting", "retry_after_s")  # of our errors, b
 
 
 class Start(Struct, tag=True):
-    """To the engine, first of all: what to load."""
+    """The first message to the engine: what to load."""
 
     engine_args: dict[str, Any]
     warmup: bool
@@ -56,7 +57,7 @@ class Close(Struct, tag=True):
 
 
 class Loaded(Struct, tag=True):
-    """From the engine: it can serve."""
+    """The engine can serve."""
 
     info: ModelInfo
 
@@ -66,7 +67,7 @@ class StartFailed(Struct, tag=True):
 
 
 class Refused(Struct, tag=True):
-    """A request that never began."""
+    """A request was refused before it began."""
 
     request_id: str
     error: Exception
@@ -100,15 +101,29 @@ class Heartbeat(Struct, tag=True):
     turn_s: float | None
 
 
+class _Named(Struct):
+    """What every message about one request has."""
+
+    request_id: str = ""
+
+
 Command = Start | Add | Abort | Close
-Event = Loaded | StartFailed | Refused | Outputs | Report | Heartbeat
+EngineEvent = Loaded | StartFailed | Refused | Outputs | Report | Heartbeat
 
 
-def encode(message: Command | Event) -> bytes:
-    """A message as a frame; InvalidValueError where something in it must not cross, or is too long."""
+def given_parameters(params: OmniDiffusionSamplingParams) -> dict[str, Any]:
+    """The parameters that were set, as an `Add` carries them."""
+    given = {name: value for name, value in params if value is not None}
+    if params.lora_request:
+        given["lora_request"] = [{"name": name, "scale": scale} for name, scale in params.lora_request]
+    return given
+
+
+def encode(message: Command | EngineEvent) -> bytes:
+    """A message as a frame; InvalidValueError if something in it must not cross, or is too long."""
     try:
         body = _ENCODER.encode(message)
-    except (TypeError, OverflowError, RecursionError) as error:
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, OSError, MemoryError) as error:  # whatever it held
         raise InvalidValueError("request", type(message).__name__, f"must hold plain values only ({error})") from None
     if len(body) > MAX_FRAME_BYTES:
         raise InvalidValueError("request", f"{len(body)} bytes", f"must be at most {MAX_FRAME_BYTES} bytes")
@@ -120,7 +135,15 @@ def decode_command(body: bytes | bytearray) -> Command:
     return _decode(_COMMANDS, body)
 
 
-def decode_event(body: bytes | bytearray) -> Event:
+def request_id_of(body: bytes | bytearray) -> str:
+    """The request that a frame's body is about, even if the rest of it cannot be read; empty if it names none."""
+    try:
+        return _NAMED.decode(body).request_id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return ""
+
+
+def decode_event(body: bytes | bytearray) -> EngineEvent:
     """An event of a frame's body; ValueError for anything else."""
     return _decode(_EVENTS, body)
 
@@ -133,7 +156,7 @@ def _decode(decoder: msgspec.msgpack.Decoder[Any], body: bytes | bytearray) -> A
 
 
 def _encode_other(value: Any) -> Any:
-    """What msgpack has no word for; classes are compared by what is loaded already, so that nothing heavy is."""
+    """Encode what msgpack has no type for; classes are looked up among loaded modules: nothing heavy is imported."""
     if isinstance(value, Exception):
         return _error_as_dict(value)
     for module, name, as_ext in (
@@ -149,12 +172,13 @@ def _encode_other(value: Any) -> Any:
 def _picture(image: Any) -> msgspec.msgpack.Ext:
     if image.mode not in _CHANNELS:
         image = image.convert("RGBA" if "transparency" in image.info or image.mode in ("LA", "PA") else "RGB")
+    if min(image.size) < 1:
+        raise TypeError("an empty picture cannot be sent to the engine")
     return msgspec.msgpack.Ext(_PICTURE, msgspec.msgpack.encode((image.mode, image.size, image.tobytes())))
 
 
 def _array(array: Any) -> msgspec.msgpack.Ext:
-    if str(array.dtype) not in _DTYPES:
-        raise TypeError(f"an array of {array.dtype} cannot be sent; use one of {', '.join(_DTYPES)}")
+    _check_array("an array", str(array.dtype), array.ndim)
     return msgspec.msgpack.Ext(_ARRAY, msgspec.msgpack.encode((str(array.dtype), array.shape, array.tobytes())))
 
 
@@ -162,10 +186,16 @@ def _tensor(tensor: Any) -> msgspec.msgpack.Ext:
     import torch
 
     name = str(tensor.dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise TypeError(f"a tensor of {name} cannot be sent; use one of {', '.join(_DTYPES)}")
+    _check_array("a tensor", name, tensor.ndim)
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return msgspec.msgpack.Ext(_TENSOR, msgspec.msgpack.encode((name, tuple(tensor.shape), data)))
+
+
+def _check_array(what: str, dtype: str, dimensions: int) -> None:
+    if dtype not in _DTYPES:
+        raise TypeError(f"{what} of {dtype} cannot be sent; use one of {', '.join(_DTYPES)}")
+    if dimensions > _MAX_DIMENSIONS:
+        raise TypeError(f"{what} of {dimensions} dimensions cannot be sent; at most {_MAX_DIMENSIONS}")
 
 
 def _decode_ext(code: int, data: memoryview) -> Any:
@@ -190,7 +220,8 @@ def _as_array(name: str, shape: tuple[int, ...], content: bytes, torch_too: bool
     count = 1
     for length in shape:
         count *= length
-    if name not in _DTYPES or min(shape, default=0) < 0 or len(shape) > 16 or count * _DTYPES[name] != len(content):
+    known = name in _DTYPES and len(shape) <= _MAX_DIMENSIONS and min(shape, default=0) >= 0
+    if not known or count * _DTYPES[name] != len(content):
         raise ValueError(f"an array of {name} {shape} does not have {len(content)} bytes")
     if torch_too:
         import torch
@@ -204,17 +235,20 @@ def _as_array(name: str, shape: tuple[int, ...], content: bytes, torch_too: bool
 
 
 def _error_as_dict(error: Exception) -> dict[str, Any]:
-    """Our own errors with their text. Of any other the class alone: its text may hold paths and addresses."""
+    """Encode our own errors with their text, of any other the class alone: its text may hold paths and addresses."""
     if not isinstance(error, OmniError):
         text = f"{type(error).__name__} while the request ran; the engine's log has the details"
         return {"kind": "OmniError", "text": text}
     known = next(kind.__name__ for kind in type(error).__mro__ if vars(errors).get(kind.__name__) is kind)
-    given = {name: _plain(value) for name, value in vars(error).items() if name in _ATTRIBUTES}
-    return {"kind": known, "text": str(error)} | given
+    given = {name: _sendable(value) for name, value in vars(error).items() if name in _ATTRIBUTES}
+    return {"kind": known, "text": _sendable(str(error))} | given
 
 
-def _plain(value: Any) -> Any:
-    return value if value is None or (isinstance(value, bool | int | float | str) and len(str(value)) < 200) else None
+def _sendable(value: Any) -> Any:
+    """The short text or number that an attribute of ours is; msgpack's integers end at 64 bits, its text at UTF-8."""
+    if isinstance(value, str):
+        return value.encode(errors="backslashreplace").decode()
+    return str(value) if isinstance(value, int) and value.bit_length() > 63 else value
 
 
 def _decode_custom(kind: type, value: Any) -> Any:
@@ -230,5 +264,6 @@ def _decode_custom(kind: type, value: Any) -> Any:
 
 
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_encode_other)
+_NAMED = msgspec.msgpack.Decoder(_Named)
 _COMMANDS = msgspec.msgpack.Decoder(Command, ext_hook=_decode_ext, dec_hook=_decode_custom)
-_EVENTS = msgspec.msgpack.Decoder(Event, ext_hook=_decode_ext, dec_hook=_decode_custom)
+_EVENTS = msgspec.msgpack.Decoder(EngineEvent, ext_hook=_decode_ext, dec_hook=_decode_custom)

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from types import TracebackType
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
@@ -12,28 +16,37 @@ from tqdm import tqdm
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.errors import InvalidValueError, OmniError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
+from vllm_omni.engine.in_flight import refuse_after_fork
+from vllm_omni.errors import EngineClosedError, EngineDeadError, InvalidValueError, OmniError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt, own
 from vllm_omni.outputs import OmniRequestOutput
 
 SamplingParams = OmniDiffusionSamplingParams | dict[str, Any]
 
 
 class Omni:
-    """`Omni("demo", cache_backend="magcache").generate("red apple")[0].images[0]`. A context manager."""
+    """`Omni("demo", cache_backend="magcache").generate("red apple")[0].images[0]`. A context manager.
+
+    Several threads may call `generate`; they take turns.
+    """
 
     def __init__(self, model: str, **engine_args: Any) -> None:
-        self.engine = DiffusionEngine(OmniDiffusionConfig(model=model, **engine_args))
-        self._ids = itertools.count()
+        self._open(DiffusionEngine(OmniDiffusionConfig(model=model, **engine_args)))
 
     @classmethod
     def from_pipe(cls, pipe: Any, *, defaults: dict[str, Any] | None = None, **engine_args: Any) -> Self:
         """An engine over a diffusers pipeline that is loaded already; `defaults` are its call's default arguments."""
         omni = cls.__new__(cls)
-        name = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
-        omni.engine = DiffusionEngine(OmniDiffusionConfig(model=name, **engine_args), pipe, defaults)
-        omni._ids = itertools.count()
+        omni._open(engine_over(pipe, defaults, engine_args))
         return omni
+
+    def _open(self, engine: DiffusionEngine) -> None:
+        self.engine = engine
+        self._ids = itertools.count()
+        self._turn = threading.Lock()
+        self._closing = self._broken = False
+        self._caller: int | None = None  # the thread that is in `generate`
+        self._pid = os.getpid()
 
     def generate(
         self,
@@ -42,35 +55,60 @@ class Omni:
         *,
         use_tqdm: bool = True,
     ) -> list[OmniRequestOutput]:
-        """One output per prompt, in input order. A prompt that fails gives an output with `.error`; the rest go on.
+        """One output per prompt, in input order. A prompt that fails returns an output with `.error`; the rest go on.
 
         `prompts`: a string, a dict (prompt, negative_prompt, prompt_embeds, ...), or a list of them.
-        `sampling_params_list`: one for all, or one per prompt.
+        `sampling_params_list`: one for all, or one per prompt. Ctrl-C ends the call between two steps.
         """
+        refuse_after_fork(self._pid)
+        if self._caller == threading.get_ident():
+            raise OmniError("generate was called inside itself, by a signal handler or a callback")
         listed = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
         parameters = self._parameters(sampling_params_list, len(listed))
-        order: list[str] = []
-        outputs: dict[str, OmniRequestOutput] = {}
-        for prompt, params in zip(listed, parameters, strict=True):
-            request_id = f"omni-{next(self._ids)}"
-            order.append(request_id)
+        with self._turn, _interrupted_between_steps() as interrupt:
+            if self._closing:
+                raise EngineClosedError("the engine is closed")
+            if self._broken:
+                raise EngineDeadError("a step was interrupted and could not be undone; make a new engine")
+            requests = {f"omni-{next(self._ids)}": asked for asked in zip(listed, parameters, strict=True)}
+            self._caller, self._broken = threading.get_ident(), True  # until all of this call has left the engine
             try:
-                params = (
-                    params if isinstance(params, OmniDiffusionSamplingParams) else OmniDiffusionSamplingParams(**params)
-                )
-                self.engine.add_request(OmniDiffusionRequest(request_id, prompt, normalise_prompt(prompt), params))
+                outputs = self._run(requests, use_tqdm, interrupt)
+            finally:
+                self.engine.abort(list(requests))
+                self.engine.collect()
+                if self._closing:
+                    self.engine.close()
+                self._caller, self._broken = None, False
+        return [outputs[request_id] for request_id in requests]
+
+    def _run(
+        self, requests: dict[str, tuple[Any, SamplingParams]], use_tqdm: bool, interrupt: Callable[[], None]
+    ) -> dict[str, OmniRequestOutput]:
+        """The outputs by id; `interrupt` raises, between two steps, what a signal asked for."""
+        outputs: dict[str, OmniRequestOutput] = {}
+        for request_id, (prompt, params) in requests.items():
+            try:
+                self._add(request_id, prompt, params)
             except OmniError as error:
                 outputs[request_id] = OmniRequestOutput(request_id, prompt, error=error)
-        with _Progress(len(listed), len(outputs), use_tqdm) as bar:
-            try:
-                while len(outputs) < len(listed):
-                    for output in self.engine.step():
+        with _Progress(len(requests), len(outputs), use_tqdm) as bar:
+            while len(outputs) < len(requests):
+                if self._closing:
+                    raise EngineClosedError("the engine was closed by another thread")
+                for output in self.engine.step():
+                    if output.request_id in requests:
                         outputs[output.request_id] = output
                         bar.ended(output)
-                    bar.show(self.engine)
-            finally:
-                self.engine.abort([i for i in order if i not in outputs])
-        return [outputs[request_id] for request_id in order]
+                bar.show(self.engine)
+                interrupt()
+        return outputs
+
+    def _add(self, request_id: str, prompt: Any, params: SamplingParams) -> None:
+        if isinstance(params, dict):
+            params = OmniDiffusionSamplingParams.from_dict(params)
+        request = OmniDiffusionRequest(request_id, prompt, own(normalise_prompt(prompt)), own(params))
+        self.engine.add_request(request)
 
     @staticmethod
     def _parameters(given: Any, count: int) -> list[SamplingParams]:
@@ -88,14 +126,56 @@ class Omni:
         return list(given)
 
     def close(self) -> None:
-        """Abort what runs and take the cache off the pipeline."""
-        self.engine.close()
+        """Abort what runs, whichever thread asked for it, and take the cache off the pipeline."""
+        if os.getpid() != self._pid:
+            return
+        self._closing = True
+        if self._caller != threading.get_ident():  # else a signal handler calls, and `generate` closes on its way out
+            with self._turn:
+                self.engine.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+
+def engine_over(pipe: Any, defaults: dict[str, Any] | None, engine_args: dict[str, Any]) -> DiffusionEngine:
+    """An engine over a diffusers pipeline that is loaded already."""
+    name = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+    return DiffusionEngine(OmniDiffusionConfig(model=name, **engine_args), pipe, defaults)
+
+
+@contextmanager
+def _interrupted_between_steps() -> Iterator[Callable[[], None]]:
+    """Hold Ctrl-C back until the function that this yields is called: a step that is cut short leaves half its work.
+
+    A second Ctrl-C is not held back. Python runs handlers in the main thread alone: in any other, nothing is held back.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield lambda: None
+        return
+    held: list[tuple[int, FrameType | None]] = []
+
+    def hold(number: int, frame: FrameType | None) -> None:
+        held.append((number, frame))
+        if len(held) > 1:
+            deliver()
+
+    def deliver() -> None:
+        if held:
+            number, frame = held[-1]
+            held.clear()
+            handler(number, frame)
+
+    signal.signal(signal.SIGINT, hold)
+    try:
+        yield deliver
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        deliver()
 
 
 class _Progress:

@@ -11,9 +11,9 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.settings import Settings
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.data import MAX_PROMPT_CHARACTERS
+from vllm_omni.settings import Settings
 
 
 class Limits(Settings):

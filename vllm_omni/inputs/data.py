@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
-from vllm_omni.diffusion.settings import Settings
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.lora import Adapters, as_adapters
+from vllm_omni.settings import Settings
 
 MAX_PROMPT_CHARACTERS = 32_000
 
@@ -59,16 +60,35 @@ PROMPT_KEYS_DOC = "prompt, negative_prompt, prompt_embeds, pooled_prompt_embeds,
 
 
 def check_text(field: str, text: Any) -> str:
-    """A prompt: text, not blank, without NUL, of a sane length."""
+    """A prompt: text, not blank, without NUL and half characters, of a sane length."""
     if not isinstance(text, str):
         raise InvalidValueError(field, text, "must be a string")
     if not text.strip():
         raise InvalidValueError(field, text, "must not be empty")
     if "\0" in text:
         raise InvalidValueError(field, text, "must not contain the NUL character")
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise InvalidValueError(field, text, "must hold whole characters only; it has half of a surrogate pair")
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise InvalidValueError(field, f"{len(text)} characters", f"must have at most {MAX_PROMPT_CHARACTERS}")
     return text
+
+
+def own(value: Any) -> Any:
+    """A copy for the engine: what its caller changes later changes no request.
+
+    Lists, dicts, tensors, arrays and pictures are copied; a generator is shared, as it is with a plain pipeline.
+    """
+    if isinstance(value, dict):
+        return {key: own(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(own, value))
+    if isinstance(value, Settings):
+        return value.model_copy(update={name: own(entry) for name, entry in value})
+    for module, name in (("torch", "Tensor"), ("numpy", "ndarray"), ("PIL.Image", "Image")):
+        if (loaded := sys.modules.get(module)) is not None and isinstance(value, vars(loaded)[name]):
+            return value.detach().clone() if name == "Tensor" else value.copy()
+    return value
 
 
 def normalise_prompt(prompt: Any) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
-from vllm_omni.diffusion.settings import Settings
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.settings import Settings
 
 Adapters = tuple[tuple[str, float], ...]  # (name, scale), in the order given; empty: the model alone
 

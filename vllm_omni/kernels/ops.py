@@ -1,6 +1,7 @@
-"""The tensor operations that are ours: native where `csrc/` was built, the torch twin of the same signature otherwise.
+"""The tensor operations of the cache: what a skipped step adds, and what a computed one keeps.
 
-Both accumulate in fp32 and round once. Knows no requests and no plans.
+Torch does them, except for the one case in which `csrc/` is faster, if it was built. Both accumulate in fp32 and round
+once. Knows no requests and no plans.
 """
 
 from __future__ import annotations
@@ -15,9 +16,7 @@ from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
 LIBRARY = Path(__file__).with_name("libvllm_omni_ops.so")
-WHY_NOT = Path(__file__).with_name("not_built.txt")  # written by CMakeLists.txt where it could not build
-
-
+WHY_NOT = Path(__file__).with_name("not_built.txt")  # written by CMakeLists.txt if it could not build
 EIGHT_BITS = torch.float8_e4m3fn
 
 
@@ -62,16 +61,41 @@ def forecast_torch(
     return out.to(x.dtype)
 
 
-def residual_norm_torch(
-    after: torch.Tensor, before: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`residual_norm` in torch."""
+def forecast(
+    x: torch.Tensor, residuals: Sequence[Residual], weights: Sequence[float], first_rows: Sequence[int]
+) -> torch.Tensor:
+    """x + sum_j w_j r_j: residual j, (n, tokens, channels), is added to rows first_rows[j] and the n - 1 after it.
+
+    x is (rows, tokens, channels) and stays as it is. Residuals may be of another dtype than x.
+    """
+    if REASON is None and _native_is_faster(x, residuals):
+        return torch.ops.vllm_omni.forecast(x, residuals, weights, first_rows)
+    return forecast_torch(x, residuals, weights, first_rows)
+
+
+def _native_is_faster(x: torch.Tensor, residuals: Sequence[Residual]) -> bool:
+    """Several terms, or terms of single rows, in bfloat16 on a CPU; else torch's own sums are as fast or faster."""
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or not residuals:
+        return False
+    plain = all(isinstance(residual, torch.Tensor) and residual.dtype == x.dtype for residual in residuals)
+    return plain and not (len(residuals) == 1 and len(residuals[0]) == len(x))
+
+
+def residual_norm(after: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """after - before in `dtype`, (rows, tokens, channels), and the fp32 2-norm of each token of it, (rows, tokens)."""
     difference = after.float() - before.float()
     return difference.to(dtype), difference.norm(dim=-1)
 
 
+def residual(after: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> Residual:
+    """after - before in `dtype`, rounded once. In the model's own dtype that is one pass."""
+    if dtype == EIGHT_BITS:
+        return pack(after - before)
+    return after - before if dtype == after.dtype else (after.float() - before.float()).to(dtype)
+
+
 def _load() -> str | None:
-    """Load the extension; gives the reason where there is none."""
+    """Load the extension; returns the reason if there is none."""
     if not LIBRARY.exists():
         return WHY_NOT.read_text(encoding="utf-8").strip() if WHY_NOT.exists() else "csrc/ was not built"
     try:
@@ -81,44 +105,8 @@ def _load() -> str | None:
     return None
 
 
-def forecast(
-    x: torch.Tensor, residuals: Sequence[Residual], weights: Sequence[float], first_rows: Sequence[int]
-) -> torch.Tensor:
-    """x + sum_j w_j r_j: residual j, (n, tokens, channels), is added to rows first_rows[j] and the n - 1 after it.
-
-    x is (rows, tokens, channels) and stays as it is. Residuals may be of another dtype than x, but all of the same.
-    Packed ones are unpacked one by one, in torch.
-    """
-    plain = [residual for residual in residuals if isinstance(residual, torch.Tensor)]
-    one = len(plain) == len(residuals) == 1 and len(plain[0]) == len(x) and plain[0].dtype == x.dtype
-    if REASON is not None or one or len(plain) < len(residuals):  # torch adds one term in one pass, and faster
-        return forecast_torch(x, residuals, weights, first_rows)
-    return torch.ops.vllm_omni.forecast(x, plain, weights, first_rows)
-
-
-def residual_norm(after: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """after - before in `dtype`, (rows, tokens, channels), and the fp32 2-norm of each token of it, (rows, tokens)."""
-    if REASON is not None:
-        return residual_norm_torch(after, before, dtype)
-    return torch.ops.vllm_omni.residual_norm(after, before, dtype)
-
-
-def residual(after: torch.Tensor, before: torch.Tensor, dtype: torch.dtype) -> Residual:
-    """after - before in `dtype`, rounded once. In the model's own dtype that is one pass of torch."""
-    if dtype == EIGHT_BITS:
-        return pack(after - before)
-    return after - before if dtype == after.dtype else residual_norm(after, before, dtype)[0]
-
-
 REASON = _load()
 if REASON is None:
     torch.library.register_fake("vllm_omni::forecast", lambda x, residuals, weights, first_rows: torch.empty_like(x))
-    torch.library.register_fake(
-        "vllm_omni::residual_norm",
-        lambda after, before, dtype: (
-            torch.empty_like(after, dtype=dtype, memory_format=torch.contiguous_format),
-            after.new_empty(after.shape[:-1], dtype=torch.float32),
-        ),
-    )
 else:
-    logger.info("torch stands in for the native ops: %s", REASON)
+    logger.info("torch stands in for the native forecast: %s", REASON)

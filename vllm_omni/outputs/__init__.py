@@ -1,9 +1,11 @@
-"""What a request gives back. Knows no engine."""
+"""What a request returns. Knows no engine."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Any
+
+from vllm_omni.errors import OmniError
 
 
 @dataclass
@@ -11,7 +13,7 @@ class OmniRequestOutput:
     """The images (or videos, each a list of frames to be shown at `fps`) of one request, and how they were made.
 
     `plan` has one flag per step, True where the blocks were to be computed; `computed_steps` and `skipped_steps` count
-    what was really done. With `finished` False it is a progress report: `step` of `num_inference_steps`, no images.
+    what was done. With `finished` False it is a progress report: `step` of `num_inference_steps`, no images.
     """
 
     request_id: str
@@ -35,5 +37,18 @@ class OmniRequestOutput:
 
     @property
     def ok(self) -> bool:
-        """True where the request ended with its images."""
+        """True if the request ended with its images."""
         return self.finished and self.error is None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything, for a copy or a pickle; an error that may not survive either as the text that it shows."""
+        return vars(self) | {"error": _that_copies(self.error)}
+
+
+def _that_copies(error: Exception | None) -> Exception | None:
+    if error is None or isinstance(error, OmniError):
+        return error
+    plain = all(isinstance(value, str | bytes | int | float | None) for value in error.args)
+    if type(error).__module__ == "builtins" and plain and not vars(error):
+        return error
+    return OmniError(f"{type(error).__name__}: {error}")

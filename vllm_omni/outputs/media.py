@@ -22,7 +22,7 @@ from vllm_omni.errors import InvalidValueError
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 VIDEO_FORMATS = ("mp4", "gif", "webp")
 MAX_INPUT_PIXELS = 64 * 2**20
-# What Pillow raises of bytes that somebody made up.
+# What Pillow raises on bytes that are no picture.
 _UNREADABLE = (
     UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, TypeError,
     IndexError, KeyError, struct.error, zlib.error, MemoryError,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_omni.diffusion.cache.curve import resample
+from vllm_omni.diffusion.cache.plan.curve import resample
 from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint, nearest
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.loader import generation_defaults, load_pipeline

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.predictor import PREDICTORS
+from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
 from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from vllm_omni.errors import OmniError
+from vllm_omni.engine.malloc import keep_freed_memory
 from vllm_omni.quality.bench import Bench, Model, Result
 from vllm_omni.quality.meter import Work
 from vllm_omni.quality.metrics import lpips
@@ -36,7 +36,7 @@ CLOCK_PAIRS = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """What a report is asked for. `settings` None: our own suite."""
+    """The order for a report. `settings` None: our own suite."""
 
     model: Model
     pairs: tuple[Pair, ...]
@@ -50,7 +50,7 @@ class Plan:
 
 @dataclass
 class Outcome:
-    """What was drawn, and what the reader must be told about what was not."""
+    """What was drawn, and notices for the reader about what was not."""
 
     results: list[Result] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Outcome:
     seconds: float = 0.0
 
 
-class Desk:
+class Worker:
     """One process's model and its share of the work; every method looks into the folder first."""
 
     def __init__(self, plan: Plan, threads: int | None) -> None:
@@ -84,7 +84,7 @@ class Desk:
             return kept["pictures"], Work(int(kept["done"]), forwards)
 
     def prepare(self, steps: int) -> Path:
-        """Draw the uncached pictures; gives the file of the first of them."""
+        """Draw the uncached pictures; returns the file of the first of them."""
         file = self.file(reference(steps), "sheet.npy")
         if not file.is_file():
             few = self.reference(steps)[0][:SHEET_PAIRS].astype(np.float16)
@@ -121,7 +121,7 @@ class Desk:
         return json.loads(file.read_text())
 
     def file(self, what: Row | tuple[Row, ...], ending: str) -> Path:
-        """Where something is kept. What our engine draws with a cache depends on the engine's code, too."""
+        """The file that keeps something. What our engine draws with a cache depends on the engine's code, too."""
         rows = what if isinstance(what, tuple) else (what,)
         engine = any(row.peer is None and row.request_cache != "off" for row in rows)
         code = self.engine_code if engine else ""
@@ -130,35 +130,35 @@ class Desk:
 
 
 def run(plan: Plan) -> Outcome:
-    """Draw every row of `plan`, with a progress bar. OmniError where a setting cannot be had on this model."""
+    """Draw every row of `plan`, with a progress bar. OmniError if a setting cannot be had on this model."""
     began = time.monotonic()
     plan.folder.mkdir(parents=True, exist_ok=True)
     outcome = Outcome()
-    with _crew(plan) as crew, tqdm(desc="quality", unit="row", smoothing=0.1) as bar:
-        board = _Board(plan, crew, bar, outcome, None if plan.limit_s is None else began + plan.limit_s)
-        board.work([(_prepare, steps) for steps in plan.steps])
+    with _executor(plan) as executor, tqdm(desc="quality", unit="row", smoothing=0.1) as bar:
+        pool = _Pool(plan, executor, bar, outcome, None if plan.limit_s is None else began + plan.limit_s)
+        pool.work([(_prepare, steps) for steps in plan.steps])
         tasks: list[tuple[Any, ...]] = []
         if plan.peers:
             tasks += [(_tune, name, steps) for steps in plan.steps for name in _installed(outcome.notices)]
-        rows = [row for steps in plan.steps for row in _rows(plan, steps, crew)]
+        rows = [row for steps in plan.steps for row in _rows(plan, steps, executor)]
         tasks += [(_measure, row) for row in sorted(rows, key=urgency)]
-        board.work(tasks)
+        pool.work(tasks)
         known = {result.row for result in outcome.results}
         controls = {fewer(r.row.steps, round(r.nfe)) for r in outcome.results if r.row.group == GIVEN}
-        board.work([(_measure, row) for row in sorted(controls - known, key=str)])
-        _clock_all(plan, board, outcome)
+        pool.work([(_measure, row) for row in sorted(controls - known, key=str)])
+        _clock_all(plan, pool, outcome)
         if plan.processes == 1:
-            crew.submit(_leave).result()
+            executor.submit(_close_worker).result()
     if missing := lpips()[1]:
         outcome.notices.append(missing)
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
-def _rows(plan: Plan, steps: int, crew: Executor) -> list[Row]:
+def _rows(plan: Plan, steps: int, executor: Executor) -> list[Row]:
     if plan.settings is not None:
         return given_rows(steps, plan.settings)
-    return default_rows(steps, crew.submit(_ratios, steps).result())
+    return default_rows(steps, executor.submit(_ratios, steps).result())
 
 
 def _installed(notices: list[str]) -> list[str]:
@@ -167,19 +167,19 @@ def _installed(notices: list[str]) -> list[str]:
     return [name for name, peer in PEERS.items() if peer.installed]
 
 
-def _clock_all(plan: Plan, board: _Board, outcome: Outcome) -> None:
+def _clock_all(plan: Plan, pool: _Pool, outcome: Outcome) -> None:
     """Measured speed-ups, step count by step count."""
     for steps in plan.steps:
         rows = tuple(sorted((r.row for r in outcome.results if r.row.steps == steps), key=str))  # in any order drawn
         if rows:
-            board.work([(_clock, rows)])
+            pool.work([(_clock, rows)])
 
 
-class _Board:
+class _Pool:
     """Hands out tasks and takes their results; after the deadline only what an earlier run has done."""
 
-    def __init__(self, plan: Plan, crew: Executor, bar: Any, outcome: Outcome, deadline: float | None) -> None:
-        self.plan, self.crew, self.bar, self.outcome, self.deadline = plan, crew, bar, outcome, deadline
+    def __init__(self, plan: Plan, executor: Executor, bar: Any, outcome: Outcome, deadline: float | None) -> None:
+        self.plan, self.executor, self.bar, self.outcome, self.deadline = plan, executor, bar, outcome, deadline
 
     def work(self, tasks: list[tuple[Any, ...]]) -> None:
         waiting, running = list(tasks), dict[Future[Any], tuple[Any, ...]]()
@@ -188,14 +188,14 @@ class _Board:
         while waiting or running:
             late = self.deadline is not None and time.monotonic() > self.deadline
             if late and waiting:
-                kept = self.crew.submit(_kept, waiting).result()
+                kept = self.executor.submit(_kept, waiting).result()
                 if left := [_name(task) for task, done_before in zip(waiting, kept, strict=True) if not done_before]:
                     self.outcome.notices.append(f"left out, the time was up: {', '.join(left)}; run again to go on")
                 waiting = [task for task, done_before in zip(waiting, kept, strict=True) if done_before]
             while waiting and len(running) < self.plan.processes:
                 task = waiting.pop(0)
                 self.bar.set_postfix_str(_name(task))
-                running[self.crew.submit(*task)] = task
+                running[self.executor.submit(*task)] = task
             done, _ = wait(running, return_when=FIRST_COMPLETED) if running else (set(), None)
             for future in done:
                 more = self._take(running.pop(future), future)
@@ -204,7 +204,7 @@ class _Board:
                 self.bar.update()
 
     def _take(self, task: tuple[Any, ...], future: Future[Any]) -> list[tuple[Any, ...]]:
-        """Keep a result; gives the tasks that follow from it. A peer that fails is a notice, ours is an error."""
+        """Keep a result; returns the tasks that follow from it. A peer that fails is a notice, ours is an error."""
         error = future.exception()
         what = task[1]
         if error is not None:
@@ -237,68 +237,66 @@ def _name(task: tuple[Any, ...]) -> str:
     return f"{what} of {task[2]}: strengths" if function is _tune else f"{what} steps uncached"
 
 
-# What runs in a worker process. Each has one desk.
-_desk: Desk | None = None
+# What runs in a worker process. Each has one worker.
+_worker: Worker | None = None
 
 
-def _crew(plan: Plan) -> Executor:
+def _executor(plan: Plan) -> Executor:
     if plan.processes == 1:
-        return ThreadPoolExecutor(1, initializer=_sit, initargs=(plan, None))
+        return ThreadPoolExecutor(1, initializer=_init_worker, initargs=(plan, None))
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(plan.processes, context, _sit, (plan, 1))
+    return ProcessPoolExecutor(plan.processes, context, _init_worker, (plan, 1))
 
 
-def _sit(plan: Plan, threads: int | None) -> None:
-    global _desk
-    _desk = Desk(plan, threads)
+def _init_worker(plan: Plan, threads: int | None) -> None:
+    global _worker
+    keep_freed_memory()
+    _worker = Worker(plan, threads)
 
 
-def _leave() -> None:
-    global _desk
-    if _desk is not None:
-        _desk.bench.close()
-    _desk = None
+def _close_worker() -> None:
+    global _worker
+    if _worker is not None:
+        _worker.bench.close()
+    _worker = None
 
 
 def _kept(tasks: list[tuple[Any, ...]]) -> list[bool]:
     """Which tasks an earlier run has done."""
-    assert _desk is not None
+    assert _worker is not None
     endings = {_prepare: "sheet.npy", _measure: "result.json", _clock: "clock.json"}
     files = []
     for function, what, *more in tasks:
         if function is _tune:
-            files.append(_desk.file(Row(what, what, more[0], peer=what), "tuned.json"))
+            files.append(_worker.file(Row(what, what, more[0], peer=what), "tuned.json"))
         else:
-            files.append(_desk.file(reference(what) if function is _prepare else what, endings[function]))
+            files.append(_worker.file(reference(what) if function is _prepare else what, endings[function]))
     return [file.is_file() for file in files]
 
 
-def _at_desk(method: Callable[..., Any], *arguments: Any) -> Any:
-    assert _desk is not None
-    try:
-        return method(_desk, *arguments)
-    except OmniError as error:  # ours take three arguments and so do not survive the way to another process
-        raise OmniError(str(error)) from None
+def _in_worker(method: Callable[..., Any], *arguments: Any) -> Any:
+    assert _worker is not None
+    return method(_worker, *arguments)
 
 
 def _prepare(steps: int) -> Path:
-    return _at_desk(Desk.prepare, steps)
+    return _in_worker(Worker.prepare, steps)
 
 
 def _ratios(steps: int) -> tuple[float, ...]:
-    return _at_desk(Desk.ratios, steps)
+    return _in_worker(Worker.ratios, steps)
 
 
 def _tune(peer: str, steps: int) -> list[float]:
-    return _at_desk(Desk.tune, peer, steps)
+    return _in_worker(Worker.tune, peer, steps)
 
 
 def _measure(row: Row) -> Result:
-    return _at_desk(Desk.measure, row)
+    return _in_worker(Worker.measure, row)
 
 
 def _clock(rows: tuple[Row, ...]) -> list[float]:
-    return _at_desk(Desk.clock, rows)
+    return _in_worker(Worker.clock, rows)
 
 
 def _silence_loading() -> None:

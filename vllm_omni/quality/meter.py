@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.denoisers import DENOISER_NAMES, DENOISERS
+from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES, DENOISERS
 
 FULL = 0.95  # of a full forward's multiply-adds: prompts of other lengths may differ a little
 

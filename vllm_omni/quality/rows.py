@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.overrides import PRESETS
-from vllm_omni.diffusion.cache.planner import fewest_forwards
+from vllm_omni.diffusion.cache.plan.planner import fewest_forwards
+from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError
 
 UNCACHED, FEWER, PLANNED, RULE, GIVEN = "uncached", "fewer steps", "planned", "MagCache rule, reuse", "given"
@@ -86,7 +86,7 @@ def tuned_rule(ratios: Sequence[float], forwards: int) -> dict[str, float] | Non
 
     None where the rule has no such plan.
     """
-    from vllm_omni.diffusion.cache.plan import magcache_plan
+    from vllm_omni.diffusion.cache.plan.rule import magcache_plan
 
     for longest in (5, 8, len(ratios)):
         for threshold in np.geomspace(0.005, 20, 400):

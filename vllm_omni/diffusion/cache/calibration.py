@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from vllm_omni.diffusion.cache.profile import CacheProfile
-from vllm_omni.diffusion.cache.request_cache import Forecast, Key
+from vllm_omni.diffusion.cache.state import CacheState, Computed, Kept, Key
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels import ops
 from vllm_omni.version import __version__
@@ -31,8 +31,9 @@ class Calibration:
         self._ratios: dict[str, list[np.ndarray]] = {}
         self._grams: dict[str, list[np.ndarray]] = {}
 
-    def record(self, steps: int, sigmas: tuple[float, ...]) -> CalibrationRecord:
-        return CalibrationRecord(self, steps, sigmas)
+    def state(self, steps: int, sigmas: tuple[float, ...]) -> RecordingState:
+        """The state of a request that is measured."""
+        return RecordingState(self, steps, sigmas)
 
     @property
     def requests(self) -> int:
@@ -96,41 +97,34 @@ def _rounded(gram: np.ndarray) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(float(f"{v:.9g}") for v in row) for row in gram.tolist())
 
 
-class CalibrationRecord:
-    """Stands where a request's cache stands, never skips, and keeps every residual."""
+class RecordingState(CacheState):
+    """The state of a request that is measured: never skips, and keeps every residual."""
 
     def __init__(self, calibration: Calibration, steps: int, sigmas: tuple[float, ...]) -> None:
+        super().__init__(settings={"backend": "magcache", "calibrate": True})
         self._calibration, self._steps, self._sigmas = calibration, steps, sigmas
         self._kept: dict[Key, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
-        self._computed = 0
-        self.plan = None
-        self.settings: dict[str, object] = {"backend": "magcache", "calibrate": True}
-
-    def forecast(self, key: Key, step: int, rows: int) -> Forecast | None:
-        return None
 
     def wants(self, key: Key, step: int) -> bool:
         return True
 
-    def put(self, key: Key, step: int, after: torch.Tensor, before: torch.Tensor) -> None:
-        residual, norm = ops.residual_norm(after, before, torch.float32)
-        self._kept.setdefault(key, {})[step] = residual.cpu(), norm.cpu()
+    def prepare(self, key: Key, step: int, computed: Computed) -> Kept:
+        if (ends := computed.ends()) is None:
+            return Kept()
+        residual, norm = ops.residual_norm(*ends, torch.float32)
+        return Kept(residual.cpu(), {"norm": norm.cpu()})
 
-    def did(self, key: Key, step: int, computed: bool) -> None:
-        self._computed = max(self._computed, step + 1)
-        kept = self._kept.get(key, {})
-        if len(kept) == self._steps:  # this branch is complete
-            residuals, norms = zip(*(kept[s] for s in range(self._steps)), strict=True)
+    def commit(self, key: Key, step: int, kept: Kept | None) -> None:
+        """Keep the step's residual; a branch that is complete goes into the calibration."""
+        super().commit(key, step, kept)
+        steps = self._kept.setdefault(key, {})
+        if kept is not None and isinstance(kept.residual, torch.Tensor):
+            steps[step] = kept.residual, kept.memory["norm"]
+        if len(steps) == self._steps:
+            residuals, norms = zip(*(steps[s] for s in range(self._steps)), strict=True)
             self._calibration.add(key[1], self._sigmas, residuals, norms)
             del self._kept[key]
 
     def drop(self) -> None:
+        super().drop()
         self._kept.clear()
-
-    @property
-    def computed_steps(self) -> int:
-        return self._computed
-
-    @property
-    def skipped_steps(self) -> int:
-        return 0

@@ -1,84 +1,101 @@
-"""Applying decisions to one forward that several requests share: the only place where residuals meet a batch."""
+"""Applying the cache to one forward that several requests share: the only place where residuals meet a batch.
+
+The engine and a plain pipeline both come here. Whether a call skips is known before its forward (`look` asks the gates
+that need to see it); a `CachedForward` then opens the block stack, and after success `commit` brings every request's
+state what it is to keep. Tensors are made first and states changed last, so a failure changes no request.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 
-from vllm_omni.diffusion.cache.gate import Gate, GateCache, Look
-from vllm_omni.diffusion.cache.request_cache import CachePlan, Forecast, Key
-from vllm_omni.diffusion.hooks.block_stack import BlockStack
+from vllm_omni.diffusion.cache.state import CacheState, Computed, Forecast, Key, Signal
+from vllm_omni.diffusion.denoiser.block_stack import BlockStack
+from vllm_omni.diffusion.denoiser.specs import latents_of
 from vllm_omni.kernels import ops
 
 
-class Record(Protocol):
-    """What a request's cache is to a forward: `RequestCache`, or the calibration that keeps everything."""
-
-    @property
-    def settings(self) -> dict[str, object]: ...
-    @property
-    def plan(self) -> CachePlan | None: ...
-    @property
-    def computed_steps(self) -> int: ...
-    @property
-    def skipped_steps(self) -> int: ...
-
-    def forecast(self, key: Key, step: int, rows: int) -> Forecast | None: ...
-    def wants(self, key: Key, step: int) -> bool: ...
-    def put(self, key: Key, step: int, after: torch.Tensor, before: torch.Tensor) -> None: ...
-    def did(self, key: Key, step: int, computed: bool) -> None: ...
-    def drop(self) -> None: ...
-
-
 @dataclass(frozen=True)
-class Member:
-    """One request's rows in a forward, and where it stands."""
+class BatchRows:
+    """One request's rows in a forward, where it stands, and the arguments of its own call."""
 
-    cache: Record
+    state: CacheState
     key: Key
     step: int
     rows: slice
+    arguments: Mapping[str, Any]
 
     @property
     def wants(self) -> bool:
-        return self.cache.wants(self.key, self.step)
+        return self.state.wants(self.key, self.step)
 
 
-def correction(forecasts: Sequence[tuple[slice, Forecast]], hidden_states: torch.Tensor) -> torch.Tensor:
+def look(batch: Sequence[BatchRows], signal: Signal, stack: BlockStack, run: Callable[[], Any]) -> None:
+    """Show each request's gate its rows, and take the decisions: one device read for all, none if none hangs on data.
+
+    `run` is a forward of the denoiser with the batch's arguments; a gate that compares latents needs none.
+    """
+    if signal is Signal.LATENTS:
+        shown = [row.state.describe(row.arguments, row.step) for row in batch]
+    else:
+        seen = stack.probe(run, attention=signal is Signal.MODULATED)
+        shown = [seen[row.rows].clone() if len(batch) > 1 else seen for row in batch]
+    changes = [row.state.change(row.key, row.step, now) for row, now in zip(batch, shown, strict=True)]
+    known = [change for change in changes if change is not None]
+    values = iter(torch.stack(known).tolist() if known else ())
+    for row, now, change in zip(batch, shown, changes, strict=True):
+        row.state.decide(row.key, row.step, now, None if change is None else next(values))
+
+
+def corrected(forecasts: Sequence[tuple[slice, Forecast]], hidden_states: torch.Tensor) -> torch.Tensor:
     """x + sum_j w_j r_j, row by row; x of shape (rows, tokens, channels) is not changed."""
     terms = [(residual, weight, rows.start) for rows, forecast in forecasts for residual, weight in forecast]
     residuals, weights, first_rows = (list(column) for column in zip(*terms, strict=True)) if terms else ([], [], [])
     return ops.forecast(hidden_states, residuals, weights, first_rows)
 
 
-def probe(gate: Gate, stack: BlockStack, run: Callable[[], Any]) -> torch.Tensor:
-    """What a gate wants to see inside a forward; `run` makes one. Shape (rows, tokens, channels)."""
-    return stack.probe(run, attention=gate.look is Look.MODULATED)
+class CachedForward:
+    """A scope around one forward of a denoiser: skipped if every request has a forecast, else computed.
 
+    `stack` is None if nothing may be taken from this forward, or put into it.
+    """
 
-def note_computed(
-    stack: BlockStack | None, members: Sequence[Member], latents: torch.Tensor | None = None, output: Any = None
-) -> None:
-    """After a computed forward: every member that will need its residual gets it, its own rows alone."""
-    for member in members:
-        if isinstance(member.cache, GateCache) and latents is not None:
-            first = stack.first_residual(member.rows) if stack is not None else None
-            own = _first_tensor(output)[member.rows]
-            member.cache.learn(member.key, member.step, latents[member.rows], own, first)
-        if stack is not None and member.wants and (ends := stack.ends(member.rows)) is not None:
-            member.cache.put(member.key, member.step, *ends)
-        member.cache.did(member.key, member.step, computed=True)
+    def __init__(
+        self, stack: BlockStack | None, batch: Sequence[BatchRows], forecasts: Sequence[Forecast | None]
+    ) -> None:
+        self._batch = batch
+        self._forecasts = [(row.rows, f) for row, f in zip(batch, forecasts, strict=True) if f is not None]
+        self.skips = bool(batch) and len(self._forecasts) == len(batch)
+        self._stack = stack if self.skips or any(row.wants for row in batch) else None
 
+    def open(self) -> None:
+        """Exchange the block stack, if need be."""
+        if self._stack is not None:
+            self._stack.enter(partial(corrected, self._forecasts) if self.skips else None)
 
-def _first_tensor(output: Any) -> torch.Tensor:
-    if isinstance(output, torch.Tensor):
-        return output
-    return _first_tensor(next(iter(output.values())) if isinstance(output, dict) else output[0])
+    def commit(self, result: Any) -> None:
+        """Take in what the forward gave; call it within the scope, after everything else that can fail."""
+        kept = [None if self.skips else row.state.prepare(*self._computed(row, result)) for row in self._batch]
+        for row, own in zip(self._batch, kept, strict=True):
+            row.state.commit(row.key, row.step, own)
 
+    def _computed(self, row: BatchRows, result: Any) -> tuple[Key, int, Computed]:
+        return row.key, row.step, Computed(self._stack, row.rows, latents_of(row.arguments), result)
 
-def note_skipped(members: Sequence[Member]) -> None:
-    for member in members:
-        member.cache.did(member.key, member.step, computed=False)
+    def close(self) -> None:
+        """Put the block stack back."""
+        if self._stack is not None:
+            self._stack.leave()
+
+    def __enter__(self) -> Self:
+        self.open()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from vllm_omni.diffusion.data import PredictorName, as_curve
-from vllm_omni.diffusion.settings import Settings
+from vllm_omni.diffusion.cache.settings import PredictorName, as_curve
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
+from vllm_omni.settings import Settings
 
 if TYPE_CHECKING:
     import torch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,57 +11,56 @@ from typing import Any
 import torch
 from diffusers import CacheMixin
 
-from vllm_omni.diffusion.cache.clock import Clock, Moment, Schedule
-from vllm_omni.diffusion.cache.forward import Member, Record, correction, note_computed, note_skipped, probe
-from vllm_omni.diffusion.cache.gate import GateCache, Look, decide
-from vllm_omni.diffusion.denoisers import DenoiserSpec
+from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
+from vllm_omni.diffusion.cache.plan.schedule import Schedule
+from vllm_omni.diffusion.cache.state import CacheState
+from vllm_omni.diffusion.denoiser.block_stack import BlockStack
+from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, latents_of, unwrapped
+from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, Tracker
 from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
-from vllm_omni.diffusion.hooks.block_stack import BlockStack
-from vllm_omni.diffusion.hooks.conditioning import Memory
+from vllm_omni.errors import InvalidValueError
 
 HOOK_NAME = "mag_cache"
-MakeRecord = Callable[[Schedule], Record]
 
 
 class Session:
     """Whoever calls the denoisers is one request; a new schedule is a new request, planned for its own steps."""
 
-    def __init__(self, clock: Clock, make_record: MakeRecord) -> None:
-        self.clock = clock
-        self.record: Record | None = None
-        self.memory: dict[str, Memory] = {}  # by denoiser
-        self._make_record = make_record
+    def __init__(self, tracker: Tracker, make_state: Callable[[Schedule], CacheState]) -> None:
+        self.tracker = tracker
+        self.state: CacheState | None = None
+        self._make_state = make_state
         self._run: int | None = None
 
-    def begin(self, denoiser: str, branch: str | None) -> tuple[Record, Moment]:
-        moment = self.clock.locate(denoiser, branch)
-        if self.record is None or moment.run != self._run:
+    def locate(self, denoiser: str, branch: str | None) -> tuple[CacheState, StepPosition]:
+        """The state of the request that calls, and the position of its call."""
+        position = self.tracker.locate(denoiser, branch)
+        if self.state is None or position.run != self._run:
             self.restart()
-            self._run = moment.run
-            self.record = self._make_record(self.clock.schedule())
-        return self.record, moment
+            self._run = position.run
+            self.state = self._make_state(self.tracker.schedule())
+        return self.state, position
 
     def restart(self) -> None:
-        """Forget the request that was."""
-        if self.record is not None:
-            self.record.drop()
-        self.record = self._run = None
-        self.memory = {}
+        """Forget the request."""
+        if self.state is not None:
+            self.state.drop()
+        self.state = self._run = None
 
 
 class StandaloneHook(ModelHook):
-    """Opens the block stack's scope around each forward of one denoiser, as the anonymous request's plan says."""
+    """Opens the cache's scope around each forward of one denoiser."""
 
     def __init__(self, name: str, stack: BlockStack, spec: DenoiserSpec, session: Session) -> None:
         self.name, self.stack, self.spec, self.session = name, stack, spec, session
         self.branch: str | None = None
-        self._member: Member | None = None
-        self._skips = False
-        self._latents: torch.Tensor | None = None
+        self._names = list(inspect.signature(type(stack.module).forward).parameters)[1:]
+        self._forward: CachedForward | None = None
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
-        if isinstance(module, CacheMixin):
-            vars(module)["cache_context"] = partial(self._cache_context, module.cache_context)
+        inner = unwrapped(module)
+        if isinstance(inner, CacheMixin):
+            vars(inner)["cache_context"] = partial(self._cache_context, inner.cache_context)
         return module
 
     @contextmanager
@@ -73,54 +73,54 @@ class StandaloneHook(ModelHook):
                 self.branch = None
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self.stack.leave()
-        record, moment = self.session.begin(self.name, self.branch)
-        self._latents = args[0] if args else kwargs.get("hidden_states", next(iter(kwargs.values()), ()))
-        rows = len(self._latents)
-        self._member = Member(record, (self.name, moment.branch), moment.step, slice(0, rows))
-        foreign = self.spec.adds_between_blocks(kwargs)
-        if isinstance(record, GateCache) and not foreign and record.wants_look(self._member.key, moment.step):
-            self._look(module, record, self._member, args, kwargs)
-        terms = None if foreign else record.forecast(self._member.key, moment.step, rows)
-        self._skips = terms is not None
-        if terms is not None:
-            memory = self.session.memory.setdefault(self.name, {})
-            self.stack.enter(partial(correction, [(slice(0, rows), terms)]), memory)
-        elif self._member.wants and not foreign:
-            self.stack.enter()
+        self._close()
+        state, position = self.session.locate(self.name, self.branch)
+        arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        rows = len(latents_of(arguments))
+        row = BatchRows(state, (self.name, position.branch), position.step, slice(0, rows), arguments)
+        forecast, stack = None, None
+        if not self.spec.adds_between_blocks(arguments):
+            stack = self.stack
+            if (signal := state.signal(row.key, row.step)) is not None:
+                look([row], signal, stack, partial(module.forward, *args, **kwargs))
+            forecast = state.forecast(row.key, row.step, rows)
+        self._forward = CachedForward(stack, [row], [forecast])
+        self._forward.open()
         return args, kwargs
-
-    def _look(
-        self, module: torch.nn.Module, cache: GateCache, member: Member, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        assert self._latents is not None
-        if cache.gate.look is Look.LATENTS:
-            now = cache.gate.describe(self._latents, kwargs, cache.sigma(member.step))
-        else:
-            now = probe(cache.gate, self.stack, partial(module.forward, *args, **kwargs))
-        decide([(cache, member.key, member.step, now)])
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         if output is None:  # the forward raised: the request is over
             self.session.restart()
-        elif self._member is not None:
-            if self._skips:
-                note_skipped([self._member])
-            else:
-                note_computed(self.stack, [self._member], self._latents, output)
-        self._member = self._latents = None
-        self.stack.leave()
+        elif self._forward is not None:
+            self._forward.commit(output)
+        self._close()
         return output
+
+    def _close(self) -> None:
+        self.stack.leave()
+        self._forward = None
 
     def reset_state(self, module: torch.nn.Module) -> None:
         self.session.restart()
 
 
 def attach(module: torch.nn.Module, hook: StandaloneHook) -> None:
+    """Put `hook` on `module`; `detach` takes it off again."""
     HookRegistry.get_or_create(module).register_hook(HOOK_NAME, hook)
 
 
 def detach(module: torch.nn.Module) -> None:
     """Leave the module as it was before `attach`."""
     HookRegistry.get_or_create(module).remove_hook(HOOK_NAME)
-    vars(module).pop("cache_context", None)
+    vars(unwrapped(module)).pop("cache_context", None)
+
+
+def refuse_other_caches(module: torch.nn.Module) -> None:
+    """InvalidValueError if a cache is on the denoiser already: two would each take the other's forecasts for blocks."""
+    name, inner = type(unwrapped(module)).__name__, unwrapped(module)
+    if HookRegistry.hook_of(module, HOOK_NAME) is not None:
+        raise InvalidValueError(name, "cached", "has a cache backend enabled; disable(pipeline) that one first")
+    if isinstance(inner, CacheMixin) and inner.is_cache_enabled:
+        raise InvalidValueError(name, "cached", "has diffusers' own cache enabled; call its disable_cache() first")
+    if vars(inner).get("_is_cached"):  # cache-dit's mark
+        raise InvalidValueError(name, "cached", "has cache-dit enabled; call cache_dit.disable_cache(pipeline) first")

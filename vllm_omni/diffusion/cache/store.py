@@ -1,16 +1,18 @@
-"""Bytes: who holds how much residual memory, against one budget. Knows no plan and no model."""
+"""Bytes: who holds how much cache memory, against one budget. Knows no plan and no model."""
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 from vllm_omni.kernels.ops import Residual
 
+K = TypeVar("K")
 T = TypeVar("T", bound=Residual)
 
 
 class CacheStore:
-    """Counts the bytes of all residuals alive; `budget` None is no limit."""
+    """Counts the bytes of all buffers alive; `budget` None is no limit."""
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
@@ -18,7 +20,7 @@ class CacheStore:
         self.peak = 0
 
     def take(self, nbytes: int) -> bool:
-        """Reserve `nbytes`; False, and nothing reserved, where the budget has no room."""
+        """Reserve `nbytes`; False, and nothing reserved, if the budget has no room."""
         if self.budget is not None and self.used + nbytes > self.budget:
             return False
         self.used += nbytes
@@ -29,35 +31,39 @@ class CacheStore:
         self.used -= nbytes
 
 
-class ResidualShelf(Generic[T]):
-    """The residuals of one (request, denoiser, branch), by step. Rows of a request's call stay together."""
+class Buffer(Mapping[K, T], Generic[K, T]):
+    """Tensors of one (request, denoiser, branch), by step or by name. Rows of a request's call stay together."""
 
     def __init__(self, store: CacheStore) -> None:
         self._store = store
-        self._residuals: dict[int, T] = {}
+        self._tensors: dict[K, T] = {}
 
-    def __contains__(self, step: int) -> bool:
-        return step in self._residuals
+    def __getitem__(self, key: K) -> T:
+        return self._tensors[key]
 
-    def __getitem__(self, step: int) -> T:
-        return self._residuals[step]
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._tensors)
 
-    def steps(self) -> list[int]:
-        """The steps it holds a residual of, in ascending order."""
-        return sorted(self._residuals)
+    def __len__(self) -> int:
+        return len(self._tensors)
 
-    def put(self, step: int, residual: T) -> bool:
-        """Keep it, if the budget allows."""
-        if not self._store.take(residual.nbytes):
+    def put(self, key: K, tensor: T) -> bool:
+        """Keep `tensor` in the place of what `key` held; False, and the place is empty, if the budget has no room."""
+        self.discard(key)
+        if not self._store.take(tensor.nbytes):
             return False
-        self._residuals[step] = residual
+        self._tensors[key] = tensor
         return True
 
-    def keep_only(self, steps: frozenset[int]) -> None:
-        """Drop every residual that no later step will ask for."""
-        for step in [s for s in self._residuals if s not in steps]:
-            self.discard(step)
+    def keep_only(self, wanted: Callable[[Any], bool]) -> None:
+        """Drop every tensor whose key is not `wanted`."""
+        for key in [k for k in self._tensors if not wanted(k)]:
+            self.discard(key)
 
-    def discard(self, step: int) -> None:
-        if (residual := self._residuals.pop(step, None)) is not None:
-            self._store.give_back(residual.nbytes)
+    def discard(self, key: K) -> None:
+        if (tensor := self._tensors.pop(key, None)) is not None:
+            self._store.give_back(tensor.nbytes)
+
+    def clear(self) -> None:
+        """Give every byte back."""
+        self.keep_only(lambda key: False)

@@ -52,6 +52,12 @@ class HookRegistry:
         self._handles: list[Any] = []
 
     @classmethod
+    def hook_of(cls, module: torch.nn.Module, name: str) -> ModelHook | None:
+        """The hook of that name, without making a registry."""
+        registry = vars(module).get(cls._ATTRIBUTE)
+        return registry.get_hook(name) if registry is not None else None
+
+    @classmethod
     def get_or_create(cls, module: torch.nn.Module) -> HookRegistry:
         registry = vars(module).get(cls._ATTRIBUTE)
         if registry is None:

@@ -27,6 +27,7 @@ _OURS = {
 }
 # The frame rate that a family was trained at, by the beginning of its pipeline's name (the models' own cards).
 _FRAME_RATES = {"CogVideoX": 8, "HunyuanVideo": 24, "Kandinsky5": 24, "LTX": 25, "Mochi": 30, "SkyReels": 24, "Wan": 16}
+MAX_DRAWN_SEED = 2**32  # ten digits: somebody will read it out or type it
 _RESERVED = {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "return_dict"}
 
 
@@ -92,9 +93,9 @@ class ArgumentBuilder:
 
 
 def generator_of(request: OmniDiffusionRequest) -> tuple[Any, int | None]:
-    """(generator, seed): the caller's own, or a CPU generator of the seed; a random seed where none is given."""
+    """(generator, seed): the caller's own, or a CPU generator of the seed, which is drawn if none is given."""
     params = request.params
     if params.generator is not None:
         return params.generator, None
-    seed = params.seed if params.seed is not None else int(torch.randint(2**62, ()).item())
+    seed = params.seed if params.seed is not None else int(torch.randint(MAX_DRAWN_SEED, ()).item())
     return torch.Generator("cpu").manual_seed(seed), seed

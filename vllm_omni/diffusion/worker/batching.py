@@ -1,45 +1,47 @@
-"""Joining parked denoiser calls into one, and splitting the result. Tensors only; knows no cache and no policy."""
+"""Which parked calls may be made as one, joining them, and splitting the result. Knows no cache and no policy."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.denoisers import DenoiserSpec
+from vllm_omni.diffusion.denoiser.specs import latents_of, spec_of, unwrapped
+from vllm_omni.diffusion.worker.coroutine import ComponentCall
+
+# Input elements of a joint component call: the latents of one FLUX picture of 1024 by 1024. Decoding several small
+# pictures at once must not need more memory than a large one does, and large ones fill the machine one by one.
+MOST_JOINED = 2**18
 
 
 class CallBinder:
     """For one denoiser: positional arguments by name, and which calls may share a forward."""
 
-    def __init__(self, name: str, module: torch.nn.Module, spec: DenoiserSpec | None) -> None:
-        self.name, self.spec = name, spec
-        self._names = list(inspect.signature(type(module).forward).parameters)[1:]
+    def __init__(self, name: str, module: torch.nn.Module) -> None:
+        self.name, self.spec = name, (spec := spec_of(module))
+        self._names = list(inspect.signature(type(unwrapped(module)).forward).parameters)[1:]
         self._rows = frozenset(spec.rows) if spec else frozenset()
         self._shared = frozenset(spec.shared) if spec else frozenset()
         self._dims = dict.fromkeys(spec.rows_in_dim_1, 1) if spec else {}
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The call's arguments by name."""
         return dict(zip(self._names, args, strict=False)) | kwargs
 
-    def rows(self, arguments: dict[str, Any]) -> int:
-        """How many samples the call holds."""
-        hidden = arguments["hidden_states"] if "hidden_states" in arguments else next(iter(arguments.values()))
-        return len(hidden)
-
-    def adds_between_blocks(self, arguments: dict[str, Any]) -> bool:
+    def adds_between_blocks(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether the call adds something between blocks, so that it can neither be cached nor joined."""
         return self.spec is not None and self.spec.adds_between_blocks(arguments)
 
-    def key(self, arguments: dict[str, Any], alone: Hashable, memory: dict[int, Any]) -> Hashable:
-        """Equal keys fit together. A class without a description, or an argument we cannot compare, goes `alone`.
+    def key(self, arguments: Mapping[str, Any], alone: Hashable, memory: dict[int, Any]) -> Hashable:
+        """Equal keys fit together. A class without a spec, or an argument that cannot be compared, goes `alone`.
 
         `memory` is the request's own: a shared tensor is read once per request, not once per step.
         """
         if self.spec is None or self.adds_between_blocks(arguments):
             return self.name, alone
-        rows = self.rows(arguments)
+        rows = len(latents_of(arguments))
         parts: list[Hashable] = [self.name]
         try:
             for name, value in arguments.items():
@@ -51,11 +53,11 @@ class CallBinder:
             return self.name, alone
         return tuple(parts)
 
-    def join(self, calls: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def join(self, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One call's arguments for many; a single call stays as it is."""
+        first = dict(calls[0])
         if len(calls) == 1:
-            return calls[0]
-        first = calls[0]
+            return first
         return first | {
             name: _joined([call[name] for call in calls], self._dims.get(name, 0))
             for name in self._rows
@@ -64,7 +66,7 @@ class CallBinder:
 
 
 def row_slices(counts: Sequence[int]) -> list[slice]:
-    """Where each call's rows lie in the joined batch."""
+    """The place of each call's rows in the joined batch."""
     ends = [sum(counts[: i + 1]) for i in range(len(counts))]
     return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
@@ -81,7 +83,7 @@ def take_rows(output: Any, rows: slice) -> Any:
 
 
 def _row_shape(value: Any, rows: int, dim: int) -> Hashable:
-    """What must agree of an argument with one entry per row; TypeError where it is not one."""
+    """What must agree of an argument with one entry per row; TypeError if it is none."""
     if value is None:
         return None
     if isinstance(value, torch.Tensor) and value.ndim > dim and value.shape[dim] == rows:
@@ -95,7 +97,7 @@ def _row_shape(value: Any, rows: int, dim: int) -> Hashable:
 
 
 def equal(value: Any, memory: dict[int, Any] | None = None) -> Hashable:
-    """A hashable that is equal where the argument's content is; TypeError where we cannot say.
+    """A hashable that is equal if the argument's content is; TypeError if that cannot be said.
 
     Without `memory` a tensor is refused: only one that is described as shared may serve other requests' rows.
     """
@@ -125,3 +127,68 @@ def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:
         content = (tensor.dtype, tensor.shape, hash(tensor.detach().cpu().float().numpy().tobytes()))
         memory[id(tensor)] = known = (tensor, content)
     return known[1]
+
+# ---------------------------------------------------------------------------------------- text encoders and decoders
+
+
+def component_key(call: ComponentCall) -> Hashable | None:
+    """Equal keys fit together; None if a call has an argument that cannot be compared, such as a generator."""
+    named = _by_name(call)
+    tensors = [value for value in named.values() if isinstance(value, torch.Tensor)]
+    if not tensors or any(not tensor.ndim or len(tensor) != len(tensors[0]) for tensor in tensors):
+        return None
+    try:
+        described = tuple(
+            (name, (value.shape[1:], value.dtype) if isinstance(value, torch.Tensor) else equal(value))
+            for name, value in named.items()
+        )
+    except TypeError:
+        return None
+    return call.component, call.method, described
+
+
+def component_chunks(calls: Sequence[ComponentCall]) -> Iterator[slice]:
+    """Calls of one key, in runs of at most MOST_JOINED elements, a call at least."""
+    elements = sum(value.numel() for value in _by_name(calls[0]).values() if isinstance(value, torch.Tensor))
+    most = max(1, MOST_JOINED // max(1, elements))
+    for first in range(0, len(calls), most):
+        yield slice(first, first + most)
+
+
+def call_component(module: Any, calls: Sequence[ComponentCall]) -> list[Any]:
+    """What each call returns; several of one key are made as one."""
+    first = calls[0]
+    method = module if first.method == "__call__" else getattr(module, first.method)
+    if len(calls) == 1:
+        return [method(*first.args, **first.kwargs)]
+    named = [_by_name(call) for call in calls]
+    joined = {
+        name: torch.cat([own[name] for own in named]) if isinstance(value, torch.Tensor) else value
+        for name, value in named[0].items()
+    }
+    output = method(*(joined[i] for i in range(len(first.args))), **{name: joined[name] for name in first.kwargs})
+    slices = row_slices([next(len(v) for v in own.values() if isinstance(v, torch.Tensor)) for own in named])
+    return [_own_rows(output, rows, slices[-1].stop) for rows in slices]
+
+
+def _by_name(call: ComponentCall) -> dict[int | str, Any]:
+    """The arguments by position or name."""
+    named: dict[int | str, Any] = dict(enumerate(call.args))
+    return named | dict(call.kwargs)
+
+
+def _own_rows(output: Any, rows: slice, total: int) -> Any:
+    """One request's rows of a component's output, in memory of its own: embeddings live as long as their request.
+
+    What is no tensor, such as a language model's key-value cache, holds everybody's rows and is left out. TypeError for
+    a tensor without one entry per row: then each call must be made alone.
+    """
+    if isinstance(output, torch.Tensor):
+        if not output.ndim or len(output) != total:
+            raise TypeError(f"an output of shape {tuple(output.shape)} for {total} rows")
+        return output[rows].clone()
+    if isinstance(output, dict):
+        return type(output)(**{name: _own_rows(value, rows, total) for name, value in output.items()})
+    if isinstance(output, tuple | list):
+        return type(output)(_own_rows(value, rows, total) for value in output)
+    return None

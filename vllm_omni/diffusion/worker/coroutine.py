@@ -1,5 +1,6 @@
-"""A request as a coroutine: an unmodified diffusers pipeline in a greenlet of its own, parked at its denoiser, and at
-its text encoders and the decoder of its VAE.
+"""A request as a coroutine: an unmodified diffusers pipeline in a greenlet of its own.
+
+It parks at every call of its denoiser, of its text encoders, and of its VAE's decoder.
 
 Knows nothing of batches and caches. The caller must hold `torch.inference_mode()` around every resume: grad mode is
 thread-local and greenlets share the thread, so a pipeline's own `no_grad` would otherwise leak into its neighbours.
@@ -18,7 +19,8 @@ import numpy
 import torch
 from greenlet import greenlet
 
-from vllm_omni.diffusion.denoisers import DENOISER_NAMES
+from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES
+from vllm_omni.diffusion.denoiser.step_tracker import own_scheduler
 from vllm_omni.errors import NumericalError
 
 
@@ -33,10 +35,10 @@ class DenoiserCall:
 
 
 @dataclass(frozen=True)
-class PartCall:
-    """A call of a text encoder, or of the VAE's decoder: `method` of the pipeline's `part`."""
+class ComponentCall:
+    """A call of a text encoder, or of the VAE's decoder: `method` of the pipeline's `component`."""
 
-    part: str
+    component: str
     method: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -52,7 +54,7 @@ class Failed:
     error: Exception
 
 
-Event = DenoiserCall | PartCall | Finished | Failed
+Event = DenoiserCall | ComponentCall | Finished | Failed
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
@@ -81,7 +83,7 @@ class DenoiserProxy(_Proxy):
 
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
-        """The pipeline's word for the guidance branch, kept per request."""
+        """The pipeline's name of the guidance branch, kept per request."""
         self._branch = name
         try:
             yield
@@ -93,7 +95,7 @@ class EncoderProxy(_Proxy):
     """A text encoder; calling it parks the request."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._park(PartCall(self._name, "__call__", args, kwargs))
+        return self._park(ComponentCall(self._name, "__call__", args, kwargs))
 
 
 class DecoderProxy(_Proxy):
@@ -110,21 +112,26 @@ class DecoderProxy(_Proxy):
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         if self._changed:
             return self._module.decode(*args, **kwargs)
-        return self._park(PartCall(self._name, "decode", args, kwargs))
+        return self._park(ComponentCall(self._name, "decode", args, kwargs))
 
 
 class PipelineTask:
     """One run of `pipeline(**arguments)`: its own shallow copy, its own scheduler, shared weights."""
 
     def __init__(
-        self, pipeline: Any, arguments: dict[str, Any], device: torch.device | None = None, parts: bool = True
+        self,
+        pipeline: Any,
+        arguments: dict[str, Any],
+        device: torch.device | None = None,
+        components: bool = True,
+        prelude: Callable[[], None] | None = None,
     ) -> None:
-        """`device`: where the pipeline is known to run; it finds out for itself otherwise. `parts`: whether it parks
-        at text encoders and decoder, too.
+        """`device`: where the pipeline is known to run; it finds out for itself otherwise. `components`: whether it
+        parks at text encoders and decoder, too. `prelude` runs first, as a part of the request.
         """
         self.pipeline: Any = copy.copy(pipeline)
         own = vars(self.pipeline)
-        own["scheduler"] = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+        own["scheduler"] = own_scheduler(pipeline.scheduler)
         own["_progress_bar_config"] = {"disable": True}
         own["maybe_free_model_hooks"] = _nothing  # the model outlives the request
         own.pop("_num_timesteps", None)
@@ -135,12 +142,13 @@ class PipelineTask:
         for name in DENOISER_NAMES:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)
-        encoders = {n: m for n in TEXT_ENCODERS if isinstance(m := own.get(n), torch.nn.Module)} if parts else {}
+        encoders = {n: m for n in TEXT_ENCODERS if isinstance(m := own.get(n), torch.nn.Module)} if components else {}
         if not any(map(_has_adapters, encoders.values())):
             own.update({name: EncoderProxy(name, module, self._park) for name, module in encoders.items()})
-        if parts and isinstance(module := own.get("vae"), torch.nn.Module):
+        if components and isinstance(module := own.get("vae"), torch.nn.Module):
             own["vae"] = DecoderProxy("vae", module, self._park)
         self.arguments = arguments
+        self._prelude = prelude
         self._greenlet: greenlet | None = None
         self._engine: greenlet | None = None
 
@@ -153,17 +161,23 @@ class PipelineTask:
         return self._greenlet.switch(result)
 
     def throw(self, error: Exception) -> Event:
-        """Raise `error` where the request is parked, so that the pipeline unwinds."""
+        """Raise `error` at the call where the request is parked, so that the pipeline unwinds."""
         self._engine = greenlet.getcurrent()
         if self._greenlet is None or self._greenlet.dead:
             return Failed(error)
         event = self._greenlet.throw(error)
-        while isinstance(event, DenoiserCall | PartCall):  # a pipeline that catches errors and calls again must end too
+        while isinstance(event, DenoiserCall | ComponentCall):  # one that catches errors and calls again must end, too
             event = self._greenlet.throw(error)
         return event
 
+    def release(self) -> None:
+        """Let go of the pipeline's copy, whose proxies hold this task, and of the prelude, which holds the request."""
+        self.pipeline = self._prelude = None
+
     def _run(self) -> Event:
         try:
+            if self._prelude is not None:
+                self._prelude()
             with numpy.errstate(invalid="call", call=_no_number):  # of this greenlet alone
                 return Finished(self.pipeline(**self.arguments))
         except Exception as error:  # whatever a pipeline raises ends this request alone
@@ -172,7 +186,7 @@ class PipelineTask:
             assert self._engine is not None and self._greenlet is not None
             self._greenlet.parent = self._engine
 
-    def _park(self, call: DenoiserCall | PartCall) -> Any:
+    def _park(self, call: DenoiserCall | ComponentCall) -> Any:
         assert self._engine is not None
         return self._engine.switch(call)
 
@@ -189,7 +203,7 @@ def _has_adapters(module: torch.nn.Module) -> bool:
 
 
 def _no_number(kind: str, flag: int) -> None:
-    """numpy's word for NaN on its way into a picture."""
+    """numpy reports NaN on its way into a picture."""
     raise NumericalError
 
 

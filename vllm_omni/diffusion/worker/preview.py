@@ -28,7 +28,7 @@ def preview(
     clean = latents - sigma * velocity.to(latents.dtype)
     once = {name: value for name, value in arguments.items() if name not in ("sigmas", "timesteps")}
     once |= {"latents": clean, "num_inference_steps": 1, "generator": None}
-    task = PipelineTask(pipeline, once, parts=False)
+    task = PipelineTask(pipeline, once, components=False)
     event = task.resume()
     while isinstance(event, DenoiserCall):
         event = task.resume((torch.zeros_like(event.kwargs["hidden_states"]),))

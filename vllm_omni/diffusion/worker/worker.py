@@ -1,32 +1,40 @@
-"""Owns the model on one device: loads it, puts the cache on it, and runs requests through the model runner."""
+"""Owns the model on one device: the pipeline, its arguments, and its cache backends. The runner runs requests on it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from vllm_omni.diffusion.cache.overrides import Choice, request_choice
-from vllm_omni.diffusion.cache.selector import canonical_name, get_cache_backend
-from vllm_omni.diffusion.cache.stack_backend import StackBackend
+from vllm_omni.diffusion.cache.base import StackBackend
+from vllm_omni.diffusion.cache.selector import get_cache_backend
+from vllm_omni.diffusion.cache.settings import CacheSettings, canonical_name, override, parse
+from vllm_omni.diffusion.cache.standalone import refuse_other_caches
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.denoiser.specs import denoisers_of
 from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
-from vllm_omni.diffusion.worker.malloc import keep_freed_memory
-from vllm_omni.diffusion.worker.model_runner import ModelRunner, RequestState
+from vllm_omni.diffusion.worker.request import Request
+from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.errors import InvalidValueError
+
+TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 class DiffusionWorker:
-    """`load_model` first; then `check`, `start`, `run` and `abort` requests."""
+    """`load_model` first; then `check` and `start` requests, which its `runner` runs."""
+
+    pipeline: Any
+    runner: ModelRunner
+    arguments: ArgumentBuilder
 
     def __init__(self, config: OmniDiffusionConfig) -> None:
         self.config = config
-        self._default: Choice = None
+        self.default_cache: CacheSettings | None = None  # the engine's own cache setting
         if config.cache_backend not in (None, "none"):  # a wrong name fails here, before any weight loads
-            self._default = canonical_name(str(config.cache_backend)), config.cache_config or DiffusionCacheConfig()
+            name = canonical_name(str(config.cache_backend))
+            self.default_cache = parse(name, config.cache_config or DiffusionCacheConfig())
         self._backends: dict[str, StackBackend] = {}
 
     def load_model(self, pipeline: Any = None, defaults: dict[str, Any] | None = None) -> None:
@@ -35,32 +43,42 @@ class DiffusionWorker:
             defaults = generation_defaults(self.config.model)
             pipeline = load_pipeline(self.config)
         self.pipeline = pipeline
-        if not torch.cuda.is_available():
-            keep_freed_memory()
+        for module in denoisers_of(pipeline).values():
+            refuse_other_caches(module)
         self.runner = ModelRunner(pipeline, self.config.lora_modules)
-        self._arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
-        if self._default is not None:
-            self._backend(*self._default)
+        self.arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
+        if self.default_cache is not None:
+            self._backend(self.default_cache)
 
-    def check(self, request: OmniDiffusionRequest) -> tuple[dict[str, Any], Choice]:
+    def check(self, request: OmniDiffusionRequest) -> tuple[dict[str, Any], CacheSettings | None]:
         """The pipeline arguments and the cache of a request, or the error that its user should read."""
-        arguments = self._arguments.build(request)
+        arguments = self.arguments.build(request)
         self.runner.adapters.check(request.params.lora_request or ())
-        choice = request_choice(request.params.cache, self._default)
-        if choice is not None:
+        settings = override(request.params.cache, self.default_cache)
+        if settings is not None:
             own = arguments.get("sigmas") is not None or arguments.get("timesteps") is not None
             known = not own and self.pipeline.scheduler.order == 1  # otherwise the schedule may be longer
-            self._backend(*choice).check(choice[1], arguments.get("num_inference_steps") if known else None)
-        return arguments, choice
+            self._backend(settings).check(settings, arguments.get("num_inference_steps") if known else None)
+        return arguments, settings
 
-    def fps(self, request: OmniDiffusionRequest) -> float:
-        """Frames per second at which a video of this request is to be shown."""
-        return self._arguments.fps(request)
+    def start(
+        self, request: OmniDiffusionRequest, arguments: dict[str, Any], settings: CacheSettings | None
+    ) -> tuple[Request, int | None]:
+        """Begin a checked request; returns its state and its seed."""
+        generator, seed = generator_of(request)
+        running = self.runner.start(
+            request,
+            arguments | {"generator": generator},
+            self._backend(settings) if settings is not None else None,
+            settings,
+            lambda: self._text_tokens(arguments),
+        )
+        return running, seed
 
-    def text_tokens(self, arguments: Mapping[str, Any]) -> int:
+    def _text_tokens(self, arguments: dict[str, Any]) -> int:
         """Tokens of prompt and negative prompt, without padding, for the text encoder that reads most of them."""
-        parts, texts = vars(self.pipeline), [arguments.get(name) for name in ("prompt", "negative_prompt")]
-        readers = [parts[name] for name in ("tokenizer", "tokenizer_2", "tokenizer_3") if parts.get(name) is not None]
+        texts = [arguments.get(name) for name in ("prompt", "negative_prompt")]
+        readers = [reader for name in TOKENIZERS if (reader := _tokenizer(self.pipeline, name)) is not None]
         limits = [reader.model_max_length for reader in readers]
         if limits:  # of several, the last is the one that a longer or shorter sequence can be asked of
             limits[-1] = min(limits[-1], arguments.get("max_sequence_length") or limits[-1])
@@ -70,49 +88,11 @@ class DiffusionWorker:
         ]
         return max(counts, default=0)
 
-    def start(
-        self, request: OmniDiffusionRequest, arguments: dict[str, Any], choice: Choice
-    ) -> tuple[RequestState, int | None]:
-        """Begin a checked request; gives its state and its seed."""
-        generator, seed = generator_of(request)
-        backend, config = (self._backends[choice[0]], choice[1]) if choice is not None else (None, None)
-        state = self.runner.start(
-            request.request_id,
-            arguments | {"generator": generator},
-            backend,
-            config,
-            request.params.preview_every,
-            request.params.lora_request or (),
-            request.params.boundary_ratio,
-        )
-        return state, seed
-
-    def run(self, states: Sequence[RequestState]) -> None:
-        self.runner.run(states)
-
-    def abort(self, state: RequestState, error: Exception) -> None:
-        self.runner.abort(state, error)
-
-    @property
-    def default_cache(self) -> Choice:
-        """The engine's own cache setting."""
-        return self._default
-
     @property
     def profile_names(self) -> list[str]:
         """Of the cache profiles in use by default."""
-        backend = self._backends.get(self._default[0]) if self._default is not None else None
+        backend = self._backends.get(self.default_cache.backend) if self.default_cache is not None else None
         return backend.profile_names if backend is not None else []
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The model's own default arguments."""
-        return self._arguments.defaults
-
-    @property
-    def size_multiple(self) -> int:
-        """Height and width must be multiples of it, in pixels."""
-        return self._arguments.multiple
 
     @property
     def cache_bytes(self) -> int:
@@ -120,15 +100,17 @@ class DiffusionWorker:
         return max((backend.store.used for backend in self._backends.values()), default=0)  # they share one store
 
     def close(self) -> None:
+        """Take caches and adapters off the pipeline."""
         for backend in self._backends.values():
             backend.disable(self.pipeline)
         self._backends.clear()
         self.runner.adapters.close()
 
-    def _backend(self, name: str, config: DiffusionCacheConfig) -> StackBackend:
-        """The backend of that name, enabled on the pipeline when it is first asked for."""
+    def _backend(self, settings: CacheSettings) -> StackBackend:
+        """The backend of these settings, enabled on the pipeline when it is first asked for."""
+        name = settings.backend
         if name not in self._backends:
-            backend = get_cache_backend(name, config)
+            backend = get_cache_backend(name, settings.config)
             if not isinstance(backend, StackBackend):
                 raise InvalidValueError(
                     "cache_backend",
@@ -141,3 +123,11 @@ class DiffusionWorker:
                 backend.store = other.store
             self._backends[name] = backend
         return self._backends[name]
+
+
+def _tokenizer(pipeline: Any, name: str) -> PreTrainedTokenizerBase | None:
+    """A tokenizer of the pipeline; a processor in its place has one inside."""
+    reader = getattr(pipeline, name, None)
+    if isinstance(reader, ProcessorMixin):
+        reader = getattr(reader, "tokenizer", None)
+    return reader if isinstance(reader, PreTrainedTokenizerBase) else None

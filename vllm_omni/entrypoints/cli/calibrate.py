@@ -26,7 +26,7 @@ EXAMPLES = """
 """
 
 
-def add_parser(commands: Any, summary: str) -> None:
+def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     """Add the command with its options."""
     parser = command_parser(commands, "calibrate", summary, DESCRIPTION, EXAMPLES)
     add_model(parser)
@@ -39,6 +39,7 @@ def add_parser(commands: Any, summary: str) -> None:
     held = f"keep every second line out of calibration, and choose the preset 'auto' on up to {JUDGED_PAIRS} of those"
     add("--hold-out", action="store_true", help=held)
     add("--out", metavar="FILE", help="profile file to write, .json (default: where the engine finds it)")
+    return parser
 
 
 def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:

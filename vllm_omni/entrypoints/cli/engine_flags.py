@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from vllm_omni.diffusion.cache.selector import ENGINE_BACKENDS, engine_backend
+from vllm_omni.diffusion.cache.settings import ENGINE_BACKENDS, engine_backend
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.entrypoints.cli.flags import add_flags, given, named_by_flag
 from vllm_omni.entrypoints.cli.values import cache_settings, lora_modules, parse_size

@@ -6,7 +6,8 @@ A flag that is not given leaves no trace in the parsed arguments, so that a defa
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import NoneType
@@ -14,8 +15,8 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from vllm_omni.diffusion.settings import Settings
-from vllm_omni.errors import InvalidValueError
+from vllm_omni.errors import InvalidValueError, did_you_mean
+from vllm_omni.settings import Settings
 
 ALSO = {"max_queued_requests": "--max-num-queued-reqs"}  # vLLM's name for it
 
@@ -34,6 +35,20 @@ def command_parser(commands: Any, name: str, summary: str, more: str, examples: 
 def flag_of(name: str) -> str:
     """The flag of a field: `request_timeout_s`, in seconds, is `--request-timeout`."""
     return "--" + name.removesuffix("_s").replace("_", "-")
+
+
+def flags_of(parser: argparse.ArgumentParser) -> set[str]:
+    """The flags that the parser's help shows."""
+    return set(re.findall("(?<![a-z-])--[a-z][a-z0-9-]+", parser.format_help()))
+
+
+def unknown_flags(given: Iterable[str], known: Collection[str]) -> str | None:
+    """What to say of the first flag that is not known, nor the beginning of one; None if all are."""
+    for flag in given:
+        if not any(name.startswith(flag) for name in known):
+            close = did_you_mean(flag, known, most=1)
+            return f"{flag} is not a flag of this command{'; ' if close else ''}{close}"
+    return None
 
 
 def add_flags(group: Any, owner: type[Settings], *names: str, **helps: str) -> None:

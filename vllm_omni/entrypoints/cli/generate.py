@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.data import PRESETS
+from vllm_omni.diffusion.cache.settings import PRESET_NAMES
 from vllm_omni.diffusion.loader import resolve_model
 from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
 from vllm_omni.entrypoints.cli.flags import command_parser, named_by_flag
@@ -16,7 +16,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, check_text
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.media import VIDEO_FORMATS, open_image, save_video
 
-CACHES = ("auto", *PRESETS, "off")
+CACHES = (*PRESET_NAMES, "off")
 DESCRIPTION = """All prompts run in one continuous batch. The table shows the seed of each
 picture, the steps that were computed, and those that the cache skipped."""
 EXAMPLES = """
@@ -26,7 +26,7 @@ EXAMPLES = """
 """
 
 
-def add_parser(commands: Any, summary: str) -> None:
+def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     """Add the command with its options."""
     parser = command_parser(commands, "generate", summary, DESCRIPTION, EXAMPLES)
     add_model(parser)
@@ -50,6 +50,7 @@ def add_parser(commands: Any, summary: str) -> None:
     add("--video-format", choices=VIDEO_FORMATS, default="mp4", help="file format (default: mp4)")
     add("--lora", action="append", default=[], metavar="FILE", help="adapter, .safetensors; again for several")
     add("--lora-scale", type=float, default=1.0, metavar="N", help="scale of the adapters (default: 1)")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:

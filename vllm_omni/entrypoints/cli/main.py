@@ -16,6 +16,7 @@ COMMANDS = {  # a module's name and the first line of its help; the module has `
     "serve": "Serve a model behind the OpenAI API for images and videos.",
     "generate": "Draw prompts (and pictures) to PNG or video files, and print a table.",
     "calibrate": "Measure a model into a profile, from which the cache plans its steps.",
+    "bench": "Put load on a running server, and print throughput, latency and errors.",
     "quality": "Compare cached with uncached pictures: tables, a chart, a sheet.",
 }
 EXAMPLES = """examples:
@@ -47,16 +48,17 @@ def _run(words: Sequence[str]) -> int:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    own = parser
     for command, summary in COMMANDS.items():
         if module is not None and command == name:
-            module.add_parser(commands, summary)
+            own = module.add_parser(commands, summary)
         else:
             commands.add_parser(command, help=summary)
     if module is None and "--omni" in sys.argv:
         what = f"`vllm {words[0]} --omni`" if words else "`vllm --omni`"
         parser.error(f"{what} is nothing for diffusion models; leave --omni out, and vLLM handles it itself")
     # `serve` has vLLM's parser, which takes seconds to import: it parses by itself
-    args = argparse.Namespace(words=words[1:]) if name == "serve" else parser.parse_args(words)
+    args, rest = (argparse.Namespace(words=words[1:]), []) if name == "serve" else parser.parse_known_args(words)
     packages.hide_unloadable()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning OpenMP threads make a busy CPU 50 times slower
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns once per image processor without torchvision
@@ -64,6 +66,11 @@ def _run(words: Sequence[str]) -> int:
     try:
         if (message := packages.conflict()) is not None:
             raise OmniError(message)
+        if rest:
+            from vllm_omni.entrypoints.cli.flags import flags_of, unknown_flags
+
+            flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
+            raise OmniError(unknown_flags(flags, flags_of(own)) or f"{rest[0]!r} has no meaning here; see --help")
         return module.run(args)
     except OmniError as error:
         print(f"vllm-omni {name}: {error}", file=sys.stderr)

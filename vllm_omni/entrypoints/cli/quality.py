@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from vllm_omni.diffusion.cache.overrides import request_choice
+from vllm_omni.diffusion.cache.settings import override
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.loader import resolve_model
 from vllm_omni.entrypoints.cli.engine_flags import MODEL, add_engine_flags, add_size, call_arguments, engine_args
@@ -29,7 +29,7 @@ LEGEND = """PSNR in dB and SSIM to the uncached picture. NFE: full forwards. Wor
 forwards. × ideal: uncached work over work. × measured: one picture alone, time uncached over time."""
 
 
-def add_parser(commands: Any, summary: str) -> None:
+def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     """Add the command with its options."""
     parser = command_parser(commands, "quality", summary, DESCRIPTION, EXAMPLES)
     add = parser.add_argument
@@ -48,6 +48,7 @@ def add_parser(commands: Any, summary: str) -> None:
     add("--processes", type=int, metavar="N", help=processes)
     add("--out", default="outputs/quality", metavar="FOLDER", help="of the report (default: outputs/quality)")
     add_engine_flags(parser, "dtype", "device")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,7 +75,7 @@ def plan_of(args: argparse.Namespace) -> Any:
         raise InvalidValueError("--processes", args.processes, "must be at least 1")
     settings = None if args.settings is None else tuple(read_settings(args.settings))
     for entry in settings or ():
-        request_choice(entry, None)
+        override(entry, None)
     seed = HELD_OUT_SEED if args.seed is None else args.seed
     pairs = held_out(args.model, args.pairs, None if args.prompts is None else Path(args.prompts), seed)
     resolve_model(args.model)

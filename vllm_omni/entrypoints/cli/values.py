@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from vllm_omni.diffusion.data import PRESETS, DiffusionCacheConfig
+from vllm_omni.diffusion.cache.settings import PRESET_NAMES, DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError
 
 
@@ -37,10 +37,10 @@ def cache_settings(text: str) -> dict[str, Any]:
 
     Checked here, with its profile, so that a typo costs no model load.
     """
-    if text in PRESETS:
-        settings = dict(PRESETS[text])
+    if text in PRESET_NAMES:
+        settings = {"preset": text}
     elif re.fullmatch(r"[\w-]+", text):
-        raise UnknownChoiceError("--cache-config", text, PRESETS, ", or a JSON object")
+        raise UnknownChoiceError("--cache-config", text, PRESET_NAMES, ", or a JSON object")
     else:
         settings = json_object("--cache-config", text)
     config = DiffusionCacheConfig.from_dict(settings)

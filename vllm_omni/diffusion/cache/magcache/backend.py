@@ -1,21 +1,23 @@
-"""The MagCache backend: chooses curve, plan and predictor; everything else is shared machinery."""
+"""The MagCache backend: finds the checkpoint's curve and profile; everything else is shared machinery."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
+from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
 from vllm_omni.diffusion.cache.calibration import Calibration
-from vllm_omni.diffusion.cache.clock import Schedule
-from vllm_omni.diffusion.cache.forward import Record
-from vllm_omni.diffusion.cache.magcache.plan import (
-    choose_predictor,
-    plan_request,
-    preset_forwards,
-    promised_forwards,
-)
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
+from vllm_omni.diffusion.cache.plan.compose import (
+    CachePlan,
+    budgeted_forwards,
+    choose_predictor,
+    compose,
+    full_forwards,
+    rule_of,
+)
+from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
 from vllm_omni.diffusion.cache.profile import (
     CacheProfile,
     find_profiles,
@@ -24,10 +26,9 @@ from vllm_omni.diffusion.cache.profile import (
     nearest,
     profile_names,
 )
-from vllm_omni.diffusion.cache.request_cache import CachePlan, RequestCache
-from vllm_omni.diffusion.cache.stack_backend import KEPT_AS, StackBackend
-from vllm_omni.diffusion.data import PROMISES, DiffusionCacheConfig
-from vllm_omni.diffusion.denoisers import DenoiserSpec
+from vllm_omni.diffusion.cache.settings import Budget, CacheSettings, DiffusionCacheConfig, Mask, Preset
+from vllm_omni.diffusion.cache.state import CacheState, PlannedState
+from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, unwrapped
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
@@ -41,87 +42,61 @@ class MagCacheBackend(StackBackend):
 
     def __init__(self, config: DiffusionCacheConfig) -> None:
         super().__init__(config)
-        for name in ("coefficients", "rel_l1_thresh"):
-            if (value := vars(config)[name]) is not None:
-                raise InvalidValueError(name, value, "is a TeaCache setting, magcache has no use for it; leave it out")
+        for name, value in config.given("coefficients", "rel_l1_thresh").items():
+            raise InvalidValueError(name, value, "is a gate's setting, magcache has no use for it; leave it out")
         self.calibration = Calibration() if config.mag_calibrate else None
         self._ratios: tuple[float, ...] | None = None
         self._class = self._fingerprint = ""
-        self._said_nothing_to_gain = False
+        self._reported_no_gain = False
 
-    def _spec(self, class_name: str) -> DenoiserSpec | None:
-        strategy = MagCacheStrategyRegistry.get_if_exists(class_name)
-        return strategy.spec if strategy is not None else None
+    def plan(self, steps: int, sigmas: Sequence[float], switches: Switches = ()) -> CachePlan:
+        """What a request of this schedule would do under the backend's own settings."""
+        schedule = Schedule(steps, tuple(sigmas), switches)
+        return compose(self.settings, *self._measured(self.settings, steps), schedule)
 
-    def plan(
-        self,
-        steps: int,
-        sigmas: tuple[float, ...],
-        config: DiffusionCacheConfig | None = None,
-        switches: tuple[int, ...] = (),
-    ) -> CachePlan:
-        """What a request of `steps` would do; pure, cheap, and the same on every rank.
+    def check(self, settings: CacheSettings, steps: int | None = None) -> None:
+        """Refuse what this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
+        if steps is not None and not (isinstance(settings.plan, Budget) and settings.plan.seconds):
+            budgeted_forwards(settings, steps)
+        ratios, profile = self._measured(settings, steps or len(self._ratios or ()) or 1)
+        if ratios is None and not isinstance(settings.plan, Mask):
+            raise InvalidValueError("mag_ratios", None, "must be given unless steps_mask is or a curve is known")
+        choose_predictor(settings, profile)
 
-        `switches` are the steps at which another denoiser takes over.
-        """
-        config = config or self.config
-        profile = self._profile_for(config, steps)
-        ratios = config.mag_ratios or (None if self._names_another(config) else self._ratios)
-        if ratios is None and profile is not None:
-            ratios = profile.ratios
-        return plan_request(config, ratios, profile, steps, sigmas, switches)
-
-    def check(self, config: DiffusionCacheConfig, steps: int | None = None) -> None:
-        """Refuse settings that this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
-        if steps is not None and config.seconds is None:
-            promised_forwards(config, steps)
-        self.plan(2, (1.0, 0.5), config.model_copy(update=dict.fromkeys(PROMISES)))
-
-    def _record(self, schedule: Schedule, config: DiffusionCacheConfig | None = None) -> Record:
+    def state(self, schedule: Schedule, settings: CacheSettings | None = None) -> CacheState:
         if self.calibration is not None:
-            return self.calibration.record(schedule.steps, schedule.sigmas)
-        config = config or self.config
-        profile = self._profile_for(config, schedule.steps)
-        plan = self.plan(schedule.steps, schedule.sigmas, config, schedule.switches)
-        if all(plan.compute) and not self._said_nothing_to_gain:
-            self._said_nothing_to_gain = True
+            return self.calibration.state(schedule.steps, schedule.sigmas)
+        settings = settings or self.settings
+        ratios, profile = self._measured(settings, schedule.steps)
+        plan = compose(settings, ratios, profile, schedule)
+        if all(plan.compute) and not self._reported_no_gain:
+            self._reported_no_gain = True
             logger.info("magcache: nothing to gain in %d steps, every one of them computes", schedule.steps)
-        settings: dict[str, object] = {
+        facts: dict[str, object] = {
             "backend": "magcache",
-            **self._made_of(config, profile, schedule),
+            **_plan_facts(settings, profile, schedule),
             "planned_forwards": plan.full_forwards,
-            "predictor": choose_predictor(config, profile, plan.full_forwards),
+            "predictor": choose_predictor(settings, profile, plan.full_forwards),
             "profile": profile.name if profile is not None else None,
         }
         if schedule.switches:
-            settings["switches"] = schedule.switches
-        return RequestCache(plan, self.store, settings, KEPT_AS[self.config.residual_dtype])
+            facts["switches"] = schedule.switches
+        return PlannedState(plan, self.store, facts, KEPT_AS[self.config.residual_dtype])
 
-    def _made_of(
-        self, config: DiffusionCacheConfig, profile: CacheProfile | None, schedule: Schedule
-    ) -> dict[str, object]:
-        """What the plan was made of, for the output: the promise, the preset or the mask, else the rule's settings."""
-        if config.promise:
-            return {**config.promise}
-        if config.steps_mask is not None:
-            return {"steps_mask": config.steps_mask}
-        preset = {} if config.preset is None else {"preset": config.preset}
-        if preset_forwards(config, profile, schedule.steps, schedule.switches) is not None:
-            return {**preset}
-        return preset | {
-            "threshold": config.mag_threshold,
-            "max_skip_steps": config.mag_max_skip_steps,
-            "retention_ratio": config.mag_retention_ratio,
-        }
+    def _measured(self, settings: CacheSettings, steps: int) -> tuple[tuple[float, ...] | None, CacheProfile | None]:
+        """The curve and the profile for settings and a step count.
 
-    def _profile_for(self, config: DiffusionCacheConfig, steps: int) -> CacheProfile | None:
-        """The one that the request names, or of the checkpoint's the one measured nearest to its step count."""
-        if self._names_another(config):
-            return self._named(config.profile or "", config.profile_insist)
-        return nearest(self.profiles, steps)
-
-    def _names_another(self, config: DiffusionCacheConfig) -> bool:
-        return config.profile not in (None, self.config.profile)
+        The profile is the one that the settings name, or of the checkpoint's the one measured nearest to the step
+        count; a curve that was given, with the request or for the engine, comes before the profile's.
+        """
+        config = settings.config
+        another = config.profile not in (None, self.config.profile)
+        if another:
+            profile: CacheProfile | None = self._named(config.profile or "", config.profile_insist)
+        else:
+            profile = nearest(self.profiles, steps)
+        ratios = config.mag_ratios or (None if another else self._ratios)
+        return ratios or (profile.ratios if profile is not None else None), profile
 
     def _named(self, name: str, insist: bool) -> CacheProfile:
         own = next((profile for profile in self.profiles if profile.name == name), None)
@@ -139,14 +114,17 @@ class MagCacheBackend(StackBackend):
             )
         return profile
 
-    def _found(self, module: torch.nn.Module, model_name: str) -> None:
+    def _spec(self, module: torch.nn.Module) -> DenoiserSpec | None:
+        return MagCacheStrategyRegistry.spec_of(module) or super()._spec(module)
+
+    def _found(self, module: torch.nn.Module, spec: DenoiserSpec, model_name: str) -> None:
         """The profile named in the settings, or the checkpoint's own ones; a curve that the user gave comes first."""
-        self._class, self._fingerprint = _class_name(module), fingerprint(module)
+        self._class, self._fingerprint = type(unwrapped(module)).__name__, fingerprint(unwrapped(module))
         if self.config.profile:
             self.profiles = (self._named(self.config.profile, self.config.profile_insist),)
         else:
             self.profiles = find_profiles(model_name, self._fingerprint)
-        self._ratios = self.config.mag_ratios or MagCacheStrategyRegistry.users_curve(_class_name(module))
+        self._ratios = self.config.mag_ratios or MagCacheStrategyRegistry.users_curve(module)
         if self.profiles:
             logger.info("magcache: profile %s", ", ".join(self.profile_names))
         nothing = self._ratios is None and not self.profiles and self.config.steps_mask is None
@@ -158,8 +136,17 @@ class MagCacheBackend(StackBackend):
                 "measure one with `vllm-omni calibrate MODEL` and pass profile='FILE', or, if it is one of these "
                 f"checkpoints, its profile by name: {', '.join(profile_names(self._class)) or 'none of this class'}",
             )
-        choose_predictor(self.config, next(iter(self.profiles), None))
+        choose_predictor(self.settings, next(iter(self.profiles), None))
 
 
-def _class_name(module: Any) -> str:
-    return type(module).__name__
+def _plan_facts(settings: CacheSettings, profile: CacheProfile | None, schedule: Schedule) -> dict[str, object]:
+    """What the plan was made of, for the output: the budget, the preset or the mask, else the rule's settings."""
+    plan = settings.plan
+    if isinstance(plan, Budget):
+        return {name: value for name, value in vars(plan).items() if value is not None}
+    if isinstance(plan, Mask):
+        return {"steps_mask": plan.flags}
+    preset: dict[str, object] = {"preset": plan.name} if isinstance(plan, Preset) else {}
+    if full_forwards(settings, profile, schedule.steps, schedule.switches) is not None:
+        return preset
+    return preset | vars(rule_of(settings))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_omni.diffusion.data import DiffusionCacheConfig, as_curve
+from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, as_curve
 
 
 @dataclass

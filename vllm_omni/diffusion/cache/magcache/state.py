@@ -1,7 +1,5 @@
-"""A request's state under MagCache is the one every static plan has."""
+"""The state of a request under MagCache: that of every request whose plan is known before it runs."""
 
-from vllm_omni.diffusion.cache.request_cache import RequestCache
-
-MagCacheState = RequestCache
+from vllm_omni.diffusion.cache.state import PlannedState as MagCacheState
 
 __all__ = ["MagCacheState"]

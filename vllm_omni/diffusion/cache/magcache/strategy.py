@@ -1,19 +1,19 @@
-"""Per denoiser class: where the block stack is, and a curve to pass on purpose. Never chosen by class name alone."""
+"""Per denoiser class: a block stack, and a curve to pass on purpose. Never chosen by class name alone."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from vllm_omni.diffusion.cache.profile import shipped_profile
-from vllm_omni.diffusion.data import as_curve
-from vllm_omni.diffusion.denoisers import DENOISERS, DenoiserSpec
+from vllm_omni.diffusion.cache.settings import as_curve
+from vllm_omni.diffusion.denoiser.specs import DENOISERS, DenoiserSpec, unwrapped
 from vllm_omni.errors import InvalidValueError
 
 
 class MagCacheStrategy:
-    """Subclass with `spec`, and `mag_ratios` where you have a curve for the checkpoints you serve."""
+    """Subclass with `mag_ratios`, a curve for the checkpoints you serve, and with `spec` if the class is not known."""
 
-    spec: ClassVar[DenoiserSpec]
+    spec: ClassVar[DenoiserSpec | None] = None
     mag_ratios: ClassVar[tuple[float, ...] | None] = None
 
 
@@ -31,51 +31,45 @@ class Flux2MagCacheStrategy(MagCacheStrategy):
     spec = DENOISERS["Flux2Transformer2DModel"]
 
 
-def _described(spec: DenoiserSpec) -> MagCacheStrategy:
-    strategy = MagCacheStrategy()
-    vars(strategy)["spec"] = spec
-    return strategy
-
-
 class MagCacheStrategyRegistry:
     """Strategies by transformer class name."""
 
-    _strategies: ClassVar[dict[str, MagCacheStrategy]] = {}
+    _strategies: ClassVar[dict[str, MagCacheStrategy]] = {
+        "FluxTransformer2DModel": FluxMagCacheStrategy(),
+        "Flux2Transformer2DModel": Flux2MagCacheStrategy(),
+    }
     _own: ClassVar[set[str]] = set()  # registered by the user, whose curve is meant for whatever they load
 
     @classmethod
     def register(cls, name: str, strategy: MagCacheStrategy) -> None:
+        """Make `strategy` the one for transformers of class `name`."""
         cls._strategies[name] = strategy
         cls._own.add(name)
 
     @classmethod
     def get(cls, name: str) -> MagCacheStrategy:
+        """The strategy of a transformer class; InvalidValueError lists the known ones."""
         if name not in cls._strategies:
             raise InvalidValueError("transformer class", name, f"must be one of {', '.join(sorted(cls._strategies))}")
         return cls._strategies[name]
 
     @classmethod
     def get_if_exists(cls, name: str) -> MagCacheStrategy | None:
-        """The registered strategy, else a plain one of what `denoisers.py` describes: the curve is the user's."""
-        if name in cls._strategies or name not in DENOISERS:
-            return cls._strategies.get(name)
-        return _described(DENOISERS[name])
+        """The strategy of a transformer class, if one is registered."""
+        return cls._strategies.get(name)
 
     @classmethod
-    def users_curve(cls, name: str) -> tuple[float, ...] | None:
-        return as_curve("mag_ratios", cls._strategies[name].mag_ratios) if name in cls._own else None
+    def users_curve(cls, module: Any) -> tuple[float, ...] | None:
+        """The curve that the user has registered for the class of `module`, or for one it derives from."""
+        names = [c.__name__ for c in type(unwrapped(module)).__mro__ if c.__name__ in cls._own]
+        return as_curve("mag_ratios", cls._strategies[names[0]].mag_ratios) if names else None
+
+    @classmethod
+    def spec_of(cls, module: Any) -> DenoiserSpec | None:
+        """The block stack that a registered strategy names for the class of `module`, or for one it derives from."""
+        found = (cls._strategies.get(c.__name__) for c in type(unwrapped(module)).__mro__)
+        return next((strategy.spec for strategy in found if strategy is not None and strategy.spec is not None), None)
 
 
-MagCacheStrategyRegistry._strategies.update(
-    FluxTransformer2DModel=FluxMagCacheStrategy(), Flux2Transformer2DModel=Flux2MagCacheStrategy()
-)
-
-
-def register_strategy(name: str, strategy: MagCacheStrategy) -> None:
-    """Make `strategy` the one for transformers of class `name`."""
-    MagCacheStrategyRegistry.register(name, strategy)
-
-
-def get_strategy(name: str) -> MagCacheStrategy:
-    """The strategy of a transformer class; InvalidValueError lists the known ones."""
-    return MagCacheStrategyRegistry.get(name)
+register_strategy = MagCacheStrategyRegistry.register
+get_strategy = MagCacheStrategyRegistry.get

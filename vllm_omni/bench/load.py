@@ -1,0 +1,75 @@
+"""Runs requests against a target in threads: a closed loop of clients, or an open loop of arrivals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import Empty, LifoQueue, SimpleQueue
+from typing import Any
+
+from vllm_omni.bench.client import Client, Target
+from vllm_omni.bench.stats import Sample
+
+MOST_AT_ONCE = 1024  # connections of an open loop; a request due while all are busy waits, and its wait counts
+Body = dict[str, Any]
+Told = Callable[[Sample], None]
+
+
+def closed(target: Target, bodies: Iterable[Body], clients: int, told: Told = lambda _: None) -> list[Sample]:
+    """`clients` at once, each asking again as soon as it has its reply, until all requests are answered."""
+    waiting: SimpleQueue[Body] = SimpleQueue()
+    for body in bodies:
+        waiting.put(body)
+    samples: list[Sample] = []
+    began = time.perf_counter()
+
+    def work() -> None:
+        client = Client(target)
+        while True:
+            try:
+                body = waiting.get_nowait()
+            except Empty:
+                return client.close()
+            due = time.perf_counter() - began
+            _note(samples, client, body, due, began, told)
+
+    with ThreadPoolExecutor(clients) as pool:
+        for future in [pool.submit(work) for _ in range(clients)]:
+            future.result()
+    return samples
+
+
+def open_loop(
+    target: Target, bodies: Sequence[Body], times: Sequence[float], told: Told = lambda _: None
+) -> list[Sample]:
+    """Each request at its time, whether or not others are answered."""
+    idle: LifoQueue[Client] = LifoQueue()
+    samples: list[Sample] = []
+    began = time.perf_counter()
+
+    def work(body: Body, due: float) -> None:
+        try:
+            client = idle.get_nowait()
+        except Empty:
+            client = Client(target)
+        _note(samples, client, body, due, began, told)
+        idle.put(client)
+
+    with ThreadPoolExecutor(min(len(bodies), MOST_AT_ONCE)) as pool:
+        futures = []
+        for body, due in zip(bodies, times, strict=True):
+            time.sleep(max(0.0, due - (time.perf_counter() - began)))
+            futures.append(pool.submit(work, body, due))
+        for future in futures:
+            future.result()
+    while not idle.empty():
+        idle.get_nowait().close()
+    return samples
+
+
+def _note(samples: list[Sample], client: Client, body: Body, due: float, began: float, told: Told) -> None:
+    outcome = client.ask(body)
+    sample = Sample(due, time.perf_counter() - began, outcome.pictures, outcome.error)
+    samples.append(sample)
+    told(sample)

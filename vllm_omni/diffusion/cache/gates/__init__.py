@@ -1,0 +1,1 @@
+"""Published rules that decide from data, one file each, and what they share."""

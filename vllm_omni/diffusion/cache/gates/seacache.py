@@ -1,0 +1,75 @@
+"""SeaCache (arXiv 2602.18993): how the latents change at the frequencies that the noise level lets through."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from vllm_omni.diffusion.cache.gates.gate import PREVIOUS, GateBackend, GateRule, Memory, comparable, relative_l1
+from vllm_omni.diffusion.cache.state import Signal
+from vllm_omni.errors import InvalidValueError
+
+
+def sea_filter(x: torch.Tensor, sigma: float) -> torch.Tensor:
+    """x, of shape (rows, channels, *grid), through the Wiener-like filter of noise level sigma, in fp32.
+
+    x_t = (1 - sigma) x_0 + sigma eps with spectrum S = |f|^-beta of x_0 (beta 2 for pictures, 3 for videos) gives
+    G = S / ((1 - sigma)^2 S + sigma^2), scaled to mean 1. The lowest frequency stands for 0.
+    """
+    grid = x.shape[2:]
+    axes = [torch.fft.fftfreq(n, device=x.device) for n in grid]
+    squared = torch.stack(torch.meshgrid(*axes, indexing="ij")).square().sum(dim=0)
+    frequency = squared.clamp_min(1 / max(grid) ** 2).sqrt()
+    spectrum = frequency.pow(-(2 if len(grid) < 3 else 3))
+    gain = spectrum / ((1 - sigma) ** 2 * spectrum + max(sigma, 1e-3) ** 2)
+    dims = tuple(range(2, x.ndim))
+    return torch.fft.ifftn(gain / gain.mean() * torch.fft.fftn(x.float(), dim=dims), dim=dims).real
+
+
+def on_grid(latents: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
+    """Latents as (rows, channels, *grid); packed ones, (rows, tokens, channels), are laid out by what the call says."""
+    if latents.ndim != 3:
+        return latents
+    tokens = latents.shape[1]
+    for grid in _grids(arguments, tokens):
+        if math.prod(grid) == tokens:
+            return latents.transpose(1, 2).reshape(len(latents), latents.shape[2], *grid)
+    raise InvalidValueError("tokens", tokens, "of this model cannot be laid out as a picture; use another gate")
+
+
+def _grids(arguments: Mapping[str, Any], tokens: int) -> list[tuple[int, ...]]:
+    grids: list[tuple[int, ...]] = []
+    sizes = [arguments.get(name) for name in ("num_frames", "height", "width")]
+    if all(isinstance(size, int) for size in sizes):
+        grids.append(tuple(sizes))  # type: ignore[arg-type]
+    if arguments.get("img_shapes"):
+        shape = arguments["img_shapes"][0]
+        frames, height, width = shape[0] if isinstance(shape, list) else shape
+        grids.append((height, width) if frames == 1 else (frames, height, width))
+    side = int(tokens**0.5)
+    grids.append((side, side))
+    if (ids := arguments.get("img_ids")) is not None and side * side != tokens:  # a read, but of non-square ones alone
+        last = ids.reshape(-1, ids.shape[-1])[:tokens].amax(dim=0).tolist()
+        grids.append((int(last[1]) + 1, int(last[2]) + 1))
+    return grids
+
+
+class SeaCacheRule(GateRule):
+    """Sum of the relative L1 changes of the filtered latents."""
+
+    name, signal, threshold = "seacache", Signal.LATENTS, 0.25
+
+    def describe(self, latents: torch.Tensor, arguments: Mapping[str, Any], sigma: float) -> torch.Tensor:
+        return sea_filter(on_grid(latents, arguments), sigma)
+
+    def change(self, now: torch.Tensor, memory: Memory) -> torch.Tensor | None:
+        return relative_l1(now, memory[PREVIOUS]) if comparable(memory, PREVIOUS, now) else None
+
+
+class SeaCacheBackend(GateBackend):
+    """SeaCache as a cache backend."""
+
+    name, rule = "seacache", SeaCacheRule

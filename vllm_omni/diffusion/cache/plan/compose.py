@@ -1,0 +1,200 @@
+"""From settings, a checkpoint's profile and a schedule to one request's plan. Pure; the one place that decides it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+
+from vllm_omni.diffusion.cache.plan.curve import resample
+from vllm_omni.diffusion.cache.plan.planner import best_plan, confine, curve_costs, gram_costs
+from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, Terms, forecasts, resample_gram
+from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan, mask_plan
+from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches, forced_steps
+from vllm_omni.diffusion.cache.profile import CacheProfile
+from vllm_omni.diffusion.cache.settings import BUDGETS, PRESETS, Budget, CacheSettings, Mask, Preset, Rule
+from vllm_omni.errors import InvalidValueError
+
+MAX_PAIR_STEPS = 100  # beyond, plans come from the curve: pairs take steps^3 time, in the engine's loop
+MAX_PLANNED_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class CachePlan:
+    """What a request will do at each step, known before its first: compute or forecast, and what it keeps for that."""
+
+    compute: Plan
+    terms: dict[int, Terms] = field(default_factory=dict)
+    needed_after: tuple[frozenset[int], ...] = ()
+
+    @classmethod
+    def of(cls, compute: Plan, terms: dict[int, Terms]) -> CachePlan:
+        needed: list[frozenset[int]] = []
+        later: frozenset[int] = frozenset()
+        for step in range(len(compute) - 1, -1, -1):
+            needed.append(later)
+            later |= {anchor for anchor, _ in terms.get(step, ())}
+        return cls(compute, terms, tuple(reversed(needed)))
+
+    @property
+    def full_forwards(self) -> int:
+        return sum(self.compute)
+
+
+@lru_cache(maxsize=256)
+def compose(
+    settings: CacheSettings, ratios: tuple[float, ...] | None, profile: CacheProfile | None, schedule: Schedule
+) -> CachePlan:
+    """The whole run, decided before its first step; InvalidValueError for a budget that cannot be kept.
+
+    Each denoiser's segment is planned as a run of its own; a budget is for all of them together.
+    """
+    curve = resample(ratios, schedule.steps, settings.config.curve_resampling) if ratios is not None else None
+    gram = _gram_at(profile, schedule.sigmas)
+    compute = _compute_steps(settings, curve, gram, profile, ratios, schedule)
+    predictor = choose_predictor(settings, profile, sum(compute))
+    if gram is None and curve is not None and predictor == "gamma":  # it looks at magnitudes alone
+        gram = np.diag(np.cumprod(curve) ** 2)
+    terms: dict[int, Terms] = {}
+    for part in schedule.segments:
+        own = forecasts(compute[part], schedule.sigmas[part], predictor, None if gram is None else gram[part, part])
+        terms |= {part.start + t: tuple((part.start + anchor, w) for anchor, w in own[t]) for t in own}
+    return CachePlan.of(compute, terms)
+
+
+def _compute_steps(
+    settings: CacheSettings,
+    curve: tuple[float, ...] | None,
+    gram: np.ndarray | None,
+    profile: CacheProfile | None,
+    ratios: tuple[float, ...] | None,
+    schedule: Schedule,
+) -> Plan:
+    """The computed steps, by the kind of plan."""
+    guarded = settings.config.compute_last_step
+    if isinstance(settings.plan, Mask):
+        masked = mask_plan(settings.plan.flags, schedule.steps, guarded)
+        return tuple(flag or step in schedule.switches for step, flag in enumerate(masked))
+    if curve is None:
+        raise InvalidValueError("mag_ratios", None, "must be given unless steps_mask is or a curve is known")
+    if (nfe := full_forwards(settings, profile, schedule.steps, schedule.switches)) is not None:
+        predictor = choose_predictor(settings, profile, nfe)
+        return best_plan(_costs(curve, gram, schedule, predictor), nfe, guarded)
+    measured = profile.branches.values() if profile is not None and ratios == profile.ratios else ()
+    resampling = settings.config.curve_resampling
+    curves = [resample(branch, schedule.steps, resampling) for branch in measured] or [curve]
+    return _by_rule(curves, rule_of(settings), schedule, guarded)
+
+
+def rule_of(settings: CacheSettings) -> Rule:
+    """The threshold rule of settings that have no number of full forwards."""
+    rule = settings.plan.rule if isinstance(settings.plan, Preset) else settings.plan
+    assert isinstance(rule, Rule)
+    return rule
+
+
+def _by_rule(curves: Sequence[tuple[float, ...]], rule: Rule, schedule: Schedule, guarded: bool) -> Plan:
+    """The threshold rule, begun anew in each segment, as the published Wan 2.2 text-to-video runs begin it."""
+    plan: Plan = ()
+    for part in schedule.segments:
+        first, *others = [curve[part] for curve in curves]
+        last = guarded and part.stop == schedule.steps
+        plan += magcache_plan(first, rule.threshold, rule.max_skip_steps, rule.retention_ratio, last, others)
+    return plan
+
+
+def _costs(curve: Sequence[float], gram: np.ndarray | None, schedule: Schedule, predictor: str) -> np.ndarray:
+    def from_step(step: int) -> np.ndarray:
+        if gram is not None and schedule.steps <= MAX_PAIR_STEPS:
+            return gram_costs(gram[step:, step:], schedule.sigmas[step:], predictor)
+        return curve_costs(curve[step:], schedule.sigmas[step:])
+
+    return confine(from_step(0), schedule.switches, from_step)
+
+
+def choose_predictor(settings: CacheSettings, profile: CacheProfile | None, forwards: int | None = None) -> str:
+    """The predictor that is named, or for `auto` what calibration found best with so many full forwards, else reuse.
+
+    Forwards, not steps per forward, set how far apart in sigma the anchors are, whatever the step count.
+    """
+    asked = settings.config.predictor
+    if asked == "auto":
+        return (profile.predictor_at(forwards) if profile is not None else None) or "reuse"
+    if asked in NEED_GRAM and (profile is None or profile.gram is None):
+        raise InvalidValueError(
+            "predictor", asked, "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"
+        )
+    return asked
+
+
+def full_forwards(
+    settings: CacheSettings, profile: CacheProfile | None, steps: int, switches: Switches = ()
+) -> int | None:
+    """How many full forwards the plan is to have; None if the threshold rule or a mask says which steps compute."""
+    if isinstance(settings.plan, Budget):
+        return budgeted_forwards(settings, steps, switches)
+    if isinstance(settings.plan, Preset):
+        return _preset_forwards(settings, settings.plan, profile, steps, switches)
+    return None
+
+
+def budgeted_forwards(settings: CacheSettings, steps: int, switches: Switches = ()) -> int | None:
+    """The full forwards that a budget buys of `steps`: `nfe`, or round(steps / speedup); None without a budget.
+
+    A budget is kept or refused, never clamped: InvalidValueError names the nearest that can be kept.
+    """
+    budget = settings.plan
+    if not isinstance(budget, Budget):
+        return None
+    if steps > MAX_PLANNED_STEPS:
+        names = ", ".join(BUDGETS)
+        raise InvalidValueError("num_inference_steps", steps, f"must be at most {MAX_PLANNED_STEPS} with {names}")
+    least = len(forced_steps(steps, settings.config.compute_last_step, switches))
+    if budget.nfe is not None:
+        if not least <= budget.nfe <= steps:
+            near = min(max(budget.nfe, least), steps)
+            of = f"{steps} steps of {len(switches) + 1} denoisers" if switches else f"{steps} steps"
+            fix = f"must be between {least} and {steps} for {of} (nearest: {near})"
+            raise InvalidValueError("nfe", budget.nfe, fix)
+        return budget.nfe
+    if budget.speedup is None:
+        raise InvalidValueError("seconds", budget.seconds, "needs the engine, which measures how long a forward takes")
+    if (nfe := round(steps / budget.speedup)) < least:
+        nearest = f"nearest: {steps / least:g}, {least} full forwards"
+        raise InvalidValueError("speedup", budget.speedup, f"is out of reach in {steps} steps ({nearest})")
+    return nfe
+
+
+def _preset_forwards(
+    settings: CacheSettings, preset: Preset, profile: CacheProfile | None, steps: int, switches: Switches
+) -> int | None:
+    """The full forwards of a preset if the profile has a Gram matrix to plan with; None: the threshold rule.
+
+    "auto" is what calibration measured: `profile.forwards` of the profile's own steps, in proportion if there are
+    more, but never fewer than those; "balanced" if it was not measured.
+    """
+    if not preset.planned or profile is None or profile.gram is None or steps > MAX_PLANNED_STEPS:
+        return None
+    least = len(forced_steps(steps, settings.config.compute_last_step, switches))
+    if preset.speedup is None and profile.forwards is not None:
+        wanted = max(profile.forwards, round(steps * profile.forwards / len(profile.ratios)))
+    else:
+        wanted = round(steps / (preset.speedup or PRESETS["balanced"].speedup or 1.0))
+    return min(max(wanted, least), steps)
+
+
+def expected_forwards(settings: CacheSettings, steps: int) -> int:
+    """A guess at the full forwards of `steps` before the plan is made, for scheduling: a budget's, else every step."""
+    budget = settings.plan
+    if not isinstance(budget, Budget):
+        return steps
+    share = budget.nfe / steps if budget.nfe is not None else 1 / (budget.speedup or 1.0)
+    return round(steps * min(1.0, share))
+
+
+def _gram_at(profile: CacheProfile | None, sigmas: Sequence[float]) -> np.ndarray | None:
+    if profile is None or profile.gram is None or profile.sigmas is None:
+        return None
+    return resample_gram(np.asarray(profile.gram), profile.sigmas, sigmas)

@@ -1,0 +1,201 @@
+"""What stands in for a skipped step's residual: scalar weights over the residuals of earlier computed steps.
+
+Every function has one calling convention: (anchors, target, sigmas, gram) -> one weight per anchor, on the last axis,
+where `anchors` are the computed steps to build on in ascending order, `sigmas` the noise level of every step, and
+`gram` the residuals' Gram matrix of this schedule (or None). Steps may be arrays, which broadcast: the planner asks for
+all at once. The forecast is sum_j w_j r_j. No tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from vllm_omni.diffusion.cache.plan.rule import Plan
+
+Terms = tuple[tuple[int, float], ...]
+Predictor = Callable[[Sequence[Any], Any, Sequence[float], np.ndarray | None], np.ndarray]
+RIDGE = 1e-6
+
+
+def reuse(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """The last residual as it is (MagCache, arXiv 2506.09045)."""
+    weights = np.zeros((*np.broadcast_shapes(np.shape(target), *map(np.shape, anchors)), len(anchors)))
+    weights[..., -1] = 1.0
+    return weights
+
+
+def gamma(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """The last residual at the magnitude of the target: prod gamma = sqrt(G_tt / G_ss). Without a matrix, reuse.
+
+    MagCache's own evaluation code has it commented out (Zehong-Ma/MagCache, `cur_scale * residual_cache`).
+    """
+    weights = reuse(anchors, target, sigmas, gram)
+    if gram is not None:
+        energy = np.diag(gram)
+        weights[..., -1] = np.sqrt(energy[target] / np.maximum(energy[anchors[-1]], np.finfo(float).tiny))
+    return weights
+
+
+def linear(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """The line through the last two residuals over sigma (first-order TaylorSeer, arXiv 2503.06923, in sigma)."""
+    return _line(anchors, target, sigmas, 1.0)
+
+
+def damped(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """Half-linear: the line with half its slope, the mean of `reuse` and `linear`.
+
+    To first order the mean velocity over the gap (MeanCache, arXiv 2601.19961, with its span at the anchor's own).
+    """
+    return _line(anchors, target, sigmas, 0.5)
+
+
+def least_squares(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """w = (G_AA + ridge)^-1 G_At: the weights with the least expected squared error under the calibrated Gram matrix.
+
+    Linear forecasts of cached features with calibrated weights: L2P (arXiv 2604.26365) learns them by gradient descent
+    for one schedule; the matrix gives them in closed form for any anchors.
+    """
+    if gram is None:
+        return reuse(anchors, target, sigmas, gram)
+    corner, cross = _normal_equations(anchors, target, gram)
+    return np.linalg.solve(corner, cross[..., None])[..., 0]
+
+
+def affine(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """Least squares among weights that sum to one: w = G_AA^-1 (G_At + m 1), m the Lagrange multiplier of 1'w = 1.
+
+    Ordinary kriging (Matheron 1963) over residuals: what all prompts share, a common part, passes through unscaled.
+    """
+    if gram is None:
+        return reuse(anchors, target, sigmas, gram)
+    corner, cross = _normal_equations(anchors, target, gram)
+    solved = np.linalg.solve(corner, np.stack([cross, np.ones_like(cross)], axis=-1))
+    free, ones = solved[..., 0], solved[..., 1]
+    multiplier = (1 - free.sum(axis=-1, keepdims=True)) / ones.sum(axis=-1, keepdims=True)
+    return free + multiplier * ones
+
+
+def mean_velocity(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """The last residual moved along its change over the longest span kept (MeanCache, arXiv 2601.19961).
+
+    v_t + (s - t) (v_t - v_r) / (t - r) with r the earliest anchor: over two anchors `linear`, over three less noise.
+    """
+    weights = reuse(anchors, target, sigmas, None)
+    if len(anchors) > 1:
+        weights[..., [0, -1]] = _line([anchors[0], anchors[-1]], target, sigmas, 1.0)
+    return weights
+
+
+def newton(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """The polynomial through all anchors over sigma, in Lagrange's form: Newton's divided differences, any spacing.
+
+    TaylorSeer's higher orders (arXiv 2503.06923), without their bias on uneven knots.
+    """
+    level = np.asarray(sigmas, dtype=np.float64)
+    weights = np.ones_like(reuse(anchors, target, sigmas, None))
+    for j, anchor in enumerate(anchors):
+        for other in (*anchors[:j], *anchors[j + 1 :]):
+            span = level[anchor] - level[other]
+            flat = span == 0
+            weights[..., j] *= np.where(flat, 0.0, (level[target] - level[other]) / np.where(flat, 1.0, span))
+    return weights
+
+
+def chebyshev(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """Ridge fit of Chebyshev polynomials to the anchors, over sigma: phi(t) (Phi'Phi + lambda I)^-1 Phi'.
+
+    Spectrum (arXiv 2603.01623), degree 4 and lambda 0.1 as published, over the noise level instead of the step index,
+    half and half with the line, its stabler setting.
+    """
+    level = np.asarray(sigmas, dtype=np.float64)
+    low, high = level.min(), level.max()
+    place = 2 * (level - low) / (high - low) - 1 if high > low else np.zeros_like(level)
+    basis = np.polynomial.chebyshev.chebvander(place, 4)
+    fit = basis[np.stack(np.broadcast_arrays(*anchors), axis=-1)]  # (..., anchors, degrees)
+    normal = np.swapaxes(fit, -1, -2) @ fit + 0.1 * np.eye(5)
+    solved = np.linalg.solve(normal, np.swapaxes(fit, -1, -2))
+    curve = np.einsum("...d,...da->...a", basis[target], solved)
+    return 0.5 * curve + 0.5 * _line(anchors, target, sigmas, 1.0)
+
+
+def normed(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+    """The direction of `linear` with the calibrated magnitude of the target: w sqrt(G_tt / w'G_AA w)."""
+    weights = linear(anchors, target, sigmas, gram)
+    if gram is None:
+        return weights
+    index = np.stack(np.broadcast_arrays(*anchors), axis=-1)
+    energy = np.einsum("...i,...ij,...j->...", weights, gram[index[..., :, None], index[..., None, :]], weights)
+    scale = np.sqrt(gram[target, target] / np.maximum(energy, np.finfo(float).tiny))
+    return weights * np.where(energy > 0, scale, 1.0)[..., None]
+
+
+def _line(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], slope: float) -> np.ndarray:
+    weights = reuse(anchors, target, sigmas, None)
+    if len(anchors) > 1:
+        level = np.asarray(sigmas, dtype=np.float64)
+        before, last = anchors[-2:]
+        span = level[last] - level[before]
+        ahead = np.where(span == 0, 0.0, slope * (level[target] - level[last]) / np.where(span == 0, 1.0, span))
+        weights[..., -2] = -ahead
+        weights[..., -1] += ahead
+    return weights
+
+
+def _normal_equations(anchors: Sequence[Any], target: Any, gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """G_AA with a little ridge, and G_At."""
+    index = np.stack(np.broadcast_arrays(*anchors), axis=-1)
+    corner = gram[index[..., :, None], index[..., None, :]]
+    energy = np.trace(corner, axis1=-2, axis2=-1)[..., None, None] / len(anchors)
+    ridge = RIDGE * np.maximum(energy, np.finfo(float).tiny / RIDGE)
+    return corner + ridge * np.eye(len(anchors)), gram[index, np.asarray(target)[..., None]]
+
+
+PREDICTORS: dict[str, tuple[Predictor, int]] = {  # function, how many anchors it looks at
+    "reuse": (reuse, 1),
+    "gamma": (gamma, 1),
+    "linear": (linear, 2),
+    "damped": (damped, 2),
+    "gram": (least_squares, 2),
+    "affine": (affine, 2),
+    "affine3": (affine, 3),
+    "mean": (mean_velocity, 3),
+    "newton": (newton, 3),
+    "chebyshev": (chebyshev, 6),
+    "normed": (normed, 2),
+}
+NEED_GRAM = ("gram", "affine", "affine3")
+
+
+def forecasts(plan: Plan, sigmas: Sequence[float], predictor: str, gram: np.ndarray | None) -> dict[int, Terms]:
+    """The terms (anchor step, weight) of every skipped step of `plan`; weights of zero are left out."""
+    weigh, order = PREDICTORS[predictor]
+    terms: dict[int, Terms] = {}
+    computed: list[int] = []
+    for step, compute in enumerate(plan):
+        if compute:
+            computed.append(step)
+            continue
+        anchors = computed[-order:]
+        weights = weigh(anchors, step, sigmas, gram).tolist()
+        terms[step] = tuple((a, w) for a, w in zip(anchors, weights, strict=True) if w != 0.0)
+    return terms
+
+
+def resample_gram(gram: np.ndarray, sigmas: Sequence[float], wanted: Sequence[float]) -> np.ndarray:
+    """The Gram matrix at other noise levels: that of the residuals interpolated linearly in sigma, P G P'.
+
+    Levels outside the calibrated range take the nearest end.
+    """
+    known = np.asarray(sigmas)
+    order = np.argsort(known)
+    mix = np.zeros((len(wanted), len(known)))
+    for row, sigma in enumerate(wanted):
+        place = float(np.interp(sigma, known[order], np.arange(len(known))))
+        low = min(int(place), len(known) - 1)
+        high = min(low + 1, len(known) - 1)
+        mix[row, order[low]] += 1 - (place - low)
+        mix[row, order[high]] += place - low
+    return mix @ gram @ mix.T

@@ -1,0 +1,329 @@
+"""Settings of the activation cache: what users write, and what it means, parsed once. Knows no tensors and no models.
+
+`DiffusionCacheConfig` is what users write, for the engine or (as overrides) for one request. `parse` turns it into
+`CacheSettings`, whose `plan` is one of five kinds; no cache at all is None. Everything behind asks that kind alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field, field_validator, model_validator
+
+from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
+from vllm_omni.settings import Settings
+
+PredictorName = Literal[
+    "reuse", "gamma", "linear", "damped", "mean", "newton", "chebyshev", "normed", "gram", "affine", "affine3"
+]
+ENGINE_BACKENDS = ("magcache", "easycache", "seacache", "teacache", "fbcache")  # those with a state per request
+BACKENDS = (*ENGINE_BACKENDS, "cachedit")
+BUDGETS = ("nfe", "speedup", "seconds")
+MAX_MASK = 10_000
+
+_RULE = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio")
+_PLANS = (*BUDGETS, "steps_mask", "preset")
+_SHORT = dict(zip(("threshold", "max_skip_steps", "retention_ratio"), _RULE, strict=True))
+_ENGINE_ONLY = {"memory_budget_mb", "mag_calibrate", "residual_dtype"}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The published threshold rule: delta, K and rho."""
+
+    threshold: float = 0.24
+    max_skip_steps: int = 5
+    retention_ratio: float = 0.1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a request may cost: so many full forwards, so many times less block work, or so many seconds."""
+
+    nfe: int | None = None
+    speedup: float | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Mask:
+    """The computed steps as flags, stretched to the schedule."""
+
+    flags: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A named point between speed and quality.
+
+    A profile with a Gram matrix is planned at `speedup` (None: at what calibration found good); a checkpoint that has
+    only a curve runs `rule`. `quality` are the words of OpenAI's API that mean this preset; `settings` go with it.
+    """
+
+    name: str
+    rule: Rule
+    speedup: float | None = None
+    quality: tuple[str, ...] = ()
+    settings: tuple[tuple[str, Any], ...] = ()
+    planned: bool = True  # False: the rule, whatever the profile has
+
+    def as_config(self) -> dict[str, Any]:
+        """The preset as settings of `DiffusionCacheConfig`."""
+        return dict(zip(_RULE, vars(self.rule).values(), strict=True)) | dict(self.settings)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Thresholds of a gate, which decides from data; None is the published value."""
+
+    threshold: float | None
+    max_skip_steps: int | None
+    retention_ratio: float
+
+
+_PAPER = (("predictor", "reuse"), ("compute_last_step", False), ("curve_resampling", "nearest"))
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("high", Rule(0.06, 1, 0.2), 1.5, ("xhigh", "high")),
+        Preset("balanced", Rule(0.12, 2, 0.15), 2.0, ("medium",)),
+        Preset("fast", Rule(0.24, 5, 0.1), 3.0, ("low",)),
+        Preset("paper", Rule(0.24, 5, 0.1), settings=_PAPER, planned=False),
+    )
+}
+AUTO = Preset("auto", Rule())
+PRESET_NAMES = (AUTO.name, *PRESETS)
+
+
+def as_curve(field: str, value: Any) -> tuple[float, ...] | None:
+    """A magnitude curve as floats, from any sequence or tensor of finite values > 0 that is not empty."""
+    if value is None:
+        return None
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise InvalidValueError(field, value, "must be a list of numbers, one per step")
+    try:
+        curve = tuple(float(v) for v in value)
+    except (TypeError, ValueError):
+        raise InvalidValueError(field, value, "must be a flat list of numbers, one per step") from None
+    if not curve:
+        raise InvalidValueError(field, value, "must not be empty: give one ratio per step, or leave it out")
+    for index, ratio in enumerate(curve):
+        if not (math.isfinite(ratio) and ratio > 0):
+            raise InvalidValueError(f"{field}[{index}]", ratio, "must be a finite number above 0")
+    return curve
+
+
+class DiffusionCacheConfig(Settings):
+    """Settings of the activation cache, of the engine or (as overrides) of one request.
+
+    The ``mag_*`` names are the published ones. `predictor` is what stands in for a skipped step's residual:
+    ``reuse`` (the published method), ``linear`` in sigma, ``gram`` (least squares, needs a calibrated profile), or
+    ``auto`` (what calibration found best for this checkpoint, otherwise reuse); the others are described in
+    `cache/plan/predictors.py`. The plan is one of: a budget (`nfe`, exactly that many full forwards; `speedup`, that
+    many times less block work; `seconds` from start to picture on an idle machine), a `steps_mask` (flags, or
+    {"compute": [...], "skip": [...]} in alternating runs), the threshold rule, or a `preset`. Nothing given is the
+    preset "auto": as few full forwards as the checkpoint's profile found good. A preset is planned if the profile has
+    a Gram matrix, and is the threshold rule otherwise. `profile_insist` takes a profile that was measured on other
+    weights. `residual_dtype` is what residuals are kept in, for all requests of an engine: "bfloat16" is half the
+    memory of a model that runs in fp32; "float8" (e4m3, a scale per token) is half of that, for some fidelity
+    (docs/performance.md).
+    """
+
+    mag_ratios: tuple[float, ...] | None = None
+    num_inference_steps: int | None = Field(default=None, ge=1, le=10_000)
+    mag_threshold: float = Field(default=0.24, gt=0, allow_inf_nan=False)
+    mag_max_skip_steps: int = Field(default=5, ge=1, le=10_000)
+    mag_retention_ratio: float = Field(default=0.1, ge=0, lt=1)
+    mag_calibrate: bool = False
+    coefficients: tuple[float, ...] | None = None
+    rel_l1_thresh: float | None = Field(default=None, gt=0)
+    predictor: Literal["auto", PredictorName] = "auto"
+    compute_last_step: bool = True
+    curve_resampling: Literal["log", "nearest"] = "log"
+    steps_mask: tuple[bool, ...] | None = None
+    nfe: int | None = None
+    speedup: float | None = Field(default=None, allow_inf_nan=False)
+    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    preset: Literal["auto", "high", "balanced", "fast", "paper"] | None = None
+    profile: str | None = None
+    profile_insist: bool = False
+    memory_budget_mb: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    residual_dtype: Literal["model", "bfloat16", "float16", "float8"] = "model"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """A preset's settings filled in; rule settings of one's own end the preset, and no plan at all is "auto"."""
+        named = any(values.get(name) is not None for name in (*_PLANS, *_RULE))
+        preset = values.get("preset", None if named else AUTO.name)
+        own = PRESETS[preset].as_config() if isinstance(preset, str) and preset in PRESETS else {}
+        merged = own | values
+        if any(merged[name] != own[name] for name in _RULE if name in own):
+            preset = None
+        return merged | {"preset": preset}
+
+    @field_validator("mag_ratios", mode="before")
+    @classmethod
+    def _curve(cls, value: Any) -> Any:
+        return as_curve("mag_ratios", value)
+
+    @field_validator("steps_mask", mode="before")
+    @classmethod
+    def _mask(cls, value: Any) -> Any:
+        if value is None:
+            return None
+        if isinstance(value, Mapping):
+            value = _runs(value)
+        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+            raise InvalidValueError("steps_mask", value, "must be a list of flags, one per step")
+        mask = tuple(bool(v) for v in value)
+        if not mask or not mask[0]:
+            raise InvalidValueError("steps_mask", value, "must begin with a computed step (1)")
+        return mask
+
+    @field_validator("nfe")
+    @classmethod
+    def _nfe(cls, value: int | None) -> int | None:
+        if value is not None and value < 1:
+            raise InvalidValueError("nfe", value, "must be at least 2 (1 if the last step may be skipped)")
+        return value
+
+    @field_validator("speedup")
+    @classmethod
+    def _speedup(cls, value: float | None) -> float | None:
+        if value is not None and value < 1:
+            raise InvalidValueError("speedup", value, "must be at least 1, which computes every step")
+        return value
+
+    @model_validator(mode="after")
+    def _one_plan(self) -> DiffusionCacheConfig:
+        given = self.given(*_PLANS)
+        if len(given) > 1:
+            first, second, *_ = given
+            raise InvalidValueError(first, given[first], f"and {second} each make the plan: give one")
+        return self
+
+    def given(self, *names: str) -> dict[str, Any]:
+        """Those of the named settings that have a value."""
+        values = dict(self)
+        return {name: values[name] for name in names if values[name] is not None}
+
+
+def _runs(value: Mapping[str, Any]) -> tuple[bool, ...]:
+    """A mask from {"compute": [6, 2], "skip": [1, 3]}: runs that alternate, computed first (cache-dit's bins)."""
+    check_keys("steps_mask", value, ("compute", "skip"))
+    computed, skipped = (list(value.get(name) or ()) for name in ("compute", "skip"))
+    lengths = computed + skipped
+    if any(not isinstance(length, int) or length < 0 for length in lengths) or sum(lengths) > MAX_MASK:
+        raise InvalidValueError("steps_mask", value, f"must hold whole numbers that add up to at most {MAX_MASK}")
+    pairs = zip_longest(computed, skipped, fillvalue=0)
+    return tuple(flag for run, gap in pairs for flag in (True,) * run + (False,) * gap)
+
+
+Plan = Budget | Mask | Preset | Rule | Gate
+
+
+class CacheSettings(NamedTuple):
+    """What a request gets: a backend, the kind of its plan, and the other settings."""
+
+    backend: str
+    plan: Plan
+    config: DiffusionCacheConfig
+
+    def replaced(self, plan: Plan) -> CacheSettings:
+        return self._replace(plan=plan)
+
+
+def canonical_name(name: str) -> str:
+    """`magcache` for `mag_cache`, `MagCache` and `mag-cache`; InvalidValueError (a ValueError) lists the choices."""
+    plain = str(name).lower().replace("_", "").replace("-", "")
+    if plain not in BACKENDS:
+        raise UnknownChoiceError("cache_backend", name, ("none", *ENGINE_BACKENDS))
+    return plain
+
+
+def engine_backend(name: str | None) -> str:
+    """`name` as the engine takes it: the canonical name of a backend with a state per request, or "none"."""
+    if name is None or name.lower() == "none":
+        return "none"
+    if (plain := canonical_name(name)) not in ENGINE_BACKENDS:
+        fix = "keeps one state per model and cannot serve requests; take 'fbcache', the same rule per request"
+        raise InvalidValueError("cache_backend", name, fix)
+    return plain
+
+
+def parse(backend: str, config: DiffusionCacheConfig) -> CacheSettings:
+    """The settings of `backend` (its canonical name) with the plan that `config` asks for: the one place that says."""
+    rule = Rule(config.mag_threshold, config.mag_max_skip_steps, config.mag_retention_ratio)
+    plan: Plan
+    if backend != "magcache":
+        longest = config.mag_max_skip_steps if "mag_max_skip_steps" in config.model_fields_set else None
+        plan = Gate(config.rel_l1_thresh, longest, config.mag_retention_ratio)
+    elif config.steps_mask is not None:
+        plan = Mask(config.steps_mask)
+    elif budget := config.given(*BUDGETS):
+        plan = Budget(**budget)
+    elif config.preset is not None:
+        plan = PRESETS.get(config.preset, AUTO)
+    else:
+        plan = rule
+    return CacheSettings(backend, plan, config)
+
+
+def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
+    """What a request gets that asks for `asked`, its `cache`, over the engine's own settings; None is no cache.
+
+    `asked` is None, "off", a preset's name, or a dict of overrides. InvalidValueError or UnknownKeyError names what
+    makes no sense.
+    """
+    if asked is None:
+        return engine
+    if isinstance(asked, str):
+        if asked in ("off", "none"):
+            return None
+        if asked not in PRESET_NAMES:
+            names = ", ".join(map(repr, PRESET_NAMES))
+            raise InvalidValueError("cache", asked, f"must be 'off', a dict, or one of {names}")
+        asked = {"preset": asked}
+    if not isinstance(asked, Mapping):
+        raise InvalidValueError("cache", asked, "must be None, 'off', a preset's name or a dict of overrides")
+    check_keys("cache", asked, {"enabled", "backend", *_SHORT, *set(DiffusionCacheConfig.model_fields) - _ENGINE_ONLY})
+    if asked.get("enabled", True) is False or asked.get("backend") in ("none", "off"):
+        return None
+    if (preset := asked.get("preset")) is not None and preset not in PRESET_NAMES:
+        raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, PRESET_NAMES))}")
+    named = [name for name, value in asked.items() if value is not None]
+    budget = next((name for name in BUDGETS if name in named), None)
+    if budget and (rule := next((name for name in ("preset", *_SHORT, *_RULE) if name in named), None)):
+        raise InvalidValueError(f"cache.{budget}", asked[budget], f"and {rule} each make the plan: give one")
+    backend = canonical_name(asked.get("backend") or (engine.backend if engine else "magcache"))
+    short: dict[str, str] = _SHORT if backend == "magcache" else _SHORT | {"threshold": "rel_l1_thresh"}
+    own = {short.get(str(key), str(key)): asked[key] for key in asked if key not in ("enabled", "backend")}
+    return parse(backend, DiffusionCacheConfig.from_dict(_inherited(engine, backend, own) | own))
+
+
+def _inherited(engine: CacheSettings | None, backend: str, own: Mapping[str, Any]) -> dict[str, Any]:
+    """The engine's settings that hold for a request as well; of another backend's, how memory is used.
+
+    A plan that the request names (budget, mask, preset or rule) replaces the engine's, of whatever kind.
+    """
+    if engine is None:
+        return {}
+    values = engine.config.model_dump(exclude_unset=True)
+    if backend != engine.backend:
+        return {name: value for name, value in values.items() if name in _ENGINE_ONLY - {"mag_calibrate"}}
+    named = {name for name, value in own.items() if value is not None}
+    replaced: set[str] = set()
+    if named & {*_PLANS, *_RULE}:
+        replaced |= {*_PLANS}
+    if named & {"mag_ratios", "profile"}:
+        replaced |= {"steps_mask"}
+    if "preset" in named:
+        replaced |= {*_RULE, *dict(PRESETS.get(own["preset"], AUTO).settings)}
+    if "profile" in named and "mag_ratios" not in own:
+        replaced |= {"mag_ratios"}
+    return {name: value for name, value in values.items() if name not in replaced}

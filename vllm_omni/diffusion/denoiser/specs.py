@@ -1,0 +1,203 @@
+"""Denoiser classes as data: the block stack of each, and the role of its arguments.
+
+A new family is one more entry. Knows no tensors and no cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+DENOISER_NAMES = ("transformer", "transformer_2", "unet")  # the pipeline components that can be denoisers
+
+
+@dataclass(frozen=True)
+class BlockList:
+    """A `ModuleList` of the stack: its attribute, and what each of its blocks returns, in order."""
+
+    name: str
+    returns: tuple[str, ...]  # ("hidden_states",) means the bare tensor
+
+
+@dataclass(frozen=True)
+class DenoiserSpec:
+    """The block lists of `stack` in execution order, and the denoiser's arguments by role.
+
+    `rows` hold one entry per sample; `shared` arguments must be equal for calls to be batched. An argument in both has
+    one entry per sample and decides how samples are laid out in the stack, so only equal ones fit.
+    """
+
+    stack: tuple[BlockList, ...]
+    rows: tuple[str, ...]
+    shared: tuple[str, ...] = ()
+    rows_in_dim_1: tuple[str, ...] = ()  # of `rows`, those with another dimension before the samples
+    image_first: bool = False  # a fused tail holds the image tokens before the text
+    only_for_blocks: tuple[str, ...] = ()  # child modules whose output nothing but the blocks reads
+    between_blocks: tuple[str, ...] = ()  # "argument" or "argument.key" that adds something to the stack: compute
+
+    def adds_between_blocks(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether a call adds something between blocks that a residual of another step does not contain."""
+        for path in self.between_blocks:
+            name, _, key = path.partition(".")
+            value = arguments.get(name)
+            if value is not None and (not key or key in value):
+                return True
+        return False
+
+
+_JOINT = ("encoder_hidden_states", "hidden_states")
+_IMAGE_TEXT = ("hidden_states", "encoder_hidden_states")
+_HIDDEN = ("hidden_states",)
+_IP_ADAPTER = ("joint_attention_kwargs.ip_adapter_image_embeds", "joint_attention_kwargs.ip_hidden_states")
+_FLUX_ROWS = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "guidance")
+
+DENOISERS: dict[str, DenoiserSpec] = {
+    "FluxTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", _JOINT)),
+        rows=_FLUX_ROWS,
+        shared=("img_ids", "txt_ids"),
+        only_for_blocks=("context_embedder", "pos_embed"),
+            between_blocks=("controlnet_block_samples", "controlnet_single_block_samples", *_IP_ADAPTER),
+    ),
+    "Flux2Transformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", ("hidden_states",))),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "guidance"),
+        shared=("img_ids", "txt_ids"),
+        # FLUX.2 joins the text stream to the image before its single blocks: its embedding is read even if none runs
+    ),
+    "QwenImageTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _JOINT),),
+        rows=(
+            "hidden_states",
+            "encoder_hidden_states",
+            "encoder_hidden_states_mask",
+            "timestep",
+            "guidance",
+            "additional_t_cond",
+            "img_shapes",
+        ),
+            between_blocks=("controlnet_block_samples",),
+    ),
+    "SD3Transformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _JOINT),),
+        rows=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
+            between_blocks=("block_controlnet_hidden_states", "skip_layers", *_IP_ADAPTER),
+    ),
+    "WanTransformer3DModel": DenoiserSpec(
+        stack=(BlockList("blocks", _HIDDEN),),
+        rows=("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image"),
+    ),
+    "ChromaTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", _HIDDEN)),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "attention_mask"),
+        shared=("img_ids", "txt_ids"),
+        between_blocks=("controlnet_block_samples", "controlnet_single_block_samples", *_IP_ADAPTER),
+    ),
+    "HunyuanVideoTransformer3DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _IMAGE_TEXT), BlockList("single_transformer_blocks", _IMAGE_TEXT)),
+        rows=("encoder_attention_mask", *_FLUX_ROWS),
+    ),
+    "HunyuanVideo15Transformer3DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
+        rows=(
+            "hidden_states",
+            "timestep",
+            "timestep_r",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "encoder_hidden_states_2",
+            "encoder_attention_mask_2",
+            "image_embeds",
+        ),
+    ),
+    "LTXVideoTransformer3DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _HIDDEN),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),
+    ),
+    "CogVideoXTransformer3DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "timestep_cond", "ofs"),
+        shared=("image_rotary_emb",),
+    ),
+    "AuraFlowTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("joint_transformer_blocks", _JOINT), BlockList("single_transformer_blocks", _HIDDEN)),
+        rows=("hidden_states", "encoder_hidden_states", "timestep"),
+    ),
+    "CogView4Transformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
+        rows=(
+            "hidden_states",
+            "encoder_hidden_states",
+            "timestep",
+            "original_size",
+            "target_size",
+            "crop_coords",
+            "attention_mask",
+        ),
+        ),
+    "ZImageTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("layers", _HIDDEN),),
+        rows=("x", "t", "cap_feats"),
+        between_blocks=("controlnet_block_samples",),
+    ),
+    "HiDreamImageTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("double_stream_blocks", _IMAGE_TEXT), BlockList("single_stream_blocks", _HIDDEN)),
+        rows=(
+            "hidden_states",
+            "timesteps",
+            "encoder_hidden_states_t5",
+            "encoder_hidden_states_llama3",
+            "pooled_embeds",
+            "hidden_states_masks",
+            "img_ids",
+            "img_sizes",
+        ),
+        rows_in_dim_1=("encoder_hidden_states_llama3",),
+        image_first=True,
+    ),
+    "Lumina2Transformer2DModel": DenoiserSpec(
+        stack=(BlockList("layers", _HIDDEN),),
+        rows=("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"),
+        shared=("encoder_attention_mask",),  # text and image share a sequence without padding: its length says where
+    ),
+    "SanaTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _HIDDEN),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "guidance", "encoder_attention_mask"),
+        between_blocks=("controlnet_block_samples",),
+    ),
+    "PixArtTransformer2DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _HIDDEN),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "added_cond_kwargs", "encoder_attention_mask"),
+    ),
+    "Kandinsky5Transformer3DModel": DenoiserSpec(
+        stack=(BlockList("visual_transformer_blocks", _HIDDEN),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "pooled_projections"),
+        shared=("visual_rope_pos", "text_rope_pos"),
+    ),
+    "MochiTransformer3DModel": DenoiserSpec(
+        stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),
+    ),
+}
+
+
+def unwrapped(module: Any) -> Any:
+    """The module inside a `torch.compile` wrapper; any other module as it is."""
+    return module._modules.get("_orig_mod", module)
+
+
+def spec_of(module: Any) -> DenoiserSpec | None:
+    """The spec of a denoiser, of the module inside a `torch.compile` wrapper, or of the class it derives from."""
+    return next((DENOISERS[c.__name__] for c in type(unwrapped(module)).__mro__ if c.__name__ in DENOISERS), None)
+
+
+def latents_of(arguments: Mapping[str, Any]) -> Any:
+    """The latents of a denoiser call: a tensor with one row per sample, or a list of them."""
+    return arguments["hidden_states"] if "hidden_states" in arguments else next(iter(arguments.values()))
+
+
+def denoisers_of(pipeline: Any) -> dict[str, Any]:
+    """The denoisers that a pipeline, or anything with a `transformer`, has, by component name."""
+    found = {name: getattr(pipeline, name, None) for name in DENOISER_NAMES}
+    return {name: module for name, module in found.items() if module is not None}

@@ -1,0 +1,300 @@
+"""Which step a denoiser call belongs to, and of which schedule. Watches schedulers; decides nothing.
+
+A scheduler is watched from outside: its class becomes a subclass that reports `set_timesteps` and `step` to whoever
+watches, and whoever watches is kept beside the scheduler, not on it. So a copy, deep or shallow, a pickle or a saved
+config of a watched scheduler is an ordinary scheduler.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary, WeakSet
+
+import torch
+
+from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
+
+DEFAULT_BRANCH = "default"
+
+
+class StepPosition(NamedTuple):
+    """The place of a denoiser call: `run` counts schedules, `step` within one, `branch` names the guidance branch."""
+
+    run: int
+    step: int
+    branch: str
+
+
+class Tracker(Protocol):
+    """Places denoiser calls in their schedule."""
+
+    def locate(self, denoiser: str, branch: str | None) -> StepPosition: ...
+    def schedule(self) -> Schedule:
+        """The schedule that is running."""
+
+    def stop(self) -> None: ...
+
+
+class StepTracker:
+    """Follows one pipeline: its scheduler's `set_timesteps` begins a run, and `step` ends a step.
+
+    Calls without a branch name are counted within the step.
+    """
+
+    def __init__(self, pipeline: Any) -> None:
+        self._pipeline = pipeline
+        self._scheduler: Any = None
+        self._run = self._step = 0
+        self._unnamed: dict[str, int] = {}
+        self.observe: Callable[[Any, Any], None] | None = None  # gets each step's model output and sample
+        self.attach()
+
+    def attach(self) -> None:
+        """Watch the pipeline's scheduler, if it is not watched already."""
+        scheduler = self._pipeline.scheduler
+        if scheduler is self._scheduler and self in _watchers.get(scheduler, ()):
+            return
+        self.stop()
+        self._scheduler = scheduler
+        watch(scheduler, self)
+        self.begins()
+
+    def stop(self) -> None:
+        if self._scheduler is not None:
+            unwatch(self._scheduler, self)
+            self._scheduler = None
+
+    def begins(self) -> None:
+        """Note that the scheduler begins a run."""
+        self._run += 1
+        self._step = 0
+        self._unnamed.clear()
+        attributes = vars(self._pipeline)
+        if (count := attributes.get("_num_timesteps")) is not None:
+            attributes["_num_timesteps"] = _EarlierCount(count)
+
+    def ended_step(self, model_output: Any, sample: Any) -> None:
+        """Note that the scheduler has made a step of `sample`."""
+        if self.observe is not None:
+            self.observe(model_output, sample)
+        self._step += 1
+        self._unnamed.clear()
+
+    def locate(self, denoiser: str, branch: str | None) -> StepPosition:
+        """The position of the call that `denoiser` gets now."""
+        self.attach()
+        if branch is None:
+            ordinal = self._unnamed.get(denoiser, 0)
+            self._unnamed[denoiser] = ordinal + 1
+            branch = DEFAULT_BRANCH if ordinal == 0 else f"{DEFAULT_BRANCH}-{ordinal}"
+        return StepPosition(self._run, self._step, branch)
+
+    def schedule(self) -> Schedule:
+        return schedule_of(self._pipeline)
+
+
+class CallTracker:
+    """Follows a bare denoiser without a scheduler: a branch that comes again is a new step, `steps` of them a run."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+        self._calls = 0
+        self._seen: set[tuple[str, str]] = set()
+
+    def locate(self, denoiser: str, branch: str | None) -> StepPosition:
+        key = (denoiser, branch or DEFAULT_BRANCH)
+        if key in self._seen:
+            self._calls += 1
+            self._seen.clear()
+        self._seen.add(key)
+        return StepPosition(self._calls // self.steps, self._calls % self.steps, key[1])
+
+    def schedule(self) -> Schedule:
+        return Schedule(self.steps, tuple(1 - i / self.steps for i in range(self.steps)))
+
+    def stop(self) -> None:
+        self._calls = 0
+        self._seen.clear()
+
+
+class _EarlierCount(int):
+    """A pipeline's count of timesteps that an earlier run has left."""
+
+
+def schedule_of(pipeline: Any) -> Schedule:
+    """The schedule a pipeline is about to run: what it really runs, not what was asked for.
+
+    One device read, once per request. A scheduler without sigmas has its timesteps taken as a fraction instead.
+    """
+    scheduler = pipeline.scheduler
+    timesteps = scheduler.timesteps
+    steps = _steps_to_run(pipeline, len(timesteps))
+    switches = _switches(pipeline, timesteps[-steps:])
+    sigmas = vars(scheduler).get("sigmas")
+    if sigmas is not None and len(sigmas) > steps:
+        return Schedule(steps, tuple(float(s) for s in sigmas.tolist()[-steps - 1 : -1]), switches)
+    span = float(scheduler.config.num_train_timesteps)
+    return Schedule(steps, tuple(float(t) / span for t in timesteps.tolist()[-steps:]), switches)
+
+
+def _steps_to_run(pipeline: Any, timesteps: int) -> int:
+    """The count that the pipeline has taken for this run, else what is left after the scheduler's first index.
+
+    A pipeline whose scheduler another pipeline drives has only an earlier run's count, or none.
+    """
+    count = vars(pipeline).get("_num_timesteps")
+    if count and not isinstance(count, _EarlierCount):
+        return count
+    return timesteps - (vars(pipeline.scheduler).get("_begin_index") or 0)
+
+
+def _switches(pipeline: Any, timesteps: torch.Tensor) -> Switches:
+    """The steps at which Wan 2.2's experts take over from each other.
+
+    The first is for timesteps from `boundary_ratio` of the training's on, the second for those below; the comparison
+    is the pipeline's own.
+    """
+    boundary = vars(pipeline).get("_internal_dict", {}).get("boundary_ratio")
+    if boundary is None:
+        return ()
+    noisy = (timesteps >= boundary * pipeline.scheduler.config.num_train_timesteps).tolist()
+    return tuple(step for step in range(1, len(noisy)) if noisy[step] != noisy[step - 1])
+
+
+# ------------------------------------------------------------------------------------------------- watching a scheduler
+
+_watchers: WeakKeyDictionary[Any, WeakSet[StepTracker]] = WeakKeyDictionary()
+
+
+def watch(scheduler: Any, tracker: StepTracker) -> None:
+    """Report the scheduler's runs and steps to `tracker` until `unwatch`."""
+    if scheduler not in _watchers:
+        _watchers[scheduler] = WeakSet()
+        scheduler.__class__ = _watched_class(type(scheduler))  # type: ignore[arg-type]
+        for name in ("set_timesteps", "step"):
+            if name in vars(scheduler):  # set on the instance: the class's own method is out of reach
+                vars(scheduler)[name] = _PatchedMethod(scheduler, name, vars(scheduler)[name])
+    _watchers[scheduler].add(tracker)
+
+
+def unwatch(scheduler: Any, tracker: StepTracker) -> None:
+    """Stop reporting; after the last tracker the scheduler is of its own class again."""
+    watchers = _watchers.get(scheduler)
+    if watchers is None:
+        return
+    watchers.discard(tracker)
+    if not watchers:
+        del _watchers[scheduler]
+        scheduler.__class__ = type(scheduler).__mro__[1]
+        for name, method in list(vars(scheduler).items()):
+            if isinstance(method, _PatchedMethod):
+                vars(scheduler)[name] = method.method
+
+
+def _report_begin(scheduler: Any) -> None:
+    for tracker in list(_watchers.get(scheduler, ())):
+        tracker.begins()
+
+
+def _report_step(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
+    for tracker in list(_watchers.get(scheduler, ())):
+        tracker.ended_step(given.get("model_output"), given.get("sample"))
+
+
+@functools.lru_cache(maxsize=64)
+def _watched_class(scheduler_class: type) -> type:
+    """A subclass of the same name that reports; whatever copies or pickles an instance gets the class itself."""
+
+    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _report_begin(self)
+        return scheduler_class.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = scheduler_class.step(self, *args, **kwargs)  # type: ignore[attr-defined]
+        _report_step(self, args, kwargs)
+        return result
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        made, (own, *rest), *state = super(watched, self).__reduce_ex__(protocol)  # type: ignore[arg-type,misc]
+        own = scheduler_class if own is type(self) else own
+        return made, (own, *rest), *state
+
+    methods = {
+        "set_timesteps": functools.wraps(scheduler_class.set_timesteps)(set_timesteps),  # type: ignore[attr-defined]
+        "step": functools.wraps(scheduler_class.step)(step),  # type: ignore[attr-defined]
+        "__reduce_ex__": reduce,
+        "__module__": scheduler_class.__module__,
+        "__qualname__": scheduler_class.__qualname__,
+    }
+    watched = type(scheduler_class.__name__, (scheduler_class,), methods)
+    return watched
+
+
+class _PatchedMethod:
+    """A method that somebody has set on a scheduler's instance, with its calls reported."""
+
+    def __init__(self, scheduler: Any, name: str, method: Callable[..., Any]) -> None:
+        self.scheduler, self.name, self.method = scheduler, name, method
+        functools.update_wrapper(self, method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.name == "set_timesteps":
+            _report_begin(self.scheduler)
+            return self.method(*args, **kwargs)
+        result = self.method(*args, **kwargs)
+        _report_step(self.scheduler, args, kwargs)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.method, memo)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self.method,)
+
+
+def _itself(value: Any) -> Any:
+    return value
+
+
+def own_scheduler(scheduler: Any) -> Any:
+    """A copy of a pipeline's scheduler for one request, with everything that was set or patched on the instance.
+
+    Functions that were put on the instance and hold it, or a method of it, hold the copy instead.
+    """
+    twin = copy.deepcopy(scheduler)
+    made: dict[int, Any] = {id(scheduler): twin}
+    for name, value in list(vars(twin).items()):
+        vars(twin)[name] = _rebound(value, made)
+    return twin
+
+
+def _rebound(value: Any, made: dict[int, Any]) -> Any:
+    """`value`, if it is a function, with the replacements in `made` (by id) for whatever it is bound to or closes over.
+
+    Functions that are made on the way are added to `made`: closures may refer to each other, and to themselves.
+    """
+    if id(value) in made:
+        return made[id(value)]
+    if isinstance(value, types.MethodType):
+        return types.MethodType(value.__func__, made.get(id(value.__self__), value.__self__))
+    if isinstance(value, functools.partial):
+        arguments = [_rebound(argument, made) for argument in value.args]
+        keywords = {name: _rebound(argument, made) for name, argument in value.keywords.items()}
+        return functools.partial(_rebound(value.func, made), *arguments, **keywords)
+    if not isinstance(value, types.FunctionType) or value.__closure__ is None:
+        return value
+    cells = tuple(types.CellType() for _ in value.__closure__)
+    twin = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+    twin.__kwdefaults__ = value.__kwdefaults__
+    made[id(value)] = twin
+    for cell, own in zip(cells, value.__closure__, strict=True):
+        with suppress(ValueError):  # an empty cell
+            cell.cell_contents = _rebound(own.cell_contents, made)
+    twin.__dict__.update({name: _rebound(entry, made) for name, entry in value.__dict__.items()})
+    return twin

@@ -1,0 +1,94 @@
+"""Who advances: policy only. Knows request ids, keys and ticks; imports no torch.
+
+Requests whose next step needs no blocks go first, whatever their number: it costs next to nothing, and it lets the
+others' compute steps meet in full batches. Then text encoders and decoders: who begins joins the next forward, who ends
+leaves, and the calls of those that came or end together meet. Then the compute group whose oldest member waits longest.
+A request can skip only a bounded number of steps before it computes, and has few calls of encoders and decoder, so no
+group starves.
+
+Who begins: the waiting request of lowest `virtual_arrival`. A level of priority is worth `AGEING_S` seconds of waiting,
+so a request is overtaken by those alone that come within its disadvantage, and none starves.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Hashable
+from enum import IntEnum
+from itertools import count
+from typing import NamedTuple
+
+AGEING_S = 5.0
+
+
+class StepKind(IntEnum):
+    """What a parked call needs, in the order in which they go."""
+
+    SKIP = 0  # a forward without blocks
+    COMPONENT = 1  # a text encoder, or the VAE's decoder
+    COMPUTE = 2  # a forward with all its blocks
+
+
+class Parked(NamedTuple):
+    """A waiting request: calls with equal `key` and of one `kind` may be made as one."""
+
+    key: Hashable
+    kind: StepKind
+    since: int  # the tick at which it parked
+
+
+def virtual_arrival(arrived: float, priority: int) -> float:
+    """When a request would have come, had all the same priority; both grow alike with time, so the order is static."""
+    return arrived + priority * AGEING_S
+
+
+class StepScheduler:
+    """Admits up to `max_num_seqs` requests by priority and age, and picks one batch of parked calls at a time."""
+
+    def __init__(self, max_num_seqs: int) -> None:
+        self.max_num_seqs = max_num_seqs
+        self.running: dict[str, Parked | None] = {}
+        self._queue: list[tuple[float, int, str]] = []  # virtual arrival, order, request; sorted
+        self._order = count()
+        self._tick = 0
+
+    def __len__(self) -> int:
+        return len(self._queue) + len(self.running)
+
+    @property
+    def waiting(self) -> list[str]:
+        """Those that have not begun, the next one first."""
+        return [request_id for _, _, request_id in self._queue]
+
+    def add(self, request_id: str, priority: int = 0, arrived: float = 0.0) -> None:
+        """Let a request wait; lower `priority` runs earlier, `arrived` is in seconds of any one clock."""
+        insort(self._queue, (virtual_arrival(arrived, priority), next(self._order), request_id))
+
+    def remove(self, request_id: str) -> None:
+        """Forget a request, wherever it is."""
+        if request_id in self.running:
+            del self.running[request_id]
+        else:
+            self._queue = [entry for entry in self._queue if entry[2] != request_id]
+
+    def admit(self) -> list[str]:
+        """The requests that begin now."""
+        admitted = []
+        while self._queue and len(self.running) < self.max_num_seqs:
+            _, _, request_id = self._queue.pop(0)
+            self.running[request_id] = None
+            admitted.append(request_id)
+        return admitted
+
+    def park(self, request_id: str, key: Hashable, kind: StepKind) -> None:
+        """A running request waits for its next call."""
+        self.running[request_id] = Parked(key, kind, self._tick)
+
+    def schedule(self) -> list[str]:
+        """The next batch: ids of parked requests of one key and kind; empty if nobody is parked."""
+        self._tick += 1
+        parked = [(request_id, p) for request_id, p in self.running.items() if p is not None]
+        if not parked:
+            return []
+        _, oldest = min(parked, key=lambda item: (item[1].kind, item[1].since))
+        return [i for i, p in parked if p.key == oldest.key and p.kind == oldest.kind]

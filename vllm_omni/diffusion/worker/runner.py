@@ -1,0 +1,305 @@
+"""Runs one scheduled batch of parked calls, and brings each request its rows: model, cache and batch meet here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from vllm_omni.diffusion.cache.base import StackBackend
+from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
+from vllm_omni.diffusion.cache.settings import CacheSettings
+from vllm_omni.diffusion.cache.state import Signal
+from vllm_omni.diffusion.denoiser.block_stack import BlockStack
+from vllm_omni.diffusion.denoiser.specs import denoisers_of, latents_of, unwrapped
+from vllm_omni.diffusion.denoiser.step_tracker import StepTracker
+from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.scheduler import StepKind
+from vllm_omni.diffusion.worker.adapters import AdapterSwitch
+from vllm_omni.diffusion.worker.batching import (
+    CallBinder,
+    call_component,
+    component_chunks,
+    component_key,
+    row_slices,
+    take_rows,
+)
+from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Event, Failed, Finished, PipelineTask
+from vllm_omni.diffusion.worker.pace import Pace, size_of
+from vllm_omni.diffusion.worker.preview import can_preview, preview
+from vllm_omni.diffusion.worker.request import ParkedCall, Previews, Request
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+
+class ModelRunner:
+    """Runs parked calls on the pipeline's denoisers, text encoders and decoder."""
+
+    def __init__(self, pipeline: Any, lora_modules: dict[str, str] | None = None) -> None:
+        self.pipeline = pipeline
+        self._device = pipeline._execution_device if isinstance(pipeline, DiffusionPipeline) else None
+        self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
+        self.binders = {name: CallBinder(name, module) for name, module in self.modules.items()}
+        self.pace = Pace()
+        self.forwards = {"computed": 0, "skipped": 0}
+        self.adapters = AdapterSwitch(pipeline, lora_modules or {})
+        unknown = {type(unwrapped(self.modules[n])).__name__ for n, b in self.binders.items() if b.spec is None}
+        for name in sorted(unknown):
+            logger.warning("%s is not described: its requests run one per forward, uncached", name)
+
+    def start(
+        self,
+        asked: OmniDiffusionRequest,
+        arguments: dict[str, Any],
+        backend: StackBackend | None,
+        settings: CacheSettings | None,
+        text_tokens: Callable[[], int],
+    ) -> Request:
+        """Begin a request, and park it at its first call: of a text encoder, or of its denoiser."""
+
+        def prelude() -> None:
+            request.text_tokens = text_tokens()
+
+        task = PipelineTask(self.pipeline, arguments, self._device, prelude=prelude)
+        if (boundary := asked.params.boundary_ratio) is not None:
+            task.pipeline.register_to_config(boundary_ratio=boundary)  # of the request's own copy
+        adapters = asked.params.lora_request or ()
+        previews = Previews(asked.params.preview_every if can_preview(self.pipeline) else None)
+        request = Request(
+            asked.request_id, task, backend, settings, StepTracker(task.pipeline), adapters, previews=previews
+        )
+        self.adapters.use(adapters)  # text encoders can have adapters too
+        self._ran_component(request, task.resume(), time.perf_counter() - request.times.started, alone=True)
+        return request
+
+    def run(self, batch: Sequence[Request]) -> None:
+        """One forward for calls that fit together, then each request goes on to its next call or its end."""
+        if isinstance(batch[0].call, ComponentCall):
+            self._run_components(batch)
+        elif (signal := _parked(batch[0]).signal) is not None:
+            self._look(batch, signal)
+        else:
+            self._run_denoiser(batch)
+
+    def abort(self, request: Request, error: Exception) -> None:
+        """End a parked request with `error`."""
+        self._arrive(request, request.task.throw(error))
+
+    # ------------------------------------------------------------------------------------------ three kinds of call
+
+    def _run_denoiser(self, batch: Sequence[Request]) -> None:
+        skips = _parked(batch[0]).kind is StepKind.SKIP
+        timed = len(batch) == 1 and self.pace.times(batch[0].size, skips)
+        began = time.perf_counter()
+        results = _each_or_errors(batch, self._forward)
+        if timed:
+            self.pace.wait()
+        now = time.perf_counter()
+        for request, result in zip(batch, results, strict=True):
+            request.times.denoised = now
+            step, resumed = request.step, time.perf_counter()
+            event = _resume(request, result)
+            goes_on = isinstance(event, DenoiserCall)
+            took = time.perf_counter() - resumed
+            seconds = now - began + (took if goes_on else 0.0)
+            self.pace.note(request.size, request.times, step, seconds, timed, skips)
+            if goes_on:
+                self._arrive(request, event)
+            else:
+                self._ran_component(request, event, took, alone=True)
+            self._preview(request)
+
+    def _run_components(self, batch: Sequence[Request]) -> None:
+        """Text encoders or decoders: as few calls as their size allows, then each request goes on."""
+        for chunk in component_chunks([_component_call(request) for request in batch]):
+            sharing = batch[chunk]
+            began = time.perf_counter()
+            results = _each_or_errors(sharing, self._call_component)
+            share = (time.perf_counter() - began) / len(sharing)
+            for request, result in zip(sharing, results, strict=True):
+                resumed = time.perf_counter()
+                event = _resume(request, result)
+                self._ran_component(request, event, share + time.perf_counter() - resumed, alone=len(sharing) == 1)
+
+    def _look(self, batch: Sequence[Request], signal: Signal) -> None:
+        """Let the gates of parked calls see them; each waits again, for a full forward or for one without blocks."""
+        results = _each_or_errors(batch, partial(self._show, signal))
+        for request, result in zip(batch, results, strict=True):
+            if isinstance(result, Exception):
+                self._arrive(request, request.task.throw(result))
+            else:
+                request.parked = self._decided(request, _parked(request))
+
+    # --------------------------------------------------------------------------------------------- what can be retried
+
+    def _forward(self, batch: Sequence[Request]) -> list[Any]:
+        name = batch[0].call.denoiser if isinstance(batch[0].call, DenoiserCall) else ""
+        binder, rows = self.binders[name], _rows_of(batch)
+        arguments = binder.join([_parked(request).arguments for request in batch])
+        stack = None if binder.adds_between_blocks(arguments) else _stack(batch, name)
+        self.adapters.use(batch[0].adapters)
+        forward = CachedForward(stack, _batch_rows(batch, rows), [_parked(request).forecast for request in batch])
+        with forward:
+            output = self.modules[name](**arguments)
+            results = [output] if len(batch) == 1 else [take_rows(output, own) for own in rows]
+            forward.commit(output)
+        self.forwards["skipped" if forward.skips else "computed"] += 1
+        return results
+
+    def _show(self, signal: Signal, batch: Sequence[Request]) -> list[None]:
+        name = batch[0].call.denoiser if isinstance(batch[0].call, DenoiserCall) else ""
+        stack = _stack(batch, name)
+        assert stack is not None
+
+        def run() -> Any:
+            self.adapters.use(batch[0].adapters)
+            return self.modules[name](**self.binders[name].join([_parked(request).arguments for request in batch]))
+
+        look(_batch_rows(batch, _rows_of(batch)), signal, stack, run)
+        return [None] * len(batch)
+
+    def _call_component(self, batch: Sequence[Request]) -> list[Any]:
+        calls = [_component_call(request) for request in batch]
+        return call_component(getattr(self.pipeline, calls[0].component), calls)
+
+    # --------------------------------------------------------------------------------------------------- between calls
+
+    def _ran_component(self, request: Request, event: Event, seconds: float, alone: bool) -> None:
+        """Take in that work before the first or after the last denoiser call has taken `seconds` more."""
+        times = request.times
+        times.coded_alone = times.coded_alone and alone
+        if request.schedule is None:
+            times.encode_s += seconds
+        else:
+            times.decode_s += seconds
+            if isinstance(event, Finished):
+                self.pace.finish(request.size, times)
+        self._arrive(request, event)
+
+    def _preview(self, request: Request) -> None:
+        """Draw the preview that is due, unless the picture itself comes."""
+        due, request.previews.due = request.previews.due, None
+        if due is not None and request.parked is not None and isinstance(request.call, DenoiserCall):
+            step, velocity, latents = due
+            assert request.schedule is not None
+            sigma = request.schedule.sigmas[step]
+            request.previews.images = preview(self.pipeline, request.task.arguments, latents, velocity, sigma)
+
+    def _arrive(self, request: Request, event: Event) -> None:
+        """Take in what the request brings: its end, or a call whose kind and batch key are decided now."""
+        if isinstance(event, Finished | Failed):
+            request.end(event)
+        elif isinstance(event, ComponentCall):  # nothing of the last denoiser call is held: a decode needs the room
+            request.parked = ParkedCall(event, component_key(event) or request.request_id, StepKind.COMPONENT)
+        else:
+            (parked,) = _each_or_errors([request], lambda _: [self._park(request, event)])
+            if isinstance(parked, Exception):  # the request's own arguments or schedule: it alone ends
+                request.end(_ended(request.task.throw(parked)))
+            else:
+                request.parked = parked
+
+    def _park(self, request: Request, call: DenoiserCall) -> ParkedCall:
+        binder = self.binders[call.denoiser]
+        arguments = binder.bind(call.args, call.kwargs)
+        position = request.tracker.locate(call.denoiser, call.branch)
+        if request.position is None or position.run != request.position.run:
+            self._begin_schedule(request, call.denoiser, arguments)
+        request.position = position
+        rows = len(latents_of(arguments))
+        parked = ParkedCall(call, None, StepKind.COMPUTE, arguments, rows)
+        if self._cached(request, parked):
+            signal = request.cache.signal((call.denoiser, position.branch), position.step)
+            if signal is not None:
+                alike = None if signal is Signal.LATENTS else self._batch_key(request, parked)
+                return replace(parked, key=(signal, alike), kind=StepKind.SKIP, signal=signal)
+        return self._decided(request, parked)
+
+    def _decided(self, request: Request, parked: ParkedCall) -> ParkedCall:
+        """The call as it waits for its forward: with a forecast, or to be computed."""
+        call, position = parked.call, request.position
+        assert isinstance(call, DenoiserCall) and position is not None
+        forecast = None
+        if self._cached(request, parked):
+            forecast = request.cache.forecast((call.denoiser, position.branch), position.step, parked.rows)
+        kind = StepKind.COMPUTE if forecast is None else StepKind.SKIP
+        return replace(parked, key=self._batch_key(request, parked), kind=kind, signal=None, forecast=forecast)
+
+    def _cached(self, request: Request, parked: ParkedCall) -> bool:
+        assert isinstance(parked.call, DenoiserCall)
+        known = request.backend is not None and parked.call.denoiser in request.backend.stacks
+        return known and not self.binders[parked.call.denoiser].adds_between_blocks(parked.arguments)
+
+    def _batch_key(self, request: Request, parked: ParkedCall) -> Hashable:
+        assert isinstance(parked.call, DenoiserCall)
+        binder = self.binders[parked.call.denoiser]
+        return binder.key(parked.arguments, request.request_id, request.shared_content), request.adapters
+
+    def _begin_schedule(self, request: Request, denoiser: str, arguments: dict[str, Any]) -> None:
+        """Plan the cache for the schedule that the pipeline has just set up."""
+        request.schedule = request.tracker.schedule()
+        request.cache.drop()
+        request.size = size_of(denoiser, arguments, request.task.arguments)
+        if request.backend is not None and request.settings is not None:
+            settings = self.pace.settle(request.settings, request.size, request.schedule)
+            state = request.backend.refresh(
+                request.task.pipeline, request.schedule.steps, request_id=request.request_id, settings=settings
+            )
+            assert state is not None
+            request.cache = state
+
+
+def _each_or_errors(batch: Sequence[Request], act: Callable[[Sequence[Request]], list[Any]]) -> list[Any]:
+    """Each request's result, or the exception its own call raises: a joint failure is looked for one by one.
+
+    `act` changes a request's state after everything that can fail, so that a retry starts from untouched state.
+    """
+    try:
+        return act(batch)
+    except Exception as error:  # out of memory or a bad input of one must not end the others
+        if len(batch) == 1:
+            return [error]
+    return [_each_or_errors([request], act)[0] for request in batch]
+
+
+def _resume(request: Request, result: Any) -> Event:
+    """Let the request go on with what its call returned, or raised."""
+    return request.task.throw(result) if isinstance(result, Exception) else request.task.resume(result)
+
+
+def _ended(event: Event) -> Finished | Failed:
+    assert isinstance(event, Finished | Failed)
+    return event
+
+
+def _parked(request: Request) -> ParkedCall:
+    assert request.parked is not None
+    return request.parked
+
+
+def _component_call(request: Request) -> ComponentCall:
+    assert isinstance(request.call, ComponentCall)
+    return request.call
+
+
+def _rows_of(batch: Sequence[Request]) -> list[slice]:
+    return row_slices([_parked(request).rows for request in batch])
+
+
+def _batch_rows(batch: Sequence[Request], rows: Sequence[slice]) -> list[BatchRows]:
+    entries = []
+    for request, own in zip(batch, rows, strict=True):
+        call, position = request.call, request.position
+        assert isinstance(call, DenoiserCall) and position is not None
+        key = (call.denoiser, position.branch)
+        entries.append(BatchRows(request.cache, key, position.step, own, _parked(request).arguments))
+    return entries
+
+
+def _stack(batch: Sequence[Request], denoiser: str) -> BlockStack | None:
+    return next((request.backend.stacks.get(denoiser) for request in batch if request.backend is not None), None)

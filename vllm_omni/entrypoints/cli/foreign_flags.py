@@ -1,0 +1,79 @@
+"""Flags of vLLM and of other servers that people bring along, and what this server says to each. Pure data."""
+
+from __future__ import annotations
+
+# Sizes of parallelism: 1 is taken, anything else is refused. By the field, the other names of its flag.
+PARALLEL: dict[str, tuple[str, ...]] = {
+    "tensor_parallel_size": ("-tp",),
+    "pipeline_parallel_size": ("-pp",),
+    "data_parallel_size": ("-dp",),
+    "cfg_parallel_size": (),
+    "ulysses_degree": ("--usp",),
+    "ring_degree": ("--ring",),
+    "allgather_degree": (),
+    "vae_patch_parallel_size": (),
+    "text_encoder_tp_size": (),
+    "num_gpus": (),
+    "api_server_count": (),
+}
+ONE_DEVICE = "must be 1: one device serves a model, and one process answers"
+
+_SEVERAL = "is for several devices; one device serves a model"
+_FROM_PIPE = "is not done by the server; set the pipeline up in Python and pass it to Omni.from_pipe"
+_TEXT = "is about language models; see --help for what limits pictures"
+_STAGES = "is about pipelines of several models; one diffusion model is served"
+_HUB = "is not a flag; the hub's client reads"
+REFUSED: dict[str, str] = {
+    "--use-hsdp": _SEVERAL,
+    "--enable-expert-parallel": _SEVERAL,
+    "--distributed-executor-backend": _SEVERAL,
+    "--nnodes": _SEVERAL,
+    "--headless": _SEVERAL,
+    "--quantization": _FROM_PIPE,
+    "--enable-layerwise-offload": _FROM_PIPE,
+    "--diffusion-offload-config": _FROM_PIPE,
+    "--cpu-offload-gb": "is not done by size; --enable-cpu-offload keeps idle parts of the model in main memory",
+    "--attention-backend": _FROM_PIPE,
+    "--gpu-memory-utilization": "has no meaning: memory is taken as it is needed; --cache-config "
+    '\'{"memory_budget_mb": N}\' bounds what the cache keeps',
+    "--enable-sleep-mode": "is not done: a server keeps its weights until it ends",
+    "--enable-lora": "is not needed: --lora-modules NAME=PATH names adapters, and requests choose among them",
+    "--lora-path": "is --lora-modules NAME=PATH here, and requests choose by name",
+    "--lora-scale": "belongs to a request: its field `lora` has a name and a scale",
+    "--max-loras": "is not needed: every adapter of --lora-modules stays loaded",
+    "--default-sampling-params": "is not a flag: generation_config.json in the model's folder holds its defaults",
+    "--generation-config": "is not a flag: generation_config.json in the model's folder holds its defaults",
+    "--step-execution": "is always on: requests share a batch at every step; leave it out",
+    "--request-batch-max-wait-ms": "is not needed: a request joins the batch at the next step; leave it out",
+    "--diffusion-streaming-output": "belongs to a request: its fields `stream` and `partial_images`",
+    "--enable-cache-dit-summary": "is about cache-dit, which keeps one state per model; try --cache-backend fbcache",
+    "--max-generated-image-size": "is --max-pixels here",
+    "--diffusion-compile-granularity": "is always regional, with --no-enforce-eager",
+    "--diffusion-compile-dynamic": "is always on, with --no-enforce-eager",
+    "--compilation-config": "has no meaning here; --no-enforce-eager compiles the model's blocks",
+    "--diffusion-load-format": "is always safetensors",
+    "--load-format": "is always safetensors",
+    "--trust-remote-code": "is refused: no code comes from a model's folder",
+    "--model-class-name": "is not a flag: model_index.json in the model's folder names the pipeline",
+    "--boundary-ratio": "belongs to the model's folder: model_index.json holds it",
+    "--flow-shift": "belongs to the model's folder: scheduler/scheduler_config.json holds it",
+    "--seed": "belongs to a request: its field `seed`",
+    "--stage-overrides": _STAGES,
+    "--deploy-config": _STAGES,
+    "--stage-configs-path": _STAGES,
+    "--enable-diffusion-pipeline-profiler": "is not done by the server; replies have timings with `include_timings`",
+    "--log-stats": "is always on: GET /metrics has them",
+    "--disable-log-stats": "is not done: GET /metrics always has them",
+    "--enable-log-requests": "is always on; --log-prompts adds the prompts",
+    "--enable-request-id-headers": "is always on: every reply has an X-Request-Id",
+    "--download-dir": f"{_HUB} HF_HOME",
+    "--hf-token": f"{_HUB} HF_TOKEN",
+} | dict.fromkeys(
+    (
+        "--max-model-len", "--max-num-batched-tokens", "--block-size", "--kv-cache-dtype", "--enable-prefix-caching",
+        "--enable-chunked-prefill", "--tokenizer", "--tokenizer-mode", "--chat-template", "--enable-auto-tool-choice",
+        "--tool-call-parser", "--reasoning-parser", "--speculative-config", "--limit-mm-per-prompt", "--runner",
+        "--convert", "--task", "--logits-processors", "--response-role", "--swap-space",
+    ),
+    _TEXT,
+)  # fmt: skip
