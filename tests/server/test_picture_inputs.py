@@ -19,6 +19,7 @@ from PIL import Image
 from vllm_omni.engine.describe import picture_inputs
 from vllm_omni.engine.interface import ModelInfo, PictureInput
 from vllm_omni.entrypoints.openai.generation import match_pictures, plan_images
+from vllm_omni.entrypoints.openai.protocol.bodies import Body
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError
 from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest
 from vllm_omni.entrypoints.serve_config import Limits
@@ -42,7 +43,7 @@ def chat(server: Running, *urls: str) -> httpx.Response:
     return httpx.post(server.url + CHAT, json={"messages": [{"role": "user", "content": content}]}, timeout=60)
 
 
-# ------------------------------------------------------------------------------------------------- a mask that is needed
+# ------------------------------------------------------------------------------------------------ a mask that is needed
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +81,7 @@ def test_a_mask_of_another_size_is_refused(filler: Running) -> None:
     envelope(edit(filler, ("image", PICTURE), ("mask", saved(scene()))), 400, "invalid_image", "mask")
 
 
-# --------------------------------------------------------------------------------------------- pictures that may be sent
+# -------------------------------------------------------------------------------------------- pictures that may be sent
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +101,18 @@ def test_an_optional_picture_is_optional(klein: Running) -> None:
     assert not np.array_equal(pixels(one), pixels(two))
     envelope(httpx.post(klein.url + EDITS, data=FIELDS, files={"steps": (None, "4")}), 400, "invalid_value", "steps")
     envelope(httpx.post(klein.url + EDITS, data=FIELDS), 400, "invalid_value", "image")
+
+
+def test_what_the_pipeline_refuses_itself_is_a_mistake_of_the_client(klein: Running) -> None:
+    """Its own check of the picture: no 500, its words, and the name that the client gave the picture."""
+    url = "data:image/png;base64," + base64.b64encode(saved(scene())).decode()
+    for reply, name in ((edit(klein, ("image", saved(scene()))), "image"), (chat(klein, url), "messages"),
+                        (edit(klein, ("image", PICTURE), url=url), "image")):  # fmt: skip
+        envelope(reply, 400, "invalid_value", name)
+        assert "too small: 64×48" in reply.json()["error"]["message"]
+
+
+def test_the_model_says_what_it_takes(klein: Running) -> None:
     capable = httpx.get(klein.url + "/v1/models").json()["data"][0]["omni"]["capabilities"]
     assert capable["generations"] and capable["edits"] and capable["pictures"] == {"image": "optional"}
 
@@ -147,7 +160,7 @@ def test_a_size_that_was_never_sent_is_not_blamed(repainter: Running) -> None:
         assert caught.value.param == wanted, given
 
 
-# ------------------------------------------------------------------------------------------------ which model takes what
+# ----------------------------------------------------------------------------------------------- which model takes what
 
 TAKES = {
     "FluxPipeline": {}, "FluxImg2ImgPipeline": {"image": "needed"}, "FluxKontextPipeline": {"image": "optional"},
@@ -178,10 +191,11 @@ def info_of(**pictures: PictureInput) -> ModelInfo:
 
 def test_a_control_picture_may_be_sent_as_the_picture() -> None:
     """The official client can send nothing but `image` and `mask`."""
-    control, one = info_of(control_image=PictureInput(True, False)), ("image", b"")
-    assert match_pictures([one], control, "image") == {"control_image": [one]}
-    assert match_pictures([("control_image", b"")], control, "image") == {"control_image": [("control_image", b"")]}
+    control = info_of(control_image=PictureInput(True, False))
+    one, named = ("image", b""), ("control_image", b"")
+    assert match_pictures(Body({}, sources=[one]), control, "image") == {"control_image": [one]}
+    assert match_pictures(Body({}, sources=[named]), control, "image") == {"control_image": [named]}
     both = info_of(image=PictureInput(True, False), control_image=PictureInput(True, False))
     with pytest.raises(ApiError, match="control image") as caught:
-        match_pictures([one], both, "image")
+        match_pictures(Body({}, sources=[one]), both, "image")
     assert caught.value.param == "control_image"

@@ -41,7 +41,7 @@ async def completions(http: Request, state: State) -> Any:
     messages = validate(ChatRequest, own, strict=True).messages
     prompt, sources = read_messages(messages)
     request = check_request(ImageRequest, replace(body, fields={"prompt": prompt, **given}), state.config)
-    matched = match_pictures(sources, state.info, "messages")
+    matched = match_pictures(replace(body, sources=sources), state.info, "messages")
     pictures = await asyncio.to_thread(media.load, matched, state.config)
     generation = plan_images(request, state.info, state.config.limits, pictures)
     made = await respond(http, state, generation, _chunks(http, state, generation))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 import secrets
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -13,7 +12,7 @@ from PIL import Image, ImageOps
 
 from vllm_omni.engine.interface import ModelInfo
 from vllm_omni.engine.wire import MAX_FRAME_BYTES
-from vllm_omni.entrypoints.openai.protocol.bodies import Source
+from vllm_omni.entrypoints.openai.protocol.bodies import Body, Source
 from vllm_omni.entrypoints.openai.protocol.errors import invalid
 from vllm_omni.entrypoints.openai.protocol.requests import (
     INPUT_REFERENCE,
@@ -127,14 +126,14 @@ def check_makes(info: ModelInfo, what: Literal["image", "video"]) -> None:
         raise invalid("model", f"this model makes {other}", "unsupported_model")
 
 
-def match_pictures(sources: Sequence[Source], info: ModelInfo, field: str) -> dict[str, list[Source]]:
-    """Pictures as sent, by the pipeline's arguments, before any is decoded.
+def match_pictures(body: Body, info: ModelInfo, field: str) -> dict[str, list[Source]]:
+    """The pictures of a body, by the pipeline's arguments, before any is decoded.
 
     ApiError for one that the model does not take, one too many, or one that it needs; `field` is the route's name of a
     picture.
     """
     found: dict[str, list[Source]] = {}
-    for source in sources:
+    for source in body.sources:
         meant = _MEANT.get(source[0], source[0])
         argument = next((name for name in _ARGUMENTS[meant] if name in info.pictures), None)
         if argument is None:
@@ -142,7 +141,8 @@ def match_pictures(sources: Sequence[Source], info: ModelInfo, field: str) -> di
             raise invalid(source[0], f"this model takes no {kind}", "unsupported_parameter")
         found.setdefault(argument, []).append(source)
         if len(found[argument]) > 1 and not info.pictures[argument].several:
-            raise invalid(source[0], f"this model takes one picture as {source[0]}, got {len(sources)}")
+            raise invalid(source[0], f"this model takes one picture as {source[0]}, got {len(body.sources)}")
+        body.names[argument] = source[0]
     for argument, picture in info.pictures.items():
         if picture.needed and argument not in found:
             if argument == "image":

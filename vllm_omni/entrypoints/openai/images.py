@@ -41,8 +41,9 @@ async def generations(http: Request, state: State) -> Any:
     kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(400, "the body must be application/json", "invalid_request")
-    request = check_request(ImageRequest, await read_json(http), state.config)
-    match_pictures((), state.info, "image")
+    body = await read_json(http)
+    request = check_request(ImageRequest, body, state.config)
+    match_pictures(body, state.info, "image")
     generation = plan_images(request, state.info, state.config.limits)
     return await respond(http, state, generation, _events(http, state, generation, "image_generation"))
 
@@ -64,7 +65,7 @@ async def edits(http: Request, state: State) -> Any:
         raise invalid("image", "this model takes no picture; it has /v1/images/generations", "unsupported_parameter")
     if not body.sources:
         raise invalid("image", "at least one picture is needed")
-    sources = match_pictures(body.sources, state.info, "image")
+    sources = match_pictures(body, state.info, "image")
     pictures = await asyncio.to_thread(media.load, sources, state.config)
     generation = plan_images(request, state.info, state.config.limits, pictures)
     return await respond(http, state, generation, _events(http, state, generation, "image_edit"))

@@ -210,9 +210,9 @@ class VideoJobs:
     def _restored(self, job: VideoJob) -> Generation:
         """A stored job as this server makes it; raises if it does not."""
         data, config = self.store.picture(job), self._config
-        info, sources = self._jobs.engine.info, [] if data is None else [(INPUT_REFERENCE, data)]
-        pictures = media.load(match_pictures(sources, info, INPUT_REFERENCE), config)
-        request = check_request(VideoRequest, Body(job.fields), config)
+        body = Body(job.fields, sources=[] if data is None else [(INPUT_REFERENCE, data)])
+        info, request = self._jobs.engine.info, check_request(VideoRequest, body, config)
+        pictures = media.load(match_pictures(body, info, INPUT_REFERENCE), config)
         return plan_video(request, info, config.limits, pictures)
 
     async def _generate(self, job: VideoJob, generation: Generation, admission: Admission) -> OmniRequestOutput:
