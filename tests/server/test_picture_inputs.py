@@ -78,7 +78,7 @@ def test_a_mask_is_read_in_gray_and_in_transparency(filler: Running) -> None:
 
 
 def test_a_mask_of_another_size_is_refused(filler: Running) -> None:
-    envelope(edit(filler, ("image", PICTURE), ("mask", saved(scene()))), 400, "invalid_image", "mask")
+    envelope(edit(filler, ("image", PICTURE), ("mask", saved(scene()))), 400, "invalid_value", "mask")
 
 
 # -------------------------------------------------------------------------------------------- pictures that may be sent

@@ -27,9 +27,9 @@ _DEFAULTS = (
 # Arguments that take a picture; a class whose name has one of the words does not work without it.
 _PICTURES = {
     "image": ("Edit", "Fill", "Inpaint", "Img2Img", "ImageToVideo", "Layered", "Refiner"),
+    "control_image": ("Control",),
     "mask_image": ("Fill", "Inpaint"),
     "mask": (),
-    "control_image": ("Control",),
     "control_mask": ("Inpaint",),
 }
 _OPTIONAL = ("LTXConditionPipeline",)  # although its type does not say so

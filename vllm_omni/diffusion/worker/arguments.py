@@ -15,6 +15,7 @@ from diffusers.image_processor import VaeImageProcessor
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidValueError, OmniError, RefusedError, check_keys
+from vllm_omni.inputs.data import has_embeds
 
 _RENAMED = {"num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt")}
 _OURS = {
@@ -60,6 +61,9 @@ class ArgumentBuilder:
             if target is None:
                 raise InvalidValueError(name, value, f"is not an argument of {self._name}; leave it out")
             arguments[target] = value
+        for text in ("prompt", "negative_prompt"):  # embeddings in its place: not the pipeline's default either
+            if text in self._accepted and text not in given and has_embeds(text, given):
+                arguments[text] = None
         if (boundary := request.params.boundary_ratio) is not None and not self._two_experts:
             raise InvalidValueError("boundary_ratio", boundary, "is where a second expert takes over; leave it out")
         check_keys("extra_args", request.params.extra_args, self._accepted - _RESERVED)

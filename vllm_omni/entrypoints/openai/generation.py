@@ -127,7 +127,7 @@ def check_makes(info: ModelInfo, what: Literal["image", "video"]) -> None:
 
 
 def match_pictures(body: Body, info: ModelInfo, field: str) -> dict[str, list[Source]]:
-    """The pictures of a body, by the pipeline's arguments, before any is decoded.
+    """The pictures of a body, by the pipeline's arguments and masks last, before any is decoded.
 
     ApiError for one that the model does not take, one too many, or one that it needs; `field` is the route's name of a
     picture.
@@ -149,7 +149,7 @@ def match_pictures(body: Body, info: ModelInfo, field: str) -> dict[str, list[So
                 raise invalid(field, "this model needs a picture: send one as a file or a data URL")
             name = "mask" if "mask" in argument else argument
             raise invalid(name, f"this model needs a {name.replace('_', ' ')} beside the prompt")
-    return found
+    return {argument: found[argument] for argument in info.pictures if argument in found}
 
 
 def _parameters(request: BaseRequest, info: ModelInfo, limits: Limits, width: int, height: int) -> dict[str, Any]:

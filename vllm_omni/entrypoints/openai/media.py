@@ -88,10 +88,10 @@ def load(sources: dict[str, list[tuple[str, Any]]], config: ServeConfig) -> dict
         pictures[argument] = tuple(
             decode(_read(source, name, config), name, limits.max_input_pixels, mask) for name, source in found
         )
-    for argument, (name, _) in ((argument, found[0]) for argument, found in sources.items() if "mask" in argument):
-        size, (mask_image, *_) = next(iter(pictures.values()))[0].size, pictures[argument]
-        if mask_image.size != size:
-            raise invalid(name, f"the mask must have the size of the picture, {size[0]}x{size[1]}", "invalid_image")
+    for argument, found in sources.items():
+        size, own = next(iter(pictures.values()))[0].size, pictures[argument][0].size
+        if "mask" in argument and own != size:
+            raise invalid(found[0][0], f"the mask must have the size of the picture, {size[0]}x{size[1]}")
     return pictures
 
 
