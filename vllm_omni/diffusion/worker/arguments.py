@@ -15,7 +15,6 @@ from diffusers.image_processor import VaeImageProcessor
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidValueError, OmniError, RefusedError, check_keys
-from vllm_omni.inputs.data import has_embeds
 
 _RENAMED = {"num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt")}
 _OURS = {
@@ -45,6 +44,7 @@ class ArgumentBuilder:
         self.defaults = {key: value for key, value in defaults.items() if key in self._accepted}
         known = next((rate for name, rate in _FRAME_RATES.items() if self._name.startswith(name)), 16)
         self._fps = float(defaults.get("fps", known))
+        self.audio_rate = _audio_rate(pipeline)
         self._config = config
         processor = vars(pipeline).get("image_processor")
         self.multiple = processor.config.vae_scale_factor if isinstance(processor, VaeImageProcessor) else 1
@@ -61,11 +61,11 @@ class ArgumentBuilder:
             if target is None:
                 raise InvalidValueError(name, value, f"is not an argument of {self._name}; leave it out")
             arguments[target] = value
-        for text in ("prompt", "negative_prompt"):  # embeddings in its place: not the pipeline's default either
-            if text in self._accepted and text not in given and has_embeds(text, given):
-                arguments[text] = None
         if (boundary := request.params.boundary_ratio) is not None and not self._two_experts:
             raise InvalidValueError("boundary_ratio", boundary, "is where a second expert takes over; leave it out")
+        for name in self._accepted:  # embeddings take the place of a text, which then is not the pipeline's default
+            if f"{name}_embeds" in given and name not in given:
+                arguments[name] = None
         check_keys("extra_args", request.params.extra_args, self._accepted - _RESERVED)
         arguments |= request.params.extra_args
         if request.params.fps is not None and "frame_rate" in self._accepted:  # LTX is conditioned on it
@@ -111,6 +111,16 @@ def refusal(error: Exception, arguments: Mapping[str, Any]) -> Exception:
         return error
     named = [(found.start(), name) for name in arguments if (found := re.search(rf"(?i)\b{name}\b", str(error)))]
     return RefusedError(max(named)[1] if named else "prompt", str(error))
+
+
+def _audio_rate(pipeline: Any) -> int | None:
+    """Samples per second of the pipeline's sound: of its vocoder, or of the VAE that makes it; None without sound."""
+    for name in ("vocoder", "vae", "audio_vae"):
+        config = getattr(getattr(pipeline, name, None), "config", {})
+        for field in ("output_sampling_rate", "sampling_rate", "sample_rate"):
+            if isinstance(rate := config.get(field), int):
+                return rate
+    return None
 
 
 def generator_of(request: OmniDiffusionRequest) -> tuple[Any, int | None]:
