@@ -16,6 +16,7 @@ from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.scheduler import StepKind, StepScheduler
+from vllm_omni.diffusion.worker.arguments import refusal
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.diffusion.worker.worker import DiffusionWorker
@@ -280,7 +281,7 @@ def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
         }
     output.peak_memory_mb = _peak_memory_mb()
     if isinstance(event, Failed):
-        output.error = event.error
+        output.error = event.error if output.step else refusal(event.error, entry.arguments)
         return output
     _fill(output, entry, event.output)
     return output

@@ -34,6 +34,10 @@ class Limits(Settings):
         default=256, ge=0, description="requests that may wait; further ones get a 503 with Retry-After"
     )
 
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 2**20)
+
 
 class HttpOptions(Settings):
     """How the server listens and whom it answers. The fields are those of vLLM's own server flags, by their names."""
