@@ -105,9 +105,12 @@ def normalise_prompt(prompt: Any) -> dict[str, Any]:
         if any(isinstance(one, str | bytes | Path) for one in (entry if isinstance(entry, list | tuple) else [entry])):
             raise InvalidValueError(name, entry, "must be a picture, not where to find one (PIL.Image.open opens it)")
     given.update(media)
+    embedded = any(key.startswith("prompt_embeds") for key in given)
+    if embedded and given.get("prompt") == "":
+        del given["prompt"]
     if "prompt" in given:
         check_text("prompt", given["prompt"])
-    elif not any(key.startswith("prompt_embeds") for key in given):
+    elif not embedded:
         raise InvalidValueError("prompt", prompt, "must hold 'prompt' or 'prompt_embeds'")
     if "negative_prompt" in given and given["negative_prompt"] != "":
         check_text("negative_prompt", given["negative_prompt"])

@@ -41,6 +41,7 @@ class ArgumentBuilder:
         self.defaults = {key: value for key, value in defaults.items() if key in self._accepted}
         known = next((rate for name, rate in _FRAME_RATES.items() if self._name.startswith(name)), 16)
         self._fps = float(defaults.get("fps", known))
+        self.audio_rate = _audio_rate(pipeline)
         self._config = config
         processor = vars(pipeline).get("image_processor")
         self.multiple = processor.config.vae_scale_factor if isinstance(processor, VaeImageProcessor) else 1
@@ -59,6 +60,9 @@ class ArgumentBuilder:
             arguments[target] = value
         if (boundary := request.params.boundary_ratio) is not None and not self._two_experts:
             raise InvalidValueError("boundary_ratio", boundary, "is where a second expert takes over; leave it out")
+        for name in self._accepted:  # embeddings take the place of a text, which then is not the pipeline's default
+            if f"{name}_embeds" in given and name not in given:
+                arguments[name] = None
         check_keys("extra_args", request.params.extra_args, self._accepted - _RESERVED)
         arguments |= request.params.extra_args
         if request.params.fps is not None and "frame_rate" in self._accepted:  # LTX is conditioned on it
@@ -90,6 +94,16 @@ class ArgumentBuilder:
             raise InvalidValueError(
                 "height x width", f"{height}x{width}", f"must be at most {self._config.max_image_pixels} pixels"
             )
+
+
+def _audio_rate(pipeline: Any) -> int | None:
+    """Samples per second of the pipeline's sound: of its vocoder, or of the VAE that makes it; None without sound."""
+    for name in ("vocoder", "vae", "audio_vae"):
+        config = getattr(getattr(pipeline, name, None), "config", {})
+        for field in ("output_sampling_rate", "sampling_rate", "sample_rate"):
+            if isinstance(rate := config.get(field), int):
+                return rate
+    return None
 
 
 def generator_of(request: OmniDiffusionRequest) -> tuple[Any, int | None]:
