@@ -47,7 +47,7 @@ def test_skips_first_needs_no_more_full_forwards_than_the_request_that_computes_
     assert ours["longest_wait"] <= 6  # at most five skips in a row, and the forward that was under way
 
 
-def test_a_peers_queue_is_first_come_first_served(benchmark) -> None:
+def test_the_simulated_peer_queue_is_first_come_first_served(benchmark) -> None:
     load = benchmark("load")
     services = {"diffusers, own MagCache": [[1.0, 2.0, 1.0, 1.0]]}
     total, latencies = load._queue(("closed", 2), [1.0, 2.0, 1.0, 1.0], services, 0)
@@ -101,7 +101,7 @@ def test_readme_rows_come_from_results_between_the_markers(benchmark, tmp_path, 
     assert readme.read_text(encoding="utf-8") == text
 
 
-def test_results_kept_are_the_readmes(benchmark) -> None:
+def test_kept_results_equal_the_readme(benchmark) -> None:
     run_all = benchmark("run_all")
     results = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in run_all.RESULTS.glob("*.json")}
     readme = run_all.PAGE.read_text(encoding="utf-8")
