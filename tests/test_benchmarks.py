@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: their command lines, their arithmetic, and the table that goes into docs/performance.md."""
+"""The benchmarks' own logic: command lines, arithmetic, and the table that goes into docs/performance.md."""
 
 from __future__ import annotations
 
