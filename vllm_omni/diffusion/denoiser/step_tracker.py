@@ -224,7 +224,10 @@ def _reported(scheduler: Any, name: str, method: Callable[..., Any], args: tuple
 
 @functools.lru_cache(maxsize=64)
 def _watched_class(scheduler_class: type) -> type:
-    """A subclass of the same name that reports; whatever copies or pickles an instance gets the class itself."""
+    """A subclass of the same name that reports; whatever copies, pickles or makes an instance gets the class itself."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return scheduler_class(*args, **kwargs)
 
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
         own = functools.partial(scheduler_class.set_timesteps, self)  # type: ignore[attr-defined]
@@ -245,6 +248,7 @@ def _watched_class(scheduler_class: type) -> type:
     methods = {
         "set_timesteps": functools.wraps(scheduler_class.set_timesteps)(set_timesteps),  # type: ignore[attr-defined]
         "step": functools.wraps(scheduler_class.step)(step),  # type: ignore[attr-defined]
+        "__new__": new,
         "__setattr__": setattribute,
         "__reduce_ex__": reduce,
         "__module__": scheduler_class.__module__,
@@ -258,7 +262,7 @@ class _PatchedMethod:
 
     def __init__(self, scheduler: Any, name: str, method: Callable[..., Any]) -> None:
         self.scheduler, self.name, self.method = scheduler, name, method
-        functools.update_wrapper(self, method)
+        functools.update_wrapper(self, method, updated=())  # pipelines ask for the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return _reported(self.scheduler, self.name, self.method, args, kwargs)
@@ -302,6 +306,7 @@ class _LentMethod:
     def __init__(self, original: Any, twin: Any, method: Callable[..., Any]) -> None:
         self.original, self.method = original, method
         self._twin = weakref.ref(twin)
+        functools.update_wrapper(self, method, updated=())  # pipelines ask for the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         twin = self._twin()

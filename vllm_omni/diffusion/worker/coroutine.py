@@ -19,6 +19,7 @@ import numpy
 import torch
 from greenlet import greenlet
 
+from vllm_omni.diffusion.denoiser.lora_scales import has_adapters
 from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES
 from vllm_omni.diffusion.denoiser.step_tracker import own_scheduler
 from vllm_omni.errors import NumericalError
@@ -185,7 +186,7 @@ class PipelineTask:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)
         encoders = {n: m for n in TEXT_ENCODERS if isinstance(m := own.get(n), torch.nn.Module)} if components else {}
-        if not any(map(_has_adapters, encoders.values())):
+        if not any(map(has_adapters, encoders.values())):  # pipelines scale those of all encoders around their calls
             own.update({name: EncoderProxy(name, module, self._park) for name, module in encoders.items()})
         if components and isinstance(module := own.get("vae"), torch.nn.Module):
             own["vae"] = self._vae = DecoderProxy("vae", module, self._park)
@@ -240,11 +241,6 @@ class PipelineTask:
 def _on_device(pipeline_class: type, device: torch.device) -> type:
     """The class with its execution device known: diffusers walks through all modules for it, in every request."""
     return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
-
-
-def _has_adapters(module: torch.nn.Module) -> bool:
-    """Pipelines scale the adapters of all text encoders before their calls and back after them: none may park there."""
-    return bool(vars(module).get("_hf_peft_config_loaded", False))
 
 
 def _no_number(kind: str, flag: int) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.state import Signal
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
+from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_kept
 from vllm_omni.diffusion.denoiser.specs import denoisers_of, latents_of, unwrapped
 from vllm_omni.diffusion.denoiser.step_tracker import StepTracker
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -29,7 +31,15 @@ from vllm_omni.diffusion.worker.batching import (
     row_slices,
     take_rows,
 )
-from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Event, Failed, Finished, PipelineTask
+from vllm_omni.diffusion.worker.coroutine import (
+    TEXT_ENCODERS,
+    ComponentCall,
+    DenoiserCall,
+    Event,
+    Failed,
+    Finished,
+    PipelineTask,
+)
 from vllm_omni.diffusion.worker.pace import Pace, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.diffusion.worker.request import ParkedCall, Previews, Request
@@ -48,6 +58,8 @@ class ModelRunner:
         self._device = pipeline._execution_device if isinstance(pipeline, DiffusionPipeline) else None
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
         self.binders = {name: CallBinder(name, module) for name, module in self.modules.items()}
+        parts = [vars(pipeline).get(name) for name in TEXT_ENCODERS]
+        self._encoders = [module for module in parts if isinstance(module, torch.nn.Module)]
         self._shared = SharedModules(self.modules.values)
         self.pace = Pace()
         self.forwards = {"computed": 0, "skipped": 0}
@@ -156,7 +168,7 @@ class ModelRunner:
         stack = None if binder.adds_between_blocks(arguments) else _stack(batch, name)
         self.adapters.use(batch[0].adapters)
         forward = CachedForward(stack, _batch_rows(batch, rows), [_parked(request).forecast for request in batch])
-        with forward, batch[0].changes.installed():
+        with forward, batch[0].changes.installed(), _scales_kept(self.modules[name], arguments):
             output = self.modules[name](**arguments)
             results = [output] if len(batch) == 1 else [take_rows(output, own) for own in rows]
             forward.commit(output)
@@ -170,8 +182,9 @@ class ModelRunner:
 
         def run() -> Any:
             self.adapters.use(batch[0].adapters)
-            with batch[0].changes.installed():
-                return self.modules[name](**self.binders[name].join([_parked(request).arguments for request in batch]))
+            arguments = self.binders[name].join([_parked(request).arguments for request in batch])
+            with batch[0].changes.installed(), _scales_kept(self.modules[name], arguments):
+                return self.modules[name](**arguments)
 
         look(_batch_rows(batch, _rows_of(batch)), signal, stack, run)
         return [None] * len(batch)
@@ -184,7 +197,7 @@ class ModelRunner:
 
     def _advance(self, request: Request, result: Any = None) -> Event:
         """Let the request go on with what its call returned, or raised."""
-        with self._shared.lent_to(request.changes):
+        with self._shared.lent_to(request.changes), scales_kept(self._encoders):
             return request.task.throw(result) if isinstance(result, Exception) else request.task.resume(result)
 
     def _ran_component(self, request: Request, event: Event, seconds: float, alone: bool) -> None:
@@ -284,6 +297,11 @@ def _each_or_errors(batch: Sequence[Request], act: Callable[[Sequence[Request]],
         if len(batch) == 1:
             return [error]
     return [_each_or_errors([request], act)[0] for request in batch]
+
+
+def _scales_kept(module: torch.nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """The module's adapters are as strong after a call as before, also if the call scales them and fails."""
+    return scales_kept([module] if scale_of_call(arguments) is not None else [])
 
 
 def _ended(event: Event) -> Finished | Failed:
