@@ -18,13 +18,14 @@ case ${1-} in
     --demo) stage=demo ;;
     *) die "knows --demo alone, not '$1'" ;;
 esac
+[[ ! -f $venv/.setup-core ]] || stage=core # what was whole stays whole
 lock=requirements/$stage.lock
 
 # What a finished stage leaves in .venv/.setup-STAGE: a hash of all that it was made from.
 wanted() { { cat "requirements/$1.lock" pyproject.toml "$shim/pyproject.toml" CMakeLists.txt csrc/*; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
 finished() { [[ -x $venv/bin/python && -f $venv/.setup-$1 && $(<"$venv/.setup-$1") == "$(wanted "$1")" ]]; }
 
-if finished core || finished "$stage"; then
+if finished "$stage"; then
     exit 0
 fi
 
@@ -51,10 +52,10 @@ if [[ $stage == core ]]; then
     "${pip[@]}" install -qq --no-deps --no-build-isolation "./$shim"
     rm -rf "$shim/build" "$shim"/*.egg-info # pip builds a local folder in place
 fi
-if ! finished demo; then # which has installed it from the same source
-    say "installing this package, editable"
-    "${pip[@]}" install -qq --no-deps --no-build-isolation -e .
-fi
+say "installing this package, editable"
+# The native operation is for bfloat16, in which the demo does not run: it is built with the rest.
+[[ $stage == core ]] || export VLLM_OMNI_NATIVE=${VLLM_OMNI_NATIVE-off}
+"${pip[@]}" install -qq --no-deps --no-build-isolation -e .
 
 # Imports are twice as slow without .pyc files, and with PYTHONDONTWRITEBYTECODE nobody would ever write them.
 say "compiling"
