@@ -44,6 +44,7 @@ if [[ ! -d $venv ]]; then
     "$python" -m venv "$venv"
 fi
 
+: >"$venv/.setup-$stage" # not finished; that the stage was begun is kept
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 say "installing $(grep -c '==' "$lock") pinned packages ($([[ $stage == demo ]] && echo "a minute" || echo "two or three minutes") the first time)"
 "${pip[@]}" install -qq --no-deps --no-compile -r "$lock"
