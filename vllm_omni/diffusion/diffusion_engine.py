@@ -6,7 +6,7 @@ import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -16,12 +16,14 @@ from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.scheduler import StepKind, StepScheduler
+from vllm_omni.diffusion.worker.arguments import refusal
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.diffusion.worker.worker import DiffusionWorker
 from vllm_omni.errors import EngineClosedError, InvalidValueError, NumericalError, RequestAbortedError
 from vllm_omni.outputs import OmniRequestOutput
 
+T = TypeVar("T")
 GUESSED_STEPS = 50  # of a request that names none, until its schedule is known: what most pipelines take
 
 
@@ -116,22 +118,21 @@ class DiffusionEngine:
 
     def _start(self, entry: _Entry) -> None:
         """Begin a request, whose own fault is whatever goes wrong in it."""
-
-        def start() -> None:
-            entry.running, entry.seed = self.worker.start(entry.request, entry.arguments, entry.settings)
-
-        error = _failure_of(start)
+        error = _failure_of(self._begin, entry)
         if entry.running is not None:
             self._settle(entry.running)
         elif error is not None:
             self._end(entry, Failed(error))
+
+    def _begin(self, entry: _Entry) -> None:
+        entry.running, entry.seed = self.worker.start(entry.request, entry.arguments, entry.settings)
 
     def _run(self, pixels: int, batch: Sequence[Request]) -> StepReport:
         """Run one batch; what no single request's call has raised ends all of the batch, and nobody else."""
         kind, rows = batch[0].parked, sum(request.parked.rows for request in batch if request.parked is not None)
         skipped = kind is not None and kind.kind is StepKind.SKIP
         began, decoded = time.perf_counter(), sum(request.times.decode_s for request in batch)
-        if (error := _failure_of(lambda: self.worker.runner.run(batch))) is not None:
+        if (error := _failure_of(self.worker.runner.run, batch)) is not None:
             for request in batch:
                 if request.ended is None:
                     self.worker.runner.abort(request, error)
@@ -226,10 +227,10 @@ class DiffusionEngine:
         self._ended.append(_output(entry, event))
 
 
-def _failure_of(act: Callable[[], None]) -> Exception | None:
+def _failure_of(act: Callable[[T], None], on: T) -> Exception | None:
     """What `act` raises: nothing leaves a step but as the end of those requests that it was about."""
     try:
-        act()
+        act(on)
     except Exception as error:
         return error
     return None
@@ -280,7 +281,7 @@ def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
         }
     output.peak_memory_mb = _peak_memory_mb()
     if isinstance(event, Failed):
-        output.error = event.error
+        output.error = event.error if output.step else refusal(event.error, entry.arguments)
         return output
     _fill(output, entry, event.output)
     return output

@@ -208,9 +208,9 @@ class PipelineTask:
         self._engine = greenlet.getcurrent()
         if self._greenlet is None or self._greenlet.dead:
             return Failed(error)
-        event = self._greenlet.throw(error)
+        event = self._greenlet.throw(type(error), error, error.__traceback__)
         while isinstance(event, DenoiserCall | ComponentCall):  # one that catches errors and calls again must end, too
-            event = self._greenlet.throw(error)
+            event = self._greenlet.throw(type(error), error, error.__traceback__)
         return event
 
     def release(self) -> None:
