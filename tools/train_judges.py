@@ -15,12 +15,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-
+from judges.evaluate import evaluate
+from judges.export import export
 from judges.flow import RECIPES, FlowJob, plain_attention
 from judges.job import Job
 from judges.vae import STEPS, DecoderJob
 
 REPO = Path(__file__).resolve().parent.parent
+TARGETS = {
+    "images": REPO / "benchmarks" / "judges" / "images",
+    "joint": REPO / "benchmarks" / "judges" / "joint",
+    "video": REPO / "vllm_omni" / "assets" / "demo-video",
+}
 PARTS = ("vae-picture", *RECIPES, "vae-clip")
 
 
@@ -54,18 +60,27 @@ def train(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=["train"])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="to train")
+    parser.add_argument("stages", nargs="+", choices=["train", "export", "evaluate"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of all these")
     parser.add_argument("--work", type=Path, default=REPO / "build" / "judges", help="checkpoints")
     parser.add_argument("--steps", type=int, help="of flow, for every judge; the recipes' otherwise")
     parser.add_argument("--turn", type=float, default=20, help="minutes until the next part's turn")
     parser.add_argument("--minutes", type=float, default=1e6, help="of training in all")
     parser.add_argument("--compile", action="store_true", help="compile the blocks: twice the speed after a minute")
+    parser.add_argument("--target", type=Path, help="folder of the exported folders; their places here otherwise")
+    parser.add_argument("--sheets", type=Path, default=REPO / "docs" / "images", help="where the samples go")
+    parser.add_argument("--count", type=int, default=96, help="captions to evaluate")
     args = parser.parse_args()
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
     if "train" in args.stages:
         train(args)
+    for name in [part for part in args.parts if part in RECIPES]:
+        target = (args.target or TARGETS[name].parent) / TARGETS[name].name
+        if "export" in args.stages:
+            export(name, args.work, target)
+        if "evaluate" in args.stages:
+            evaluate(name, args.work, target, args.sheets / f"judge_{name}.png", args.count)
 
 
 if __name__ == "__main__":

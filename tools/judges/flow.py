@@ -52,9 +52,9 @@ class Recipe:
 
 
 RECIPES = {
-    "images": Recipe(3200, 32, 1.5e-3, 0.3, 1.2),
-    "video": Recipe(2600, 32, 1.5e-3, 0.5, 1.2),
-    "joint": Recipe(3200, 32, 1.5e-3, 0.3, 1.2),
+    "images": Recipe(2200, 32, 1.5e-3, 0.3, 1.2),
+    "video": Recipe(2000, 32, 1.5e-3, 0.5, 1.2),
+    "joint": Recipe(2200, 32, 1.5e-3, 0.3, 1.2),
 }
 
 

@@ -28,7 +28,7 @@ def features(pixels: torch.Tensor) -> torch.Tensor:
     """What the projection is applied to: (n, 48, h, w) of pictures, (n, 72, frames, h, w) of clips."""
     if pixels.ndim == 4:
         return to_depth(pixels, 4)
-    n, _, frames, height, width = pixels.shape
+    _n, _, frames, _height, _width = pixels.shape
     out = []
     for first in [0, *range(1, frames, 4)]:
         a, b, c, d = pixels[:, :, first : first + 4].unbind(2) if first else [pixels[:, :, 0]] * 4

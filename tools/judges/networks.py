@@ -6,15 +6,14 @@ from pathlib import Path
 
 import torch
 from torch import nn
-
 from train_demo_model import load_tokenizers
 
 from .scenes import vocabulary
 
 TEXT_TOKENS = 12
 WIDTH = 128  # of text encoders
-PICTURE, CLIP_SIDE, FRAMES = 64, 40, 17
-LATENTS = {"images": (8, 16, 16), "joint": (8, 16, 16), "video": (16, 5, 10, 10)}  # of latents
+PICTURE, CLIP_SIDE, FRAMES = 64, 32, 17
+LATENTS = {"images": (8, 16, 16), "joint": (8, 16, 16), "video": (16, 5, 8, 8)}  # of latents
 VAE_OF = {"images": "picture", "joint": "picture", "video": "clip"}
 
 
@@ -195,7 +194,7 @@ class Joint(Judge):
 
 
 class Video(Judge):
-    """Wan: twelve blocks over 5 frames of 10 × 10 latents."""
+    """Wan: twelve blocks over 5 frames of 8 × 8 latents."""
 
     name = "video"
 
@@ -223,9 +222,9 @@ class Video(Judge):
     def velocity(self, x: torch.Tensor, sigma: torch.Tensor, texts: list[str]) -> torch.Tensor:
         tokens = self.ids(self.t5_tokenizer, texts)
         words = self.text_encoder(tokens.input_ids, tokens.attention_mask)[0] * tokens.attention_mask[..., None]
-        return self.transformer(
-            hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=words, return_dict=False
-        )[0]
+        return self.transformer(hidden_states=x, timestep=1000 * sigma, encoder_hidden_states=words, return_dict=False)[
+            0
+        ]
 
 
 JUDGES: dict[str, type[Judge]] = {"images": Images, "video": Video, "joint": Joint}

@@ -111,7 +111,7 @@ class Canvas:
 
     def background(self, dice: Dice, first: torch.Tensor, second: torch.Tensor) -> None:
         """Two colours mixed by one of five fields, which drifts over time."""
-        n, frames, size, _ = self.shape
+        n, _frames, size, _ = self.shape
         a, b = (dice.uniform(0, 2 * math.pi, n, 1, 1, 1) for _ in range(2))
         drift, phase = dice.uniform(0.1, 0.5, n, 1, 1, 1), dice.uniform(0, 2 * math.pi, n, 1, 1, 1)
         x, y = self.x + drift * self.time * b.cos(), self.y + drift * self.time * b.sin()
@@ -227,16 +227,12 @@ def draw_joint(number: int, n: int, size: int = 64, stream: int = 1, complete: b
     bare = dice.chance(0.0 if complete else 0.2, n).tolist()
     captions = [
         f"{COUNTS[m]} {COLOURS[c]} {PLURALS[k] if m else SHAPES[k]}" + ("" if no_t else f" on a {TONES[t]} background")
-        for m, c, k, t, no_t in zip(
-            count.tolist(), colour.tolist(), kind.tolist(), tone.tolist(), bare, strict=True
-        )
+        for m, c, k, t, no_t in zip(count.tolist(), colour.tolist(), kind.tolist(), tone.tolist(), bare, strict=True)
     ]
     return Batch(captions, canvas.finished(), {"count": count, "colour": colour, "shape": kind, "tone": tone})
 
 
-def draw_video(
-    number: int, n: int, size: int = 40, stream: int = 2, complete: bool = False, frames: int = 17
-) -> Batch:
+def draw_video(number: int, n: int, size: int = 32, stream: int = 2, complete: bool = False, frames: int = 17) -> Batch:
     """One named object that moves, grows or shrinks; a second one goes its own way over a drifting background."""
     dice, canvas = Dice(stream, number), Canvas(n, frames, size)
     colour, kind, motion = dice.pick(len(COLOURS), n), dice.pick(len(SHAPES), n), dice.pick(len(MOTIONS), n)

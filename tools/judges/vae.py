@@ -14,8 +14,8 @@ from .job import Job
 from .latents import Basis, draw_pixels, load_basis
 from .networks import build_vae
 
-STEPS = {"picture": 1600, "clip": 900}
-BATCH = {"picture": 16, "clip": 6}
+STEPS = {"picture": 1200, "clip": 700}
+BATCH = {"picture": 16, "clip": 8}
 LOUD = 60.0  # a constant so large beside the signals that a normalisation over both leaves the signals linear
 CELLS = [(a, b) for a in (0, 1) for b in (0, 1)]
 
