@@ -51,11 +51,14 @@ def train(args: argparse.Namespace) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: ended.append(True))
     deadline = time.monotonic() + 60 * args.minutes
+    jobs: dict[str, Job] = {}  # kept, with what they have compiled
     while not ended and time.monotonic() < deadline:
         share, part = min((share_done(part, args), part) for part in args.parts)
         if share >= 1:
             break
-        open_job(part, args).run(min(60 * args.turn, deadline - time.monotonic()), lambda: bool(ended))
+        if part not in jobs:
+            jobs[part] = open_job(part, args)
+        jobs[part].run(min(60 * args.turn, deadline - time.monotonic()), lambda: bool(ended))
 
 
 def main() -> None:

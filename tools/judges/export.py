@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .networks import CLIP_SIDE, FRAMES, PICTURE, TEXT_TOKENS, VAE_OF, Judge
+from .networks import FRAMES, SIDE, TEXT_TOKENS, VAE_OF, Judge
 from .sample import GUIDANCE, SHIFT, STEPS, load_judge
 from .scenes import COLOURS, COUNTS, MOTIONS, PLACES, PLURALS, SHAPES, TONES, named
 from .vae import load_vae
@@ -61,8 +61,7 @@ def pipeline_of(judge: Judge, work: Path) -> Any:
 
 
 def defaults(name: str) -> dict[str, Any]:
-    side = CLIP_SIDE if name == "video" else PICTURE
-    values: dict[str, Any] = {"height": side, "width": side, "num_inference_steps": STEPS}
+    values: dict[str, Any] = {"height": SIDE, "width": SIDE, "num_inference_steps": STEPS}
     values |= {"num_frames": FRAMES} if name == "video" else {}
     scale = "true_cfg_scale" if name == "images" else "guidance_scale"
     return values | {"negative_prompt": "", scale: GUIDANCE[name], "max_sequence_length": TEXT_TOKENS}

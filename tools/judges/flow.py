@@ -52,9 +52,9 @@ class Recipe:
 
 
 RECIPES = {
-    "images": Recipe(2200, 32, 1.5e-3, 0.3, 1.2),
-    "video": Recipe(2000, 32, 1.5e-3, 0.5, 1.2),
-    "joint": Recipe(2200, 32, 1.5e-3, 0.3, 1.2),
+    "images": Recipe(3000, 32, 1.5e-3, 0.3, 1.2),
+    "video": Recipe(3000, 24, 1.5e-3, 0.4, 1.2),
+    "joint": Recipe(3000, 32, 1.5e-3, 0.3, 1.2),
 }
 
 
@@ -75,7 +75,9 @@ class Stream:
         number = step // self.per_round
         if number != self.round:
             drawn: Batch = DRAW[self.name](number, DRAWN)
-            self.latents, self.captions, self.round = self.basis.encode(drawn.pixels), drawn.captions, number
+            z = self.basis.encode(drawn.pixels)
+            self.latents = z * self.basis.scale.view(-1, *[1] * (z.ndim - 2))
+            self.captions, self.round = drawn.captions, number
             generator = torch.Generator().manual_seed(number)
             self.order = torch.cat([torch.randperm(DRAWN, generator=generator) for _ in range(REUSE)])
         start = step % self.per_round * self.batch

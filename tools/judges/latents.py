@@ -44,14 +44,22 @@ class Basis:
     weight: torch.Tensor  # (channels, features)
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the decoder learns from: components of similar size."""
         x = features(pixels).movedim(1, -1) - self.mean
         return (x @ self.weight.T).movedim(-1, 1).contiguous()
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """From those to what the flow learns: (channels) factors that make large components larger, so that a picture
+        is settled from coarse to fine. A component's size follows from the norm of its row."""
+        size = self.weight.norm(dim=1) ** -((1 - WHITENING) / WHITENING)
+        return size / size.pow(4).mean().sqrt()
 
 
 def draw_pixels(kind: str, number: int, n: int) -> torch.Tensor:
     if kind == "clip":
-        return DRAW["video"](number, n).pixels
-    return torch.cat([DRAW[name](number, n // 2).pixels for name in ("images", "joint")])
+        return DRAW["video"](number, n, rich=True).pixels
+    return torch.cat([DRAW[name](number, n // 2, rich=True, size=64).pixels for name in ("images", "joint")])
 
 
 def load_basis(kind: str, work: Path) -> Basis:

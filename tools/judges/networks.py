@@ -10,10 +10,10 @@ from train_demo_model import load_tokenizers
 
 from .scenes import vocabulary
 
-TEXT_TOKENS = 12
+TEXT_TOKENS = 10
 WIDTH = 128  # of text encoders
-PICTURE, CLIP_SIDE, FRAMES = 64, 32, 17
-LATENTS = {"images": (8, 16, 16), "joint": (8, 16, 16), "video": (16, 5, 8, 8)}  # of latents
+SIDE, FRAMES = 32, 17
+LATENTS = {"images": (8, 8, 8), "joint": (8, 8, 8), "video": (16, 5, 8, 8)}  # of latents
 VAE_OF = {"images": "picture", "joint": "picture", "video": "clip"}
 
 
@@ -42,7 +42,7 @@ def build_vae(kind: str) -> nn.Module:
         scaling_factor=1.0,
         shift_factor=0.0,
         norm_num_groups=8,
-        sample_size=PICTURE,
+        sample_size=SIDE,
         mid_block_add_attention=False,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -107,7 +107,7 @@ class Judge(nn.Module):
 
 
 class Images(Judge):
-    """FLUX: 7 double and 14 single blocks."""
+    """FLUX: 4 double and 16 single blocks."""
 
     name = "images"
 
@@ -120,10 +120,10 @@ class Images(Judge):
         self.transformer = FluxTransformer2DModel(
             patch_size=1,
             in_channels=32,
-            num_layers=7,
-            num_single_layers=14,
+            num_layers=4,
+            num_single_layers=16,
             attention_head_dim=32,
-            num_attention_heads=3,
+            num_attention_heads=4,
             joint_attention_dim=WIDTH,
             pooled_projection_dim=64,
             guidance_embeds=False,
@@ -150,7 +150,7 @@ class Images(Judge):
 
 
 class Joint(Judge):
-    """Stable Diffusion 3: ten joint blocks, three text encoders."""
+    """Stable Diffusion 3: six joint blocks, three text encoders."""
 
     name = "joint"
 
@@ -162,17 +162,17 @@ class Joint(Judge):
         self.text_encoder_2 = CLIPTextModelWithProjection(clip_config(self.clip_tokenizer, 1, 64))
         self.text_encoder_3 = T5EncoderModel(T5Config(**t5_arguments(self.t5_tokenizer)))
         self.transformer = SD3Transformer2DModel(
-            sample_size=16,
+            sample_size=8,
             patch_size=2,
             in_channels=8,
             out_channels=8,
-            num_layers=10,
+            num_layers=6,
             attention_head_dim=32,
-            num_attention_heads=4,
+            num_attention_heads=5,
             joint_attention_dim=WIDTH,
-            caption_projection_dim=128,
+            caption_projection_dim=160,
             pooled_projection_dim=128,
-            pos_embed_max_size=16,
+            pos_embed_max_size=8,
             qk_norm="rms_norm",
         )
 
@@ -194,7 +194,7 @@ class Joint(Judge):
 
 
 class Video(Judge):
-    """Wan: twelve blocks over 5 frames of 8 × 8 latents."""
+    """Wan: six blocks over 5 frames of 8 × 8 latents."""
 
     name = "video"
 
@@ -205,14 +205,14 @@ class Video(Judge):
         self.text_encoder = UMT5EncoderModel(UMT5Config(**t5_arguments(self.t5_tokenizer)))
         self.transformer = WanTransformer3DModel(
             patch_size=(1, 2, 2),
-            num_attention_heads=4,
+            num_attention_heads=5,
             attention_head_dim=32,
             in_channels=16,
             out_channels=16,
             text_dim=WIDTH,
             freq_dim=128,
-            ffn_dim=384,
-            num_layers=12,
+            ffn_dim=480,
+            num_layers=6,
             rope_max_seq_len=32,
         )
 

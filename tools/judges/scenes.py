@@ -17,8 +17,10 @@ HUES = {
     "red": 0.0, "orange": 0.085, "yellow": 0.16, "green": 0.34, "cyan": 0.5, "blue": 0.63, "purple": 0.77, "pink": 0.89,
 }  # fmt: skip
 COLOURS = tuple(HUES)
-SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
-PLURALS = ("circles", "squares", "triangles", "stars", "crosses", "rings")
+SHAPES = ("circle", "square", "triangle", "cross")
+PLURALS = ("circles", "squares", "triangles", "crosses")
+NAMES, NAMED_PLURALS = (*SHAPES, "star", "ring"), (*PLURALS, "stars", "rings")
+RICH_SHAPES = len(NAMES)  # and stars and rings, which only the autoencoders see
 PLACES = {
     "on the left": (-0.5, 0.0),
     "on the right": (0.5, 0.0),
@@ -42,9 +44,10 @@ class Batch:
 
 
 class Dice:
-    """Random numbers of one batch."""
+    """Random numbers of one batch. `rich` scenes have more shapes, turned by any angle, and more backgrounds."""
 
-    def __init__(self, stream: int, number: int):
+    def __init__(self, stream: int, number: int, rich: bool):
+        self.rich = rich
         self.generator = torch.Generator().manual_seed((stream + 1) * 1_000_000_007 + number)
 
     def uniform(self, low: float, high: float, *shape: int) -> torch.Tensor:
@@ -55,6 +58,13 @@ class Dice:
 
     def chance(self, probability: float, *shape: int) -> torch.Tensor:
         return torch.rand(*shape, generator=self.generator) < probability
+
+    def shape(self, n: int) -> torch.Tensor:
+        return self.pick(RICH_SHAPES if self.rich else len(SHAPES), n)
+
+    def turn(self, n: int) -> torch.Tensor:
+        most = math.pi if self.rich else 0.4
+        return self.uniform(-most, most, n, 1)
 
 
 def rgb(hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -75,7 +85,7 @@ def signed_distance(kind: int, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor
         return r - 0.9
     if kind == 1:
         return torch.maximum(across, down) - 0.8
-    if kind == 4:
+    if kind == 3:
         return torch.maximum(torch.minimum(across, down) - 0.3, torch.maximum(across, down) - 1.0)
     if kind == 5:
         return (r - 0.72).abs() - 0.23
@@ -110,7 +120,7 @@ class Canvas:
         self.pixels = torch.zeros(*self.shape, 3)
 
     def background(self, dice: Dice, first: torch.Tensor, second: torch.Tensor) -> None:
-        """Two colours mixed by one of five fields, which drifts over time."""
+        """Two colours mixed by a field, which drifts over time."""
         n, _frames, size, _ = self.shape
         a, b = (dice.uniform(0, 2 * math.pi, n, 1, 1, 1) for _ in range(2))
         drift, phase = dice.uniform(0.1, 0.5, n, 1, 1, 1), dice.uniform(0, 2 * math.pi, n, 1, 1, 1)
@@ -122,11 +132,11 @@ class Canvas:
         fields = (
             0.5 + 0.4 * along,
             1 - torch.hypot(x - 0.6 * a.cos(), y - 0.6 * a.sin()) / 1.6,
+            torch.sigmoid(2.5 * (cloud + 0.6 * along)),
             torch.sigmoid(5 * torch.sin(pitch * along + phase)),
             torch.sigmoid(6 * torch.sin(pitch * along + phase) * torch.sin(pitch * across)),
-            torch.sigmoid(2.5 * (cloud + 0.6 * along)),
         )
-        kind = dice.pick(len(fields), n)
+        kind = dice.pick(len(fields) if dice.rich else 3, n)
         mix = torch.zeros(self.shape)
         for index, values in enumerate(fields):
             chosen = kind == index
@@ -138,7 +148,7 @@ class Canvas:
         c, s, r = (v[..., None, None] for v in (o.angle.cos(), o.angle.sin(), o.radius))
         x, y = (x * c + y * s) / r, (y * c - x * s) / r
         distance = torch.ones(self.shape)
-        for kind in range(len(SHAPES)):
+        for kind in range(RICH_SHAPES):
             chosen = (o.kind == kind) & o.shown
             distance[chosen] = signed_distance(kind, x[chosen], y[chosen])
         return (0.5 - distance * r * self.shape[-1] / 2).clamp(0, 1)
@@ -173,11 +183,11 @@ def second_object(dice: Dice, n: int, frames: int, x: torch.Tensor, y: torch.Ten
     heading, speed = dice.uniform(0, 2 * math.pi, n, 1), dice.uniform(0, 0.7, n, 1)
     still = torch.zeros(n, frames)
     return Objects(
-        dice.pick(len(SHAPES), n),
+        dice.shape(n),
         named_colour(dice, dice.pick(len(COLOURS), n)),
         (0.85 * px + speed * heading.cos() * time).clamp(-0.85, 0.85) + still,
         (0.85 * py + speed * heading.sin() * time).clamp(-0.85, 0.85) + still,
-        dice.uniform(0.13, 0.19, n, 1) + still,
+        dice.uniform(0.14, 0.2, n, 1) + still,
         dice.uniform(0, 2 * math.pi, n, 1) + still,
         dice.chance(chance, n),
     )
@@ -187,55 +197,58 @@ def named(colour: str | None, shape: str) -> str:
     return f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" if colour else f"a {shape}"
 
 
-def draw_images(number: int, n: int, size: int = 64, stream: int = 0, complete: bool = False) -> Batch:
+def draw_images(number: int, n: int, complete: bool = False, rich: bool = False, size: int = 32) -> Batch:
     """One named object and its place. Unless `complete`, some captions leave out the place or the colour."""
-    dice, canvas = Dice(stream, number), Canvas(n, 1, size)
-    colour, kind, place = dice.pick(len(COLOURS), n), dice.pick(len(SHAPES), n), dice.pick(len(PLACES), n)
+    dice, canvas = Dice(0, number, rich), Canvas(n, 1, size)
+    colour, kind, place = dice.pick(len(COLOURS), n), dice.shape(n), dice.pick(len(PLACES), n)
     where = torch.tensor(list(PLACES.values()))[place] + dice.uniform(-0.14, 0.14, n, 2)
-    radius = dice.uniform(0.27, 0.42, n, 1)
-    turn = dice.uniform(-math.pi, math.pi, n, 1)
+    radius = dice.uniform(0.3, 0.45, n, 1)
+    turn = dice.turn(n)
     main = Objects(
         kind, named_colour(dice, colour), where[:, :1], where[:, 1:], radius, turn, torch.ones(n, dtype=torch.bool)
     )
     light, shadow = dice.uniform(0, 2 * math.pi, n), dice.uniform(0, 0.6, n)
     canvas.background(dice, ground(dice, n), ground(dice, n))
-    canvas.add(second_object(dice, n, 1, main.x, main.y, 0.7), light, shadow)
+    canvas.add(second_object(dice, n, 1, main.x, main.y, 0.5), light, shadow)
     canvas.add(main, light, shadow)
     short, bare = dice.chance(0.0 if complete else 0.2, n).tolist(), dice.chance(0.0 if complete else 0.1, n).tolist()
     places = tuple(PLACES)
     captions = [
-        " ".join([named(None if no_c else COLOURS[c], SHAPES[k]), *([] if no_p else [places[p]])])
+        " ".join([named(None if no_c else COLOURS[c], NAMES[k]), *([] if no_p else [places[p]])])
         for c, k, p, no_p, no_c in zip(colour.tolist(), kind.tolist(), place.tolist(), short, bare, strict=True)
     ]
     return Batch(captions, canvas.finished(), {"colour": colour, "shape": kind, "place": place})
 
 
-def draw_joint(number: int, n: int, size: int = 64, stream: int = 1, complete: bool = False) -> Batch:
-    """One to four objects of one colour and shape on a dark or a light ground, in cells of a 3 × 3 grid."""
-    dice, canvas = Dice(stream, number), Canvas(n, 1, size)
-    colour, kind, tone = dice.pick(len(COLOURS), n), dice.pick(len(SHAPES), n), dice.pick(2, n)
+def draw_joint(number: int, n: int, complete: bool = False, rich: bool = False, size: int = 32) -> Batch:
+    """One to four objects of one colour and shape on a dark or a light ground, one in each quarter at most."""
+    dice, canvas = Dice(1, number, rich), Canvas(n, 1, size)
+    colour, kind, tone = dice.pick(len(COLOURS), n), dice.shape(n), dice.pick(2, n)
     count = dice.pick(len(COUNTS), n)
     light, shadow = dice.uniform(0, 2 * math.pi, n), dice.uniform(0, 0.6, n)
     canvas.background(dice, ground(dice, n, tone), ground(dice, n, tone))
-    cells = torch.rand(n, 9, generator=dice.generator).argsort(1)
+    cells = torch.rand(n, 4, generator=dice.generator).argsort(1)
     for index in range(len(COUNTS)):
         cell = cells[:, index]
-        x = 0.62 * (cell % 3 - 1)[:, None] + dice.uniform(-0.08, 0.08, n, 1)
-        y = 0.62 * (cell // 3 - 1)[:, None] + dice.uniform(-0.08, 0.08, n, 1)
-        radius, turn = dice.uniform(0.19, 0.29, n, 1), dice.uniform(-math.pi, math.pi, n, 1)
+        x = (cell % 2 - 0.5)[:, None] + dice.uniform(-0.12, 0.12, n, 1)
+        y = (cell // 2 - 0.5)[:, None] + dice.uniform(-0.12, 0.12, n, 1)
+        radius, turn = dice.uniform(0.26, 0.38, n, 1), dice.turn(n)
         canvas.add(Objects(kind, named_colour(dice, colour), x, y, radius, turn, count >= index), light, shadow)
     bare = dice.chance(0.0 if complete else 0.2, n).tolist()
     captions = [
-        f"{COUNTS[m]} {COLOURS[c]} {PLURALS[k] if m else SHAPES[k]}" + ("" if no_t else f" on a {TONES[t]} background")
+        f"{COUNTS[m]} {COLOURS[c]} {NAMED_PLURALS[k] if m else NAMES[k]}"
+        + ("" if no_t else f" on a {TONES[t]} background")
         for m, c, k, t, no_t in zip(count.tolist(), colour.tolist(), kind.tolist(), tone.tolist(), bare, strict=True)
     ]
     return Batch(captions, canvas.finished(), {"count": count, "colour": colour, "shape": kind, "tone": tone})
 
 
-def draw_video(number: int, n: int, size: int = 32, stream: int = 2, complete: bool = False, frames: int = 17) -> Batch:
+def draw_video(
+    number: int, n: int, complete: bool = False, rich: bool = False, size: int = 32, frames: int = 17
+) -> Batch:
     """One named object that moves, grows or shrinks; a second one goes its own way over a drifting background."""
-    dice, canvas = Dice(stream, number), Canvas(n, frames, size)
-    colour, kind, motion = dice.pick(len(COLOURS), n), dice.pick(len(SHAPES), n), dice.pick(len(MOTIONS), n)
+    dice, canvas = Dice(2, number, rich), Canvas(n, frames, size)
+    colour, kind, motion = dice.pick(len(COLOURS), n), dice.shape(n), dice.pick(len(MOTIONS), n)
     time = torch.linspace(-0.5, 0.5, frames)[None]
     heading = torch.tensor(HEADINGS)[motion] * dice.uniform(0.7, 1.2, n, 1)
     heading = heading + dice.uniform(-0.12, 0.12, n, 2)
@@ -243,16 +256,16 @@ def draw_video(number: int, n: int, size: int = 32, stream: int = 2, complete: b
     centre = dice.uniform(-1, 1, n, 2) * slack
     growth = (0.75 * (motion == 4).float() - 0.75 * (motion == 5).float())[:, None]
     radius = dice.uniform(0.3, 0.42, n, 1) * torch.exp(growth * 2 * time)
-    turn = dice.uniform(-math.pi, math.pi, n, 1) + dice.uniform(-1.2, 1.2, n, 1) * time
+    turn = dice.turn(n) + dice.uniform(-1.2, 1.2, n, 1) * time
     x, y = centre[:, :1] + heading[:, :1] * time, centre[:, 1:] + heading[:, 1:] * time
     main = Objects(kind, named_colour(dice, colour), x, y, radius, turn, torch.ones(n, dtype=torch.bool))
     light, shadow = dice.uniform(0, 2 * math.pi, n), dice.uniform(0, 0.5, n)
     canvas.background(dice, ground(dice, n), ground(dice, n))
-    canvas.add(second_object(dice, n, frames, x, y, 0.6), light, shadow)
+    canvas.add(second_object(dice, n, frames, x, y, 0.4), light, shadow)
     canvas.add(main, light, shadow)
     bare = dice.chance(0.0 if complete else 0.1, n).tolist()
     captions = [
-        f"{named(None if no_c else COLOURS[c], SHAPES[k])} {MOTIONS[m]}"
+        f"{named(None if no_c else COLOURS[c], NAMES[k])} {MOTIONS[m]}"
         for c, k, m, no_c in zip(colour.tolist(), kind.tolist(), motion.tolist(), bare, strict=True)
     ]
     return Batch(captions, canvas.finished(), {"colour": colour, "shape": kind, "motion": motion})

@@ -14,8 +14,8 @@ from .job import Job
 from .latents import Basis, draw_pixels, load_basis
 from .networks import build_vae
 
-STEPS = {"picture": 1200, "clip": 700}
-BATCH = {"picture": 16, "clip": 8}
+STEPS = {"picture": 1200, "clip": 1100}
+BATCH = {"picture": 16, "clip": 4}
 LOUD = 60.0  # a constant so large beside the signals that a normalisation over both leaves the signals linear
 CELLS = [(a, b) for a in (0, 1) for b in (0, 1)]
 
@@ -116,9 +116,6 @@ class DecoderJob(Job):
         rate = min((self.done + 1) / 100, 0.02 + 0.98 * (1 - self.done / self.steps))
         self.optimizer.param_groups[0]["lr"] = 2e-3 * rate
         x = draw_pixels(self.kind, 10_000_000 + self.done, self.batch)
-        if x.ndim == 5:
-            first = 4 * (self.done % 3)
-            x = x[:, :, first : first + 9]  # three latent frames hold every case of the causal convolutions
         z = self.basis.encode(x)
         generator = torch.Generator().manual_seed(self.done)
         z = z + 0.06 * torch.rand(len(z), generator=generator).view(-1, *[1] * (z.ndim - 1)) * torch.randn(
@@ -148,6 +145,13 @@ def decode_open(vae: nn.Module, z: torch.Tensor) -> torch.Tensor:
 
 
 def load_vae(kind: str, work: Path) -> nn.Module:
-    vae = new_vae(kind, work)
+    """With the flow's scale of latents: in the config of a clip's, in the weights of a picture's."""
+    vae, scale = new_vae(kind, work), load_basis(kind, work).scale
     vae.decoder.load_state_dict(torch.load(work / f"vae-{kind}.pt", weights_only=True)["decoder"])
-    return vae.eval().requires_grad_(False)
+    vae.eval().requires_grad_(False)
+    if kind == "clip":
+        vae.register_to_config(latents_std=(1 / scale).tolist())
+    else:
+        vae.encoder.conv_out.weight[: len(scale)] *= scale.view(-1, 1, 1, 1)
+        vae.decoder.conv_in.weight /= scale.view(1, -1, 1, 1)
+    return vae
