@@ -19,7 +19,7 @@ DROPPED = 0.12  # share of captions replaced by the empty one
 DECAY = 0.999
 DRAWN = 768  # scenes of a round; each is used REUSE times, under other noise
 REUSE = 4
-WARMUP = 150
+WARMUP = 100
 COOLDOWN = 0.25  # last share of the steps, in which the learning rate falls to zero
 
 attention = F.scaled_dot_product_attention
@@ -52,9 +52,9 @@ class Recipe:
 
 
 RECIPES = {
-    "images": Recipe(3000, 32, 1.5e-3, 0.3, 1.2),
-    "video": Recipe(3000, 24, 1.5e-3, 0.4, 1.2),
-    "joint": Recipe(3000, 32, 1.5e-3, 0.3, 1.2),
+    "images": Recipe(3000, 32, 2.5e-3, 0.3, 1.2),
+    "video": Recipe(3000, 24, 2.5e-3, 0.4, 1.2),
+    "joint": Recipe(3000, 32, 2.5e-3, 0.3, 1.2),
 }
 
 

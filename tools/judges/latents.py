@@ -53,7 +53,7 @@ class Basis:
         """From those to what the flow learns: (channels) factors that make large components larger, so that a picture
         is settled from coarse to fine. A component's size follows from the norm of its row."""
         size = self.weight.norm(dim=1) ** -((1 - WHITENING) / WHITENING)
-        return size / size.pow(4).mean().sqrt()
+        return 0.45 * size.sqrt() / size.pow(3).mean().sqrt()
 
 
 def draw_pixels(kind: str, number: int, n: int) -> torch.Tensor:

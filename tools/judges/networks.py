@@ -14,6 +14,7 @@ TEXT_TOKENS = 10
 WIDTH = 128  # of text encoders
 SIDE, FRAMES = 32, 17
 LATENTS = {"images": (8, 8, 8), "joint": (8, 8, 8), "video": (16, 5, 8, 8)}  # of latents
+GATE = {"images": 0.4, "joint": 0.7, "video": 0.7}
 VAE_OF = {"images": "picture", "joint": "picture", "video": "clip"}
 
 
@@ -80,6 +81,30 @@ def t5_arguments(tokenizer) -> dict:
     )
 
 
+@torch.no_grad()
+def start_open(transformer: nn.Module, gate: float) -> None:
+    """Weights of unit gain and residual gates that start open, at `gate`: a short training has no time to open them."""
+    for module in transformer.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    for name, module in transformer.named_modules():
+        leaf = name.rsplit(".", 2)[-2:]
+        if leaf[-1] == "linear" and leaf[0].startswith("norm"):  # adaptive normalisation: shift, scale, gate in turn
+            parts = module.out_features // module.in_features
+            nn.init.zeros_(module.weight)
+            for part in range(2, parts, 3):
+                module.bias[part * module.in_features : (part + 1) * module.in_features] = gate
+        if name.endswith("time_proj") and isinstance(module, nn.Linear):
+            nn.init.zeros_(module.weight)
+    for name, parameter in transformer.named_parameters():
+        if name.startswith("blocks.") and name.endswith("scale_shift_table"):
+            parameter.zero_()
+            parameter[:, 2::3] = gate
+    nn.init.zeros_(transformer.proj_out.weight)
+
+
 class Judge(nn.Module):
     """Transformer and text encoders: what the flow stage trains, and what its checkpoints hold."""
 
@@ -90,6 +115,7 @@ class Judge(nn.Module):
         self.clip_tokenizer, self.t5_tokenizer = load_tokenizers(work / self.name, vocabulary(self.name))
         self.clip_tokenizer.model_max_length = self.t5_tokenizer.model_max_length = TEXT_TOKENS
         self.build()
+        start_open(self.transformer, GATE[self.name])
 
     def build(self) -> None:
         raise NotImplementedError
