@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from vllm_omni.diffusion.cache.base import StackBackend
 from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.settings import CacheSettings
+from vllm_omni.diffusion.cache.standalone import refuse_other_caches
 from vllm_omni.diffusion.cache.state import Signal
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_kept
@@ -100,6 +101,7 @@ class ModelRunner:
         for name, module in self.modules.items():
             if now.get(name) is not module:
                 raise InvalidValueError(name, type(now.get(name)).__name__, "was replaced; make a new engine for it")
+            refuse_other_caches(module)
 
     def run(self, batch: Sequence[Request]) -> None:
         """One forward for calls that fit together, then each request goes on to its next call or its end."""
