@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from planning import budgeted, plan_cost, planned
 
-from vllm_omni.diffusion.cache.plan.curve import resample
-from vllm_omni.diffusion.cache.plan.planner import best_plan, curve_costs, gram_costs
+from vllm_omni.diffusion.cache.plan.planner import best_plan, gram_costs
 from vllm_omni.diffusion.cache.plan.predictors import (
     NEED_GRAM,
     PREDICTORS,
@@ -85,36 +84,16 @@ def test_no_plan_is_better_under_gram_costs(predictor: str, compute_last_step: b
             assert plan_cost(costs, plan) == pytest.approx(cheapest, rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("compute_last_step", [True, False])
-def test_no_plan_is_better_under_curve_costs(compute_last_step: bool) -> None:
-    rng = np.random.default_rng(1)
-    for steps in (2, 5, 9, 14):
-        ratios, sigmas = (1.0, *rng.uniform(0.85, 1.1, steps - 1)), random_sigmas(rng, steps)
-        costs = curve_costs(ratios, sigmas)
-        levels = [*sigmas, 0.0]
-        for nfe in range(2, steps + 1):
-            found = {}
-            for plan in all_plans(steps, nfe, compute_last_step):
-                total, product = 0.0, 1.0
-                for step, compute in enumerate(plan):
-                    product = 1.0 if compute else product * ratios[step]
-                    moved = abs(levels[step] - levels[step + 1]) * abs(1 - product)
-                    total += moved / max(levels[step + 1], levels[step] / 4)
-                found[plan] = total
-            plan = best_plan(costs, nfe, compute_last_step)
-            assert found[plan] == pytest.approx(min(found.values()), rel=1e-9, abs=1e-12)
-
-
 def test_one_forward_suffices_if_the_last_step_may_be_skipped() -> None:
-    costs = curve_costs([1.0] * 5, np.linspace(1, 0.2, 5).tolist())
+    costs = gram_costs(np.eye(5), np.linspace(1, 0.2, 5).tolist(), "reuse")
     assert best_plan(costs, 1, compute_last_step=False) == (True, False, False, False, False)
-    assert best_plan(curve_costs([1.0], [1.0]), 1) == (True,)
+    assert best_plan(gram_costs(np.eye(1), [1.0], "reuse"), 1) == (True,)
 
 
 @pytest.mark.parametrize("nfe", [-1, 0, 1, 11])
 def test_an_impossible_number_of_forwards_is_refused(nfe: int) -> None:
     with pytest.raises(ValueError, match="from 2 to 10"):
-        best_plan(curve_costs([1.0] * 10, np.linspace(1, 0.1, 10).tolist()), nfe)
+        best_plan(gram_costs(np.eye(10), np.linspace(1, 0.1, 10).tolist(), "reuse"), nfe)
 
 
 def test_more_forwards_never_cost_more() -> None:
@@ -131,7 +110,6 @@ def test_long_schedules_are_planned_exactly_too() -> None:
     """`benchmarks/planning.py` has the milliseconds."""
     sigmas = tuple(np.linspace(1, 0.02, 50).tolist())
     gram = resample_gram(np.asarray(DEMO.gram), DEMO.sigmas or (), sigmas)
-    assert sum(best_plan(curve_costs(resample(DEMO.ratios, 50), sigmas), 25)) == 25
     for predictor in PREDICTORS:
         assert sum(best_plan(gram_costs(gram, sigmas, predictor), 25)) == 25, predictor
     long = tuple(np.linspace(1, 0.001, 1000).tolist())
@@ -274,7 +252,7 @@ def test_an_impossible_budget_names_the_nearest(settings: dict[str, float], mess
         budgeted(DiffusionCacheConfig.from_dict(settings), 28)
 
 
-def test_plans_use_the_matrix_if_there_is_one_else_the_curve() -> None:
+def test_a_budget_is_planned_with_a_matrix_and_is_the_published_rule_with_a_curve() -> None:
     sigmas = DEMO.sigmas or ()
     config = DiffusionCacheConfig(nfe=9, predictor="linear")
     with_gram = planned(config, DEMO.ratios, DEMO, 28, sigmas).compute
@@ -282,7 +260,26 @@ def test_plans_use_the_matrix_if_there_is_one_else_the_curve() -> None:
     with_curve = planned(config, DEMO.ratios, bare, 28, sigmas).compute
     assert sum(with_gram) == sum(with_curve) == 9 and with_gram != with_curve
     assert with_gram == best_plan(gram_costs(np.asarray(DEMO.gram), sigmas, "linear"), 9)
-    assert with_curve == best_plan(curve_costs(DEMO.ratios, sigmas), 9)
+    rules = (magcache_plan(DEMO.ratios, threshold, 5, 0.1) for threshold in np.geomspace(1e-3, 1, 4000))
+    assert with_curve == next(plan for plan in rules if sum(plan) <= 9)
+
+
+@pytest.mark.parametrize("name", ["flux1-dev-28", "qwen-image-50", "demo"])
+def test_a_budget_on_a_curve_is_the_rule_at_a_threshold_that_gives_the_number(name: str) -> None:
+    """Exactly so many forwards whatever the number; the published rule itself if it has a plan of that size."""
+    curve = shipped_profile(name).ratios
+    steps = len(curve)
+    sigmas = tuple(np.linspace(1, 1 / steps, steps).tolist())
+    of_the_rule: dict[int, set[tuple[bool, ...]]] = {}
+    for threshold in np.geomspace(1e-4, 10, 4000):
+        plan = magcache_plan(curve, threshold, 5, 0.1)
+        of_the_rule.setdefault(sum(plan), set()).add(plan)
+    for nfe in range(2, steps + 1):
+        plan = planned(DiffusionCacheConfig(nfe=nfe), curve, None, steps, sigmas).compute
+        assert sum(plan) == nfe and plan[0] and plan[-1]
+        if nfe in of_the_rule:
+            assert plan in of_the_rule[nfe], nfe
+    assert len(of_the_rule) > steps // 3
 
 
 # -------------------------------------------------------------------------------------------------------------- presets

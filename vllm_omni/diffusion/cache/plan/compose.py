@@ -9,15 +9,15 @@ from functools import lru_cache
 import numpy as np
 
 from vllm_omni.diffusion.cache.plan.curve import resample
-from vllm_omni.diffusion.cache.plan.planner import best_plan, confine, curve_costs, gram_costs
+from vllm_omni.diffusion.cache.plan.planner import best_plan, confine, gram_costs
 from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, Terms, forecasts, resample_gram
-from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan, mask_plan
+from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan, mask_plan, rule_with
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches, forced_steps
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.cache.settings import BUDGETS, PRESETS, Budget, CacheSettings, Mask, Preset, Rule
 from vllm_omni.errors import InvalidValueError
 
-MAX_PAIR_STEPS = 100  # beyond, plans come from the curve: pairs take steps^3 time, in the engine's loop
+MAX_PAIR_STEPS = 100  # beyond, plans are the rule's: planning by pairs takes steps^3 time, in the engine's loop
 MAX_PLANNED_STEPS = 1000
 
 
@@ -79,13 +79,18 @@ def _compute_steps(
         return tuple(flag or step in schedule.switches for step, flag in enumerate(masked))
     if curve is None:
         raise InvalidValueError("mag_ratios", None, "must be given unless steps_mask is or a curve is known")
-    if (nfe := full_forwards(settings, profile, schedule.steps, schedule.switches)) is not None:
-        predictor = choose_predictor(settings, profile, nfe)
-        return best_plan(_costs(curve, gram, schedule, predictor), nfe, guarded)
     measured = profile.branches.values() if profile is not None and ratios == profile.ratios else ()
     resampling = settings.config.curve_resampling
     curves = [resample(branch, schedule.steps, resampling) for branch in measured] or [curve]
-    return _by_rule(curves, rule_of(settings), schedule, guarded)
+
+    def plan_at(threshold: float, max_skip_steps: int, retention_ratio: float) -> Plan:
+        return _by_rule(curves, Rule(threshold, max_skip_steps, retention_ratio), schedule, guarded)
+
+    if (nfe := full_forwards(settings, profile, schedule.steps, schedule.switches)) is None:
+        return _by_rule(curves, rule_of(settings), schedule, guarded)
+    if gram is None or schedule.steps > MAX_PAIR_STEPS:
+        return rule_with(plan_at, schedule.steps, nfe)
+    return best_plan(_costs(gram, schedule, choose_predictor(settings, profile, nfe)), nfe, guarded)
 
 
 def rule_of(settings: CacheSettings) -> Rule:
@@ -105,11 +110,9 @@ def _by_rule(curves: Sequence[tuple[float, ...]], rule: Rule, schedule: Schedule
     return plan
 
 
-def _costs(curve: Sequence[float], gram: np.ndarray | None, schedule: Schedule, predictor: str) -> np.ndarray:
+def _costs(gram: np.ndarray, schedule: Schedule, predictor: str) -> np.ndarray:
     def from_step(step: int) -> np.ndarray:
-        if gram is not None and schedule.steps <= MAX_PAIR_STEPS:
-            return gram_costs(gram[step:, step:], schedule.sigmas[step:], predictor)
-        return curve_costs(curve[step:], schedule.sigmas[step:])
+        return gram_costs(gram[step:, step:], schedule.sigmas[step:], predictor)
 
     return confine(from_step(0), schedule.switches, from_step)
 

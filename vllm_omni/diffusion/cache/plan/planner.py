@@ -1,4 +1,4 @@
-"""The best plan for a promised number of full forwards: exact dynamic programming over expected errors. Pure.
+"""The best plan for a number of full forwards: exact dynamic programming over expected errors. Pure.
 
 Where a forecast builds on the last computed step alone, a cost table C[s, j] says what it costs to skip every step
 between the computed steps s and j, and planning takes full forwards x steps^2; where it builds on two, C[p, s, j] with
@@ -21,15 +21,6 @@ import numpy as np
 from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
 from vllm_omni.diffusion.cache.plan.rule import Plan
 from vllm_omni.diffusion.cache.plan.schedule import Switches
-
-WIDE = 200
-
-
-def curve_costs(ratios: Sequence[float], sigmas: Sequence[float]) -> np.ndarray:
-    """Costs from the magnitude curve alone: MagCache's error of reuse, |1 - prod gamma| (arXiv 2506.09045, eq. 5)."""
-    height = np.cumsum(np.log(np.asarray(ratios, dtype=np.float64)))
-    errors = np.abs(1 - np.exp(height[None, :] - height[:, None]))
-    return _accumulate(errors, _weight(sigmas))
 
 
 def gram_costs(gram: np.ndarray, sigmas: Sequence[float], predictor: str) -> np.ndarray:
@@ -83,13 +74,9 @@ def best_plan(costs: np.ndarray, nfe: int, compute_last_step: bool = True) -> Pl
 
 
 def _best_by_steps(costs: np.ndarray, nfe: int, steps: int, compute_last_step: bool) -> list[int]:
-    """Bellman over (number of computed steps, the last of them): D_n+1[j] = min_s D_n[s] + C[s, j].
-
-    Above WIDE steps no run is longer than eight times the mean: a thousand steps take milliseconds, not seconds.
-    """
+    """Bellman over (number of computed steps, the last of them): D_n+1[j] = min_s D_n[s] + C[s, j]."""
     step = np.arange(steps)
-    longest = steps if steps <= WIDE else min(steps, 8 * -(-steps // nfe))
-    source = step - np.arange(1, longest + 1)[:, None]  # (length of the run, the step it ends before)
+    source = step - np.arange(1, steps + 1)[:, None]  # (length of the run, the step it ends before)
     onward = np.where(source >= 0, costs[np.maximum(source, 0), step], np.inf)
     least = np.full(steps, np.inf)
     least[0] = 0.0

@@ -5,9 +5,12 @@ A plan is a tuple of booleans, one per step, True where the blocks run. Step 0 i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from itertools import groupby
 
 Plan = tuple[bool, ...]
+THRESHOLDS = (1e-6, 1e6)  # between these, the rule goes from computing every step to skipping all it may
 
 
 def magcache_plan(
@@ -42,6 +45,32 @@ def magcache_plan(
         plan.append(not skip)
     if compute_last_step:
         plan[-1] = True
+    return tuple(plan)
+
+
+def rule_with(plan_at: Callable[[float, int, float], Plan], steps: int, nfe: int) -> Plan:
+    """The published rule's plan with exactly `nfe` computed steps, at a threshold that leaves that number.
+
+    `plan_at` maps (threshold, max_skip_steps, retention_ratio) to the rule's plan on a checkpoint's curves. K and rho
+    are the published ones; they give way, in this order, if no threshold leaves so few. Should the rule jump over the
+    number, the steps that are missing are computed in the middle of its longest runs of skips.
+    """
+    longest, retention = next(
+        ((k, rho) for k, rho in ((5, 0.1), (8, 0.1), (steps, 0.1)) if sum(plan_at(THRESHOLDS[1], k, rho)) <= nfe),
+        (steps, 0.0),
+    )
+    low, high = THRESHOLDS
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if sum(plan_at(middle, longest, retention)) <= nfe else (middle, high)
+    plan = list(plan_at(high, longest, retention))
+    if sum(plan) < nfe:  # the number is not quite monotonic in the threshold: look everywhere
+        plans = (plan_at(10 ** (i / 80 - 4), longest, retention) for i in range(400))
+        plan = list(next((found for found in plans if sum(found) == nfe), plan))
+    while sum(plan) < nfe:
+        runs = [list(run) for skip, run in groupby(range(steps), lambda step: not plan[step]) if skip]
+        widest = max(runs, key=len)
+        plan[widest[len(widest) // 2]] = True
     return tuple(plan)
 
 
