@@ -2,6 +2,7 @@
 
 OmniError
 ├── InvalidValueError (ValueError)      a field, its value, and what would be right
+│   ├── RefusedError                    what the model's own pipeline says against a request, before its first step
 │   ├── UnknownKeyError                 an unknown name, with the close matches
 │   └── UnknownChoiceError              a value that is not among the choices, with the close matches
 ├── ModelLoadError (ValueError)         a model folder that cannot be served
@@ -17,8 +18,10 @@ OmniError
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from difflib import get_close_matches
 from reprlib import Repr
+from traceback import walk_stack, walk_tb
 from typing import Any
 
 _SHOWN = 120
@@ -50,6 +53,14 @@ class InvalidValueError(OmniError, ValueError):
     def named(self, field: str) -> InvalidValueError:
         """The same about `field`, the name that the caller knows it by."""
         return InvalidValueError(field, self.value, self.fix, self.hint)
+
+
+class RefusedError(InvalidValueError):
+    """A request that the model's own pipeline refuses before its first step; `field` is the argument that it names."""
+
+    def __init__(self, field: str, text: str) -> None:
+        self.field, self.value, self.fix, self.hint = field, None, f"is refused by the model's pipeline: {text}", ""
+        OmniError.__init__(self, f"{field} {self.fix}")
 
 
 class UnknownKeyError(InvalidValueError):
@@ -137,6 +148,19 @@ def _short(value: Any) -> str:
     except ValueError:  # more digits than Python writes out
         text = f"{type(value).__name__} of too many digits..."
     return text if len(text) < _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def forget_locals(error: BaseException | None) -> None:
+    """Drop what the frames of a caught error hold: the tensors of a request would live as long as its error is kept.
+
+    Its traceback still shows every line. Frames that still run are left alone.
+    """
+    while error is not None:
+        for frame, _ in walk_tb(error.__traceback__):
+            for caller, _ in walk_stack(frame):
+                with suppress(RuntimeError):
+                    caller.clear()
+        error = error.__context__
 
 
 def check_keys(owner: str, given: Iterable[str], known: Iterable[str]) -> None:

@@ -75,7 +75,7 @@ async def test_the_client_imports_no_torch() -> None:
 async def test_info_describes_the_loaded_model(client: ProcessEngineClient) -> None:
     info = client.info
     assert (info.name, info.pipeline, info.size_multiple, info.previews) == ("demo", "FluxPipeline", 8, True)
-    assert info.denoisers == {"transformer": "FluxTransformer2DModel"} and not info.image_input
+    assert info.denoisers == {"transformer": "FluxTransformer2DModel"} and not info.pictures
     assert info.defaults["num_inference_steps"] == 28 and info.defaults["height"] == 64
     assert info.tokens_per_pixel == 64 / 64**2 and "guidance_scale" in info.parameters
     assert info.cache["backend"] == "magcache" and "fast" in info.cache["presets"]

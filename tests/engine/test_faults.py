@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from traceback import format_exception
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from closeness import levels_apart
+from pipelines import embeds
 from process_client import ARGS
 
+from vllm_omni import Omni
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -79,6 +82,29 @@ def test_a_fault_at_any_stage_fails_only_its_own_request(
     for i in range(3):
         assert levels_apart(ended[f"good-{i}"].images[0], alone) <= 1
     assert engine.worker.cache_bytes == 0
+
+
+def test_an_error_that_somebody_keeps_keeps_no_tensors(tiny: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither its own frames nor those of the error that it followed from."""
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        latents = kwargs["hidden_states"] + 1
+        try:
+            raise KeyError(latents.shape)
+        except KeyError:
+            raise RuntimeError("injected") from None
+
+    monkeypatch.setattr(tiny.engine.worker.pipeline.transformer, "forward", failing)
+    prompt, kept, counts = embeds(0), [], []
+    for _ in range(4):
+        kept += tiny.generate([prompt] * 2, Params(num_inference_steps=4), use_tqdm=False)
+        gc.collect()
+        counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
+    assert counts[1] == counts[2] == counts[3]
+    for output in kept:
+        assert isinstance(output.error, RuntimeError)
+        lines = "".join(format_exception(output.error))
+        assert "in failing" in lines and "pipeline_flux.py" in lines  # where it was raised, and who called
 
 
 def test_aborted_requests_free_their_tensors_without_the_garbage_collector(engine: DiffusionEngine) -> None:

@@ -126,7 +126,10 @@ def good_pictures() -> dict[str, tuple[bytes, Image.Image]]:
     deep = b"".join(b"\0" + row.astype(">u2").tobytes() for row in np.repeat(grey[..., None], 3, axis=2))
     cmyk = saved(scene("CMYK"), "JPEG", quality=95)
     frames = [scene(), Image.new("RGB", (64, 48), "red")]
-    see_through = scene("RGBA")
+    see_through, half = scene("RGBA"), scene("RGBA")
+    half.putalpha(Image.linear_gradient("L").resize(half.size))
+    alpha = np.asarray(half.getchannel("A"), dtype=float)[..., None] / 255
+    on_white = Image.fromarray((np.asarray(plain) * alpha + 255 * (1 - alpha)).round().astype(np.uint8))
     return {
         "PNG": (saved(plain), plain),
         "APNG": (saved(frames[0], "PNG", save_all=True, append_images=frames[1:], duration=100), plain),
@@ -137,6 +140,7 @@ def good_pictures() -> dict[str, tuple[bytes, Image.Image]]:
         "turned WebP": (saved(plain, "WEBP", lossless=True, exif=exif), plain.transpose(Image.Transpose.ROTATE_270)),
         "palette": (saved(plain.quantize(16)), plain.quantize(16).convert("RGB")),
         "RGBA": (saved(see_through), plain),
+        "see-through": (saved(half), on_white),
         "PNG and ZIP": (saved(plain) + archive.getvalue(), plain),
         "PNG and HTML": (saved(plain) + b"<html><script>alert(1)</script>", plain),
     }  # fmt: skip

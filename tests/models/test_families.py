@@ -24,6 +24,7 @@ from vllm_omni.errors import InvalidValueError
 
 MASK = [1, 1, 0, 1, 0, 1]
 STEPS = (4, 6, 9, 6)
+PARAMS = ("height", "width")
 
 
 def latents_of(family: Family, pipeline: Any, steps: int = 6) -> torch.Tensor:
@@ -191,3 +192,19 @@ def test_a_class_without_an_entry_is_served_uncached(
 @pytest.mark.slow
 def test_the_table_of_models_is_up_to_date() -> None:
     subprocess.run([sys.executable, str(ROOT / "tools" / "models_table.py"), "--check"], cwd=ROOT, check=True)
+
+
+def test_embeddings_stand_for_a_text_and_for_its_default() -> None:
+    """PixArt's default is the empty negative prompt, which it refuses beside negative embeddings."""
+    family = next(f for f in FAMILIES if f.name == "PixArt-Σ")
+    pipeline = family.build()
+    wanted = latents_of(family, pipeline, 3)
+    given = family.prompt(0) | family.guided(3.0)
+    scale = given.pop("guidance_scale")
+    settings = {name: value for name, value in family.settings.items() if name not in ("negative_prompt", *PARAMS)}
+    params = {name: value for name, value in family.settings.items() if name in PARAMS} | {"guidance_scale": scale}
+    with Omni.from_pipe(pipeline) as omni:
+        for empty in ({}, {"prompt": "", "negative_prompt": ""}):
+            asked = Params(**params, num_inference_steps=3, seed=7, output_type="latent", extra_args=settings)
+            (output,) = omni.generate([given | empty], asked, use_tqdm=False)
+            assert output.error is None and torch.equal(output.latents, wanted)

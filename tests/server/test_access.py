@@ -10,7 +10,7 @@ from http_replies import exchange
 from http_server import KEY, PROCESS_KEY, Command, Running
 from starlette.routing import Route
 
-from vllm_omni.entrypoints.openai.gate import OPEN_PATHS
+from vllm_omni.entrypoints.openai.middleware import OPEN_PATHS
 
 
 def test_no_route_answers_without_the_key(server: Running) -> None:

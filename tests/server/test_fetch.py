@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from vllm_omni.entrypoints.openai import fetch as module
-from vllm_omni.entrypoints.openai.errors import ApiError
-from vllm_omni.entrypoints.openai.fetch import fetch, is_public
+from vllm_omni.entrypoints.openai import media as module
+from vllm_omni.entrypoints.openai.media import fetch, is_public
+from vllm_omni.entrypoints.openai.protocol.errors import ApiError
 
 HOST = "pictures.example"
 PUBLIC = "93.184.215.14"

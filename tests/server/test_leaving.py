@@ -24,9 +24,9 @@ from http_server import CHAT, GENERATIONS, KEY, Running, repaint_folder
 from leaving import Leaving, leaving
 from PIL import Image
 
-from vllm_omni.entrypoints.openai.fields import ImageFields
-from vllm_omni.entrypoints.openai.order import make_order
-from vllm_omni.entrypoints.openai.sse import Event, EventStream
+from vllm_omni.entrypoints.openai.generation import plan_images
+from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest
+from vllm_omni.entrypoints.openai.protocol.streams import Event, EventStream
 
 ROUTES = {
     "generations": (GENERATIONS, {"prompt": "x"}),
@@ -79,14 +79,14 @@ def test_leaving_while_queued_is_counted_as_such(server: Running, http: httpx.Cl
 
 def test_leaving_while_the_job_ends_leaves_no_job(server: Running) -> None:
     """The last picture has come and the job is being put away: a client that leaves then leaves no job behind."""
-    here = server.app.state.served
-    order = make_order(ImageFields(prompt="x", num_inference_steps=1), here.info, here.config)
+    state = server.app.state.omni
+    generation = plan_images(ImageRequest(prompt="x", num_inference_steps=1), state.info, state.config.limits)
 
     async def leave_after(turns: int) -> None:
         came = asyncio.Event()
 
         async def listen() -> None:
-            async for _, output in here.jobs.run(order, f"end-{turns}"):
+            async for _, output in state.jobs.run(generation, f"end-{turns}"):
                 if output.finished:
                     came.set()
 
@@ -99,7 +99,7 @@ def test_leaving_while_the_job_ends_leaves_no_job(server: Running) -> None:
 
     for turns in range(8):
         server.do(leave_after(turns))
-        assert not here.jobs.running, turns
+        assert not state.jobs.running, turns
     server.idle()
 
 

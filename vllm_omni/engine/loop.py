@@ -16,7 +16,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineStats, ModelInfo
 from vllm_omni.engine.wire import Abort, Add, Close, Command, EngineEvent, Outputs, Refused, Report, UnitCosts
-from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError
+from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError, forget_locals
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
@@ -131,6 +131,7 @@ class EngineLoop:
 
     def _note_end(self, output: OmniRequestOutput) -> None:
         self._deadlines.pop(output.request_id, None)
+        forget_locals(output.error)
         if output.error is not None and not isinstance(output.error, OmniError):
             trace = "".join(traceback.format_exception(output.error))
             logger.error("request %s failed:\n%s", output.request_id, trace)
@@ -212,10 +213,11 @@ def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[
             seen[pixels] = hidden.shape[1]
 
     prompt: dict[str, Any] = {"prompt": "warm-up"}
-    if info.image_input and size:
+    if (needed := [name for name, picture in info.pictures.items() if picture.needed]) and size:
         from PIL import Image
 
-        prompt["multi_modal_data"] = {"image": Image.new("RGB", (size["width"], size["height"]), "gray")}
+        gray = Image.new("RGB", (size["width"], size["height"]), "gray")
+        prompt["multi_modal_data"] = {name: gray.convert("L") if "mask" in name else gray for name in needed}
     few: dict[str, Any] = {"num_frames": 1 + info.frame_multiple} if info.video_output else {}
     params = OmniDiffusionSamplingParams(num_inference_steps=3, seed=0, cache="off", **size, **few)
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in engine.worker.runner.modules.values()]

@@ -17,7 +17,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine.in_flight import refuse_after_fork
-from vllm_omni.errors import EngineClosedError, EngineDeadError, InvalidValueError, OmniError
+from vllm_omni.errors import EngineClosedError, EngineDeadError, InvalidValueError, OmniError, forget_locals
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt, own
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -97,6 +97,7 @@ class Omni:
                 if self._closing:
                     raise EngineClosedError("the engine was closed by another thread")
                 for output in self.engine.step():
+                    forget_locals(output.error)
                     if output.request_id in requests:
                         outputs[output.request_id] = output
                         bar.ended(output)

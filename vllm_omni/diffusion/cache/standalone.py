@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +16,7 @@ from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.state import CacheState
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
+from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_of
 from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, latents_of, unwrapped
 from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, Tracker
 from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
@@ -56,26 +58,21 @@ class StandaloneHook(ModelHook):
         self.branch: str | None = None
         self._names = list(inspect.signature(type(stack.module).forward).parameters)[1:]
         self._forward: CachedForward | None = None
+        self._scales: Hashable = None
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         inner = unwrapped(module)
         if isinstance(inner, CacheMixin):
-            vars(inner)["cache_context"] = partial(self._cache_context, inner.cache_context)
+            vars(inner)["cache_context"] = _BranchContext(self, inner.cache_context)
         return module
-
-    @contextmanager
-    def _cache_context(self, own: Callable[..., Any], name: str, **kwargs: Any) -> Iterator[None]:
-        with own(name, **kwargs):
-            self.branch = name
-            try:
-                yield
-            finally:
-                self.branch = None
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._close()
         state, position = self.session.locate(self.name, self.branch)
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        scales, self._scales = self._scales, (scales_of(self.stack.module), scale_of_call(arguments))
+        if scales != self._scales:
+            state.drop()  # with other adapters it is another model: what was kept is not its own
         rows = len(latents_of(arguments))
         row = BatchRows(state, (self.name, position.branch), position.step, slice(0, rows), arguments)
         forecast, stack = None, None
@@ -102,6 +99,33 @@ class StandaloneHook(ModelHook):
 
     def reset_state(self, module: torch.nn.Module) -> None:
         self.session.restart()
+
+
+class _BranchContext:
+    """A denoiser's `cache_context`, with the branch it names noted."""
+
+    def __init__(self, hook: StandaloneHook, own: Callable[..., Any]) -> None:
+        self.hook, self.own = hook, own
+
+    @contextmanager
+    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
+        with self.own(name, **kwargs):
+            self.hook.branch = name
+            try:
+                yield
+            finally:
+                self.hook.branch = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle of the denoiser has its own context alone."""
+        return _itself, (self.own,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _BranchContext:
+        return _BranchContext(copy.deepcopy(self.hook, memo), copy.deepcopy(self.own, memo))
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def attach(module: torch.nn.Module, hook: StandaloneHook) -> None:

@@ -58,8 +58,10 @@ def run(args: argparse.Namespace) -> int:
     arguments = generation_defaults(args.model) | call_arguments(args)
 
     from vllm_omni.diffusion.loader import load_pipeline
+    from vllm_omni.engine.malloc import keep_freed_memory
     from vllm_omni.quality.calibrate import calibrate, draw, judge
 
+    keep_freed_memory()
     pipeline = load_pipeline(config)
     profile = calibrate(pipeline, prompts, args.name or Path(args.model).name, args.seed, **arguments)
     if held_out:

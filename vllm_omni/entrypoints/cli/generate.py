@@ -65,8 +65,10 @@ def run(args: argparse.Namespace) -> int:
     media = {"multi_modal_data": {"image": pictures if len(pictures) > 1 else pictures[0]}} if pictures else {}
     prompts = [{"prompt": check_text("prompt", prompt), **media} for prompt in args.prompts]
 
-    from vllm_omni.entrypoints.omni import Omni  # with torch: what is wrong above shows before seconds of imports
+    from vllm_omni.engine.malloc import keep_freed_memory  # with torch: what is wrong above shows before its imports
+    from vllm_omni.entrypoints.omni import Omni
 
+    keep_freed_memory()
     with Omni(**engine) as omni:
         outputs = omni.generate(prompts, parameters)
     folder = Path(args.out)
