@@ -155,6 +155,18 @@ def _fields(node: ast.ClassDef) -> list[ast.AnnAssign]:
     ]
 
 
+def test_configs_are_small() -> None:
+    """A class's own fields; what it nests (limits of a server, say) is a class of its own."""
+    classes = _settings_classes()
+    assert len(classes) > 4
+    large = [
+        f"{module.at(node.lineno)} {name} has {len(_fields(node))} fields"
+        for name, (module, node) in classes.items()
+        if len(_fields(node)) > MAX_CONFIG_FIELDS and name not in REQUESTS
+    ]
+    check(large, f"a config has at most {MAX_CONFIG_FIELDS} fields")
+
+
 _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Pow: operator.pow
 }  # fmt: skip
