@@ -240,7 +240,7 @@ def _watched_class(scheduler_class: type) -> type:
     def setattribute(self: Any, name: str, value: Any) -> None:
         if name in _METHODS and not isinstance(value, _PatchedMethod):
             value = _PatchedMethod(self, name, value)
-        scheduler_class.__setattr__(self, name, value)
+        scheduler_class.__setattr__(self, name, value)  # type: ignore[call-arg]
 
     def reduce(self: Any, protocol: Any) -> Any:
         return copyreg._reconstructor, (scheduler_class, object, None), vars(self)  # type: ignore[attr-defined]
