@@ -18,13 +18,14 @@ case ${1-} in
     --demo) stage=demo ;;
     *) die "knows --demo alone, not '$1'" ;;
 esac
+[[ ! -f $venv/.setup-core ]] || stage=core # what was whole stays whole
 lock=requirements/$stage.lock
 
 # What a finished stage leaves in .venv/.setup-STAGE: a hash of all that it was made from.
 wanted() { { cat "requirements/$1.lock" pyproject.toml "$shim/pyproject.toml" CMakeLists.txt csrc/*; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
 finished() { [[ -x $venv/bin/python && -f $venv/.setup-$1 && $(<"$venv/.setup-$1") == "$(wanted "$1")" ]]; }
 
-if finished core || finished "$stage"; then
+if finished "$stage"; then
     exit 0
 fi
 
@@ -43,6 +44,7 @@ if [[ ! -d $venv ]]; then
     "$python" -m venv "$venv"
 fi
 
+: >"$venv/.setup-$stage" # not finished; that the stage was begun is kept
 pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
 say "installing $(grep -c '==' "$lock") pinned packages ($([[ $stage == demo ]] && echo "a minute" || echo "two or three minutes") the first time)"
 "${pip[@]}" install -qq --no-deps --no-compile -r "$lock"
@@ -51,10 +53,10 @@ if [[ $stage == core ]]; then
     "${pip[@]}" install -qq --no-deps --no-build-isolation "./$shim"
     rm -rf "$shim/build" "$shim"/*.egg-info # pip builds a local folder in place
 fi
-if ! finished demo; then # which has installed it from the same source
-    say "installing this package, editable"
-    "${pip[@]}" install -qq --no-deps --no-build-isolation -e .
-fi
+say "installing this package, editable"
+# The native operation is for bfloat16, in which the demo does not run: it is built with the rest.
+[[ $stage == core ]] || export VLLM_OMNI_NATIVE=${VLLM_OMNI_NATIVE-off}
+"${pip[@]}" install -qq --no-deps --no-build-isolation -e .
 
 # Imports are twice as slow without .pyc files, and with PYTHONDONTWRITEBYTECODE nobody would ever write them.
 say "compiling"
