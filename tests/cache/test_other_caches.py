@@ -129,6 +129,33 @@ def test_a_second_backend_is_refused_and_the_first_goes_on(name: str, config: di
     assert torch.equal(run_latents(pipe, num_inference_steps=10), plain)
 
 
+@pytest.mark.parametrize("first", ["wrapper", "inside"])
+def test_a_compiled_wrapper_hides_no_cache(first: str) -> None:
+    pipe, wrapped = tiny_flux(), tiny_flux()
+    wrapped.transformer = torch.compile(pipe.transformer, backend="eager")
+    enabled, other = (wrapped, pipe) if first == "wrapper" else (pipe, wrapped)
+    with cached(enabled):
+        for attempt in (lambda: new_backend().enable(other), lambda: Omni.from_pipe(other, defaults=DEFAULTS)):
+            with pytest.raises(InvalidValueError, match=r"disable\(pipeline\)"):
+                attempt()
+    with cached(other):
+        pass
+
+
+def test_a_wrapper_put_on_and_taken_off_while_enabled_is_followed() -> None:
+    pipe = tiny_flux()
+    own, plain = pipe.transformer, run_latents(pipe, num_inference_steps=10)
+    torch.compiler.reset()
+    with cached(pipe) as backend:
+        latents = run_latents(pipe, num_inference_steps=10)
+        for denoiser in (torch.compile(own, backend="eager"), own):
+            pipe.transformer = denoiser
+            assert distance(run_latents(pipe, num_inference_steps=10), latents) < 1e-4
+            assert backend.last_request is not None and backend.last_request.skipped_steps > 0
+    assert distance(run_latents(pipe, num_inference_steps=10), plain) < 1e-5
+    assert not own._forward_hooks and "cache_context" not in vars(own)
+
+
 def test_a_cache_that_comes_after_the_engine_is_refused_by_the_request() -> None:
     pipe = tiny_flux()
     params = Params(num_inference_steps=10, seed=0, output_type="latent")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import diffusers as d
@@ -12,7 +13,7 @@ import pytest
 import torch
 from families import FAMILIES
 from peft import LoraConfig
-from pipelines import CURVE, DEFAULTS, count_blocks, embeds, negative, run_latents, tiny_flux
+from pipelines import CURVE, DEFAULTS, count_blocks, embeds, negative, run_latents, save_tiny_flux, tiny_flux
 from stepping import add, drain
 
 from vllm_omni import Omni
@@ -289,6 +290,34 @@ def test_scales_of_requests_are_never_mixed_and_leave_nothing() -> None:
         assert output.ok, output.error
         assert distance(output.latents, wanted) < 1e-5
     assert distance(plain[1], run_latents(with_adapters(), i=1, seed=1, num_inference_steps=4)) > 1e-3
+
+
+def test_text_encoders_with_adapters_are_scaled_for_one_request_alone(tmp_path: Path) -> None:
+    save_tiny_flux(tmp_path)
+    scales = [0.5, 2.0, 0.0, 0.5]
+
+    def make() -> Any:
+        pipe = d.FluxPipeline.from_pretrained(tmp_path, image_encoder=None, feature_extractor=None)
+        pipe.set_progress_bar_config(disable=True)
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, lora_alpha=400, init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+        pipe.text_encoder.add_adapter(config, adapter_name="ink")
+        return pipe
+
+    given = {"num_inference_steps": 3, "output_type": "latent", "max_sequence_length": 32}
+    params, plain = [], []
+    for i, scale in enumerate(scales):
+        more = {"joint_attention_kwargs": {"scale": scale}}
+        params.append(Params(**given, seed=i, extra_args=more))
+        generator = torch.Generator().manual_seed(i)
+        plain.append(make()(prompt="red apple", generator=generator, **given, **more, **DEFAULTS).images)
+    with Omni.from_pipe(pipe := make(), defaults=DEFAULTS) as omni:
+        outputs = omni.generate(["red apple"] * len(scales), params, use_tqdm=False)
+    layers = [module for module in pipe.text_encoder.modules() if hasattr(module, "scaling")]
+    assert layers and all(layer.scaling == {"ink": 100.0} for layer in layers)
+    for output, wanted in zip(outputs, plain, strict=True):
+        assert output.ok, output.error
+        assert distance(output.latents, wanted) < 1e-5
 
 
 # ------------------------------------------------------------------------------------ modules that are not as they were

@@ -142,7 +142,8 @@ def detach(module: torch.nn.Module) -> None:
 def refuse_other_caches(module: torch.nn.Module) -> None:
     """InvalidValueError if a cache is on the denoiser already: two would each take the other's forecasts for blocks."""
     name, inner = type(unwrapped(module)).__name__, unwrapped(module)
-    if HookRegistry.hook_of(module, HOOK_NAME) is not None:
+    hooked = any(HookRegistry.hook_of(one, HOOK_NAME) is not None for one in (module, inner))
+    if hooked or isinstance(vars(inner).get("cache_context"), _BranchContext):  # through another wrapper
         raise InvalidValueError(name, "cached", "has a cache backend enabled; disable(pipeline) that one first")
     if isinstance(inner, CacheMixin) and inner.is_cache_enabled:
         raise InvalidValueError(name, "cached", "has diffusers' own cache enabled; call its disable_cache() first")

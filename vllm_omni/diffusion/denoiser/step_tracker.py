@@ -285,11 +285,12 @@ _lending = threading.RLock()
 
 def own_scheduler(scheduler: Any) -> Any:
     """A copy of a pipeline's scheduler for one request, with everything that was set or patched on the instance."""
-    patches = {n: v for n, v in vars(scheduler).items() if isinstance(v, _FUNCTIONS) or (callable(v) and n in _METHODS)}
+    methods = dir(type(scheduler))
+    own = vars(scheduler).items()
+    patches = {name: v for name, v in own if isinstance(v, _FUNCTIONS) or (callable(v) and name in methods)}
     twin = copy.deepcopy(scheduler, {id(patch): patch for patch in patches.values()})
     for name, patch in patches.items():
-        own = patch.method if isinstance(patch, _PatchedMethod) else patch
-        vars(twin)[name] = _LentMethod(scheduler, twin, own)
+        vars(twin)[name] = _LentMethod(scheduler, twin, patch.method if isinstance(patch, _PatchedMethod) else patch)
     return twin
 
 
