@@ -206,7 +206,7 @@ def test_bottom_layer_is_standard_library_only() -> None:
     check(wrong, "errors, logger, envs and version use the standard library only")
 
 
-def test_scheduler_knows_no_torch() -> None:
+def test_the_scheduler_imports_no_torch() -> None:
     wrong = [
         f"{module.at(entry.line)} imports {entry.target}"
         for module in MODULES
@@ -238,6 +238,7 @@ def test_public_names_are_lazy() -> None:
     assert not missing, f"{package.at(1)} __all__ lacks {', '.join(sorted(missing))}"
 
 
+@pytest.mark.slow
 def test_public_names_exist() -> None:
     code = "import vllm_omni\nfor name in vllm_omni.__all__:\n    getattr(vllm_omni, name)"
     python(code)
@@ -261,7 +262,7 @@ print("\\n".join(failed))
 
 
 @pytest.mark.parametrize("source", ["CHANGELOG.md", "pyproject.toml"])
-def test_version_is_told_once(source: str) -> None:
+def test_the_version_is_the_same_everywhere(source: str) -> None:
     pattern = r"^## \[(\d[^\]]*)\]" if source.endswith(".md") else r'^version = "([^"]+)"'
     found = re.search(pattern, (ROOT / source).read_text(encoding="utf-8"), re.MULTILINE)
     assert found is not None, f"{source} names no version"

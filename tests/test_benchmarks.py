@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: their command lines, their arithmetic, and the table that goes into the README."""
+"""The benchmarks' own logic: their command lines, their arithmetic, and the table that goes into docs/performance.md."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_skips_first_needs_no_more_full_forwards_than_the_request_that_computes_
     assert ours["longest_wait"] <= 6  # at most five skips in a row, and the forward that was under way
 
 
-def test_a_peers_queue_is_first_come_first_served(benchmark) -> None:
+def test_the_simulated_peer_queue_is_first_come_first_served(benchmark) -> None:
     load = benchmark("load")
     services = {"diffusers, own MagCache": [[1.0, 2.0, 1.0, 1.0]]}
     total, latencies = load._queue(("closed", 2), [1.0, 2.0, 1.0, 1.0], services, 0)
@@ -89,23 +89,23 @@ def test_seconds_by_step_are_each_steps_fastest_round(benchmark, monkeypatch) ->
 
 def test_readme_rows_come_from_results_between_the_markers(benchmark, tmp_path, monkeypatch) -> None:
     run_all = benchmark("run_all")
-    readme = tmp_path / "README.md"
+    readme = tmp_path / "performance.md"
     readme.write_text(f"above\n{run_all.BEGIN}\nold\n{run_all.END}\nbelow\n", encoding="utf-8")
-    monkeypatch.setattr(run_all, "ROOT", tmp_path)
+    monkeypatch.setattr(run_all, "PAGE", readme)
     tax = {"device": "CPU, 2 cores", "parked": {"us_per_call_beyond": 42.4}, "solo": {"ratio": 1.0123}}
-    run_all.write_readme({"tax": tax})
+    run_all.write_table({"tax": tax})
     text = readme.read_text(encoding="utf-8")
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
     assert "1.012×" in text and "42 µs" in text
-    run_all.write_readme({"tax": tax})
+    run_all.write_table({"tax": tax})
     assert readme.read_text(encoding="utf-8") == text
 
 
-def test_results_kept_are_the_readmes(benchmark) -> None:
+def test_kept_results_equal_the_readme(benchmark) -> None:
     run_all = benchmark("run_all")
     results = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in run_all.RESULTS.glob("*.json")}
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = run_all.PAGE.read_text(encoding="utf-8")
     assert results, "benchmarks/run_all.py was never run"
     for name, make in run_all.ROWS:
         for what, figure in make(results[name]) if name in results else []:
-            assert f"| {what} | {figure} |" in readme, "run benchmarks/run_all.py --readme-only"
+            assert f"| {what} | {figure} |" in readme, "run benchmarks/run_all.py --table-only"

@@ -47,7 +47,7 @@ def _place(node: ast.AST) -> tuple[int, int]:
     return (node.lineno, node.col_offset) if isinstance(node, ast.expr) else (0, 0)
 
 
-def test_types_are_asked_not_attributes() -> None:
+def test_attribute_questions_are_rare() -> None:
     asked = [
         f"{module.at(node.lineno)} {node.func.id}"
         for module in MODULES

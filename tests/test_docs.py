@@ -1,4 +1,4 @@
-"""What the documentation says of tests and files is there: names of tests, paths in the checkout."""
+"""Tests and files that the documentation names exist."""
 
 from __future__ import annotations
 

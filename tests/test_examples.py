@@ -113,6 +113,6 @@ def test_demo_prompts_are_captions_of_the_model() -> None:
     assert max(STEPS_OF_PROMPTS.values()) == 50
 
 
-def test_demo_help_teaches() -> None:
+def test_the_demos_help_explains_its_output() -> None:
     stdout = run("tools/demo.py", "--help")
     assert all(word in stdout for word in ("grid.png", "steps.png", "--quick", "--out", "max_isolation_error"))

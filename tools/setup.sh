@@ -56,7 +56,7 @@ if ! finished demo; then # which has installed it from the same source
     "${pip[@]}" install -qq --no-deps --no-build-isolation -e .
 fi
 
-# Imports are twice as slow without .pyc files, and where PYTHONDONTWRITEBYTECODE is set nobody would ever write them.
+# Imports are twice as slow without .pyc files, and with PYTHONDONTWRITEBYTECODE nobody would ever write them.
 say "compiling"
 "$venv/bin/python" -m compileall -q -j2 "$venv"/lib/python3*/site-packages >/dev/null 2>&1 || true
 

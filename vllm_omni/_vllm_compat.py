@@ -30,7 +30,7 @@ FRONTEND_FLAGS = (
 
 
 class VllmMissingError(OmniError, ImportError):
-    """`vllm-omni serve` was asked for where no vLLM is installed."""
+    """`vllm-omni serve` was called, and vLLM is not installed."""
 
 
 def installed() -> str | None:
@@ -62,7 +62,7 @@ def add_frontend_flags(parser: argparse.ArgumentParser) -> None:
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
     every = FrontendArgs._customize_cli_kwargs(get_kwargs(FrontendArgs))
-    group = parser.add_argument_group("server", "As in `vllm serve`; the server listens on loopback unless told.")
+    group = parser.add_argument_group("server", "As in `vllm serve`; the default address is loopback.")
     for name in FRONTEND_FLAGS:
         options = every[name]
         flags = options.pop("flags", [])
@@ -98,7 +98,7 @@ class _EngineForVllm:
 def listen(host: str, port: int, uds: str | None) -> socket.socket:
     """A bound socket, made before the model loads, so that a port that is taken fails at once.
 
-    Connections inherit TCP_NODELAY: asyncio sets it only where the socket names its protocol, and without it the second
+    Connections inherit TCP_NODELAY: asyncio sets it only if the socket names its protocol, and without it the second
     write of a reply, its body, waits for the client's delayed acknowledgement (40 ms) of the first.
     """
     from vllm.entrypoints.launchers.launcher import create_server_socket, create_server_unix_socket
@@ -147,7 +147,7 @@ def start_tracing(endpoint: str) -> None:
 
 
 def record_span(name: str, began_ns: int, headers: Mapping[str, str], facts: Mapping[str, str | int | float]) -> None:
-    """A span that ends now, under the caller's trace where `headers` name one; vLLM's names for what it names too."""
+    """Record a span that ends now, under the caller's trace if `headers` name one, with vLLM's attribute names."""
     from vllm.tracing import SpanAttributes, SpanKind, extract_trace_context, instrument_manual
 
     names = {

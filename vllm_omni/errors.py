@@ -2,6 +2,7 @@
 
 OmniError
 ├── InvalidValueError (ValueError)      a field, its value, and what would be right
+│   ├── RefusedError                    what the model's own pipeline says against a request, before its first step
 │   ├── UnknownKeyError                 an unknown name, with the close matches
 │   └── UnknownChoiceError              a value that is not among the choices, with the close matches
 ├── ModelLoadError (ValueError)         a model folder that cannot be served
@@ -52,6 +53,14 @@ class InvalidValueError(OmniError, ValueError):
     def named(self, field: str) -> InvalidValueError:
         """The same about `field`, the name that the caller knows it by."""
         return InvalidValueError(field, self.value, self.fix, self.hint)
+
+
+class RefusedError(InvalidValueError):
+    """A request that the model's own pipeline refuses before its first step; `field` is the argument that it names."""
+
+    def __init__(self, field: str, text: str) -> None:
+        self.field, self.value, self.fix, self.hint = field, None, f"is refused by the model's pipeline: {text}", ""
+        OmniError.__init__(self, f"{field} {self.fix}")
 
 
 class UnknownKeyError(InvalidValueError):

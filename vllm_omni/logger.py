@@ -23,7 +23,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_as_json() -> None:
-    """From now on one JSON object per line, where the lines are ours."""
+    """Write one JSON object per line from now on, unless the application has its own handlers."""
     for handler in logging.getLogger("vllm_omni").handlers:
         handler.setFormatter(JsonLines())
 

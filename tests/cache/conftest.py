@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from diffusers import FluxPipeline
 from pipelines import run_latents, tiny_flux
 from probing import probed
@@ -50,9 +51,9 @@ def calibrated(pipe: FluxPipeline, tmp_path_factory: pytest.TempPathFactory) -> 
         ratios.append([1.0, *(float((b / a).mean()) for a, b in pairwise(norms))])
         flat = torch.stack([r.double().flatten() for r in residuals]).numpy()
         grams.append(flat @ flat.T / flat.shape[1])
-    assert np.allclose(profile.ratios, np.mean(ratios, axis=0), atol=1e-4)
+    assert_close(np.float32(profile.ratios), np.mean(ratios, axis=0))
     assert profile.gram is not None
-    assert np.allclose(profile.gram, np.mean(grams, axis=0), rtol=1e-3)
+    assert_close(np.float32(profile.gram), np.mean(grams, axis=0))
     path = tmp_path_factory.mktemp("profiles") / "deeper" / "tiny.json"
     profile.save(path)
     return profile, path

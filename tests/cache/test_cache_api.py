@@ -1,4 +1,4 @@
-"""CONTRACT.md's "Cache API", line by line."""
+"""The public cache API: names, defaults, allowed ranges, hooks, and errors that name the field and the fix."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("module", NAMES)
-def test_names_are_where_the_contract_says(module: str) -> None:
+def test_public_names_can_be_imported_from_their_modules(module: str) -> None:
     loaded = importlib.import_module(module)
     assert [name for name in NAMES[module] if name not in vars(loaded)] == []
 
@@ -139,7 +139,7 @@ def test_mag_cache_config_ranges_name_field_value_and_range(field: str, value: A
 # ------------------------------------------------------------------------------------------------------------ factory
 
 
-def test_the_factory_gives_nothing_for_none() -> None:
+def test_the_factory_returns_none_for_none() -> None:
     assert get_cache_backend(None, None) is None
     assert get_cache_backend("none", {}) is None
 
@@ -201,7 +201,7 @@ def test_shipped_profiles_all_load_and_say_where_they_come_from() -> None:
         assert profile.name == name and profile.provenance.get("kind") in ("published", "calibrated")
 
 
-def test_the_registry() -> None:
+def test_strategies_are_registered_and_found_by_name() -> None:
     assert isinstance(get_strategy("FluxTransformer2DModel"), FluxMagCacheStrategy)
     assert isinstance(get_strategy("Flux2Transformer2DModel"), Flux2MagCacheStrategy)
     assert MagCacheStrategyRegistry.get_if_exists("NoSuchModel") is None
@@ -221,7 +221,7 @@ def flux_strategy_restored() -> Any:
 
 
 @pytest.mark.parametrize("kind", [tuple, list])
-def test_a_registered_strategy_brings_its_curve(kind: type, flux_strategy_restored: None) -> None:
+def test_a_registered_strategy_provides_the_curve(kind: type, flux_strategy_restored: None) -> None:
     class Mine(MagCacheStrategy):
         spec = DENOISERS["FluxTransformer2DModel"]
         mag_ratios = kind([1.0] * 10)
@@ -238,7 +238,7 @@ def test_a_registered_strategy_brings_its_curve(kind: type, flux_strategy_restor
         backend.disable(pipeline)
 
 
-def test_a_checkpoint_without_a_curve_says_so_and_how_to_calibrate() -> None:
+def test_a_checkpoint_without_a_curve_is_refused_with_how_to_calibrate() -> None:
     pipeline = tiny_flux()
     with pytest.raises(InvalidValueError, match=r"mag_ratios.*calibrate"):
         MagCacheBackend(DiffusionCacheConfig()).enable(pipeline)
@@ -310,7 +310,7 @@ def test_hooks_run_in_order_and_reset_by_name() -> None:
     assert log == ["init a", "init b", "pre a", "pre b", "post b", "post a", "reset b"]
 
 
-def test_duplicates_are_refused() -> None:
+def test_a_duplicate_hook_is_refused() -> None:
     registry = HookRegistry.get_or_create(Double())
     registry.register_hook("a", Note("a", []))
     with pytest.raises(ValueError, match="'a'"):
@@ -334,7 +334,7 @@ def test_hooks_may_change_arguments_and_output() -> None:
     assert module(torch.tensor(2.0)).item() == 5.5
 
 
-def test_removing_the_last_hook_restores_the_own_forward() -> None:
+def test_removing_the_last_hook_restores_the_modules_own_forward() -> None:
     module = Double()
     before = dict(vars(module))
     registry = HookRegistry.get_or_create(module)
@@ -352,7 +352,7 @@ def test_removing_the_last_hook_restores_the_own_forward() -> None:
     assert not module._forward_pre_hooks_with_kwargs
 
 
-def test_a_forward_that_others_put_on_the_module_is_restored_too() -> None:
+def test_removing_the_last_hook_restores_a_replaced_forward() -> None:
     """CPU offload replaces `forward` on the instance; that one is the module's own then."""
     module = Double()
     offloaded = lambda x: x * 10  # noqa: E731
@@ -364,7 +364,7 @@ def test_a_forward_that_others_put_on_the_module_is_restored_too() -> None:
     assert module.forward is offloaded
 
 
-def test_post_hooks_hear_of_a_failure() -> None:
+def test_post_hooks_are_called_after_a_failure() -> None:
     class Fails(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise KeyError("boom")

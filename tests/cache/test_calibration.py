@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from diffusers import FluxPipeline
 from pipelines import CURVE, count_blocks, run_latents, tiny_flux
 from probing import CFG, RESIDUAL_BYTES, cached, probed, sigmas_of
@@ -22,7 +23,7 @@ from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
 
 
-def test_calibration_measures_what_the_blocks_add(calibrated: tuple[CacheProfile, Path]) -> None:
+def test_calibration_saves_and_loads_measured_ratios_and_products(calibrated: tuple[CacheProfile, Path]) -> None:
     profile, path = calibrated
     gram = np.array(profile.gram)
     assert profile.ratios[0] == 1.0 and gram.shape == (12, 12)
@@ -33,7 +34,7 @@ def test_calibration_measures_what_the_blocks_add(calibrated: tuple[CacheProfile
     assert (loaded.sigmas, loaded.gram, loaded.branches) == (profile.sigmas, profile.gram, profile.branches)
 
 
-def test_calibration_keeps_branches_apart_and_changes_no_picture(
+def test_calibration_measures_branches_apart_and_changes_no_latents(
     pipe: FluxPipeline, plain: dict[int, torch.Tensor]
 ) -> None:
     with cached(pipe, mag_calibrate=True) as backend, probed(pipe) as probe:
@@ -45,7 +46,7 @@ def test_calibration_keeps_branches_apart_and_changes_no_picture(
     assert len(profile.branches) == 2
     uncond = [r.norm(dim=-1) for r in probe.added[10:][1::2]]
     wanted = [1.0, *(float((b / a).mean()) for a, b in pairwise(uncond))]
-    assert np.allclose(list(profile.branches.values())[1], wanted, atol=1e-4)
+    assert_close(np.float32(list(profile.branches.values())[1]), wanted)
 
 
 def test_a_failed_prompt_does_not_enter_the_calibration(pipe: FluxPipeline) -> None:
@@ -149,13 +150,15 @@ def test_a_broken_profile_file_loads_nothing(
 
 
 @pytest.mark.parametrize("how", [how for how in BROKEN if how != "wrong class"])
-def test_the_error_names_the_file(calibrated: tuple[CacheProfile, Path], tmp_path: Path, how: str) -> None:
+def test_the_error_of_a_broken_profile_names_its_file(
+    calibrated: tuple[CacheProfile, Path], tmp_path: Path, how: str
+) -> None:
     file = broken(tmp_path / "bad.json", calibrated[0], how)
     with pytest.raises(InvalidValueError, match=r"bad\.json"):
         load_profile(Path(file))
 
 
-def test_a_requests_profile_must_be_of_the_class_too(
+def test_a_requests_profile_of_another_class_is_refused(
     pipe: FluxPipeline, calibrated: tuple[CacheProfile, Path], tmp_path: Path
 ) -> None:
     file = broken(tmp_path / "bad.json", calibrated[0], "wrong class")
@@ -168,7 +171,7 @@ def test_a_missing_profile_lists_the_shipped_ones(pipe: FluxPipeline) -> None:
         MagCacheBackend(DiffusionCacheConfig(profile="/nowhere.json")).enable(pipe)
 
 
-def test_the_gram_predictor_needs_a_matrix_and_says_so_at_start_up() -> None:
+def test_the_gram_predictor_without_a_matrix_is_refused_at_start_up() -> None:
     """Point 14: bad combinations are refused at start-up, not at the first request."""
     pipe = tiny_flux()
     backend = MagCacheBackend(DiffusionCacheConfig(mag_ratios=CURVE, predictor="gram"))

@@ -1,4 +1,4 @@
-"""The published curves that ship: whole, of known origin, chosen by checkpoint, and planned jointly over branches."""
+"""The published curves that ship: complete, with their source, chosen by checkpoint, planned jointly over branches."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from vllm_omni.diffusion.data import DiffusionCacheConfig
 PUBLISHED = [name for name in profile_names() if shipped_profile(name).provenance.get("kind") == "published"]
 
 
-def test_there_are_many() -> None:
+def test_dozens_of_published_curves_ship() -> None:
     assert len(PUBLISHED) >= 70
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_curve_is_whole(name: str) -> None:
+def test_a_published_curve_is_complete_and_has_its_source(name: str) -> None:
     profile = shipped_profile(name)
     assert profile.name == name
     assert len(profile.ratios) == profile.provenance["steps"] and profile.ratios[0] == 1
@@ -30,7 +30,7 @@ def test_a_published_curve_is_whole(name: str) -> None:
         assert not plain, "what its makers did not measure is used by name only, but where nothing else is known"
 
 
-def test_a_checkpoint_has_one_curve_and_a_class_has_none() -> None:
+def test_a_curve_is_found_by_checkpoint_and_never_by_class() -> None:
     claimed = [model for name in PUBLISHED for model in shipped_profile(name).models]
     assert len(claimed) == len(set(claimed)) >= 25
     for name in PUBLISHED:
@@ -40,7 +40,7 @@ def test_a_checkpoint_has_one_curve_and_a_class_has_none() -> None:
         assert not find_profiles(stranger, "no such fingerprint")
 
 
-def test_branches_decide_jointly() -> None:
+def test_a_step_is_skipped_only_if_every_branch_allows_it() -> None:
     """Of two branches the worse decides at each step, whichever it is."""
     calm, wild = [1.0] * 10, [1.0, 1, 1, 1, 1.3, 1, 1, 0.7, 1, 1]
     alone = magcache_plan(wild, 0.2, 9, 0.0)

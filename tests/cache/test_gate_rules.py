@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close, assert_differs
 from gating import GATES, STEPS, enabled, l1
 from pipelines import BlockCounter, count_blocks, run_latents, tiny_flux
 
@@ -121,7 +122,7 @@ def head(model: Any, arguments: dict[str, Any], hidden: torch.Tensor) -> torch.T
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_the_published_rule(name: str) -> None:
+def test_a_gate_decides_as_its_published_rule(name: str) -> None:
     pipeline = tiny_flux()
     with torch.no_grad():
         skips, expected = naive_run(pipeline, name, num_inference_steps=STEPS)
@@ -130,19 +131,19 @@ def test_the_published_rule(name: str) -> None:
     got = run_latents(pipeline, num_inference_steps=STEPS)
     record = backend.last_request
     assert sorted(record._skipped) == [step for step, skip in enumerate(skips) if skip]
-    assert torch.allclose(got, expected, atol=1e-4)
+    assert_close(got, expected)
     assert backend.store.used == 0 and backend.store.peak > 0
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_blocks_really_run_as_decided_and_disable_leaves_nothing(name: str) -> None:
+def test_blocks_run_as_decided_and_disable_restores_the_pipeline(name: str) -> None:
     pipeline = tiny_flux()
     plain = run_latents(pipeline, num_inference_steps=STEPS)
     last = BlockCounter(pipeline.transformer.single_transformer_blocks[-1])
     backend = enabled(name, pipeline)
     cached = run_latents(pipeline, num_inference_steps=STEPS)
     assert last.count == backend.last_request.computed_steps == STEPS - backend.last_request.skipped_steps
-    assert not torch.allclose(cached, plain, atol=1e-6)
+    assert_differs(cached, plain)
     again = run_latents(pipeline, num_inference_steps=STEPS)
     assert torch.equal(again, cached)
     backend.disable(pipeline)
@@ -150,7 +151,7 @@ def test_blocks_really_run_as_decided_and_disable_leaves_nothing(name: str) -> N
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_a_threshold_of_almost_nothing_is_exact(name: str) -> None:
+def test_a_threshold_near_zero_computes_every_step(name: str) -> None:
     pipeline = tiny_flux()
     plain = run_latents(pipeline, num_inference_steps=6)
     enabled(name, pipeline, rel_l1_thresh=1e-12)
@@ -158,7 +159,7 @@ def test_a_threshold_of_almost_nothing_is_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_without_room_it_computes(name: str) -> None:
+def test_a_gate_without_memory_computes_every_step(name: str) -> None:
     pipeline = tiny_flux()
     plain = run_latents(pipeline, num_inference_steps=6)
     backend = enabled(name, pipeline, memory_budget_mb=0.001)
@@ -166,7 +167,7 @@ def test_without_room_it_computes(name: str) -> None:
     assert backend.last_request.skipped_steps == 0 and backend.store.used == 0
 
 
-def test_published_coefficients_have_their_source() -> None:
+def test_published_coefficients_are_taken_by_checkpoint() -> None:
     assert published_coefficients()["black-forest-labs/FLUX.1-dev"][0] == 498.651651
     pipeline = tiny_flux()
     pipeline.register_to_config(_name_or_path="black-forest-labs/FLUX.1-dev")
@@ -202,9 +203,9 @@ def test_fitted_coefficients_predict_the_change_they_were_fitted_on() -> None:
         fit_coefficients(pipeline, [])
 
 
-def test_the_filter_passes_what_the_noise_leaves() -> None:
+def test_the_sea_filter_weakens_the_frequencies_that_noise_covers() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 8, 8)
     low, high = torch.ones(1, 1, 8, 8), torch.tensor([1.0, -1.0]).repeat(4).expand(1, 1, 8, 8)
-    assert torch.allclose(sea_filter(x, 0.0), x, atol=1e-3)  # without noise all of it, at gain 1
+    assert_close(sea_filter(x, 0.0), x)  # without noise all of it, at gain 1
     assert sea_filter(low, 0.9).abs().mean() > 2 * sea_filter(high, 0.9).abs().mean()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from families import FAMILIES, Family
 from gating import GATES, STEPS, asked, params
 from lanes import lane, one_of_a_kind
@@ -36,14 +37,14 @@ def check_batch(omni: Omni, prompts: list[Any], requests: list[Params]) -> list[
     for prompt, request, mixed in zip(prompts, requests, together, strict=True):
         assert mixed.error is None, mixed.error
         alone = omni.generate([prompt], [request], use_tqdm=False)[0]
-        assert (mixed.latents - alone.latents).abs().max() < 1e-4, request.cache
+        assert_close(mixed.latents, alone.latents, request.cache)
         assert mixed.skipped_steps == alone.skipped_steps and mixed.computed_steps == alone.computed_steps
     assert omni.engine.worker.cache_bytes == 0
     return together
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_a_batch_of_one_gate_equals_each_request_alone(tiny: Omni, name: str) -> None:
+def test_a_batch_with_one_gate_equals_each_request_alone(tiny: Omni, name: str) -> None:
     steps = (STEPS, 9, 15, STEPS)
     requests = [params(asked(name), i, n, guidance_scale=2.0 + i) for i, n in enumerate(steps)]
     requests.append(params(asked(name, rel_l1_thresh=1e-9), 7))
@@ -52,7 +53,7 @@ def test_a_batch_of_one_gate_equals_each_request_alone(tiny: Omni, name: str) ->
     assert outputs[0].cache_settings["backend"] == name
 
 
-def test_gates_promises_presets_and_off_in_one_batch(tiny: Omni) -> None:
+def test_gates_budgets_presets_and_off_share_a_batch(tiny: Omni) -> None:
     caches: list[Any] = [
         *(asked(name) for name in GATES),
         *(asked(name, predictor="linear") for name in GATES),
@@ -67,23 +68,23 @@ def test_gates_promises_presets_and_off_in_one_batch(tiny: Omni) -> None:
 
 
 @pytest.mark.parametrize("name", GATES)
-def test_several_images_of_a_prompt_decide_together(tiny: Omni, name: str) -> None:
+def test_several_images_of_one_prompt_share_a_decision(tiny: Omni, name: str) -> None:
     requests = [params(asked(name), 3, num_outputs_per_prompt=3), params(asked(name), 4)]
     outputs = check_batch(tiny, [embeds(0), embeds(1)], requests)
     assert outputs[0].latents.shape[0] == 3 and outputs[0].skipped_steps > 0
 
 
-def test_a_neighbour_that_never_rests_changes_nobody(tiny: Omni) -> None:
+def test_a_neighbour_with_large_steps_does_not_change_a_decision(tiny: Omni) -> None:
     """One request jumps so far each step that a mean over the batch would make all compute."""
     for name in GATES:
         calm, wild = params(asked(name), 0), params(asked(name), 1, sigmas=[1.0, 0.05, 0.9, 0.1, 0.8, 0.02], steps=6)
         alone = tiny.generate([embeds(0)], [calm], use_tqdm=False)[0]
         mixed, _ = tiny.generate([embeds(0), embeds(1)], [calm, wild], use_tqdm=False)
         assert mixed.skipped_steps == alone.skipped_steps > 0
-        assert (mixed.latents - alone.latents).abs().max() < 1e-4
+        assert_close(mixed.latents, alone.latents, name)
 
 
-def test_one_read_per_batch_and_none_for_planned_requests(tiny: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_reads_its_signals_once_and_planned_requests_never(tiny: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     reads: list[int] = []
     own = torch.Tensor.tolist
 
@@ -116,7 +117,7 @@ BLIND = {
 
 
 @pytest.mark.parametrize(("family", "name"), BLIND)
-def test_a_gate_says_what_it_cannot_look_at(family: str, name: str) -> None:
+def test_a_gate_refuses_a_model_that_it_cannot_measure(family: str, name: str) -> None:
     chosen = next(f for f in FAMILIES if f.name == family)
     settings = {"num_inference_steps": 6, "output_type": "latent"}
     try:
@@ -138,7 +139,7 @@ TURNS = {family.name: list(GATES)[i % len(GATES)] for i, family in enumerate(fil
     lane(PAIRS, lambda pair: TURNS.get(pair[0].name) == pair[1]),
     ids=lambda v: getattr(v, "name", v),
 )
-def test_families_with_guidance(family: Family, name: str) -> None:
+def test_both_branches_of_guidance_follow_one_decision(family: Family, name: str) -> None:
     """Both branches keep residuals of their own and follow one decision."""
     pipeline = family.build()
     experts = [m for n in DENOISER_NAMES if (m := pipeline.components.get(n)) is not None]
@@ -199,7 +200,7 @@ def test_bad_settings_are_refused_at_start_up(name: str, settings: dict[str, Any
         Omni.from_pipe(tiny_flux(), cache_backend=name, cache_config=settings)
 
 
-def test_a_bad_request_ends_alone(tiny: Omni) -> None:
+def test_a_request_with_bad_gate_settings_fails_alone(tiny: Omni) -> None:
     bad = [{"backend": "teacache"}, {"backend": "easycache", "nfe": 4}, {"backend": "fbcache", "predictor": "affine"}]
     requests = [params(c) for c in (*bad, asked("easycache"))]
     outputs = tiny.generate([embeds(i) for i in range(4)], requests, use_tqdm=False)
@@ -207,21 +208,21 @@ def test_a_bad_request_ends_alone(tiny: Omni) -> None:
 
 
 @pytest.mark.parametrize("name", ["tea_cache", "sea_cache", "easy-cache", "FBCache", "mag_cache"])
-def test_spellings(name: str) -> None:
+def test_spellings_of_backend_names(name: str) -> None:
     assert isinstance(get_cache_backend(name, {}), CacheBackend)
 
 
-def test_an_unknown_name_lists_the_choices() -> None:
+def test_an_unknown_backend_name_lists_the_choices() -> None:
     with pytest.raises(ValueError, match=r"'magcache', 'easycache', 'seacache', 'teacache', 'fbcache'.*got 'taecache'"):
         get_cache_backend("taecache", {})
 
 
-def test_short_threshold_is_the_gates_own(tiny: Omni) -> None:
+def test_threshold_means_the_gates_own_threshold(tiny: Omni) -> None:
     cache = {"backend": "fbcache", "threshold": 0.25}
     output = tiny.generate([embeds(0)], [params(cache)], use_tqdm=False)[0]
     assert output.cache_settings == {"backend": "fbcache", "threshold": 0.25, "predictor": "reuse"}
 
 
-def test_config_is_the_one_of_all_backends() -> None:
+def test_gates_take_the_config_of_all_backends() -> None:
     backend = get_cache_backend("fbcache", DiffusionCacheConfig(rel_l1_thresh=0.1))
     assert backend is not None and backend.config.rel_l1_thresh == 0.1

@@ -106,7 +106,7 @@ def test_no_host_sync_on_any_planned_step(
         lambda x: x.detach().numpy(),
     ],
 )
-def test_the_trap_traps(pipe: FluxPipeline, read: Any) -> None:
+def test_every_kind_of_read_is_detected(pipe: FluxPipeline, read: Any) -> None:
     """A canary: a hook of a later registration than the trap's pre hook reads a value at the second step."""
     with cached(pipe):
 

@@ -1,4 +1,4 @@
-"""The cache on a plain diffusers pipeline, without the engine: what it computes, keeps, and leaves behind."""
+"""The cache on a plain diffusers pipeline, without the engine: steps, branches, memory, and what disable restores."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from pipelines import CURVE, count_blocks, embeds, flux2_inputs, run_latents, tiny_flux, tiny_flux2
 from probing import CFG, RESIDUAL_BYTES, Probe, cached, probed, sigmas_of
@@ -44,9 +45,7 @@ def test_the_documented_example_runs_as_written(plain: dict[int, torch.Tensor]) 
 
 
 @pytest.mark.parametrize("order", [(4, 10, 28, 50, None), (None, 50, 4, 28, 10), (28, None, 10, 50, 4)])
-def test_any_step_counts_in_any_order_compute_what_their_own_plan_says(
-    pipe: FluxPipeline, order: tuple[int | None, ...]
-) -> None:
+def test_step_counts_in_any_order_follow_their_own_plans(pipe: FluxPipeline, order: tuple[int | None, ...]) -> None:
     blocks = count_blocks(pipe)
     with cached(pipe) as backend:
         run_latents(pipe, num_inference_steps=1)  # a warm-up shifts nobody's schedule
@@ -59,13 +58,13 @@ def test_any_step_counts_in_any_order_compute_what_their_own_plan_says(
     blocks.remove()
 
 
-def test_the_blocks_run_at_exactly_the_steps_of_the_plan(pipe: FluxPipeline) -> None:
+def test_blocks_run_at_exactly_the_computed_steps(pipe: FluxPipeline) -> None:
     with cached(pipe) as backend, probed(pipe) as probe:
         run_latents(pipe, num_inference_steps=28)
         assert tuple(probe.ran) == backend.plan(28, sigmas_of(pipe)).compute
 
 
-def test_a_warm_up_changes_nothing(pipe: FluxPipeline) -> None:
+def test_a_warm_up_run_does_not_change_later_runs(pipe: FluxPipeline) -> None:
     with cached(pipe) as backend:
         first = run_latents(pipe, num_inference_steps=10)
         backend.refresh(pipe, 1)
@@ -76,7 +75,7 @@ def test_a_warm_up_changes_nothing(pipe: FluxPipeline) -> None:
         assert torch.equal(run_latents(pipe, num_inference_steps=10), first)
 
 
-def test_where_nothing_skips_the_latents_are_bit_identical(pipe: FluxPipeline, plain: dict[int, torch.Tensor]) -> None:
+def test_latents_are_bit_identical_if_no_step_is_skipped(pipe: FluxPipeline, plain: dict[int, torch.Tensor]) -> None:
     """The published curve holds exact ones, whose error is 0 at any threshold; so a curve without."""
     with cached(pipe, mag_threshold=1e-9, mag_ratios=[1.0] + [1.001] * 27) as backend:
         for steps in (4, 28):
@@ -84,7 +83,7 @@ def test_where_nothing_skips_the_latents_are_bit_identical(pipe: FluxPipeline, p
         assert backend.last_request is not None and backend.last_request.skipped_steps == 0
 
 
-def test_disable_leaves_no_trace(plain: dict[int, torch.Tensor]) -> None:
+def test_disable_restores_the_pipeline(plain: dict[int, torch.Tensor]) -> None:
     pipeline = tiny_flux()
     modules = [pipeline.transformer, *pipeline.transformer.transformer_blocks]
 
@@ -113,7 +112,7 @@ def test_disable_leaves_no_trace(plain: dict[int, torch.Tensor]) -> None:
     assert facts() == before and not backend.is_enabled()
 
 
-def test_two_branches_share_the_decision_and_never_a_residual(pipe: FluxPipeline) -> None:
+def test_two_branches_share_decisions_but_not_residuals(pipe: FluxPipeline) -> None:
     with cached(pipe, predictor="reuse") as backend, probed(pipe) as probe:
         run_latents(pipe, num_inference_steps=28, **CFG)
         plan = backend.plan(28, sigmas_of(pipe)).compute
@@ -121,18 +120,18 @@ def test_two_branches_share_the_decision_and_never_a_residual(pipe: FluxPipeline
     assert len(probe.ran) == 56
     for branch in (0, 1):
         assert tuple(probe.ran[branch::2]) == plan
-        added, last = probe.added[branch::2], None
+        added, before, last = probe.added[branch::2], probe.before[branch::2], None
         for step, computed in enumerate(plan):
             if computed:
                 last = added[step]
             else:
-                torch.testing.assert_close(added[step], last, atol=1e-5, rtol=1e-5)
+                assert_close(added[step], last, scale=before[step])
     apart = [(a - b).norm() / a.norm() for a, b in zip(probe.added[::2], probe.added[1::2], strict=True)]
     assert min(apart) > 0.01  # so a shared residual would have been seen
     assert (peak, used) == (2 * RESIDUAL_BYTES, 0)
 
 
-def test_a_branch_that_stops_or_starts_late_follows_its_own_calls() -> None:
+def test_a_branch_that_starts_late_or_stops_early_keeps_its_own_residuals() -> None:
     """CFG that is on for some steps only: a branch without the residual its plan counts on computes."""
     config = MagCacheConfig(mag_ratios=[1.0] * 10, num_inference_steps=10, max_skip_steps=2, retention_ratio=0.3)
     transformer = tiny_flux2()
@@ -149,13 +148,13 @@ def test_a_branch_that_stops_or_starts_late_follows_its_own_calls() -> None:
     assert ran["uncond"] == [True, True, False, False]
 
 
-def test_several_images_per_prompt(pipe: FluxPipeline) -> None:
+def test_several_images_per_prompt_run_as_one_request(pipe: FluxPipeline) -> None:
     with cached(pipe) as backend:
         run_latents(pipe, num_inference_steps=10, num_images_per_prompt=3)
         assert backend.store.peak == 3 * RESIDUAL_BYTES and backend.store.used == 0
 
 
-def test_replacing_the_scheduler_between_runs(pipe: FluxPipeline) -> None:
+def test_the_scheduler_may_be_replaced_between_runs(pipe: FluxPipeline) -> None:
     old = pipe.scheduler
     new = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=1.0, shift_terminal=0.1)
     blocks = count_blocks(pipe)
@@ -198,7 +197,7 @@ def test_an_exception_inside_a_block_leaves_the_pipeline_usable(predictor: str) 
         assert backend.store.used == 0
 
 
-def test_an_exception_frees_what_was_held(pipe: FluxPipeline) -> None:
+def test_an_exception_frees_the_residuals(pipe: FluxPipeline) -> None:
     calls = [0]
 
     def fail(module: Any, args: Any) -> None:
@@ -214,7 +213,7 @@ def test_an_exception_frees_what_was_held(pipe: FluxPipeline) -> None:
         assert backend.store.used == 0
 
 
-def test_a_skipped_step_is_never_the_identity(pipe: FluxPipeline) -> None:
+def test_a_skipped_step_adds_a_residual(pipe: FluxPipeline) -> None:
     with cached(pipe), probed(pipe) as probe:
         run_latents(pipe, num_inference_steps=28)
     skipped = [a.norm() / b.norm() for a, b, ran in zip(probe.added, probe.before, probe.ran, strict=True) if not ran]
@@ -232,13 +231,15 @@ def test_linear_forecasts_are_the_line_through_the_last_two_residuals(pipe: Flux
         a, b = [s for s in range(step) if probe.ran[s]][-2:]
         slope = (sigmas[step] - sigmas[b]) / (sigmas[b] - sigmas[a])
         line = probe.added[b] + slope * (probe.added[b] - probe.added[a])
-        torch.testing.assert_close(probe.added[step], line, atol=1e-4, rtol=1e-4)
+        assert_close(probe.added[step], line, scale=probe.before[step])
         checked += 1
     assert checked > 5
 
 
 @pytest.mark.parametrize("name", ["controlnet_block_samples", "controlnet_single_block_samples"])
-def test_controlnet_samples_force_computed_steps(pipe: FluxPipeline, plain: dict[int, torch.Tensor], name: str) -> None:
+def test_steps_with_controlnet_samples_are_computed(
+    pipe: FluxPipeline, plain: dict[int, torch.Tensor], name: str
+) -> None:
     blocks = count_blocks(pipe)
     zeros = [torch.zeros(1, 64, 32)]
     with cached(pipe) as backend:
@@ -255,7 +256,7 @@ def test_controlnet_samples_force_computed_steps(pipe: FluxPipeline, plain: dict
     blocks.remove()
 
 
-def test_controlnet_samples_at_some_steps_force_those(pipe: FluxPipeline) -> None:
+def test_only_steps_with_controlnet_samples_are_forced(pipe: FluxPipeline) -> None:
     """A ControlNet that acts on a part of the run: a step that the plan would skip is computed, and not kept."""
     steps = iter(range(10))
     zeros = [torch.zeros(1, 64, 32)]
@@ -276,7 +277,7 @@ def test_controlnet_samples_at_some_steps_force_those(pipe: FluxPipeline) -> Non
 
 @pytest.mark.parametrize(("predictor", "residuals"), [("reuse", 1), ("linear", 2)])
 @pytest.mark.parametrize("branches", [1, 2])
-def test_memory_is_one_residual_per_branch_for_reuse_and_two_for_linear(
+def test_peak_memory_is_the_predictors_residuals_per_branch(
     pipe: FluxPipeline, predictor: str, residuals: int, branches: int
 ) -> None:
     with cached(pipe, predictor=predictor) as backend:
@@ -285,16 +286,14 @@ def test_memory_is_one_residual_per_branch_for_reuse_and_two_for_linear(
         assert backend.store.used == 0
 
 
-def test_no_bytes_where_nothing_skips(pipe: FluxPipeline) -> None:
+def test_no_memory_is_held_if_no_step_is_skipped(pipe: FluxPipeline) -> None:
     with cached(pipe, mag_threshold=1e-9, mag_ratios=[1.0] + [1.001] * 27) as backend:
         run_latents(pipe, num_inference_steps=10)
         assert backend.store.peak == 0
 
 
 @pytest.mark.parametrize(("predictor", "branches"), [("reuse", 2), ("linear", 1), ("linear", 2)])
-def test_a_budget_of_one_residual_computes_more_and_stays_right(
-    pipe: FluxPipeline, predictor: str, branches: int
-) -> None:
+def test_a_memory_budget_of_one_residual_computes_more_steps(pipe: FluxPipeline, predictor: str, branches: int) -> None:
     extra = CFG if branches == 2 else {}
     blocks = count_blocks(pipe)
     exact = run_latents(pipe, num_inference_steps=28, **extra)
@@ -313,7 +312,7 @@ def test_a_budget_of_one_residual_computes_more_and_stays_right(
 
 
 @pytest.mark.parametrize("budget", [0, (RESIDUAL_BYTES - 1) / 2**20])
-def test_without_room_for_one_residual_it_is_the_plain_pipeline(
+def test_without_memory_for_a_residual_the_latents_are_the_plain_ones(
     pipe: FluxPipeline, plain: dict[int, torch.Tensor], budget: float
 ) -> None:
     with cached(pipe, memory_budget_mb=budget) as backend:
@@ -333,10 +332,10 @@ def test_compiled_blocks_keep_working_with_the_cache_on(pipe: FluxPipeline) -> N
         compiled = run_latents(pipeline, num_inference_steps=8)
         assert blocks.count == backend.plan(8, sigmas_of(pipeline)).full_forwards < 8
         assert torch.equal(run_latents(pipeline, num_inference_steps=8), compiled)
-    torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+    assert_close(compiled, eager)
 
 
-def test_images_decode_too(pipe: FluxPipeline) -> None:
+def test_a_cached_run_decodes_to_an_image(pipe: FluxPipeline) -> None:
     with cached(pipe):
         image = pipe(
             **embeds(0), height=32, width=32, num_inference_steps=4, generator=torch.Generator().manual_seed(0)

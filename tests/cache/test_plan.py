@@ -1,4 +1,4 @@
-"""The pure part of the cache: plans, curves and predictors against independent transcriptions and known answers."""
+"""Plans, curves and predictors as pure functions, against independent transcriptions and known answers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class PublishedRule:
         return (*computed[:-1], True) if guard else tuple(computed)
 
 
-def test_plan_is_the_published_rule_on_ten_thousand_settings() -> None:
+def test_the_plan_is_the_published_rule_for_ten_thousand_settings() -> None:
     draw = random.Random(20250609)
     skipped = 0
     for case in range(10_000):
@@ -68,7 +68,7 @@ def test_plan_is_the_published_rule_on_ten_thousand_settings() -> None:
     assert skipped > 50_000  # the settings exercise the rule
 
 
-def test_plan_of_flux_dev_by_hand() -> None:
+def test_the_plan_of_flux_dev_equals_one_computed_by_hand() -> None:
     """delta 0.24, K 5, rho 0.1: steps 0-2 are kept, and the first run of skips ends where the sum passes delta."""
     plan = magcache_plan(FLUX, 0.24, 5, 0.1)
     assert len(plan) == 28 and plan[:3] == (True, True, True) and plan[-1]
@@ -93,20 +93,20 @@ def test_step_zero_is_always_computed(rho: float, guard: bool) -> None:
     assert magcache_plan([1.0], 100.0, 1000, rho, guard) == (True,)
 
 
-def test_the_guard_changes_the_last_step_alone() -> None:
+def test_the_guard_changes_only_the_last_step() -> None:
     with_guard, without = (magcache_plan([1.0] * 20, 10.0, 100, 0.0, guard) for guard in (True, False))
     assert without == (True,) + (False,) * 19
     assert with_guard == (True,) + (False,) * 18 + (True,)
 
 
-def test_longest_run_of_skips_is_k() -> None:
+def test_no_more_than_k_steps_are_skipped_in_a_row() -> None:
     for k in (1, 2, 5):
         plan = magcache_plan([1.0] * 40, 10.0, k, 0.0, False)
         runs = "".join("c" if computed else "s" for computed in plan).split("c")
         assert max(map(len, runs)) == k
 
 
-def test_mask_plan() -> None:
+def test_a_steps_mask_becomes_a_plan() -> None:
     mask = [1, 0, 0, 1, 0, 0, 0, 1]
     assert mask_plan(mask, 8) == tuple(map(bool, mask))
     assert mask_plan([1, 0, 0, 0], 4, compute_last_step=False) == (True, False, False, False)
@@ -150,7 +150,7 @@ def test_nearest_resampling_takes_values_of_the_curve(steps: int) -> None:
 
 
 @pytest.mark.parametrize("method", ["log", "nearest"])
-def test_curves_of_any_length_for_any_steps(method: str) -> None:
+def test_curves_of_any_length_are_resampled_to_any_step_count(method: str) -> None:
     for length in (1, 2, 3, 28, 100):
         curve = [1.0] + [1.01] * (length - 1)
         for steps in (1, 2, 3, 28, 100):
@@ -176,7 +176,7 @@ def expected_error(gram: np.ndarray, anchors: Sequence[int], weights: Sequence[f
     return float(gram[target, target] - 2 * w @ gram[a, target] + w @ gram[np.ix_(a, a)] @ w)
 
 
-def test_reuse_takes_the_last() -> None:
+def test_reuse_takes_the_last_residual() -> None:
     assert list(reuse([3], 5, SIGMAS, None)) == [1.0]
     assert list(reuse([1, 3], 5, SIGMAS, None)) == [0.0, 1.0]
 
@@ -249,7 +249,7 @@ def test_resample_gram_stays_positive_semi_definite(steps: int) -> None:
 
 
 @pytest.mark.parametrize("predictor", list(PREDICTORS))
-def test_forecasts_build_on_earlier_computed_steps_alone(predictor: str) -> None:
+def test_forecasts_use_only_earlier_computed_steps(predictor: str) -> None:
     draw = random.Random(4)
     _, gram = random_gram(np.random.default_rng(4), 20)
     order = PREDICTORS[predictor][1]
@@ -263,7 +263,7 @@ def test_forecasts_build_on_earlier_computed_steps_alone(predictor: str) -> None
             assert all(math.isfinite(weight) for _, weight in pairs)
 
 
-def test_a_plan_keeps_a_residual_exactly_until_its_last_use() -> None:
+def test_a_residual_is_kept_until_its_last_use() -> None:
     plan = (True, True, False, True, False, False, True)
     made = CachePlan.of(plan, forecasts(plan, SIGMAS, "linear", None))
     assert made.full_forwards == 4

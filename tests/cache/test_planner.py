@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import combinations, pairwise
 from typing import Any, get_args
 
@@ -34,7 +33,6 @@ from vllm_omni.diffusion.cache.settings import PRESETS, DiffusionCacheConfig, Pr
 from vllm_omni.errors import InvalidValueError
 
 DEMO = shipped_profile("demo")
-SLACK = 5  # of the bars in milliseconds: tests run on shared cores
 
 
 def random_gram(rng: np.random.Generator, steps: int) -> np.ndarray:
@@ -107,14 +105,14 @@ def test_no_plan_is_better_under_curve_costs(compute_last_step: bool) -> None:
             assert found[plan] == pytest.approx(min(found.values()), rel=1e-9, abs=1e-12)
 
 
-def test_one_forward_where_the_last_step_may_be_skipped() -> None:
+def test_one_forward_suffices_if_the_last_step_may_be_skipped() -> None:
     costs = curve_costs([1.0] * 5, np.linspace(1, 0.2, 5).tolist())
     assert best_plan(costs, 1, compute_last_step=False) == (True, False, False, False, False)
     assert best_plan(curve_costs([1.0], [1.0]), 1) == (True,)
 
 
 @pytest.mark.parametrize("nfe", [-1, 0, 1, 11])
-def test_a_number_that_no_plan_has_is_refused(nfe: int) -> None:
+def test_an_impossible_number_of_forwards_is_refused(nfe: int) -> None:
     with pytest.raises(ValueError, match="from 2 to 10"):
         best_plan(curve_costs([1.0] * 10, np.linspace(1, 0.1, 10).tolist()), nfe)
 
@@ -129,34 +127,19 @@ def test_more_forwards_never_cost_more() -> None:
         assert totals[-1] == 0.0 and totals[0] > totals[10] > 0
 
 
-def test_fifty_steps_are_planned_in_milliseconds() -> None:
+def test_long_schedules_are_planned_exactly_too() -> None:
+    """`benchmarks/planning.py` has the milliseconds."""
     sigmas = tuple(np.linspace(1, 0.02, 50).tolist())
     gram = resample_gram(np.asarray(DEMO.gram), DEMO.sigmas or (), sigmas)
-    ratios = resample(DEMO.ratios, 50)
-
-    def milliseconds(plan: object) -> float:
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            assert callable(plan) and sum(plan()) == 25
-            times.append(1e3 * (time.perf_counter() - begin))
-        return min(times)
-
-    assert milliseconds(lambda: best_plan(curve_costs(ratios, sigmas), 25)) < 20 * SLACK
+    assert sum(best_plan(curve_costs(resample(DEMO.ratios, 50), sigmas), 25)) == 25
     for predictor in PREDICTORS:
-        took = milliseconds(lambda name=predictor: best_plan(gram_costs(gram, sigmas, name), 25))
-        assert took < 100 * SLACK, predictor
-
-
-def test_a_thousand_steps_are_planned_in_a_second() -> None:
+        assert sum(best_plan(gram_costs(gram, sigmas, predictor), 25)) == 25, predictor
+    long = tuple(np.linspace(1, 0.001, 1000).tolist())
     config = DiffusionCacheConfig(nfe=300, predictor="affine3")
-    sigmas = tuple(np.linspace(1, 0.001, 1000).tolist())
-    begin = time.perf_counter()
-    plan = planned(config, DEMO.ratios, DEMO, 1000, sigmas)
-    assert time.perf_counter() - begin < 1 * SLACK and plan.full_forwards == 300
+    assert planned(config, DEMO.ratios, DEMO, 1000, long).full_forwards == 300
 
 
-def test_three_anchors_are_planned_as_two() -> None:
+def test_predictors_of_three_residuals_are_planned_as_of_two() -> None:
     gram, sigmas = np.asarray(DEMO.gram), DEMO.sigmas or ()
     assert np.array_equal(gram_costs(gram, sigmas, "affine3"), gram_costs(gram, sigmas, "affine"))
 
@@ -164,7 +147,7 @@ def test_three_anchors_are_planned_as_two() -> None:
 # ----------------------------------------------------------------------------------------------------------- predictors
 
 
-def test_the_names_are_the_same_everywhere() -> None:
+def test_predictor_names_are_the_same_in_every_table() -> None:
     assert set(PREDICTORS) == set(get_args(PredictorName))
     assert set(NEED_GRAM) < set(PREDICTORS)
 
@@ -208,7 +191,7 @@ def test_normed_has_the_lines_direction_and_the_targets_magnitude() -> None:
 
 
 @pytest.mark.parametrize("predictor", list(PREDICTORS))
-def test_weights_for_arrays_are_those_for_each_step(predictor: str) -> None:
+def test_weights_of_many_steps_equal_those_of_each_step(predictor: str) -> None:
     rng = np.random.default_rng(3)
     gram, sigmas = random_gram(rng, 12), random_sigmas(rng, 12)
     weigh, order = PREDICTORS[predictor]
@@ -286,12 +269,12 @@ def test_a_speedup_is_a_number_of_full_forwards(speedup: float, steps: int, nfe:
         ({"speedup": 40}, r"speedup is out of reach in 28 steps \(nearest: 14, 2 full forwards\), got 40"),
     ],
 )
-def test_what_cannot_be_kept_names_the_nearest(settings: dict[str, float], message: str) -> None:
+def test_an_impossible_budget_names_the_nearest(settings: dict[str, float], message: str) -> None:
     with pytest.raises(InvalidValueError, match=message):
         budgeted(DiffusionCacheConfig.from_dict(settings), 28)
 
 
-def test_the_matrix_plans_where_there_is_one_and_the_curve_otherwise() -> None:
+def test_plans_use_the_matrix_if_there_is_one_else_the_curve() -> None:
     sigmas = DEMO.sigmas or ()
     config = DiffusionCacheConfig(nfe=9, predictor="linear")
     with_gram = planned(config, DEMO.ratios, DEMO, 28, sigmas).compute
@@ -311,25 +294,25 @@ def planned_forwards(profile: CacheProfile, steps: int, **settings: Any) -> int:
 
 
 @pytest.mark.parametrize(("preset", "forwards"), [("high", 19), ("balanced", 14), ("fast", 9)])
-def test_a_preset_is_a_speedup_where_the_profile_has_a_matrix(preset: str, forwards: int) -> None:
+def test_a_preset_is_a_speedup_if_the_profile_has_a_matrix(preset: str, forwards: int) -> None:
     assert planned_forwards(DEMO, 28, preset=preset) == forwards
     bare = DEMO.model_copy(update={"gram": None})
     rule = magcache_plan(DEMO.ratios, *vars(PRESETS[preset].rule).values())
     assert planned_forwards(bare, 28, preset=preset) == sum(rule)
 
 
-def test_auto_is_what_calibration_found_good_in_proportion_and_never_fewer() -> None:
+def test_auto_scales_the_calibrated_number_of_forwards() -> None:
     profile = DEMO.model_copy(update={"forwards": 5})
     assert [planned_forwards(profile, steps) for steps in (4, 10, 28, 56)] == [4, 5, 5, 10]
     unknown = DEMO.model_copy(update={"forwards": None})
     assert planned_forwards(unknown, 28) == 14
 
 
-def test_paper_is_the_published_rule_whatever_the_profile_has() -> None:
+def test_the_paper_preset_is_the_published_rule() -> None:
     assert planned_forwards(DEMO, 28, preset="paper") == sum(magcache_plan(DEMO.ratios, 0.24, 5, 0.1, False))
 
 
-def test_nothing_given_is_auto_and_settings_of_the_rule_end_a_preset() -> None:
+def test_the_default_is_auto_and_rule_settings_replace_a_preset() -> None:
     assert DiffusionCacheConfig().preset == "auto" and DiffusionCacheConfig(predictor="linear").preset == "auto"
     assert DiffusionCacheConfig(mag_threshold=0.24).preset is None and DiffusionCacheConfig(nfe=5).preset is None
     assert DiffusionCacheConfig(preset="fast", mag_threshold=0.1).preset is None
@@ -339,7 +322,7 @@ def test_nothing_given_is_auto_and_settings_of_the_rule_end_a_preset() -> None:
         DiffusionCacheConfig(nfe=5, preset="fast")
 
 
-def test_a_mask_in_runs() -> None:
+def test_a_mask_is_described_in_runs() -> None:
     config = DiffusionCacheConfig(steps_mask={"compute": [6, 2, 2, 2, 2, 1], "skip": [1, 3, 3, 3, 3]})
     assert config.steps_mask is not None and len(config.steps_mask) == 28 and sum(config.steps_mask) == 15
     assert config.steps_mask[:12] == (*(True,) * 6, False, True, True, False, False, False)

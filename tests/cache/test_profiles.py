@@ -1,4 +1,4 @@
-"""Profile files: found for the checkpoint they were measured on, refused for others; nothing is loaded of a bad one."""
+"""Profile files: found for the checkpoint they were measured on, refused for others, and never loaded if broken."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_shipped_profiles_are_valid_and_of_this_format() -> None:
         assert shipped_profile(name).format == FORMAT
 
 
-def test_a_profile_in_the_users_folder_is_found_for_its_checkpoint_alone(folder: Path) -> None:
+def test_a_users_profile_is_found_only_for_its_checkpoint(folder: Path) -> None:
     pipe, other = tiny_flux(), tiny_flux()
     with torch.no_grad():
         next(other.transformer.parameters()).flatten()[0] += 1
@@ -81,7 +81,7 @@ def test_a_profile_in_the_users_folder_is_found_for_its_checkpoint_alone(folder:
         MagCacheBackend(DiffusionCacheConfig()).enable(other)
 
 
-def test_the_newest_of_several_is_taken_and_a_bad_file_is_passed_over(
+def test_the_newest_profile_is_taken_and_a_broken_file_is_ignored(
     folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import os
@@ -100,7 +100,7 @@ def test_the_newest_of_several_is_taken_and_a_bad_file_is_passed_over(
     assert "torn.json" in caplog.text
 
 
-def test_of_profiles_at_several_step_counts_the_nearest_in_ratio_is_taken(folder: Path) -> None:
+def test_the_profile_with_the_nearest_step_count_is_taken(folder: Path) -> None:
     """And as the demo has two, its own settings say which one a request had."""
     long, short = measured(tiny_flux(), "long", 12), measured(tiny_flux(), "short")
     for profile in (long, short):
@@ -119,7 +119,7 @@ def test_of_profiles_at_several_step_counts_the_nearest_in_ratio_is_taken(folder
     assert {len(p.ratios) for p in find_profiles("", shipped_profile("demo").fingerprint or "")} == {28, 50}
 
 
-def test_a_hub_id_is_not_enough_where_the_profile_knows_the_weights(folder: Path) -> None:
+def test_a_hub_id_does_not_match_a_profile_with_a_fingerprint(folder: Path) -> None:
     CacheProfile.from_dict(content() | {"models": ["some/model"], "fingerprint": "0" * 32}).save(folder / "a.json")
     assert not find_profiles("some/model", "1" * 32)
     assert [p.name for p in find_profiles("", "0" * 32)] == ["made"]
@@ -128,7 +128,7 @@ def test_a_hub_id_is_not_enough_where_the_profile_knows_the_weights(folder: Path
 # ----------------------------------------------------------------------------------------------------------- refused
 
 
-def test_other_weights_are_refused_unless_insisted_upon(tmp_path: Path) -> None:
+def test_a_profile_of_other_weights_is_refused_unless_forced(tmp_path: Path) -> None:
     pipe, file = tiny_flux(), tmp_path / "other.json"
     CacheProfile.from_dict(content() | {"fingerprint": "0" * 32}).save(file)
     backend = MagCacheBackend(DiffusionCacheConfig(profile=str(file)))
@@ -200,7 +200,7 @@ HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
 
 
 @pytest.mark.parametrize("how", HOSTILE)
-def test_a_hostile_file_is_refused_with_its_name_and_nothing_is_loaded(how: str, tmp_path: Path) -> None:
+def test_a_hostile_profile_is_refused_with_its_name(how: str, tmp_path: Path) -> None:
     text, message = HOSTILE[how]
     file = tmp_path / "bad.json"
     file.write_text(text())
@@ -209,7 +209,7 @@ def test_a_hostile_file_is_refused_with_its_name_and_nothing_is_loaded(how: str,
     assert "bad.json" in str(caught.value)
 
 
-def test_the_file_that_the_hostile_ones_are_made_from_is_good(tmp_path: Path) -> None:
+def test_the_profile_behind_the_hostile_ones_is_valid(tmp_path: Path) -> None:
     (tmp_path / "good.json").write_text(json.dumps(content()))
     assert load_profile(tmp_path / "good.json").name == "made"
 
@@ -224,7 +224,7 @@ def test_an_engine_with_a_hostile_profile_does_not_start(tmp_path: Path) -> None
     assert not backend.profiles and not backend.is_enabled() and not pipe.transformer._forward_hooks
 
 
-def test_auto_takes_the_predictor_calibrated_nearest_to_the_requests_full_forwards() -> None:
+def test_auto_takes_the_predictor_calibrated_for_the_nearest_speedup() -> None:
     """Whatever plans the request, and for the planner's costs as for the forecasts."""
     predictors = [[1.5, "affine"], [2.0, "normed"], [3.0, "affine3"]]
     profile = CacheProfile.from_dict(content() | {"predictors": predictors})

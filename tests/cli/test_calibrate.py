@@ -1,4 +1,4 @@
-"""`vllm-omni calibrate`: a checkpoint without a profile gets one, with its provenance, and is served with it."""
+"""`vllm-omni calibrate`: measures a profile with its provenance, which is then found and used."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_the_profile_says_where_it_comes_from(made: Path) -> None:
+def test_the_calibrated_profile_records_its_provenance(made: Path) -> None:
     profile = load_profile(made)
     said = profile.provenance
     assert len(profile.ratios) == 8 and profile.gram is not None
@@ -53,7 +53,7 @@ def test_the_profile_says_where_it_comes_from(made: Path) -> None:
 
 
 @pytest.mark.slow
-def test_auto_was_judged_on_the_prompts_between(made: Path) -> None:
+def test_auto_is_judged_on_held_out_prompts(made: Path) -> None:
     profile = load_profile(made)
     judged = profile.provenance["held_out"]
     assert judged["prompts"] == 3 and judged["prompts_sha256"] == sha256_of(CAPTIONS[1::2])
@@ -64,9 +64,7 @@ def test_auto_was_judged_on_the_prompts_between(made: Path) -> None:
         assert row["worst_db"] < 30 or row["mean_db"] <= row["fewer_steps_mean_db"]
 
 
-def test_a_checkpoint_without_a_profile_is_calibrated_found_and_served(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_calibrated_profile_is_found_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path))
     pipe = tiny_flux()
     with pytest.raises(InvalidValueError, match="vllm-omni calibrate"):
@@ -81,7 +79,7 @@ def test_a_checkpoint_without_a_profile_is_calibrated_found_and_served(
     assert backend.profiles == (load_profile(tmp_path / "new.json"),)
 
 
-def test_the_split_is_every_other_line(tmp_path: Path) -> None:
+def test_every_other_prompt_is_held_out(tmp_path: Path) -> None:
     file = tmp_path / "lines.txt"
     file.write_text("\n".join("abcdefg"))
     lines = read_prompts(file, 100)
@@ -90,7 +88,7 @@ def test_the_split_is_every_other_line(tmp_path: Path) -> None:
     assert read_prompts(file, 3) == list("ace")
 
 
-def test_decibels() -> None:
+def test_decibels_of_known_errors() -> None:
     exact = np.zeros((2, 4, 4, 3))
     assert decibels(exact + np.array([0.1, 0.01]).reshape(2, 1, 1, 1), exact) == pytest.approx([20.0, 40.0])
 

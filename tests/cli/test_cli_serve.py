@@ -1,4 +1,4 @@
-"""The doors to the server: `vllm serve --omni`, the plugin without it, what goes back to vLLM, and what is refused."""
+"""`vllm serve --omni`, the plugin without the flag, what goes back to vLLM, and command lines that are refused."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ PLUGIN = [entry for entry in entry_points(group="vllm.general_plugins") if entry
 needs_plugin = pytest.mark.skipif(not PLUGIN, reason="this package is not installed here; tools/setup.sh installs it")
 
 
+@pytest.mark.slow
 @needs_vllm
-def test_vllm_hands_over_with_omni() -> None:
+def test_vllm_serve_with_omni_starts_this_server() -> None:
     ran = run([VLLM, "serve", "demo", "--omni", "--cache-backend", "magcahce"])
     assert ran.returncode == 2
     last = ran.stderr.strip().splitlines()[-1]
@@ -65,7 +66,7 @@ def test_own_flags_are_refused_before_vllm_is_imported() -> None:
         ("--api A --max-n 2 demo", "--api *** --max-n 2 demo"),
     ],
 )
-def test_keys_are_not_in_ps(words: str, shown: str) -> None:
+def test_keys_are_hidden_in_the_process_list(words: str, shown: str) -> None:
     """Nor is anything else changed; a process without a key keeps its command line."""
     pytest.importorskip("setproctitle")
     code = (
@@ -78,16 +79,18 @@ def test_keys_are_not_in_ps(words: str, shown: str) -> None:
     assert ran.stdout.strip().endswith(" serve demo --ui"), ran.stdout + ran.stderr
 
 
+@pytest.mark.slow
 @needs_vllm
 @needs_plugin
-def test_vllm_hands_over_without_omni() -> None:
+def test_the_plugin_starts_this_server_without_omni() -> None:
     ran = run([VLLM, "serve", "demo", "--cache-backend", "magcahce"])
     assert ran.returncode == 2
     assert "vllm-omni serve: --cache-backend must be one of" in ran.stderr
 
 
+@pytest.mark.slow
 @needs_vllm
-def test_vllm_keeps_what_is_its_own() -> None:
+def test_vllm_serves_its_own_models() -> None:
     ran = run([VLLM, "--version"])
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.strip().startswith("0.32")
@@ -109,7 +112,7 @@ def test_flags_in_the_docs_exist() -> None:
 
 
 @needs_vllm
-def test_where_the_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_come_from_flags_environment_and_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command line, else a file, else the environment, as vLLM has it; a blank variable is no key."""
     file = tmp_path / "serve.yaml"
     file.write_text("api-key: [from-file]\nmax-n: 3\n")
@@ -126,7 +129,7 @@ def test_where_the_keys_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert keys() == ()
 
 
-def test_a_misspelt_profile_is_said_before_a_model_loads() -> None:
+def test_a_misspelt_profile_is_refused_before_a_model_loads() -> None:
     assert cache_settings('{"profile": "demo"}') == {"profile": "demo"}
     with pytest.raises(InvalidValueError, match="must be a profile file, or a name such as 'demo', got 'dmo'"):
         cache_settings('{"profile": "dmo"}')
@@ -143,11 +146,11 @@ def test_a_misspelt_profile_is_said_before_a_model_loads() -> None:
         ("", False),
     ],
 )
-def test_plugin_takes_only_what_is_ours(line: str, ours: bool) -> None:
+def test_the_plugin_takes_only_diffusion_commands(line: str, ours: bool) -> None:
     assert plugin.is_ours(line.split()) is ours
 
 
-def test_plugin_knows_a_diffusers_folder(tmp_path: Path) -> None:
+def test_the_plugin_recognises_a_diffusers_folder(tmp_path: Path) -> None:
     assert not plugin.is_ours(["serve", str(tmp_path)])
     (tmp_path / "model_index.json").write_text("{}")
     assert plugin.is_ours(["serve", str(tmp_path)])

@@ -31,7 +31,7 @@ def test_broken_torchvision_is_hidden(tmp_path: Path) -> None:
     assert ran.stdout.strip() == str(list(packages.UNLOADABLE_WITH_CPU_TORCH))
 
 
-def test_matching_builds_are_left_alone(tmp_path: Path) -> None:
+def test_matching_builds_of_torchvision_are_kept(tmp_path: Path) -> None:
     _fake(tmp_path, "torch", "'13.0'")
     _fake(tmp_path, "torchvision", "'13.0'")
     ran = run([sys.executable, "-c", "from vllm_omni import packages; print(packages.hide_unloadable())"], tmp_path)

@@ -139,7 +139,9 @@ def sigterm_under_load(
     """The answers of 16 requests that ran and 8 that waited when the server was told to end; nothing new was taken."""
     with ThreadPoolExecutor(24) as pool:
         load = [pool.submit(answer, url, steps) for _ in range(24)]
-        while 'num_requests_waiting{model_name="demo"} 8.0' not in httpx.get(url + "/metrics", headers=AUTH).text:
+        for _ in range(1000):
+            if 'num_requests_waiting{model_name="demo"} 8.0' in httpx.get(url + "/metrics", headers=AUTH).text:
+                break
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
@@ -151,7 +153,9 @@ def sigterm_under_load(
 
 
 @pytest.mark.slow
-def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -> None:
+def test_the_command_serves_logs_traces_and_ends_without_leftovers(
+    tmp_path: Path, collector: tuple[str, list[bytes]]
+) -> None:
     endpoint, bodies = collector
     shm = set(os.listdir("/dev/shm"))
     flags = ("--log-json", "--otlp-traces-endpoint", endpoint)
@@ -173,7 +177,7 @@ def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -
         assert len(pids) >= 2
         assert not any(KEY.encode() in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in pids)
         assert listening(pids) == {f"0100007F:{int(url.rpartition(':')[2]):04X}"}
-        assert sigterm_under_load(process, url, steps=24, within_s=30) == [(200, "")] * 24  # the queued ones too
+        assert sigterm_under_load(process, url, steps=24, within_s=120) == [(200, "")] * 24  # the queued ones too
     log_text = (tmp_path / "log").read_text()
     assert left_behind(tmp_path, pids, shm) == [], log_text
     assert KEY not in log_text and PROMPT not in log_text
@@ -191,13 +195,13 @@ def test_from_start_to_end(tmp_path: Path, collector: tuple[str, list[bytes]]) -
     )
     between = datetime.fromisoformat(ready["time"]) - datetime.fromisoformat(serving["time"])
     load_s = float(ready["message"].split()[-2])
-    assert between.total_seconds() < load_s - 1, "the engine loads while vLLM is imported"
+    assert between.total_seconds() < load_s, "the engine loads while vLLM is imported"
     plain = [line for line in log_text.splitlines() if not line.startswith("{")]
     assert not any("vllm_omni" in line or "uvicorn" in line for line in plain), plain
 
 
 @pytest.mark.slow
-def test_what_is_not_done_in_time_is_told_so(tmp_path: Path) -> None:
+def test_requests_beyond_the_shutdown_timeout_are_refused(tmp_path: Path) -> None:
     """Long requests, and one second for them: the client is sent elsewhere, and the server ends."""
     shm = set(os.listdir("/dev/shm"))
     with started(tmp_path, "--shutdown-timeout", "1") as (process, url):
@@ -206,12 +210,12 @@ def test_what_is_not_done_in_time_is_told_so(tmp_path: Path) -> None:
             assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
             time.sleep(0.1)
         pids = family(process.pid)
-        assert sigterm_under_load(process, url, steps=200, within_s=6) == [(503, "draining")] * 24
+        assert sigterm_under_load(process, url, steps=200, within_s=60) == [(503, "draining")] * 24
     log_text = (tmp_path / "log").read_text()
     assert left_behind(tmp_path, pids, shm) == [] and "Traceback" not in log_text, log_text
 
 
-def test_a_port_in_use_is_said_at_once(tmp_path: Path) -> None:
+def test_a_port_in_use_is_reported_before_vllm_is_imported(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         with started(tmp_path, "--port", port) as (process, _):
@@ -225,7 +229,7 @@ def test_a_port_in_use_is_said_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_flag_that_only_vllm_knows_to_be_wrong(tmp_path: Path) -> None:
+def test_an_unknown_flag_ends_the_engine_that_is_loading(tmp_path: Path) -> None:
     """The engine has begun to load by then; nothing is left of it."""
     seen: set[int] = set()
     shm = set(os.listdir("/dev/shm"))

@@ -1,4 +1,4 @@
-"""The asynchronous side: progress, cancellation, many at once, and a clean end."""
+"""`AsyncOmni`: progress, previews, cancellation, simultaneous requests, and close."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 import pytest_asyncio
+from closeness import assert_close
 from pipelines import CURVE, DEFAULTS, embeds, tiny_flux
 
 from vllm_omni import AsyncOmni
@@ -40,7 +41,7 @@ async def idle(omni: AsyncOmni) -> None:
     raise AssertionError("the engine did not become idle")
 
 
-async def test_progress_then_the_final_output(omni: AsyncOmni) -> None:
+async def test_progress_comes_before_the_final_output(omni: AsyncOmni) -> None:
     seen = [o async for o in omni.generate(embeds(0), Params(num_inference_steps=12, seed=0), "mine")]
     assert all(o.request_id == "mine" for o in seen)
     assert [o.finished for o in seen] == [False] * (len(seen) - 1) + [True]
@@ -63,11 +64,11 @@ async def test_previews_approach_the_picture(omni: AsyncOmni) -> None:
     assert np.array_equal(np.asarray(seen[-1].images[0]), np.asarray(plain.images[0]))  # looking changes nothing
 
 
-async def test_many_at_once_equal_their_solo_runs(omni: AsyncOmni) -> None:
+async def test_simultaneous_requests_equal_their_solo_runs(omni: AsyncOmni) -> None:
     together = await asyncio.gather(*(final(omni, i, num_inference_steps=4 + 3 * i) for i in range(8)))
     for i, output in enumerate(together):
         alone = await final(omni, i, num_inference_steps=4 + 3 * i)
-        assert (output.latents - alone.latents).abs().max() < 1e-4
+        assert_close(output.latents, alone.latents)
     assert omni.engine.worker.cache_bytes == 0
 
 
@@ -88,7 +89,7 @@ async def test_cancelling_the_task_aborts_the_request(omni: AsyncOmni) -> None:
     assert (await final(omni, 1, num_inference_steps=4)).ok
 
 
-async def test_abort_by_id(omni: AsyncOmni) -> None:
+async def test_abort_by_id_ends_the_request(omni: AsyncOmni) -> None:
     async for output in omni.generate(embeds(0), Params(num_inference_steps=900), "victim"):
         if not output.finished:
             await omni.abort("victim")
@@ -96,7 +97,7 @@ async def test_abort_by_id(omni: AsyncOmni) -> None:
     await omni.abort("unknown")
 
 
-async def test_a_refused_request_raises_and_the_engine_lives(omni: AsyncOmni) -> None:
+async def test_a_refused_request_raises_and_later_ones_are_served(omni: AsyncOmni) -> None:
     with pytest.raises(InvalidValueError, match="strength"):
         await final(omni, 0, strength=0.5)
     with pytest.raises(InvalidValueError, match="cache"):
@@ -107,7 +108,7 @@ async def test_a_refused_request_raises_and_the_engine_lives(omni: AsyncOmni) ->
     assert (await final(omni, 0, num_inference_steps=4)).ok
 
 
-async def test_close_ends_what_runs() -> None:
+async def test_close_ends_running_requests() -> None:
     omni = AsyncOmni.from_pipe(tiny_flux(), defaults=DEFAULTS)
     stream = omni.generate(embeds(0), Params(num_inference_steps=900))
     await anext(stream)

@@ -1,4 +1,4 @@
-"""LoRA per request: adapters by registered name, different ones side by side, the cache on. Real adapters and PEFT."""
+"""LoRA per request: adapters by registered name, different ones in one batch, with the cache. Real PEFT adapters."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close, assert_differs
 from errors_raised import assert_matches
 from peft import LoraConfig, get_peft_model_state_dict
 from pipelines import CURVE, DEFAULTS, count_blocks, embeds, run_latents, tiny_flux
@@ -55,7 +56,7 @@ def reference(adapters: dict[str, str], names: list[str], scales: list[float], *
     return run_latents(pipeline, **call)
 
 
-def test_each_request_has_its_own_adapters(adapters: dict[str, str]) -> None:
+def test_each_request_of_a_batch_uses_its_own_adapters(adapters: dict[str, str]) -> None:
     asked: list[Any] = ["ink", {"name": "clay", "scale": 0.5}, ["ink", {"name": "clay", "scale": 0.5}], None, "ink"]
     expected = [(["ink"], [1.0]), (["clay"], [0.5]), (["ink", "clay"], [1.0, 0.5]), ([], []), (["ink"], [1.0])]
     parameters = [
@@ -68,12 +69,12 @@ def test_each_request_has_its_own_adapters(adapters: dict[str, str]) -> None:
     for i, output in enumerate(outputs):
         assert output.ok, output.error
         wanted = reference(adapters, *expected[i], i=i, seed=i, num_inference_steps=4 + i)
-        torch.testing.assert_close(output.latents, wanted, atol=1e-4, rtol=0)
-        changed = (output.latents - plain[i]).abs().max()
-        assert (changed < 1e-4) == (not expected[i][0]), f"request {i} differs from the bare model by {changed}"
+        assert_close(output.latents, wanted)
+        compare = assert_differs if expected[i][0] else assert_close
+        compare(output.latents, plain[i], f"request {i} and the bare model")
 
 
-def test_cache_skips_with_an_adapter_and_residuals_stay_apart(adapters: dict[str, str]) -> None:
+def test_cached_requests_with_different_adapters_stay_apart(adapters: dict[str, str]) -> None:
     """The same prompt and seed with and without the adapter, in one engine, each as it is alone."""
     asked = ["ink", None, "clay"]
     parameters = [Params(num_inference_steps=10, seed=0, output_type="latent", lora_request=lora) for lora in asked]
@@ -85,11 +86,11 @@ def test_cache_skips_with_an_adapter_and_residuals_stay_apart(adapters: dict[str
         assert omni.engine.worker.cache_bytes == 0
     for one, other in zip(together, alone, strict=True):
         assert one.skipped_steps == other.skipped_steps > 0
-        torch.testing.assert_close(one.latents, other.latents, atol=1e-4, rtol=0)
-    assert (together[0].latents - together[1].latents).abs().max() > 1e-2
+        assert_close(one.latents, other.latents)
+    assert_differs(together[0].latents, together[1].latents)
 
 
-def test_equal_adapters_share_a_forward(adapters: dict[str, str]) -> None:
+def test_requests_with_equal_adapters_share_a_forward(adapters: dict[str, str]) -> None:
     params = Params(num_inference_steps=4, output_type="latent", lora_request="ink", cache="off", seed=1)
     with engine(adapters) as omni:
         counter = count_blocks(omni.engine.worker.pipeline)
@@ -97,7 +98,7 @@ def test_equal_adapters_share_a_forward(adapters: dict[str, str]) -> None:
         assert counter.count == 4 and counter.rows == 8
 
 
-def test_close_gives_the_bare_pipeline_back(adapters: dict[str, str]) -> None:
+def test_close_removes_the_adapters(adapters: dict[str, str]) -> None:
     pipeline = tiny_flux()
     before = fingerprint(pipeline.transformer), run_latents(pipeline, num_inference_steps=3)
     with Omni.from_pipe(pipeline, defaults=DEFAULTS, lora_modules=adapters) as omni:
@@ -119,7 +120,7 @@ def test_close_gives_the_bare_pipeline_back(adapters: dict[str, str]) -> None:
         (7, "lora_request must be a registered name"),
     ],
 )
-def test_bad_requests_are_refused_and_cost_nothing(adapters: dict[str, str], lora: Any, message: str) -> None:
+def test_a_bad_adapter_request_is_refused(adapters: dict[str, str], lora: Any, message: str) -> None:
     with engine(adapters) as omni:
         params = {"num_inference_steps": 3, "lora_request": lora, "output_type": "latent"}
         bad, good = omni.generate([embeds(0), embeds(1)], [params, {"num_inference_steps": 3}], use_tqdm=False)
@@ -128,7 +129,7 @@ def test_bad_requests_are_refused_and_cost_nothing(adapters: dict[str, str], lor
         assert good.ok
 
 
-def test_bad_modules_are_refused_at_start(tmp_path: Path) -> None:
+def test_bad_lora_modules_are_refused_at_start_up(tmp_path: Path) -> None:
     pickled = tmp_path / "a.bin"
     pickled.write_bytes(b"\x80\x04")
     cut = tmp_path / "b.safetensors"

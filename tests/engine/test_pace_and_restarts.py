@@ -28,7 +28,7 @@ def test_planned_seconds_follow_what_was_measured() -> None:
     assert len(costs.computed) == 64
 
 
-def test_those_sent_away_come_back_one_after_another() -> None:
+def test_refused_requests_are_told_to_return_one_after_another() -> None:
     promised, told = 0.0, []
     for _ in range(20):
         promised = cost.come_back(100.0, promised, 2.0, 16.0)

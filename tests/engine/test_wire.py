@@ -1,4 +1,4 @@
-"""Messages between the front end and the engine process: they return as they were, and bad ones are dropped."""
+"""Messages between the front end and the engine process: unchanged after decoding, and refused if malformed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_request_that_cannot_be_read_is_refused_and_the_next_frame_read() -> N
     theirs.close()
 
 
-def test_what_crosses_comes_back_as_it_was() -> None:
+def test_messages_are_the_same_after_encode_and_decode() -> None:
     picture = Image.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3))
     tensor = torch.randn(2, 3).bfloat16()
     add = decode_command(encode(Add("a", {"image": picture, "embeds": tensor}, {"seed": 2**64 - 1}, 0, 1.0, None))[4:])
@@ -75,7 +75,7 @@ def test_what_crosses_comes_back_as_it_was() -> None:
     assert back.plan == (True, False) and np.array_equal(back.latents, np.eye(2))
 
 
-def test_a_lying_picture_or_array_is_refused() -> None:
+def test_a_picture_or_array_of_a_wrong_size_is_refused() -> None:
     good = encode(Add("a", Image.new("RGB", (4, 4)), {}, 0, 1.0, None))[4:]
     wide = good.replace(b"\x92\x04\x04", b"\x92\x7f\x04")
     assert wide != good
@@ -88,7 +88,7 @@ def test_a_lying_picture_or_array_is_refused() -> None:
             decode_command(body)
 
 
-def test_unknown_errors_cross_without_their_text() -> None:
+def test_errors_of_unknown_classes_lose_their_text() -> None:
     output = OmniRequestOutput("a", error=RuntimeError("at 0x7f00dead in /srv/secret.py"))
     (back,) = decode_event(encode(Outputs([output]))[4:]).outputs
     assert type(back.error) is OmniError and "RuntimeError" in str(back.error) and "secret" not in str(back.error)

@@ -179,8 +179,9 @@ def narrow(document: dict[str, Any], model: dict[str, Any]) -> None:
     }  # fmt: skip
     text = {"type": "object", "required": ["role", "content"], "additionalProperties": False,
             "properties": {"role": {"const": "user"}, "content": words}}  # fmt: skip
-    without = {"lora", "seconds", "guidance_scale_2"} | ({"mask", "input_reference"} if not omni["capabilities"].get(
-        "input_reference") else set())  # fmt: skip
+    without = {"lora", "seconds", "guidance_scale_2", "boundary_ratio", "control_image"}
+    if not omni["capabilities"]["input_reference"]:
+        without |= {"mask", "input_reference"}
     if not omni["capabilities"]["edits"]:
         without.add("strength")
     if not omni["capabilities"]["negative_prompt"]:

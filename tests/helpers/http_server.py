@@ -68,7 +68,7 @@ class Running:
 
     def idle(self) -> Any:
         """The statistics once nothing runs."""
-        jobs = self.app.state.served.jobs.running
+        jobs = self.app.state.omni.jobs.running
         for _ in range(500):
             stats = self.do(self.engine.stats())
             if not stats.running and not stats.waiting and not jobs:

@@ -19,7 +19,8 @@ import httpx
 from http_server import Running, serve
 from paths import PROBE
 
-from vllm_omni.entrypoints.openai import picture, sse, video_jobs
+from vllm_omni.entrypoints.openai import jobs, media
+from vllm_omni.entrypoints.openai.protocol import streams
 
 ENCODE_S, STEP_S, DECODE_S, FILE_S = 0.04, 0.01, 0.04, 0.04  # each part takes so much longer, and can be met
 STEPS, BUSY_STEPS = 6, 1000
@@ -204,12 +205,12 @@ class Leaving:
 
     def _known(self, route: Route, name: str) -> bool:
         state = self.server.app.state
-        return bool(state.videos._tasks) if route.job else name in state.served.jobs.running
+        return bool(state.omni.videos._tasks) if route.job else name in state.omni.jobs.running
 
     def _holds(self, route: Route, key: str) -> bool:
         """Whether front end, its threads, or engine still have anything of a request."""
         state = self.server.app.state
-        tasks = state.videos._tasks if route.job else state.served.jobs.running
+        tasks = state.omni.videos._tasks if route.job else state.omni.jobs.running
         return any(key in i for i in (*tasks, *self.server.engine._requests))
 
     def _occupy(self) -> socket.socket:
@@ -262,10 +263,10 @@ def leaving(kind: str, model: str, png: bytes, png_url: str) -> Iterator[Leaving
         if kind == "videos":
             args["cache_config"] = {"mag_ratios": [1.0] * 50}
         writing = mock.patch.object(
-            video_jobs.VideoJobs, "_write", slowly(video_jobs.VideoJobs._write, lambda: trace.note("file"))
+            jobs.VideoJobs, "_write", slowly(jobs.VideoJobs._write, lambda: trace.note("file"))
         )
-        encoding = mock.patch.object(picture, "encode", slowly(picture.encode, lambda: trace.note("file")))
-        first = mock.patch.object(sse, "FIRST_S", 0.05)
+        encoding = mock.patch.object(media, "encode", slowly(media.encode, lambda: trace.note("file")))
+        first = mock.patch.object(streams, "FIRST_S", 0.05)
         with (
             writing, encoding, first, serve(args, sse_keep_alive_interval_s=0.05, max_steps=BUSY_STEPS) as server,
             httpx.Client(base_url=server.url, timeout=30) as http,

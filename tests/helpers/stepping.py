@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -20,8 +18,3 @@ def drain(omni: Omni, outputs: dict[str, Any]) -> dict[str, Any]:
     while omni.engine.has_unfinished_requests():
         outputs |= {output.request_id: output for output in omni.engine.step()}
     return outputs
-
-
-def distance(a: Any, b: Any) -> float:
-    """Largest difference per channel of two pictures, in units of 1/255."""
-    return float(np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int)).max())

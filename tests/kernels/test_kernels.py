@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from closeness import assert_close
 from paths import ROOT
 
 from vllm_omni.kernels import ops
@@ -50,12 +51,10 @@ def test_forecast_is_the_sum_rounded_once(shape, dtype, kept) -> None:
         error = (out.double() - exact).abs() / exact.abs().clamp_min(1.0)
         assert error.max() <= _tolerance(dtype), function
     assert torch.equal(x, before)
-    assert torch.allclose(
-        ops.forecast(*call).float(), ops.forecast_torch(*call).float(), rtol=_tolerance(dtype), atol=2e-6
-    )
+    assert_close(ops.forecast(*call), ops.forecast_torch(*call), roundings=4)
 
 
-def test_a_row_without_terms_stays_as_it_is_and_one_term_is_torchs_own() -> None:
+def test_a_row_without_terms_is_unchanged_and_one_term_equals_torch() -> None:
     x, r = _randn(4, 5, 6), _randn(4, 5, 6, seed=1)
     out = ops.forecast(x, [r[:1], r[1:2]], [1.0, 2.0], [2, 2])
     assert torch.equal(out[[0, 1, 3]], x[[0, 1, 3]])
@@ -73,7 +72,7 @@ def test_forecast_takes_tensors_that_are_not_contiguous(dtype) -> None:
 
 @pytest.mark.parametrize("kept", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_residual_and_its_norm(dtype, kept) -> None:
+def test_a_residual_and_its_norm_equal_the_exact_ones(dtype, kept) -> None:
     fused, before = _randn(3, 20, 65, dtype=dtype), _randn(3, 9, 65, dtype=dtype, seed=1)
     after = fused[:, -9:]  # what a tail returns that holds text, too
     exact = after.double() - before.double()
@@ -87,7 +86,7 @@ def test_residual_and_its_norm(dtype, kept) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_infinities_and_nans_come_through(dtype) -> None:
+def test_infinities_and_nans_are_kept(dtype) -> None:
     x = torch.tensor([[[float("inf"), float("nan"), 1.0, -float("inf")] * 9]]).to(dtype)
     zero = torch.zeros_like(x)
     out = ops.forecast(x, [zero, zero], [1.0, 1.0], [0, 0])
@@ -97,7 +96,7 @@ def test_infinities_and_nans_come_through(dtype) -> None:
 
 
 @native
-def test_what_does_not_fit_is_refused() -> None:
+def test_mismatched_arguments_are_refused() -> None:
     x, r = _randn(2, 3, 4, dtype=BF16), _randn(2, 3, 4, dtype=BF16)
     forecast = torch.ops.vllm_omni.forecast
     for call in (
@@ -116,7 +115,7 @@ def test_what_does_not_fit_is_refused() -> None:
 
 @native
 @pytest.mark.filterwarnings("ignore")
-def test_registration_and_fakes_hold() -> None:
+def test_the_operations_pass_torchs_own_checks() -> None:
     """torch's own checks: schema, aliasing, and that the fake's shapes, strides and dtypes are the real ones."""
     x, r = _randn(2, 3, 4, dtype=BF16), _randn(1, 3, 4, dtype=BF16)
     checks = ("test_schema", "test_faketensor")
@@ -157,7 +156,7 @@ def _operators(call: Callable[[], torch.Tensor]) -> set[str]:
     return {event.name for event in profile.events()}
 
 
-def test_bookkeeping_of_a_computed_step_takes_one_residual() -> None:
+def test_a_computed_step_allocates_one_residual() -> None:
     """And, to be rounded once to fewer bits, one in fp32 for a moment."""
     after, before = _randn(1, 512, 512), _randn(1, 512, 512, seed=1)
     for keep, passing in ((torch.float32, 0), (torch.bfloat16, after.nbytes)):
@@ -171,7 +170,7 @@ def test_bookkeeping_of_a_computed_step_takes_one_residual() -> None:
         assert 0 < most <= kept.nbytes + passing + 4096, (keep, most, kept.nbytes)
 
 
-def test_a_build_that_cannot_be_is_an_error_only_where_it_is_required(tmp_path) -> None:
+def test_a_failed_build_is_an_error_only_if_it_is_required(tmp_path) -> None:
     cmake = shutil.which("cmake")
     if cmake is None:
         pytest.skip("no cmake")
@@ -196,7 +195,7 @@ def test_a_build_that_cannot_be_is_an_error_only_where_it_is_required(tmp_path) 
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_eight_bits_and_a_scale_per_token(dtype: torch.dtype) -> None:
+def test_float8_residuals_keep_a_scale_per_token(dtype: torch.dtype) -> None:
     """Half a unit of e4m3's three bits at each token's own size, and half the bytes of bfloat16."""
     sizes = torch.logspace(-6, 4, 33) if dtype != torch.float16 else torch.logspace(-2, 3, 33)
     after, before = _randn(2, 33, 64) * sizes[:, None], torch.zeros(2, 33, 64)

@@ -32,7 +32,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 
 
-def test_a_good_folder_loads(folder: Path) -> None:
+def test_a_valid_folder_loads(folder: Path) -> None:
     assert resolve_model(str(folder)) == str(folder)
     with Omni(str(folder), dtype="float32") as omni:
         for prompt in ("red apple", embeds(0)):
@@ -40,7 +40,7 @@ def test_a_good_folder_loads(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["/nonexistent", "./nonexistent", "~/nonexistent", "demmo", "a/b/c"])
-def test_a_missing_folder_lists_what_would_do(model: str) -> None:
+def test_a_missing_folder_is_refused_with_the_alternatives(model: str) -> None:
     with pytest.raises(ModelLoadError, match="does not exist; give a diffusers folder, a hub id, or one of") as caught:
         Omni(model)
     assert model in str(caught.value)
@@ -186,7 +186,7 @@ def no_class(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("breaks", [broken_config, empty_part, unknown_class, other_shapes, no_class])
-def test_what_only_diffusers_can_see_is_a_model_load_error_too(folder: Path, breaks: Any) -> None:
+def test_faults_that_only_diffusers_finds_are_model_load_errors(folder: Path, breaks: Any) -> None:
     breaks(folder)
     with pytest.raises(ModelLoadError) as caught:
         Omni(str(folder))

@@ -1,4 +1,4 @@
-"""Model folders that try to run code: by class names, auto_map, pickles, shards and links. Refused, or not read."""
+"""Model folders that try to run code, by class names, auto_map, pickles, shards or links: refused, or not read."""
 
 from __future__ import annotations
 
@@ -174,13 +174,13 @@ def folder(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     return copy
 
 
-def test_the_canary_would_be_seen(folder: Path) -> None:
+def test_loading_the_payload_is_detected(folder: Path) -> None:
     pickle.loads(pickle.dumps(Payload()))
     assert (folder.parent / "canary").exists()
 
 
 @pytest.mark.parametrize("attack", REFUSED, ids=lambda attack: attack.__name__)
-def test_refused(folder: Path, attack: Callable[[Path], None]) -> None:
+def test_a_folder_that_would_run_code_is_refused(folder: Path, attack: Callable[[Path], None]) -> None:
     attack(folder)
     with pytest.raises(ModelLoadError) as caught:
         Omni(str(folder), dtype="float32")
@@ -189,7 +189,7 @@ def test_refused(folder: Path, attack: Callable[[Path], None]) -> None:
 
 
 @pytest.mark.parametrize("attack", IGNORED, ids=lambda attack: attack.__name__)
-def test_ignored(folder: Path, attack: Callable[[Path], None]) -> None:
+def test_code_beside_the_model_is_not_read(folder: Path, attack: Callable[[Path], None]) -> None:
     attack(folder)
     with Omni(str(folder), dtype="float32") as omni:
         assert omni.generate("x", {"num_inference_steps": 1, **DEFAULTS}, use_tqdm=False)[0].ok

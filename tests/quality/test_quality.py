@@ -1,4 +1,4 @@
-"""`vllm-omni quality`: what it measures is what an independent computation gives, and its files say it."""
+"""`vllm-omni quality`: its figures equal an independent computation, and its files hold them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close, assert_differs
 from PIL import Image
 
 from vllm_omni import Omni
@@ -51,7 +52,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[l
 SETTINGS = ("--settings", '{"nfe": 4}', "balanced")
 
 
-def test_report_of_settings(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_has_its_rows_and_files(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines, content = run(folder, capsys, *SETTINGS)
     summary = json.loads(lines[-1])
     rows = {row["name"]: row for row in content["results"]}
@@ -104,7 +105,7 @@ def ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 @pytest.mark.slow
-def test_a_second_run_draws_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_run_reuses_the_pictures(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, first = run(folder, capsys, *SETTINGS)
     before = {file: file.stat().st_mtime_ns for file in (folder / "work").iterdir()}
     _, content = run(folder, capsys, *SETTINGS, "--limit-minutes", "0")
@@ -115,14 +116,16 @@ def test_a_second_run_draws_nothing(folder: Path, capsys: pytest.CaptureFixture[
     assert len(list((folder / "work").iterdir())) > len(before), "other seeds are other pictures"
 
 
-def test_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_time_limit_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines, content = run(tmp_path, capsys, *SETTINGS, "--limit-minutes", "0")
     assert json.loads(lines[-1])["rows"] == 0
     assert any("nfe=4" in notice and "run again" in notice for notice in content["notices"])
 
 
 @pytest.mark.slow
-def test_two_processes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_processes_measure_the_same_as_one(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The same figures as in one; a setting that cannot be had is one clear line from there, too."""
     _, alone = run(folder, capsys, *SETTINGS)
     lines, content = run(tmp_path, capsys, *SETTINGS, "--processes", "2")
@@ -147,7 +150,9 @@ def test_two_processes(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         (["--processes", "0"], "--processes"),
     ],
 )
-def test_bad_input(more: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_refused_with_the_option(
+    more: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["quality", "demo", "--out", str(tmp_path), *more]) == 2
     error = capsys.readouterr().err
     assert words in error and len(error.splitlines()) == 1
@@ -219,16 +224,16 @@ def test_a_peer_is_charged_for_the_first_block_it_recomputes(bench: Bench) -> No
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
-def test_peers_run_and_leave_the_pipeline_alone(name: str, bench: Bench) -> None:
+def test_peers_run_and_leave_the_pipeline_unchanged(name: str, bench: Bench) -> None:
     if not PEERS[name].installed:
         pytest.skip(f"{PEERS[name].package} is not installed")
     before = bench._plain(bench.pipeline, STEPS, PAIRS[:1])
     strong = PEERS[name].strengths[-1]
     pictures, work = bench.draw(Row(name, name, STEPS, peer=name, strength=strong), PAIRS)
     again, _ = bench.draw(Row(name, name, STEPS, peer=name, strength=strong), PAIRS[1:])
-    assert np.abs(pictures[1:] - again).max() < 1e-4, "nothing is left over from the picture before"
+    assert_close(np.float32(pictures[1:]), again, "nothing is left over from the picture before")
     assert 1 <= work.full / 2 < STEPS
-    assert np.abs(pictures[:1] - before).max() > 1e-4, "it does something"
+    assert_differs(np.float32(pictures[:1]), before, "it does something")
     np.testing.assert_array_equal(bench._plain(bench.pipeline, STEPS, PAIRS[:1]), before)
 
 
@@ -260,7 +265,7 @@ def result(group: str, nfe: float, work: float, decibels: list[float], steps: in
     return Result(made, nfe, work, {"psnr": decibels}, 0.0)
 
 
-def test_margins() -> None:
+def test_margins_are_interpolated_between_rows() -> None:
     peer = "cache-dit DBCache+Taylor"
     rows = [
         result(PLANNED, 14, 14.0, [60.0, 62.0]),
@@ -299,6 +304,7 @@ def test_default_preset_is_the_largest_with_30_db_at_worst_that_beats_fewer_step
     assert report.default_preset([*rows, at_nine]) == chosen
 
 
+@pytest.mark.slow
 def test_the_rule_is_tuned_to_a_number_of_forwards(bench: Bench) -> None:
     ratios = bench.ratios(28)
     for forwards in (19, 14, 9, 7):
@@ -310,14 +316,14 @@ def test_the_rule_is_tuned_to_a_number_of_forwards(bench: Bench) -> None:
     assert len({row.name for row in default_rows(28, ratios)}) == len(set(default_rows(28, ratios)))
 
 
-def test_identical_pictures_and_videos() -> None:
+def test_identical_pictures_and_videos_have_no_error() -> None:
     pictures = np.random.default_rng(0).random((2, 3, 16, 16, 3)).astype(np.float32)
     assert compare(pictures, pictures)["psnr"] == [100.0, 100.0]
     worse = np.clip(pictures + 0.1, 0, 1)
     assert all(0 < s < 1 for s in compare(worse, pictures)["ssim"])
 
 
-def test_sheet_shows_the_difference_amplified(tmp_path: Path) -> None:
+def test_the_sheet_shows_amplified_differences(tmp_path: Path) -> None:
     exact = np.full((2, 32, 32, 3), 0.5, dtype=np.float16)
     np.save(tmp_path / "exact.npy", exact)
     np.save(tmp_path / "got.npy", exact + np.float16(0.0625))
@@ -330,7 +336,7 @@ def test_sheet_shows_the_difference_amplified(tmp_path: Path) -> None:
         assert [picture.getpixel((column, row)) for row in rows] == [(128,) * 3, (143,) * 3, (128,) * 3]
 
 
-def test_chart_of_two_step_counts(tmp_path: Path) -> None:
+def test_the_chart_has_both_step_counts(tmp_path: Path) -> None:
     rows = [result(PLANNED, n, n, [90.0 - n, 80.0 - n], steps) for steps in (28, 50) for n in (5, 7, 14)]
     rows += [result(FEWER, n, n, [50.0 + n, 45.0], steps) for steps in (28, 50) for n in (5, 7, 14)]
     chart.draw(rows, tmp_path / "chart.png", "title")
@@ -338,7 +344,7 @@ def test_chart_of_two_step_counts(tmp_path: Path) -> None:
         assert picture.width > picture.height
 
 
-def test_pairs_ask_for_a_positive_count() -> None:
+def test_a_count_of_pairs_below_one_is_refused() -> None:
     with pytest.raises(InvalidValueError, match="--pairs"):
         held_out("demo", 0)
     assert held_out("demo", 1) == [Pair(captions("demo", calibration=False)[0], HELD_OUT_SEED)]

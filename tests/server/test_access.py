@@ -1,4 +1,4 @@
-"""Who may ask: no route but the probes answers without the key, and the key is in no process list and no log."""
+"""Access: no route but the probes answers without the key, and the key is in no process list and no log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from http_replies import exchange
 from http_server import KEY, PROCESS_KEY, Command, Running
 from starlette.routing import Route
 
-from vllm_omni.entrypoints.openai.gate import OPEN_PATHS
+from vllm_omni.entrypoints.openai.middleware import OPEN_PATHS
 
 
 def test_no_route_answers_without_the_key(server: Running) -> None:

@@ -1,4 +1,4 @@
-"""What the server tells about itself: metrics, usage, health, models and the cache."""
+"""What the server reports: metrics, usage, health, models and the cache."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from http_server import GENERATIONS, Running
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_omni.entrypoints.openai.gate import OPEN_PATHS
+from vllm_omni.entrypoints.openai.middleware import OPEN_PATHS
 
 
 def samples(http: httpx.Client) -> dict[tuple[str, str], float]:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from closeness import levels_apart
 from http_replies import envelope, picture, run_example
 from http_server import KEY, Running
 from openai import (
@@ -50,7 +51,7 @@ def test_generate_returns_pictures_that_their_metadata_reproduces(openai: OpenAI
         extra_body={"seed": told["seed"], "steps": told["num_inference_steps"]},
     )
     other = np.asarray(picture(again.data[0].b64_json), dtype=int)  # the second of two, alone
-    assert np.abs(np.asarray(images[1], dtype=int) - other).max() <= 1
+    assert levels_apart(images[1], other) <= 1
     assert np.ptp(other) > 50
 
 
@@ -153,7 +154,7 @@ async def test_every_error_raises_its_official_class(
     options |= {name: change[name] for name in options if name in change}
     asked = {"prompt": "x"} | {name: value for name, value in change.items() if name not in options}
     for asynchronous in (False, True):
-        before = server.app.state.served.statuses[status]
+        before = server.app.state.omni.statuses[status]
         with pytest.raises(kind) as caught:
             if asynchronous:
                 async with AsyncOpenAI(**options) as client:
@@ -165,17 +166,17 @@ async def test_every_error_raises_its_official_class(
             assert (caught.value.status_code, caught.value.code) == (status, code)
             assert caught.value.request_id and caught.value.body["message"]
             for _ in range(300):  # a reply to a body that was refused is counted when the body has been read
-                if server.app.state.served.statuses[status] > before:
+                if server.app.state.omni.statuses[status] > before:
                     break
                 time.sleep(0.01)
-            assert server.app.state.served.statuses[status] == before + 1
+            assert server.app.state.omni.statuses[status] == before + 1
         server.idle()
 
 
 @pytest.mark.slow
 def test_clients_retry_a_full_queue_until_they_are_served(server: Running) -> None:
     """More clients than places: each is told when to come back, does so, and none is lost or asks too often."""
-    before = server.app.state.served.statuses.copy()
+    before = server.app.state.omni.statuses.copy()
     client = OpenAI(base_url=server.url + "/v1", api_key=KEY, max_retries=20)
 
     def one(seed: int) -> Any:
@@ -186,7 +187,7 @@ def test_clients_retry_a_full_queue_until_they_are_served(server: Running) -> No
     with ThreadPoolExecutor(16) as pool:
         replies = list(pool.map(one, range(16)))
     assert all(reply.parse().data[0].b64_json for reply in replies)
-    sent_away = server.app.state.served.statuses[503] - before[503]
+    sent_away = server.app.state.omni.statuses[503] - before[503]
     assert sent_away == sum(reply.retries_taken for reply in replies) > 0
     assert sent_away <= 3 * len(replies)  # L3: no storm
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from vllm_omni.entrypoints.openai.video_store import EXPIRES_S, VideoStore
+from vllm_omni.entrypoints.openai.store import EXPIRES_S, VideoStore
 from vllm_omni.errors import InvalidValueError
 
 

@@ -13,10 +13,10 @@ from vllm_omni.bench.stats import Sample
 
 MOST_AT_ONCE = 1024  # connections of an open loop; a request due while all are busy waits, and its wait counts
 Body = dict[str, Any]
-Told = Callable[[Sample], None]
+Done = Callable[[Sample], None]
 
 
-def closed(target: Target, bodies: Iterable[Body], clients: int, told: Told = lambda _: None) -> list[Sample]:
+def closed(target: Target, bodies: Iterable[Body], clients: int, done: Done = lambda _: None) -> list[Sample]:
     """`clients` at once, each asking again as soon as it has its reply, until all requests are answered."""
     waiting: SimpleQueue[Body] = SimpleQueue()
     for body in bodies:
@@ -32,7 +32,7 @@ def closed(target: Target, bodies: Iterable[Body], clients: int, told: Told = la
             except Empty:
                 return client.close()
             due = time.perf_counter() - began
-            _note(samples, client, body, due, began, told)
+            _note(samples, client, body, due, began, done)
 
     with ThreadPoolExecutor(clients) as pool:
         for future in [pool.submit(work) for _ in range(clients)]:
@@ -41,7 +41,7 @@ def closed(target: Target, bodies: Iterable[Body], clients: int, told: Told = la
 
 
 def open_loop(
-    target: Target, bodies: Sequence[Body], times: Sequence[float], told: Told = lambda _: None
+    target: Target, bodies: Sequence[Body], times: Sequence[float], done: Done = lambda _: None
 ) -> list[Sample]:
     """Each request at its time, whether or not others are answered."""
     idle: LifoQueue[Client] = LifoQueue()
@@ -53,7 +53,7 @@ def open_loop(
             client = idle.get_nowait()
         except Empty:
             client = Client(target)
-        _note(samples, client, body, due, began, told)
+        _note(samples, client, body, due, began, done)
         idle.put(client)
 
     with ThreadPoolExecutor(min(len(bodies), MOST_AT_ONCE)) as pool:
@@ -68,8 +68,8 @@ def open_loop(
     return samples
 
 
-def _note(samples: list[Sample], client: Client, body: Body, due: float, began: float, told: Told) -> None:
+def _note(samples: list[Sample], client: Client, body: Body, due: float, began: float, done: Done) -> None:
     outcome = client.ask(body)
     sample = Sample(due, time.perf_counter() - began, outcome.pictures, outcome.error)
     samples.append(sample)
-    told(sample)
+    done(sample)

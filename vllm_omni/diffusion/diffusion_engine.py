@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.scheduler import StepKind, StepScheduler
+from vllm_omni.diffusion.worker.arguments import refusal
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.diffusion.worker.worker import DiffusionWorker
@@ -34,6 +35,7 @@ class _Entry:
     arguments: dict[str, Any]
     settings: CacheSettings | None
     fps: float
+    audio_rate: int | None
     arrived: float = field(default_factory=time.perf_counter)
     running: Request | None = None
     seed: int | None = None
@@ -97,8 +99,8 @@ class DiffusionEngine:
         if not request.request_id or request.request_id in self._entries:
             raise InvalidValueError("request_id", request.request_id, "must be new and not empty")
         arguments, settings = self.worker.check(request)
-        fps = self.worker.arguments.fps(request)
-        self._entries[request.request_id] = _Entry(request, arguments, settings, fps)
+        fps, audio_rate = self.worker.arguments.fps(request), self.worker.arguments.audio_rate
+        self._entries[request.request_id] = _Entry(request, arguments, settings, fps, audio_rate)
         self.scheduler.add(request.request_id, priority, time.monotonic() if arrived is None else arrived)
 
     def step(self) -> list[OmniRequestOutput]:
@@ -279,20 +281,32 @@ def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
         }
     output.peak_memory_mb = _peak_memory_mb()
     if isinstance(event, Failed):
-        output.error = event.error
+        output.error = event.error if output.step else refusal(event.error, entry.arguments)
         return output
-    kind, result = next(iter(event.output.items()))  # a pipeline's output is an ordered dict: images, or frames
-    if isinstance(result, torch.Tensor | numpy.ndarray) and not torch.as_tensor(result).isfinite().all():
-        output.error = NumericalError()  # pictures are looked at where they are made
-        return output
-    if entry.arguments.get("output_type") == "latent":
-        with torch.inference_mode(False):  # the caller may want to train on it
-            output.latents = result.clone()
-    elif kind == "frames":
-        output.videos, output.fps = list(result), entry.fps
-    else:
-        output.images = list(result)
+    _fill(output, entry, event.output)
     return output
+
+
+def _fill(output: OmniRequestOutput, entry: _Entry, result: Mapping[str, Any]) -> None:
+    """What the pipeline returned: an ordered dict of images, of frames, of sound, or of frames with sound."""
+    kind, first = next(iter(result.items()))
+    if any(_has_nan(value) for value in result.values()):
+        output.error = NumericalError()  # pictures are looked at where they are made
+    elif entry.arguments.get("output_type") == "latent":
+        with torch.inference_mode(False):  # the caller may want to train on it
+            output.latents = first.clone()
+    else:
+        sound = first if kind in ("audio", "audios") else result.get("audio")
+        if sound is not None:
+            output.audio, output.audio_rate = list(sound), entry.audio_rate
+        if kind == "frames":
+            output.videos, output.fps = list(first), entry.fps
+        elif sound is not first:
+            output.images = list(first)
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, torch.Tensor | numpy.ndarray) and not torch.as_tensor(value).isfinite().all()
 
 
 def _peak_memory_mb() -> float:

@@ -11,7 +11,7 @@ from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.preview import can_preview
-from vllm_omni.engine.interface import ModelInfo
+from vllm_omni.engine.interface import ModelInfo, PictureInput
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 _DEFAULTS = (
@@ -24,6 +24,16 @@ _DEFAULTS = (
     "max_sequence_length",
     "strength",
 )
+# Arguments that take a picture; a class whose name has one of the words does not work without it.
+_PICTURES = {
+    "image": ("Edit", "Fill", "Inpaint", "Img2Img", "ImageToVideo", "Layered", "Refiner"),
+    "control_image": ("Control",),
+    "mask_image": ("Fill", "Inpaint"),
+    "mask": (),
+    "control_mask": ("Inpaint",),
+}
+_OPTIONAL = ("LTXConditionPipeline",)  # although its type does not say so
+_SEVERAL = ("EditPlus", "QwenImage21")  # likewise
 # What families call the factors of their VAE.
 _SPATIAL = ("vae_scale_factor_spatial", "vae_spatial_compression_ratio", "vae_spatial_scale_factor")
 _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae_temporal_scale_factor")
@@ -47,11 +57,25 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
         tokens_per_pixel=next((count / pixels for pixels, count in tokens.items() if pixels), 1 / multiple**2),
         cache=_cache(engine),
         previews=can_preview(pipeline),
-        image_input="image" in signature,
+        pictures=picture_inputs(type(pipeline)),
         video_output=video,
         fps=worker.arguments.fps(OmniDiffusionRequest("", "", {}, OmniDiffusionSamplingParams())),
         frame_multiple=_first(pipeline, _TEMPORAL) if video else 1,
     )
+
+
+def picture_inputs(pipeline: type) -> dict[str, PictureInput]:
+    """The arguments that take a picture; whether one is needed shows in its default, its type, or the class's name."""
+    name, inputs = pipeline.__name__, {}
+    for argument, words in _PICTURES.items():
+        if (parameter := inspect.signature(pipeline.__call__).parameters.get(argument)) is None:
+            continue
+        kind = str(parameter.annotation)
+        optional = "None" in kind or "Optional" in kind or name in _OPTIONAL
+        needed = parameter.default is parameter.empty or not optional or any(word in name for word in words)
+        lists = "list[PIL.Image.Image" in kind and "Tensor" not in kind  # elsewhere a list is a batch
+        inputs[argument] = PictureInput(needed, lists or any(word in name for word in _SEVERAL))
+    return inputs
 
 
 def _side(pipeline: Any, denoisers: Mapping[str, Any]) -> int:

@@ -11,6 +11,14 @@ from vllm_omni.outputs import OmniRequestOutput
 
 
 @dataclass(frozen=True)
+class PictureInput:
+    """An argument of the pipeline that takes a picture."""
+
+    needed: bool  # False if the model also works without it
+    several: bool  # True if a list is several pictures for one request
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """A loaded model: enough to validate a request, and to describe the model, without asking the engine again."""
 
@@ -23,7 +31,7 @@ class ModelInfo:
     tokens_per_pixel: float  # latent tokens of a picture ÷ its pixels: for `usage`
     cache: dict[str, Any]  # backend, its settings, the profiles in use, the presets by name
     previews: bool  # True if partial images can be made
-    image_input: bool  # True if the pipeline takes a picture
+    pictures: dict[str, PictureInput]  # by the pipeline's argument: image, mask_image, control_image, ...
     video_output: bool = False
     fps: float = 16.0  # frames per second that the model's videos are made for
     frame_multiple: int = 1  # a video has a multiple of it plus one frames: what the VAE packs into one

@@ -213,10 +213,11 @@ def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[
             seen[pixels] = hidden.shape[1]
 
     prompt: dict[str, Any] = {"prompt": "warm-up"}
-    if info.image_input and size:
+    if (needed := [name for name, picture in info.pictures.items() if picture.needed]) and size:
         from PIL import Image
 
-        prompt["multi_modal_data"] = {"image": Image.new("RGB", (size["width"], size["height"]), "gray")}
+        gray = Image.new("RGB", (size["width"], size["height"]), "gray")
+        prompt["multi_modal_data"] = {name: gray.convert("L") if "mask" in name else gray for name in needed}
     few: dict[str, Any] = {"num_frames": 1 + info.frame_multiple} if info.video_output else {}
     params = OmniDiffusionSamplingParams(num_inference_steps=3, seed=0, cache="off", **size, **few)
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in engine.worker.runner.modules.values()]

@@ -1,4 +1,4 @@
-"""What a server is told at start-up: the engine's arguments, limits, switches. Knows no HTTP and no vLLM.
+"""The settings of a server: the engine's arguments, limits, switches. Knows no HTTP and no vLLM.
 
 A field's description is the help text of its flag, and its default is written here alone (`cli/flags.py`).
 """
@@ -30,7 +30,13 @@ class Limits(Settings):
     max_input_images: int = Field(default=16, ge=1, description="pictures sent with one request")
     max_input_pixels: int = Field(default=64 * 2**20, ge=1, description="width x height of a picture that is sent")
     request_timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False, description="longest time of a request")
-    max_queued_requests: int = Field(default=256, ge=0, description="requests that wait; others are told to come back")
+    max_queued_requests: int = Field(
+        default=256, ge=0, description="requests that may wait; further ones get a 503 with Retry-After"
+    )
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 2**20)
 
 
 class HttpOptions(Settings):

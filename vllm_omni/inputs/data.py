@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,11 @@ def own(value: Any) -> Any:
     return value
 
 
+def has_embeds(text: str, given: Iterable[str]) -> bool:
+    """Whether embeddings are given in place of `text`, under whatever name the pipeline has for them."""
+    return any(name.startswith(f"{text}_embeds") for name in given)
+
+
 def normalise_prompt(prompt: Any) -> dict[str, Any]:
     """A prompt as the dict of the pipeline's conditioning arguments: text, or a dict such as PROMPT_KEYS_DOC."""
     if isinstance(prompt, str):
@@ -105,9 +111,12 @@ def normalise_prompt(prompt: Any) -> dict[str, Any]:
         if any(isinstance(one, str | bytes | Path) for one in (entry if isinstance(entry, list | tuple) else [entry])):
             raise InvalidValueError(name, entry, "must be a picture, not where to find one (PIL.Image.open opens it)")
     given.update(media)
+    for text in ("prompt", "negative_prompt"):
+        if given.get(text) == "" and has_embeds(text, given):
+            del given[text]
     if "prompt" in given:
         check_text("prompt", given["prompt"])
-    elif not any(key.startswith("prompt_embeds") for key in given):
+    elif not has_embeds("prompt", given):
         raise InvalidValueError("prompt", prompt, "must hold 'prompt' or 'prompt_embeds'")
     if "negative_prompt" in given and given["negative_prompt"] != "":
         check_text("negative_prompt", given["negative_prompt"])

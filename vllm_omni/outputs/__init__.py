@@ -10,8 +10,10 @@ from vllm_omni.errors import OmniError
 
 @dataclass
 class OmniRequestOutput:
-    """The images (or videos, each a list of frames to be shown at `fps`) of one request, and how they were made.
+    """The images, videos (each a list of frames to be shown at `fps`) or sounds of one request, and how they were made.
 
+    `audio` has one waveform per picture or prompt, (channels, samples) at `audio_rate` samples per second; a video with
+    sound has both.
     `plan` has one flag per step, True where the blocks were to be computed; `computed_steps` and `skipped_steps` count
     what was done. With `finished` False it is a progress report: `step` of `num_inference_steps`, no images.
     """
@@ -21,6 +23,8 @@ class OmniRequestOutput:
     images: list[Any] = field(default_factory=list)
     videos: list[list[Any]] = field(default_factory=list)
     fps: float | None = None
+    audio: list[Any] = field(default_factory=list)
+    audio_rate: int | None = None
     latents: Any = None
     error: Exception | None = None
     metrics: dict[str, float] = field(default_factory=dict)

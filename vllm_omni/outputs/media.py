@@ -30,11 +30,27 @@ _UNREADABLE = (
 
 
 def open_image(source: Path | bytes, field: str = "image", max_pixels: int = MAX_INPUT_PIXELS) -> Image.Image:
-    """An RGB picture from a file or its bytes, turned as its EXIF says.
+    """An RGB picture from a file or its bytes, turned as its EXIF says; a transparent one lies on white.
 
     InvalidValueError for what is no PNG, JPEG or WebP, is cut off, or has more than `max_pixels`; the size is looked at
     before any pixel is decoded.
     """
+    picture = _open(source, field, max_pixels)
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    picture = picture.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def open_mask(source: Path | bytes, field: str = "mask", max_pixels: int = MAX_INPUT_PIXELS) -> Image.Image:
+    """A mask in shades of gray: white where its picture is to be repainted, which is also where it is transparent."""
+    picture = _open(source, field, max_pixels)
+    if not picture.has_transparency_data:
+        return picture.convert("L")
+    return ImageOps.invert(picture.convert("RGBA").getchannel("A"))
+
+
+def _open(source: Path | bytes, field: str, max_pixels: int) -> Image.Image:
     shown = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
     try:
         picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
@@ -44,7 +60,8 @@ def open_image(source: Path | bytes, field: str = "image", max_pixels: int = MAX
         upright = ImageOps.exif_transpose(picture)
         if upright.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip at 255
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-        return upright.convert("RGB")
+        upright.load()
+        return upright
     except FileNotFoundError:
         raise InvalidValueError(field, shown, "must be a file that exists") from None
     except _UNREADABLE as error:

@@ -71,7 +71,7 @@ class StackBackend(CacheBackend):
         self.stacks: dict[str, BlockStack] = {}
         self._pipeline: Any = None
         self._session: Session | None = None
-        self._hooked: list[torch.nn.Module] = []
+        self._hooked: list[tuple[torch.nn.Module, StandaloneHook]] = []
 
     @property
     def profile_names(self) -> list[str]:
@@ -115,15 +115,24 @@ class StackBackend(CacheBackend):
         if standalone:
             self._session = Session(self._tracker(pipeline), self.state)
             for name, (module, spec) in found.items():
-                attach(module, StandaloneHook(name, self.stacks[name], spec, self._session))
-                self._hooked.append(module)
+                hook = StandaloneHook(name, self.stacks[name], spec, self._session)
+                attach(module, hook)
+                self._hooked.append((module, hook))
         self.enabled = True
 
     def _tracker(self, pipeline: Any) -> Tracker:
         """By the pipeline's scheduler; one without a scheduler has its calls counted."""
         if hasattr(pipeline, "scheduler"):
-            return StepTracker(pipeline)
+            tracker = StepTracker(pipeline)
+            tracker.on_begin = self._follow
+            return tracker
         return CallTracker(self.config.num_inference_steps or DEFAULT_STEPS)
+
+    def _follow(self) -> None:
+        """If the pipeline has other denoisers than those that the cache is on, move there before they run."""
+        modules = denoisers_of(self._pipeline)
+        if any(modules.get(hook.name) is not module for module, hook in self._hooked):
+            self.enable(self._pipeline)
 
     def refresh(
         self,
@@ -161,7 +170,7 @@ class StackBackend(CacheBackend):
             self._session = None
         for stack in self.stacks.values():
             stack.leave()  # an error within a forward can leave its scope open
-        for module in self._hooked:
+        for module, _ in self._hooked:
             detach(module)
         self._hooked.clear()
         self.stacks.clear()

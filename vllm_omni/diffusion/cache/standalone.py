@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,17 +61,8 @@ class StandaloneHook(ModelHook):
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         inner = unwrapped(module)
         if isinstance(inner, CacheMixin):
-            vars(inner)["cache_context"] = partial(self._cache_context, inner.cache_context)
+            vars(inner)["cache_context"] = _BranchContext(self, inner.cache_context)
         return module
-
-    @contextmanager
-    def _cache_context(self, own: Callable[..., Any], name: str, **kwargs: Any) -> Iterator[None]:
-        with own(name, **kwargs):
-            self.branch = name
-            try:
-                yield
-            finally:
-                self.branch = None
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._close()
@@ -102,6 +94,33 @@ class StandaloneHook(ModelHook):
 
     def reset_state(self, module: torch.nn.Module) -> None:
         self.session.restart()
+
+
+class _BranchContext:
+    """A denoiser's `cache_context`, with the branch it names noted."""
+
+    def __init__(self, hook: StandaloneHook, own: Callable[..., Any]) -> None:
+        self.hook, self.own = hook, own
+
+    @contextmanager
+    def __call__(self, name: str, **kwargs: Any) -> Iterator[None]:
+        with self.own(name, **kwargs):
+            self.hook.branch = name
+            try:
+                yield
+            finally:
+                self.hook.branch = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle of the denoiser has its own context alone."""
+        return _itself, (self.own,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _BranchContext:
+        return _BranchContext(copy.deepcopy(self.hook, memo), copy.deepcopy(self.own, memo))
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def attach(module: torch.nn.Module, hook: StandaloneHook) -> None:

@@ -8,6 +8,7 @@ config of a watched scheduler is an ordinary scheduler.
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import types
 from collections.abc import Callable
@@ -52,6 +53,7 @@ class StepTracker:
         self._run = self._step = 0
         self._unnamed: dict[str, int] = {}
         self.observe: Callable[[Any, Any], None] | None = None  # gets each step's model output and sample
+        self.on_begin: Callable[[], None] | None = None  # called when a run begins
         self.attach()
 
     def attach(self) -> None:
@@ -77,6 +79,8 @@ class StepTracker:
         attributes = vars(self._pipeline)
         if (count := attributes.get("_num_timesteps")) is not None:
             attributes["_num_timesteps"] = _EarlierCount(count)
+        if self.on_begin is not None:
+            self.on_begin()
 
     def ended_step(self, model_output: Any, sample: Any) -> None:
         """Note that the scheduler has made a step of `sample`."""
@@ -221,9 +225,7 @@ def _watched_class(scheduler_class: type) -> type:
         return result
 
     def reduce(self: Any, protocol: Any) -> Any:
-        made, (own, *rest), *state = super(watched, self).__reduce_ex__(protocol)  # type: ignore[arg-type,misc]
-        own = scheduler_class if own is type(self) else own
-        return made, (own, *rest), *state
+        return copyreg._reconstructor, (scheduler_class, object, None), vars(self)  # type: ignore[attr-defined]
 
     methods = {
         "set_timesteps": functools.wraps(scheduler_class.set_timesteps)(set_timesteps),  # type: ignore[attr-defined]
@@ -232,8 +234,7 @@ def _watched_class(scheduler_class: type) -> type:
         "__module__": scheduler_class.__module__,
         "__qualname__": scheduler_class.__qualname__,
     }
-    watched = type(scheduler_class.__name__, (scheduler_class,), methods)
-    return watched
+    return type(scheduler_class.__name__, (scheduler_class,), methods)
 
 
 class _PatchedMethod:

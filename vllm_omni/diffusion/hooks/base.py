@@ -6,6 +6,7 @@ Hooks that only look before or after use torch's own hook lists, so they survive
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -46,8 +47,8 @@ class HookRegistry:
 
     _ATTRIBUTE = "_vllm_omni_hooks"
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.module = module
+    def __init__(self, module: torch.nn.Module | None) -> None:
+        self.module: Any = module
         self.hooks: dict[str, ModelHook] = {}
         self._handles: list[Any] = []
 
@@ -60,7 +61,7 @@ class HookRegistry:
     @classmethod
     def get_or_create(cls, module: torch.nn.Module) -> HookRegistry:
         registry = vars(module).get(cls._ATTRIBUTE)
-        if registry is None:
+        if registry is None or registry.module is not module:  # a module from a pickle has one of nobody's
             registry = cls(module)
             vars(module)[cls._ATTRIBUTE] = registry
         return registry
@@ -100,6 +101,16 @@ class HookRegistry:
                 handle.remove()
             self._handles = []
             vars(self.module).pop(self._ATTRIBUTE, None)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HookRegistry:
+        """A module's copy has hooks of its own, with copies of what they hold."""
+        memo[id(self)] = twin = object.__new__(HookRegistry)
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        return twin
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle of the module is without hooks: they belong to this process."""
+        return HookRegistry, (None,)
 
     def get_hook(self, name: str) -> ModelHook | None:
         return self.hooks.get(name)

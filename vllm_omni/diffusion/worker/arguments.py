@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import linecache
+import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,7 +14,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.errors import InvalidValueError, check_keys
+from vllm_omni.errors import InvalidValueError, OmniError, RefusedError, check_keys
 
 _RENAMED = {"num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt")}
 _OURS = {
@@ -41,6 +44,7 @@ class ArgumentBuilder:
         self.defaults = {key: value for key, value in defaults.items() if key in self._accepted}
         known = next((rate for name, rate in _FRAME_RATES.items() if self._name.startswith(name)), 16)
         self._fps = float(defaults.get("fps", known))
+        self.audio_rate = _audio_rate(pipeline)
         self._config = config
         processor = vars(pipeline).get("image_processor")
         self.multiple = processor.config.vae_scale_factor if isinstance(processor, VaeImageProcessor) else 1
@@ -59,6 +63,9 @@ class ArgumentBuilder:
             arguments[target] = value
         if (boundary := request.params.boundary_ratio) is not None and not self._two_experts:
             raise InvalidValueError("boundary_ratio", boundary, "is where a second expert takes over; leave it out")
+        for name in self._accepted:  # embeddings take the place of a text, which then is not the pipeline's default
+            if f"{name}_embeds" in given and name not in given:
+                arguments[name] = None
         check_keys("extra_args", request.params.extra_args, self._accepted - _RESERVED)
         arguments |= request.params.extra_args
         if request.params.fps is not None and "frame_rate" in self._accepted:  # LTX is conditioned on it
@@ -90,6 +97,30 @@ class ArgumentBuilder:
             raise InvalidValueError(
                 "height x width", f"{height}x{width}", f"must be at most {self._config.max_image_pixels} pixels"
             )
+
+
+def refusal(error: Exception, arguments: Mapping[str, Any]) -> Exception:
+    """What a pipeline raised on purpose about its arguments, as a RefusedError; any other error as it is."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if not isinstance(error, ValueError) or isinstance(error, OmniError) or place is None:
+        return error
+    code, line = place.tb_frame.f_code, linecache.getline(place.tb_frame.f_code.co_filename, place.tb_lineno)
+    if not line.lstrip().startswith("raise") or f"{os.sep}diffusers{os.sep}" not in code.co_filename:
+        return error
+    named = [(found.start(), name) for name in arguments if (found := re.search(rf"(?i)\b{name}\b", str(error)))]
+    return RefusedError(max(named)[1] if named else "prompt", str(error))
+
+
+def _audio_rate(pipeline: Any) -> int | None:
+    """Samples per second of the pipeline's sound: of its vocoder, or of the VAE that makes it; None without sound."""
+    for name in ("vocoder", "vae", "audio_vae"):
+        config = getattr(getattr(pipeline, name, None), "config", {})
+        for field in ("output_sampling_rate", "sampling_rate", "sample_rate"):
+            if isinstance(rate := config.get(field), int):
+                return rate
+    return None
 
 
 def generator_of(request: OmniDiffusionRequest) -> tuple[Any, int | None]:

@@ -32,7 +32,9 @@ from vllm_omni.diffusion.worker.batching import (
 from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Event, Failed, Finished, PipelineTask
 from vllm_omni.diffusion.worker.pace import Pace, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
+from vllm_omni.diffusion.worker.processors import SharedProcessors
 from vllm_omni.diffusion.worker.request import ParkedCall, Previews, Request
+from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -46,6 +48,7 @@ class ModelRunner:
         self._device = pipeline._execution_device if isinstance(pipeline, DiffusionPipeline) else None
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
         self.binders = {name: CallBinder(name, module) for name, module in self.modules.items()}
+        self._processors = SharedProcessors(self.modules.values())
         self.pace = Pace()
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, lora_modules or {})
@@ -66,6 +69,7 @@ class ModelRunner:
         def prelude() -> None:
             request.text_tokens = text_tokens()
 
+        self._check_denoisers()
         task = PipelineTask(self.pipeline, arguments, self._device, prelude=prelude)
         if (boundary := asked.params.boundary_ratio) is not None:
             task.pipeline.register_to_config(boundary_ratio=boundary)  # of the request's own copy
@@ -77,6 +81,12 @@ class ModelRunner:
         self.adapters.use(adapters)  # text encoders can have adapters too
         self._ran_component(request, task.resume(), time.perf_counter() - request.times.started, alone=True)
         return request
+
+    def _check_denoisers(self) -> None:
+        now = denoisers_of(self.pipeline)
+        for name, module in self.modules.items():
+            if now.get(name) is not module:
+                raise InvalidValueError(name, type(now.get(name)).__name__, "was replaced; make a new engine for it")
 
     def run(self, batch: Sequence[Request]) -> None:
         """One forward for calls that fit together, then each request goes on to its next call or its end."""
@@ -145,7 +155,7 @@ class ModelRunner:
         stack = None if binder.adds_between_blocks(arguments) else _stack(batch, name)
         self.adapters.use(batch[0].adapters)
         forward = CachedForward(stack, _batch_rows(batch, rows), [_parked(request).forecast for request in batch])
-        with forward:
+        with forward, batch[0].processors.installed():
             output = self.modules[name](**arguments)
             results = [output] if len(batch) == 1 else [take_rows(output, own) for own in rows]
             forward.commit(output)
@@ -159,7 +169,8 @@ class ModelRunner:
 
         def run() -> Any:
             self.adapters.use(batch[0].adapters)
-            return self.modules[name](**self.binders[name].join([_parked(request).arguments for request in batch]))
+            with batch[0].processors.installed():
+                return self.modules[name](**self.binders[name].join([_parked(request).arguments for request in batch]))
 
         look(_batch_rows(batch, _rows_of(batch)), signal, stack, run)
         return [None] * len(batch)
@@ -194,6 +205,7 @@ class ModelRunner:
     def _arrive(self, request: Request, event: Event) -> None:
         """Take in what the request brings: its end, or a call whose kind and batch key are decided now."""
         if isinstance(event, Finished | Failed):
+            self._processors.taken_back()
             request.end(event)
         elif isinstance(event, ComponentCall):  # nothing of the last denoiser call is held: a decode needs the room
             request.parked = ParkedCall(event, component_key(event) or request.request_id, StepKind.COMPONENT)
@@ -238,11 +250,14 @@ class ModelRunner:
     def _batch_key(self, request: Request, parked: ParkedCall) -> Hashable:
         assert isinstance(parked.call, DenoiserCall)
         binder = self.binders[parked.call.denoiser]
+        if request.processors:
+            return parked.call.denoiser, request.request_id
         return binder.key(parked.arguments, request.request_id, request.shared_content), request.adapters
 
     def _begin_schedule(self, request: Request, denoiser: str, arguments: dict[str, Any]) -> None:
         """Plan the cache for the schedule that the pipeline has just set up."""
         request.schedule = request.tracker.schedule()
+        request.processors = self._processors.taken_back()
         request.cache.drop()
         request.size = size_of(denoiser, arguments, request.task.arguments)
         if request.backend is not None and request.settings is not None:

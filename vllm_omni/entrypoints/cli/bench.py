@@ -106,13 +106,13 @@ def _run(
 
     with tqdm(total=len(bodies), desc=_name(kind, amount), unit="request", disable=None) as bar:
 
-        def told(_: Any) -> None:
+        def done(_: Any) -> None:
             bar.update()
 
         if kind == "closed":
-            samples = closed(target, bodies, int(amount), told)
+            samples = closed(target, bodies, int(amount), done)
         else:
-            samples = open_loop(target, bodies, arrivals(len(bodies), amount, args.seed), told)
+            samples = open_loop(target, bodies, arrivals(len(bodies), amount, args.seed), done)
     return summarise(samples, args.deadline), samples
 
 
@@ -214,13 +214,13 @@ def _table(rows: Sequence[tuple[str, Summary]]) -> str:
     lines = [head]
     for name, s in rows:
         times = [s.mean_s, *(s.percentiles_s or dict.fromkeys(PERCENTILES)).values(), s.max_s]
-        shown = ["-" if value is None else f"{value:.3f}" for value in times]
+        cells = ["-" if value is None else f"{value:.3f}" for value in times]
         share = f"{100 * s.goodput_share:.1f} %"
         lines.append(
-            [name, f"{s.succeeded}/{s.requests}", f"{s.pictures_per_s:.3f}", *shown, f"{s.goodput_per_s:.3f}", share]
+            [name, f"{s.succeeded}/{s.requests}", f"{s.pictures_per_s:.3f}", *cells, f"{s.goodput_per_s:.3f}", share]
         )
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    told = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    shown = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     for name, s in rows:
-        told += [f"{name}: {count} x {error}" for error, count in s.errors.items()]
-    return "\n".join(told)
+        shown += [f"{name}: {count} x {error}" for error, count in s.errors.items()]
+    return "\n".join(shown)

@@ -151,7 +151,7 @@ def _remarks(preset: Any, notices: list[str]) -> list[str]:
 
 
 def _processes(device: str | None) -> int:
-    """How many models run side by side unless told."""
+    """The number of models that run side by side by default."""
     import torch
 
     accelerated = torch.cuda.is_available() if device is None else not device.startswith("cpu")

@@ -24,6 +24,11 @@ from vllm_omni.logger import JsonLines, init_logger
 
 logger = init_logger(__name__)
 
+UVICORN = (  # flags of vLLM that are options of uvicorn by the same name
+    "host", "port", "ssl_keyfile", "ssl_certfile", "ssl_ca_certs", "ssl_cert_reqs", "enable_ssl_refresh",
+    "h11_max_incomplete_event_size", "h11_max_header_count",
+)  # fmt: skip
+
 
 def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     """Name the command; `run` parses its words."""
@@ -70,25 +75,15 @@ def hide_keys(words: Sequence[str]) -> None:
 
 
 def uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What uvicorn is told, as vLLM tells it."""
-    names: tuple[str, ...] = (
-        "host",
-        "port",
-        "ssl_keyfile",
-        "ssl_certfile",
-        "ssl_ca_certs",
-        "ssl_cert_reqs",
-        "enable_ssl_refresh",
-    )
-    names += ("h11_max_incomplete_event_size", "h11_max_header_count")
-    options = {name: vars(args)[name] for name in names}
+    """The options of uvicorn, as vLLM sets them."""
+    options = {name: value for name, value in vars(args).items() if name in UVICORN}
     if args.ssl_ciphers:
         options["ssl_ciphers"] = args.ssl_ciphers
     return options | {
         "log_level": args.uvicorn_log_level,
         "access_log": not args.disable_uvicorn_access_log,
         "timeout_keep_alive": 5,
-        "timeout_graceful_shutdown": 5,  # all is answered by then; who does not read it does not hold up the end
+        "timeout_graceful_shutdown": 5,  # replies are already sent; don't wait for clients that stopped reading
         "server_header": False,
         "log_config": None,  # its lines go where ours go
     }
@@ -115,13 +110,13 @@ async def _serve(config: ServeConfig, options: dict[str, Any], launch: Launch | 
 
     async def stop() -> None:
         await engine.drain(config.shutdown_timeout_s)
-        await engine.shutdown()  # what has not ended is told so: the server waits for its replies
+        await engine.shutdown()  # ends what still runs with an error: the server waits for its replies
 
     try:
         await engine.start()
         app = build_app(engine, config)
         gc.collect()
-        gc.freeze()  # what is imported stays: looking through it again holds up every reply for tenths of a second
+        gc.freeze()  # imported modules stay: scanning them again would delay replies by tenths of a second
         await _vllm_compat.serve_http(app, sock, stop, config.shutdown_timeout_s, **options)
     finally:
         await engine.shutdown()

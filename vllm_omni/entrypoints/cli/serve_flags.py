@@ -23,7 +23,7 @@ USAGE = "vllm serve MODEL --omni [options]   |   vllm-omni serve MODEL [options]
 DESCRIPTION = """Serve a model behind the OpenAI API for images and videos.
 
 Requests of any size, number of steps and cache setting share one continuous
-batch. The server listens on loopback unless told."""
+batch. The server listens on 127.0.0.1 unless --host says otherwise."""
 EPILOG = """server flags, those of vLLM (--host, --port, --api-key, ...): --help=server
 all flags: --help=all; one flag: --help=max-num-seqs
 
@@ -51,7 +51,7 @@ def described(make: Callable[..., argparse.ArgumentParser]) -> argparse.Argument
     raw = argparse.RawDescriptionHelpFormatter
     parser = make(prog="vllm serve", usage=USAGE, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     parser.add_argument("model", metavar="MODEL", help=MODEL)
-    parser.add_argument("--omni", action="store_true", help="tells vLLM that this is a diffusion model")
+    parser.add_argument("--omni", action="store_true", help="let vLLM hand the command over to this package")
     add_own_flags(parser)
     return parser
 

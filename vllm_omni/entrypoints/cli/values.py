@@ -22,7 +22,7 @@ def parse_size(size: str | None) -> tuple[int | None, int | None]:
 
 
 def json_object(field: str, text: str) -> dict[str, Any]:
-    """A JSON object from the command line; InvalidValueError says where it breaks."""
+    """A JSON object from the command line; InvalidValueError says what is wrong."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

@@ -4,121 +4,112 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from fastapi import APIRouter
+from starlette.responses import Response
 
-from vllm_omni.entrypoints.openai import schemas
-from vllm_omni.entrypoints.openai.errors import unavailable
-from vllm_omni.entrypoints.openai.fields import QUALITY_CACHE
-from vllm_omni.entrypoints.openai.order import check_model
-from vllm_omni.entrypoints.openai.schemas import replies
-from vllm_omni.entrypoints.openai.state import Served, served
-from vllm_omni.errors import EngineDeadError
+from vllm_omni.entrypoints.openai.protocol import replies
+from vllm_omni.entrypoints.openai.protocol.bodies import check_model
+from vllm_omni.entrypoints.openai.protocol.errors import unavailable
+from vllm_omni.entrypoints.openai.protocol.requests import QUALITY_CACHE
+from vllm_omni.entrypoints.openai.state import AppState, State
 from vllm_omni.outputs.media import IMAGE_FORMATS
 from vllm_omni.version import __version__
 
 router = APIRouter(tags=["server"])
 
 
-@router.get("/v1/models", responses=replies(schemas.Models))
-async def models(request: Request) -> dict[str, Any]:
+@router.get("/v1/models")
+async def models(state: State) -> replies.Models:
     """One entry per name that the model is served under."""
-    here = served(request)
-    return {"object": "list", "data": [_model(name, here) for name in here.config.model_names]}
+    return replies.Models(data=[_model(name, state) for name in state.config.model_names])
 
 
-@router.get("/v1/models/{model_id:path}", responses=replies(schemas.Model))
-async def model(model_id: str, request: Request) -> dict[str, Any]:
+@router.get("/v1/models/{model_id:path}")
+async def model(model_id: str, state: State) -> replies.Model:
     """A model with what it can do, its defaults and the server's limits."""
-    here = served(request)
-    return _model(check_model(model_id, here.config), here)
+    check_model(model_id, state.config)
+    return _model(model_id, state)
 
 
-def _model(name: str, here: Served) -> dict[str, Any]:
-    info, limits = here.info, here.config.limits
-    return {
-        "id": name,
-        "object": "model",
-        "created": int(here.started),
-        "owned_by": "vllm-omni",
-        "root": here.config.model_names[0],
-        "omni": {
-            "pipeline": info.pipeline,
-            "denoisers": info.denoisers,
-            "defaults": info.defaults,
-            "capabilities": {
-                "generations": not info.image_input and not info.video_output,
-                "edits": info.image_input and not info.video_output,
-                "videos": info.video_output,
-                "input_reference": info.image_input and info.video_output,
-                "partial_images": info.previews,
-                "negative_prompt": "negative_prompt" in info.parameters,
-                "output_formats": [name.lower() for name in IMAGE_FORMATS],
-            },
-            "limits": {
-                "n": limits.max_n,
-                "num_inference_steps": limits.max_steps,
-                "pixels": limits.max_pixels,
-                "size_multiple": info.size_multiple,
-                **({"frames": limits.max_frames, "frame_multiple": info.frame_multiple} if info.video_output else {}),
-                "prompt_characters": limits.max_prompt_characters,
-                "timeout_s": limits.request_timeout_s,
-            },
-            "cache": {**info.cache, "quality": QUALITY_CACHE},
+def _model(name: str, state: AppState) -> replies.Model:
+    info, config = state.info, state.config
+    needed = any(picture.needed for picture in info.pictures.values())
+    video = {"frames": config.limits.max_frames, "frame_multiple": info.frame_multiple} if info.video_output else {}
+    omni = {
+        "pipeline": info.pipeline,
+        "denoisers": info.denoisers,
+        "defaults": info.defaults,
+        "capabilities": {
+            "generations": not needed and not info.video_output,
+            "edits": bool(info.pictures) and not info.video_output,
+            "videos": info.video_output,
+            "input_reference": "image" in info.pictures and info.video_output,
+            "pictures": {name: "needed" if one.needed else "optional" for name, one in info.pictures.items()},
+            "partial_images": info.previews,
+            "negative_prompt": "negative_prompt" in info.parameters,
+            "output_formats": [name.lower() for name in IMAGE_FORMATS],
         },
+        "limits": {
+            "n": config.limits.max_n,
+            "num_inference_steps": config.limits.max_steps,
+            "pixels": config.limits.max_pixels,
+            "size_multiple": info.size_multiple,
+            **video,
+            "prompt_characters": config.limits.max_prompt_characters,
+            "timeout_s": config.limits.request_timeout_s,
+        },
+        "cache": {**info.cache, "quality": QUALITY_CACHE},
     }
+    return replies.Model(id=name, created=int(state.started), root=config.model_names[0], omni=omni)
 
 
 @router.get("/health/live", response_class=Response)
 async def live() -> Response:
-    """200 while the server's loop turns."""
-    return Response(status_code=200)
+    """200 while the server's event loop runs."""
+    return Response()
 
 
 @router.get("/health/ready", response_class=Response)
-async def ready(request: Request) -> Response:
+async def ready(state: State) -> Response:
     """200 while requests can be served; 503 while the model loads, restarts or drains."""
-    if not served(request).engine.ready:
-        raise unavailable(EngineDeadError("not ready"), "not_ready", 5.0)
-    return Response(status_code=200)
+    if not state.engine.ready:
+        raise unavailable("not ready", "not_ready", 5.0)
+    return Response()
 
 
 @router.get("/health", response_class=Response)
 @router.get("/ping", response_class=Response)
 @router.post("/ping", response_class=Response)
-async def health(request: Request) -> Response:
+async def health(state: State) -> Response:
     """200 while the engine answers; asks it."""
-    await served(request).engine.check_health()
-    return Response(status_code=200)
+    await state.engine.check_health()
+    return Response()
 
 
-@router.get("/version", responses=replies(schemas.Version))
-async def version() -> dict[str, str]:
+@router.get("/version")
+async def version() -> replies.Version:
     """The package's version."""
-    return {"version": __version__}
+    return replies.Version(version=__version__)
 
 
-@router.get("/v1/omni/cache", responses=replies(schemas.Cache))
-async def cache(request: Request) -> Response:
+@router.get("/v1/omni/cache")
+async def cache(state: State) -> replies.CacheReply:
     """Backend, settings, presets, and the skips of the last requests."""
-    here = served(request)
-    stats = await here.engine.stats()
+    stats = await state.engine.stats()
     total = stats.steps_computed + stats.steps_skipped
-    return JSONResponse(
-        {
-            "object": "omni.cache",
-            **here.info.cache,
-            "quality": QUALITY_CACHE,
-            "steps_computed": stats.steps_computed,
-            "steps_skipped": stats.steps_skipped,
-            "skip_ratio": stats.steps_skipped / total if total else 0.0,
-            "bytes": stats.cache_bytes,
-            "recent": [_recent(entry) for entry in stats.recent],
-        }
+    return replies.CacheReply(
+        **state.info.cache,
+        quality=QUALITY_CACHE,
+        steps_computed=stats.steps_computed,
+        steps_skipped=stats.steps_skipped,
+        skip_ratio=stats.steps_skipped / total if total else 0.0,
+        bytes=stats.cache_bytes,
+        recent=[_recent(entry) for entry in stats.recent],
     )
 
 
 def _recent(entry: dict[str, Any]) -> dict[str, Any]:
+    """Without curves."""
     settings = entry.get("cache_settings")
     short = None if settings is None else {k: v for k, v in settings.items() if not isinstance(v, list | tuple)}
     return {**entry, "cache_settings": short}

@@ -1,27 +1,52 @@
-"""Orders running in the engine: one engine request per picture, ended together when their client goes away."""
+"""What runs in the engine: generations that end with their client, and video jobs that outlive it, and the server.
+
+All of it belongs to one event loop; encoding and files are written in threads.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Self
+
+from PIL import Image
 
 from vllm_omni.engine.interface import EngineClient
-from vllm_omni.entrypoints.openai import facts
-from vllm_omni.entrypoints.openai.errors import ApiError
-from vllm_omni.entrypoints.openai.order import Order
-from vllm_omni.errors import InvalidValueError, RequestAbortedError
+from vllm_omni.entrypoints.openai import media
+from vllm_omni.entrypoints.openai.generation import GenerationRequest, match_pictures, plan_video
+from vllm_omni.entrypoints.openai.protocol.bodies import Body, check_request
+from vllm_omni.entrypoints.openai.protocol.errors import as_api_error
+from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest
+from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore
+from vllm_omni.entrypoints.serve_config import ServeConfig
+from vllm_omni.errors import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineDrainingError,
+    InvalidValueError,
+    QueueFullError,
+    RequestAbortedError,
+)
+from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.outputs.media import contact_sheet, encode_video
 
-T = TypeVar("T")
+logger = init_logger(__name__)
+
+REFUSAL_S = 0.5  # what goes wrong within this time is a status of the POST; later, it is the job's error
+MAX_DEATHS = 3  # of engine processes while a job ran: then it is taken for the cause
+SWEEP_EVERY_S = 60.0
+_STOPPING = (EngineDrainingError, EngineClosedError, RequestAbortedError)  # the next server continues the job
 Item = tuple[int, OmniRequestOutput]
+Generation = GenerationRequest[VideoRequest]
+Admission = asyncio.Future[None]
 
 
 @dataclass
 class Jobs:
-    """What runs, by the id that the client was given."""
+    """What runs, by the id that the client was given: one engine request per picture, ended together."""
 
     engine: EngineClient
     running: dict[str, asyncio.Queue[Item | BaseException]] = field(default_factory=dict)
@@ -36,21 +61,25 @@ class Jobs:
         inbox.put_nowait(RequestAbortedError(f"request {job_id} was cancelled"))
         return True
 
-    async def run(self, order: Order, job_id: str) -> AsyncIterator[Item]:
+    async def run(
+        self, generation: GenerationRequest[Any], job_id: str, facts: dict[str, Any] | None = None
+    ) -> AsyncGenerator[Item, None]:
         """(index of the picture, progress or the finished output), as they come; raises the first failure.
 
-        Leaving the iterator, or a failure of one picture, ends them all.
+        Leaving the iterator, or a failure of one picture, ends them all. Steps are added up in `facts`.
         """
         if job_id in self.running:
             raise InvalidValueError("X-Request-Id", job_id, "must not be in use")
-        facts.note(model=order.model, size=order.size, n=len(order.params))
-        ids = [f"{job_id}-{i}" for i in range(len(order.params))]
         inbox: asyncio.Queue[Item | BaseException] = asyncio.Queue()
         self.running[job_id] = inbox
 
         async def one(index: int) -> None:
             stream = self.engine.generate(
-                order.prompt, order.params[index], ids[index], priority=order.priority, timeout_s=order.timeout_s
+                generation.prompt,
+                generation.params[index],
+                f"{job_id}-{index}",
+                priority=generation.request.priority or 0,
+                timeout_s=generation.timeout_s,
             )
             async with aclosing(stream) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
@@ -60,20 +89,22 @@ class Jobs:
             if not task.cancelled() and (error := task.exception()) is not None:
                 inbox.put_nowait(error)
 
-        tasks = [asyncio.create_task(one(i)) for i in range(len(ids))]
+        tasks = [asyncio.create_task(one(i)) for i in range(len(generation.params))]
         for task in tasks:
             task.add_done_callback(ended)
         try:
-            left = len(ids)
+            left = len(tasks)
             while left:
                 item = await inbox.get()
                 if isinstance(item, BaseException):
                     raise item
-                if item[1].finished:
-                    facts.count(computed_steps=item[1].computed_steps, skipped_steps=item[1].skipped_steps)
-                if item[1].error is not None:
-                    raise item[1].error
-                left -= item[1].finished
+                output = item[1]
+                if output.finished and facts is not None:
+                    facts["computed_steps"] = facts.get("computed_steps", 0) + output.computed_steps
+                    facts["skipped_steps"] = facts.get("skipped_steps", 0) + output.skipped_steps
+                if output.error is not None:
+                    raise output.error
+                left -= output.finished
                 yield item
         finally:
             del self.running[job_id]  # before anything waits: a client may leave in this very turn
@@ -82,22 +113,144 @@ class Jobs:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def unless_gone(receive: Callable[[], Awaitable[Any]], work: Awaitable[T]) -> T:
-    """The result of `work`, which is cancelled when the client goes away."""
-    task = asyncio.ensure_future(work)
-    watch = asyncio.create_task(gone(receive))
-    try:
-        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ApiError(499, "the client closed the connection", "client_closed_request")
-        return task.result()
-    finally:
-        for one in (task, watch):
-            one.cancel()
-        await asyncio.gather(task, watch, return_exceptions=True)
+class VideoJobs:
+    """`async with` it: unfinished jobs of the store restart, and stay in the store when the block ends."""
 
+    def __init__(self, jobs: Jobs, store: VideoStore, config: ServeConfig) -> None:
+        self._jobs, self.store, self._config = jobs, store, config
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._progress: dict[str, int] = {}
+        self._sweeper: asyncio.Task[None] | None = None
 
-async def gone(receive: Callable[[], Awaitable[Any]]) -> None:
-    """Return when the client has closed the connection; to be called once the body has been read."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    async def __aenter__(self) -> Self:
+        for job in self.store.unfinished():
+            self._begin(job, None).set_result(None)
+        self._sweeper = asyncio.create_task(self._sweep())
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        tasks = [*self._tasks.values(), *([self._sweeper] if self._sweeper else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self.store.close()
+
+    def progress(self, job: VideoJob) -> int:
+        """Percent."""
+        return 100 if job.status == "completed" else self._progress.get(job.id, 0)
+
+    async def create(self, generation: Generation) -> VideoJob:
+        """A job that the engine has admitted; raises, and leaves nothing, if it is refused within REFUSAL_S."""
+        asked, params = generation.request, generation.params[0]
+        length = (params.num_frames or 1) / (params.fps or 1)
+        given = asked.model_dump(exclude_none=True, exclude={"width", "height"})
+        picture = next((found[0] for found in generation.pictures.values()), None)
+        job = self.store.add(
+            model=generation.model,
+            prompt=asked.prompt,
+            seconds=f"{length:.3f}".rstrip("0").rstrip(".") if asked.seconds is None else str(asked.seconds),
+            size=generation.size,
+            fields=given | {"model": generation.model, "size": generation.size, "seed": params.seed},
+            picture=await asyncio.to_thread(media.to_bytes, picture, "PNG") if picture else None,
+        )
+        admission, admitted = self._begin(job, generation), False
+        try:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(REFUSAL_S):
+                    await admission
+            admitted = True
+        finally:
+            if not admitted:  # refused, or the client has gone away
+                self.delete(job.id)
+        return self.store.get(job.id) or job
+
+    def delete(self, job_id: str) -> None:
+        """End it within one step, and forget it."""
+        self.store.remove(job_id)
+        if (task := self._tasks.get(job_id)) is not None:
+            task.cancel()  # leaving the engine's iterator aborts the request
+
+    def _begin(self, job: VideoJob, generation: Generation | None) -> Admission:
+        admission: Admission = asyncio.get_running_loop().create_future()
+        task = asyncio.create_task(self._run(job, generation, admission))
+        self._tasks[job.id] = task
+        task.add_done_callback(lambda task: self._ended(job, admission, task))
+        return admission
+
+    async def _run(self, job: VideoJob, generation: Generation | None, admission: Admission) -> None:
+        if generation is None:
+            generation = await asyncio.to_thread(self._restored, job)
+        deaths = 0
+        while True:
+            try:
+                output = await self._generate(job, generation, admission)
+                break
+            except (QueueFullError, EngineDeadError) as error:
+                deaths += isinstance(error, EngineDeadError) and self._progress.pop(job.id, None) is not None
+                if not admission.done() or error.retry_after_s is None or deaths >= MAX_DEATHS:
+                    raise
+                pause = error.retry_after_s
+            await asyncio.sleep(pause)
+        frames, fps = output.videos[0], output.fps or self._jobs.engine.info.fps
+        encoding = asyncio.create_task(asyncio.to_thread(self._write, job, frames, fps))
+        try:
+            await asyncio.shield(encoding)
+        except asyncio.CancelledError:
+            await encoding  # a thread cannot be cancelled; its files go once it has written them
+            raise
+        facts = {
+            "num_frames": len(frames),
+            "fps": fps,
+            "num_inference_steps": output.num_inference_steps,
+            "computed_steps": output.computed_steps,
+            "skipped_steps": output.skipped_steps,
+        }
+        self.store.ended(job.id, None, facts)
+
+    def _restored(self, job: VideoJob) -> Generation:
+        """A stored job as this server makes it; raises if it does not."""
+        data, config = self.store.picture(job), self._config
+        body = Body(job.fields, sources=[] if data is None else [(INPUT_REFERENCE, data)])
+        info, request = self._jobs.engine.info, check_request(VideoRequest, body, config)
+        pictures = media.load(match_pictures(body, info, INPUT_REFERENCE), config)
+        return plan_video(request, info, config.limits, pictures)
+
+    async def _generate(self, job: VideoJob, generation: Generation, admission: Admission) -> OmniRequestOutput:
+        async with aclosing(self._jobs.run(generation, job.id)) as items:
+            async for _, output in items:
+                if job.id not in self._progress:
+                    self.store.begun(job.id)
+                if not admission.done():
+                    admission.set_result(None)
+                self._progress[job.id] = min(99, 100 * output.step // (output.num_inference_steps or 100))
+                if output.finished:
+                    return output
+        raise RequestAbortedError(f"request {job.id} ended without an output")
+
+    def _write(self, job: VideoJob, frames: list[Image.Image], fps: float) -> None:
+        """In a thread."""
+        data = {
+            "video": encode_video(frames, "mp4", fps),
+            "thumbnail": media.to_bytes(frames[len(frames) // 2], "WEBP", quality=90),
+            "spritesheet": media.to_bytes(contact_sheet(frames), "JPEG", quality=85),
+        }
+        self.store.write(job, {FILES[name]: content for name, content in data.items()})
+
+    def _ended(self, job: VideoJob, admission: Admission, task: asyncio.Task[None]) -> None:
+        """The one place where a job leaves, however it ended."""
+        self._tasks.pop(job.id, None)
+        self._progress.pop(job.id, None)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not admission.done():
+            admission.set_exception(error)
+        elif self.store.get(job.id) is None:  # deleted meanwhile
+            self.store.clear(job.id)
+        elif error is not None and not isinstance(error, _STOPPING):
+            detail = as_api_error(error).detail
+            logger.error("video %s failed: %s", job.id, detail.message, exc_info=error)
+            self.store.ended(job.id, detail.model_dump(), {})
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_EVERY_S)
+            self.store.sweep()

@@ -2,88 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from starlette.responses import PlainTextResponse, Response
 
 from vllm_omni.engine.interface import EngineStats
-from vllm_omni.entrypoints.openai.state import LATENCY_BOUNDS, Served, served
+from vllm_omni.entrypoints.openai.state import LATENCY_BOUNDS, AppState, State
 
 router = APIRouter(tags=["server"])
 BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
-async def metrics(request: Request) -> Response:
+async def metrics(state: State) -> Response:
     """Prometheus text."""
-    here = served(request)
     registry = CollectorRegistry()
-    registry.register(_Snapshot(await here.engine.stats(), here))  # type: ignore[arg-type]
+    registry.register(_Snapshot(await state.engine.stats(), state))  # type: ignore[arg-type]
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
 
 class _Snapshot:
     """A prometheus_client collector of one moment: the engine counts, not the HTTP process."""
 
-    def __init__(self, stats: EngineStats, here: Served) -> None:
-        self.stats, self.here = stats, here
-        self.model = here.config.model_names[0]
+    def __init__(self, stats: EngineStats, state: AppState) -> None:
+        self.stats, self.state, self.model = stats, state, state.config.model_names[0]
 
     def collect(self) -> Iterator[Metric]:
-        s = self.stats
+        s, state = self.stats, self.state
+        total = s.steps_computed + s.steps_skipped
         yield self._gauge("vllm:num_requests_running", "Requests in the batch.", s.running)
         yield self._gauge("vllm:num_requests_waiting", "Requests that wait.", s.waiting)
-        yield self._counters("vllm:request_success", "Requests by how they ended.", "finished_reason", s.requests)
-        yield self._latency()
-        yield self._gauge("vllm_omni:ready", "1 while requests can be served.", int(self.here.engine.ready))
+        yield self._gauge("vllm_omni:ready", "1 while requests can be served.", int(state.engine.ready))
         yield self._gauge("vllm_omni:max_num_seqs", "Requests that may run together.", s.max_num_seqs)
+        yield self._gauge("vllm_omni:cache_skip_ratio", "Skipped ÷ all steps.", s.steps_skipped / total if total else 0)
+        yield self._gauge("vllm_omni:cache_state_bytes", "Bytes of all cached residuals.", s.cache_bytes)
+        yield self._gauge("vllm_omni:queued_cost_seconds", "Planned seconds of all in flight.", s.queued_cost_s)
+        late = s.requests.get("expired", 0)
+        yield self._counter("vllm_omni:deadline_missed", "Requests ended by their time-out.", late)
+        yield self._counter("vllm_omni:queue_wait_seconds", "Seconds waited.", s.queue_wait_s)
+        yield self._counter("vllm_omni:denoise_seconds", "Seconds in the denoiser.", s.denoise_s)
+        yield self._counter("vllm_omni:decode_seconds", "Seconds of decoding.", s.decode_s)
+        yield self._counter("vllm_omni:worker_restarts", "Engine processes that were replaced.", s.restarts)
+        yield self._counters("vllm:request_success", "Requests by how they ended.", "finished_reason", s.requests)
         steps = {"computed": s.steps_computed, "skipped": s.steps_skipped}
         yield self._counters("vllm_omni:denoise_steps", "Denoising steps of requests.", "kind", steps)
         forwards = {"computed": s.forwards_computed, "skipped": s.forwards_skipped}
         yield self._counters("vllm_omni:denoiser_forwards", "Forwards of batches.", "kind", forwards)
-        total = s.steps_computed + s.steps_skipped
-        yield self._gauge("vllm_omni:cache_skip_ratio", "Skipped ÷ all steps.", s.steps_skipped / total if total else 0)
-        yield self._gauge("vllm_omni:cache_state_bytes", "Bytes of all cached residuals.", s.cache_bytes)
-        yield self._batches()
         yield self._counters("vllm_omni:aborted", "Aborted requests.", "where", s.aborts_by_stage)
-        late = {"": s.requests.get("expired", 0)}
-        yield self._counters("vllm_omni:deadline_missed", "Requests ended by their time-out.", None, late)
-        yield self._counters("vllm_omni:queue_wait_seconds", "Seconds waited.", None, {"": s.queue_wait_s})
-        yield self._counters("vllm_omni:denoise_seconds", "Seconds in the denoiser.", None, {"": s.denoise_s})
-        yield self._counters("vllm_omni:decode_seconds", "Seconds of decoding.", None, {"": s.decode_s})
-        yield self._gauge("vllm_omni:queued_cost_seconds", "Planned seconds of all in flight.", s.queued_cost_s)
-        yield self._counters(
-            "vllm_omni:worker_restarts", "Engine processes that were replaced.", None, {"": s.restarts}
-        )
-        statuses = {str(status): count for status, count in self.here.statuses.items()}
+        statuses = {str(status): count for status, count in state.statuses.items()}
         yield self._counters("vllm_omni:http_replies", "Replies by status; 0: none was sent.", "status", statuses)
+        rows = sum(rows * count for rows, count in s.batch_sizes.items())
+        yield self._histogram("vllm_omni:denoise_batch_size", "Rows of a forward.", BATCH_BOUNDS, s.batch_sizes, rows)
+        name, seconds = "vllm:e2e_request_latency_seconds", state.latency_sum
+        yield self._histogram(name, "Seconds of a reply.", LATENCY_BOUNDS, state.latencies, seconds)
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=["model_name"])
         family.add_metric([self.model], value)
         return family
 
-    def _counters(
-        self, name: str, text: str, label: str | None, values: dict[str, int] | dict[str, float]
-    ) -> CounterMetricFamily:
-        family = CounterMetricFamily(name, text, labels=["model_name", *([label] if label else [])])
-        for key, value in sorted(values.items()):
-            family.add_metric([self.model, *([key] if label else [])], value)
+    def _counter(self, name: str, text: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, text, labels=["model_name"])
+        family.add_metric([self.model], value)
         return family
 
-    def _batches(self) -> HistogramMetricFamily:
-        sizes = self.stats.batch_sizes
-        total = sum(rows * count for rows, count in sizes.items())
-        return self._histogram("vllm_omni:denoise_batch_size", "Rows of a forward.", BATCH_BOUNDS, sizes, total)
-
-    def _latency(self) -> HistogramMetricFamily:
-        here = self.here
-        return self._histogram(
-            "vllm:e2e_request_latency_seconds", "Seconds of a reply.", LATENCY_BOUNDS, here.latencies, here.latency_sum
-        )
+    def _counters(self, name: str, text: str, label: str, values: Mapping[str, float]) -> CounterMetricFamily:
+        family = CounterMetricFamily(name, text, labels=["model_name", label])
+        for key, value in sorted(values.items()):
+            family.add_metric([self.model, key], value)
+        return family
 
     def _histogram(
         self, name: str, text: str, bounds: Iterable[float], counts: dict[float, int] | dict[int, int], total: float

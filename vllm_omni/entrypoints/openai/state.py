@@ -1,4 +1,4 @@
-"""What every route needs: the engine, the settings, the jobs that run, and what was counted."""
+"""What every route shares: the engine, the settings, the jobs that run, and what was counted."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Annotated, Any
 
-from fastapi import Request
+from fastapi import Depends, Request
 
 from vllm_omni.engine.interface import EngineClient, ModelInfo
-from vllm_omni.entrypoints.openai.jobs import Jobs
-from vllm_omni.entrypoints.openai.order import Order
+from vllm_omni.entrypoints.openai.generation import GenerationRequest
+from vllm_omni.entrypoints.openai.jobs import Jobs, VideoJobs
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.logger import init_logger
 
@@ -23,12 +24,13 @@ LATENCY_BOUNDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 
 
 
 @dataclass
-class Served:
+class AppState:
     """One application's state; all of it belongs to one event loop."""
 
     engine: EngineClient
     config: ServeConfig
     jobs: Jobs
+    videos: VideoJobs | None  # None for a model that makes pictures
     started: float = field(default_factory=time.time)
     statuses: Counter[int] = field(default_factory=Counter)
     latencies: Counter[float] = field(default_factory=Counter)  # upper bound -> replies
@@ -40,30 +42,35 @@ class Served:
 
     @contextmanager
     def timed(self) -> Iterator[None]:
-        """Count the seconds of a reply that came."""
+        """Count the seconds of a successful reply."""
         began = time.monotonic()
         yield
         seconds = time.monotonic() - began
         self.latency_sum += seconds
         self.latencies[next((bound for bound in LATENCY_BOUNDS if seconds <= bound), float("inf"))] += 1
 
-    def note(self, request: Request, order: Order) -> None:
-        """One log line for an accepted order; prompts only where they were asked for."""
-        user = order.fields.safety_identifier or order.fields.user
+    def accept(self, http: Request, generation: GenerationRequest[Any], **more: str) -> None:
+        """Write one log line; prompts only if the operator wants them."""
+        facts = {"model": generation.model, "size": generation.size, "n": len(generation.params)}
+        http.state.facts |= facts
+        user = generation.request.safety_identifier or generation.request.user
         told = {
-            "request_id": request.state.request_id,
-            "size": order.size,
-            "n": len(order.params),
-            "steps": order.steps,
-            "prompt_characters": len(order.fields.prompt),
+            **facts,
+            **more,
+            "request_id": http.state.request_id,
+            "steps": generation.steps,
+            "frames": generation.params[0].num_frames,
+            "prompt_characters": len(generation.request.prompt),
             "user": sha256(user.encode()).hexdigest()[:12] if user else None,
+            "prompt": generation.request.prompt if self.config.log_prompts else None,
         }
-        if self.config.log_prompts:
-            told["prompt"] = order.fields.prompt
-        logger.info("accepted %s", {k: v for k, v in told.items() if v is not None}, extra=told)
+        told = {name: value for name, value in told.items() if value is not None}
+        logger.info("accepted %s", told, extra=told)
 
 
-def served(request: Request) -> Served:
-    """The state of the application that a request came to."""
-    state: Served = request.app.state.served
+async def _state(request: Request) -> AppState:
+    state: AppState = request.app.state.omni
     return state
+
+
+State = Annotated[AppState, Depends(_state)]

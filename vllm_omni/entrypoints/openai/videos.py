@@ -3,118 +3,131 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from typing import Annotated, Any, Literal
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from PIL import Image
-from starlette.responses import FileResponse, JSONResponse, Response
+from starlette.responses import FileResponse, Response
 
-from vllm_omni.entrypoints.openai import picture
-from vllm_omni.entrypoints.openai.errors import ApiError, invalid
-from vllm_omni.entrypoints.openai.fields import check_fields_of, parse_json
-from vllm_omni.entrypoints.openai.forms import Form, read_form
-from vllm_omni.entrypoints.openai.order import check_makes, check_model
-from vllm_omni.entrypoints.openai.schemas import Deleted, VideoPage, VideoReply, replies
-from vllm_omni.entrypoints.openai.state import Served, served
-from vllm_omni.entrypoints.openai.video_fields import REFERENCE, VideoFields, check_reference, make_video_order
-from vllm_omni.entrypoints.openai.video_jobs import VideoJobs
-from vllm_omni.entrypoints.openai.video_store import FILES, VideoJob, VideoStore
+from vllm_omni.entrypoints.openai import media
+from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, match_pictures, plan_video
+from vllm_omni.entrypoints.openai.jobs import Jobs, VideoJobs
+from vllm_omni.entrypoints.openai.protocol import replies
+from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, read_form, read_json
+from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
+from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest
+from vllm_omni.entrypoints.openai.protocol.streams import unless_gone
+from vllm_omni.entrypoints.openai.state import AppState, State
+from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore
 from vllm_omni.entrypoints.serve_config import ServeConfig
-from vllm_omni.logger import init_logger
 from vllm_omni.outputs.media import encode_video
 
-logger = init_logger(__name__)
-
 POLL_AFTER_MS = 500
+_PICTURES = (INPUT_REFERENCE, "image_reference")
+_BODY = body_schema(VideoRequest, "multipart/form-data", optional=(INPUT_REFERENCE,))
 _MEDIA = {"video": "video/mp4", "thumbnail": "image/webp", "spritesheet": "image/jpeg"}
 
 
-def open_jobs(here: Served) -> VideoJobs | None:
+def open_jobs(jobs: Jobs, config: ServeConfig) -> VideoJobs | None:
     """None for a model that makes no video. What would fail every job is raised here: no MP4 encoder, no folder."""
-    if not here.info.video_output:
+    if not jobs.engine.info.video_output:
         return None
     encode_video([Image.new("RGB", (16, 16))] * 2, "mp4", 8)
-    return VideoJobs(here, VideoStore(here.config.store_dir))
+    return VideoJobs(jobs, VideoStore(config.store_dir), config)
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    jobs: VideoJobs | None = app.state.videos
-    if jobs is None:
+    state: AppState = app.state.omni
+    if state.videos is None:
         yield
         return
-    async with jobs:
+    async with state.videos:
         yield
 
 
 router = APIRouter(prefix="/v1/videos", tags=["videos"], lifespan=_lifespan)
 
 
-def _body() -> dict[str, Any]:
-    schema = VideoFields.model_json_schema()
-    schema["properties"][REFERENCE] = {"type": "string", "format": "binary"}
-    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
+@router.post("", openapi_extra=_BODY)
+async def create(http: Request, response: Response, state: State) -> replies.VideoReply:
+    """Queue a video, from a form or a JSON object; 503 if the queue is full."""
+    jobs, generation = _jobs(state), await _read(http, state)
+    job = await jobs.create(generation)
+    state.accept(http, generation, video_id=job.id)
+    reply = _reply(job, jobs, response)
+    reply.omni["warnings"] = http.state.warnings
+    return reply
 
 
-@router.post("", openapi_extra=_body(), responses=replies(VideoReply))
-async def create(request: Request) -> Response:
-    """Queue a video, from a multipart form or a JSON object; 503 where the queue is full."""
-    here = served(request)
-    jobs = _jobs(request)
-    as_json = request.headers.get("content-type", "").startswith("application/json")
-    form = (
-        Form(parse_json(await request.body()), [], [], [])
-        if as_json
-        else await read_form(request, 1, pictures=(REFERENCE,), urls=())
-    )
-    reference = form.fields.pop(REFERENCE, None)
-    fields = check_fields_of(
-        VideoFields,
-        form.fields,
-        strict=as_json,
-        allow_unknown=here.config.allow_unknown_fields,
-        max_prompt=here.config.limits.max_prompt_characters,
-    )
-    check_model(fields.model, here.config)
-    check_reference(bool(form.pictures or form.urls or reference is not None), here.info)
-    image = await asyncio.to_thread(_picture, form, reference, here.config)
-    order = make_video_order(fields, here.info, here.config, image)
-    job = await jobs.create(order)
-    told = {
-        "request_id": request.state.request_id,
-        "video_id": job.id,
-        "size": job.size,
-        "frames": order.params.num_frames,
-        "steps": order.params.num_inference_steps,
+@router.post("/sync", openapi_extra=_BODY, response_class=Response, responses={200: {"content": {_MEDIA["video"]: {}}}})
+async def create_and_wait(http: Request, state: State) -> Response:
+    """The MP4 itself; nothing is kept, and a client that goes away ends the work."""
+    generation = await _read(http, state)
+    if generation.timeout_s is None:
+        generation = replace(generation, timeout_s=state.config.limits.request_timeout_s)
+    state.accept(http, generation)
+    with state.timed():
+        return await unless_gone(http.receive, _film(http, state, generation))
+
+
+async def _film(http: Request, state: AppState, generation: GenerationRequest[VideoRequest]) -> Response:
+    began = time.monotonic()
+    async with aclosing(state.jobs.run(generation, http.state.request_id, http.state.facts)) as items:
+        output = [output async for _, output in items][-1]
+    frames, fps = output.videos[0], output.fps or state.info.fps
+    data = await asyncio.to_thread(encode_video, frames, "mp4", fps)
+    seconds = {name: round(value, 4) for name, value in output.stage_durations.items()}
+    omni = {"seed": output.seed, "num_frames": len(frames), "fps": fps, "warnings": http.state.warnings}
+    headers = {
+        "x-model": generation.model.encode("ascii", "replace").decode(),
+        "x-inference-time-s": f"{time.monotonic() - began:.3f}",
+        "x-stage-durations": json.dumps(seconds),
+        "x-peak-memory-mb": f"{output.peak_memory_mb:.1f}",
+        "x-omni": json.dumps(omni),
     }
-    logger.info("accepted %s", told, extra=told)
-    return _reply(job, jobs)
+    return Response(data, media_type=_MEDIA["video"], headers=headers)
 
 
-@router.get("", responses=replies(VideoPage))
+async def _read(http: Request, state: AppState) -> GenerationRequest[VideoRequest]:
+    check_makes(state.info, "video")
+    if http.headers.get("content-type", "").startswith("application/json"):
+        body = await read_json(http, _PICTURES)
+    else:
+        body = await read_form(http, 1, _PICTURES)
+    request = check_request(VideoRequest, body, state.config)
+    sources = match_pictures(body, state.info, INPUT_REFERENCE)
+    pictures = await asyncio.to_thread(media.load, sources, state.config)
+    return plan_video(request, state.info, state.config.limits, pictures)
+
+
+@router.get("")
 async def page(
-    request: Request,
+    state: State,
     after: Annotated[str | None, Query(max_length=100)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
-) -> Response:
+) -> replies.VideoPage:
     """Jobs in the order of their creation; `after` is the last id of the page before."""
-    jobs = _jobs(request)
+    jobs = _jobs(state)
     if after is not None and jobs.store.get(after) is None:
         raise invalid("after", "after must be the id of a video that is still there")
     found = jobs.store.page(after, limit + 1, newest_first=order == "desc")
-    data = [_as_json(job, jobs) for job in found[:limit]]
-    ends = {"first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
-    return JSONResponse({"object": "list", "data": data, **ends, "has_more": len(found) > limit})
+    data = [_reply(job, jobs) for job in found[:limit]]
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return replies.VideoPage(data=data, first_id=first, last_id=last, has_more=len(found) > limit)
 
 
-@router.get("/{video_id}", responses=replies(VideoReply))
-async def retrieve(video_id: str, request: Request) -> Response:
+@router.get("/{video_id}")
+async def retrieve(video_id: str, response: Response, state: State) -> replies.VideoReply:
     """Where a job stands. A job that failed is a 200 too: its `error` says why."""
-    jobs = _jobs(request)
-    return _reply(_found(video_id, jobs), jobs)
+    jobs = _jobs(state)
+    return _reply(_found(video_id, jobs), jobs, response)
 
 
 @router.get(
@@ -123,10 +136,10 @@ async def retrieve(video_id: str, request: Request) -> Response:
     responses={200: {"content": {kind: {} for kind in _MEDIA.values()}}},
 )
 async def content(
-    video_id: str, request: Request, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+    video_id: str, state: State, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
 ) -> Response:
     """The MP4, the frame in its middle as WebP, or a JPEG of up to 25 frames."""
-    jobs = _jobs(request)
+    jobs = _jobs(state)
     job = _found(video_id, jobs)
     if job.status != "completed":
         raise ApiError(404, f"the video is {job.status.replace('_', ' ')}: it has no content", "video_not_ready")
@@ -134,61 +147,29 @@ async def content(
     return FileResponse(jobs.store.file(job, variant), media_type=_MEDIA[variant], filename=name)
 
 
-@router.delete("/{video_id}", responses=replies(Deleted))
-async def delete(video_id: str, request: Request) -> Response:
+@router.delete("/{video_id}")
+async def delete(video_id: str, state: State) -> replies.Deleted:
     """End a job within one step, and forget it and its files."""
-    if not _jobs(request).delete(video_id):
-        raise _unknown()
-    return JSONResponse({"id": video_id, "object": "video.deleted", "deleted": True})
+    jobs = _jobs(state)
+    jobs.delete(_found(video_id, jobs).id)
+    return replies.Deleted(id=video_id, object="video.deleted")
 
 
-def _jobs(request: Request) -> VideoJobs:
-    check_makes(served(request).info, "video")
-    jobs: VideoJobs = request.app.state.videos
-    return jobs
+def _jobs(state: AppState) -> VideoJobs:
+    check_makes(state.info, "video")
+    assert state.videos is not None
+    return state.videos
 
 
 def _found(video_id: str, jobs: VideoJobs) -> VideoJob:
     if (job := jobs.store.get(video_id)) is None:
-        raise _unknown()
+        text = "no such video; videos are forgotten a day after they were made"
+        raise ApiError(404, text, "not_found", "video_id")
     return job
 
 
-def _unknown() -> ApiError:
-    return ApiError(404, "no such video; videos are forgotten a day after they were made", "not_found", "video_id")
-
-
-def _reply(job: VideoJob, jobs: VideoJobs) -> Response:
-    waits = job.status in ("queued", "in_progress")
-    return JSONResponse(_as_json(job, jobs), headers={"openai-poll-after-ms": str(POLL_AFTER_MS)} if waits else {})
-
-
-def _as_json(job: VideoJob, jobs: VideoJobs) -> dict[str, Any]:
-    return {
-        "id": job.id,
-        "object": "video",
-        "model": job.model,
-        "status": job.status,
-        "progress": jobs.progress(job),
-        "created_at": job.created_at,
-        "completed_at": job.completed_at,
-        "expires_at": job.expires_at,
-        "prompt": job.prompt,
-        "seconds": job.seconds,
-        "size": job.size,
-        "remixed_from_video_id": None,
-        "error": job.error,
-        "omni": {"seed": job.fields["seed"], **job.facts},
-    }
-
-
-def _picture(form: Form, reference: Any, config: ServeConfig) -> Image.Image | None:
-    """The picture of a form's file, of a data URL, or of `{"image_url": data URL}`."""
-    if form.pictures:
-        return picture.decode(form.pictures[0], REFERENCE, config.limits.max_input_pixels)
-    url = form.urls[0] if form.urls else reference
-    if isinstance(url, dict):
-        if set(url) != {"image_url"}:
-            raise invalid(REFERENCE, f"{REFERENCE} takes image_url alone; no files are kept", "unsupported_parameter")
-        url = url["image_url"]
-    return None if url is None else picture.decode_url(url, REFERENCE, config)
+def _reply(job: VideoJob, jobs: VideoJobs, response: Response | None = None) -> replies.VideoReply:
+    if response is not None and job.status in ("queued", "in_progress"):
+        response.headers["openai-poll-after-ms"] = str(POLL_AFTER_MS)
+    record = job.model_dump(exclude={"fields", "facts"})
+    return replies.VideoReply(**record, progress=jobs.progress(job), omni={"seed": job.fields["seed"], **job.facts})

@@ -16,7 +16,7 @@ def test_admission_is_first_come_first_served_up_to_the_limit() -> None:
     assert scheduler.admit() == ["c"]
 
 
-def test_skips_go_first_then_parts_and_equal_keys_go_together() -> None:
+def test_skipped_steps_run_first_then_components_and_equal_keys_share_a_batch() -> None:
     scheduler = StepScheduler(8)
     for name in "abcd":
         scheduler.add(name)
@@ -34,7 +34,7 @@ def test_skips_go_first_then_parts_and_equal_keys_go_together() -> None:
     assert scheduler.schedule() == ["a", "b", "d"]
 
 
-def test_the_group_that_waits_longest_is_next() -> None:
+def test_the_group_that_waits_longest_runs_next() -> None:
     scheduler = StepScheduler(8)
     for name in "ab":
         scheduler.add(name)
@@ -49,7 +49,7 @@ def test_the_group_that_waits_longest_is_next() -> None:
     assert turns == ["a", "b"] * 3
 
 
-def test_remove_forgets_waiting_and_running() -> None:
+def test_remove_drops_waiting_and_running_requests() -> None:
     scheduler = StepScheduler(1)
     scheduler.add("a")
     scheduler.add("b")
@@ -60,7 +60,7 @@ def test_remove_forgets_waiting_and_running() -> None:
     assert len(scheduler) == 0 and scheduler.schedule() == []
 
 
-def test_priority_goes_first_and_age_overtakes_it() -> None:
+def test_priority_decides_until_age_outweighs_it() -> None:
     scheduler = StepScheduler(1)
     scheduler.add("old", 0, arrived=0.0)
     scheduler.add("urgent", -1, arrived=AGEING_S - 1)  # a level is worth AGEING_S seconds of waiting, and no more
@@ -70,7 +70,7 @@ def test_priority_goes_first_and_age_overtakes_it() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0, 1000), st.integers(-10, 10)), min_size=2, max_size=20))
-def test_nobody_is_overtaken_by_those_who_come_later_than_its_disadvantage(asked: list[tuple[float, int]]) -> None:
+def test_a_request_is_overtaken_only_within_its_priority_disadvantage(asked: list[tuple[float, int]]) -> None:
     scheduler = StepScheduler(1)
     for i, (arrived, priority) in enumerate(asked):
         scheduler.add(str(i), priority, arrived)

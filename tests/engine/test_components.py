@@ -1,4 +1,4 @@
-"""Text encoders and decoders of several requests in one call: the same results, and one's fault or end is its own."""
+"""Text encoders and VAEs of several requests in one call: equal results, and a fault or an abort of one is its own."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close, assert_differs, levels_apart
 from peft import LoraConfig
 from pipelines import DEFAULTS, embeds, tiny_flux
-from stepping import add, distance, drain
+from stepping import add, drain
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vllm_omni import Omni
@@ -40,9 +41,7 @@ def calls(demo: Omni) -> Iterator[dict[str, list[int]]]:
         handle.remove()
 
 
-def test_who_come_together_are_encoded_together_and_who_end_together_decoded(
-    demo: Omni, calls: dict[str, list[int]]
-) -> None:
+def test_simultaneous_requests_are_encoded_and_decoded_in_joint_calls(demo: Omni, calls: dict[str, list[int]]) -> None:
     params = [Params(num_inference_steps=6, seed=i, num_outputs_per_prompt=1 + i % 2) for i in range(4)]
     together = demo.generate(PROMPTS, params, use_tqdm=False)
     assert calls == {"text_encoder": [4], "text_encoder_2": [4], "vae": [6]}
@@ -51,11 +50,11 @@ def test_who_come_together_are_encoded_together_and_who_end_together_decoded(
     for prompt, one, own in zip(PROMPTS, params, together, strict=True):
         alone = demo.generate(prompt, one, use_tqdm=False)[0]
         assert own.ok and len(own.images) == len(alone.images)
-        assert max(distance(a, b) for a, b in zip(own.images, alone.images, strict=True)) <= 1
+        assert max(levels_apart(a, b) for a, b in zip(own.images, alone.images, strict=True)) <= 1
     assert calls == {"text_encoder": [1] * 4, "text_encoder_2": [1] * 4, "vae": [1, 2, 1, 2]}
 
 
-def test_a_joint_decode_is_no_larger_than_one_large_picture(
+def test_a_joint_decode_is_limited_in_size(
     demo: Omni, calls: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = demo.generate("x", Params(num_inference_steps=1, output_type="latent"), use_tqdm=False)[0].latents.shape
@@ -65,7 +64,7 @@ def test_a_joint_decode_is_no_larger_than_one_large_picture(
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])
-def test_a_fault_in_a_joint_call_is_one_request_s(demo: Omni, part: str) -> None:
+def test_a_fault_in_a_joint_call_fails_only_its_own_request(demo: Omni, part: str) -> None:
     pipeline = demo.engine.worker.pipeline
     tokens = pipeline.tokenizer_2 if part == "text_encoder_2" else pipeline.tokenizer
     poison = tokens("rocket")["input_ids"][-2]
@@ -88,11 +87,11 @@ def test_a_fault_in_a_joint_call_is_one_request_s(demo: Omni, part: str) -> None
     assert isinstance(outputs[2].error, ArithmeticError), outputs[2].error
     for i in (0, 1, 3):
         alone = demo.generate(PROMPTS[i], params[i], use_tqdm=False)[0]
-        assert outputs[i].ok and distance(outputs[i].images[0], alone.images[0]) <= 1
+        assert outputs[i].ok and levels_apart(outputs[i].images[0], alone.images[0]) <= 1
     assert not demo.engine.has_unfinished_requests() and demo.engine.worker.cache_bytes == 0
 
 
-def test_one_can_leave_at_each_part(demo: Omni) -> None:
+def test_a_request_can_be_aborted_while_it_is_encoded_or_decoded(demo: Omni) -> None:
     seen = []
     for stage in ("encode", "decode"):
         for name, prompt in zip("ab", PROMPTS, strict=False):
@@ -109,18 +108,18 @@ def test_one_can_leave_at_each_part(demo: Omni) -> None:
         drain(demo, outputs)
         assert isinstance(outputs["a"].error, RequestAbortedError) and outputs["b"].ok
         alone = demo.generate(PROMPTS[1], Params(num_inference_steps=3, seed=1), use_tqdm=False)[0]
-        assert distance(outputs["b"].images[0], alone.images[0]) <= 1
+        assert levels_apart(outputs["b"].images[0], alone.images[0]) <= 1
     assert seen == ["encode", "decode"]
 
 
-def test_seconds_of_encoding_and_decoding_are_told(demo: Omni) -> None:
+def test_encode_and_decode_seconds_are_reported(demo: Omni) -> None:
     outputs = demo.generate(PROMPTS, Params(num_inference_steps=3, seed=1), use_tqdm=False)
     told = [output.stage_durations for output in outputs]
     assert all(one["decode_s"] > 0 and one["encode_and_denoise_s"] > 0 for one in told)
     assert sum(one["decode_s"] for one in told) < outputs[0].metrics["total_s"]  # of a joint call, a share each
 
 
-def test_a_text_encoder_with_adapters_is_scaled_for_its_own_request_alone() -> None:
+def test_adapters_of_a_text_encoder_apply_only_to_their_own_request() -> None:
     """Pipelines set the scale before the call and take it back after it."""
     with Omni("demo", dtype="float32") as omni:
         encoder = omni.engine.worker.pipeline.text_encoder
@@ -132,12 +131,12 @@ def test_a_text_encoder_with_adapters_is_scaled_for_its_own_request_alone() -> N
         ]
         together = omni.generate(["penguin"] * 3, params, use_tqdm=False)
         alone = [omni.generate("penguin", one, use_tqdm=False)[0].latents for one in params]
-        assert not torch.allclose(alone[0], alone[1], atol=1e-3)
+        assert_differs(alone[0], alone[1])
         for own, one in zip(together, alone, strict=True):
-            assert torch.allclose(own.latents, one, atol=1e-4)
+            assert_close(own.latents, one)
 
 
-def test_a_decoder_that_a_pipeline_casts_does_not_park() -> None:
+def test_a_decoder_that_its_pipeline_casts_is_called_directly() -> None:
     """SDXL's pipelines cast the shared VAE before the call and back after it."""
     parked: list[ComponentCall] = []
     vae = tiny_flux().vae
@@ -151,7 +150,7 @@ def test_a_decoder_that_a_pipeline_casts_does_not_park() -> None:
     assert picture.dtype == torch.float64 and len(parked) == 1
 
 
-def test_what_fits_together() -> None:
+def test_only_compatible_calls_are_joined() -> None:
     def call(*args: Any, **kwargs: Any) -> ComponentCall:
         return ComponentCall("vae", "decode", args, kwargs)
 
@@ -166,7 +165,7 @@ def test_what_fits_together() -> None:
     assert component_key(call(prompt="x")) is None
 
 
-def test_a_language_model_s_cache_is_nobody_s_rows() -> None:
+def test_a_language_models_kv_cache_is_not_split_into_rows() -> None:
     ids = [torch.tensor([[1, 2]]), torch.tensor([[3, 4], [5, 6]])]
     seen = []
 
@@ -194,4 +193,4 @@ def test_pictures_of_two_sizes_are_decoded_apart() -> None:
         for i, one in enumerate(params):
             alone = omni.generate(embeds(i), one, use_tqdm=False)[0]
             assert together[i].images[0].size == (one.width, one.height)
-            assert distance(together[i].images[0], alone.images[0]) <= 1
+            assert levels_apart(together[i].images[0], alone.images[0]) <= 1

@@ -1,4 +1,4 @@
-"""Continuous batching with a cache per request: isolation, faults, memory, fairness. Real pipelines, small weights."""
+"""Continuous batching with a cache per request: equal to solo runs, faults, aborts, memory; small random weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close, levels_apart
 from diffusers import FlowMatchEulerDiscreteScheduler
 from lanes import lane
 from pipelines import CURVE, DEFAULTS, BlockCounter, embeds, negative, tiny_flux
-from stepping import add, distance, drain
+from stepping import add, drain
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -51,7 +52,7 @@ def mixed_requests(latent: bool) -> list[Params]:
 
 
 @pytest.mark.parametrize("latent", lane([True, False], lambda latent: latent))
-def test_isolation_on_the_demo_model(demo: Omni, latent: bool) -> None:
+def test_a_mixed_batch_on_the_demo_model_equals_solo_runs(demo: Omni, latent: bool) -> None:
     """Requests that join and leave one batch at different steps, one aborted, one failing: each equals its solo run."""
     params = mixed_requests(latent)
     outputs: dict[str, Any] = {}
@@ -68,7 +69,6 @@ def test_isolation_on_the_demo_model(demo: Omni, latent: bool) -> None:
     assert isinstance(outputs["aborted"].error, RequestAbortedError)
     assert isinstance(outputs["failing"].error, ValueError)
     assert demo.engine.worker.cache_bytes == 0
-    worst = 0.0
     for i, p in enumerate(params):
         solo = demo.generate(DEMO_PROMPTS[i], p, use_tqdm=False)[0]
         mixed = outputs[str(i)]
@@ -79,15 +79,13 @@ def test_isolation_on_the_demo_model(demo: Omni, latent: bool) -> None:
             mixed.skipped_steps,
         )
         if latent:
-            worst = max(worst, (solo.latents - mixed.latents).abs().max().item())
+            assert_close(mixed.latents, solo.latents, p)
         else:
             assert len(mixed.images) == p.num_outputs_per_prompt
-            worst = max(worst, *(distance(a, b) for a, b in zip(solo.images, mixed.images, strict=True)))
-    print("worst difference:", worst)
-    assert worst <= (1e-4 if latent else 1.0)
+            assert all(levels_apart(a, b) <= 1 for a, b in zip(solo.images, mixed.images, strict=True))
 
 
-def test_isolation_with_two_branches(tiny: Omni) -> None:
+def test_a_mixed_batch_with_two_branches_equals_solo_runs(tiny: Omni) -> None:
     params = [
         Params(
             num_inference_steps=4 + 3 * i, seed=i, true_cfg_scale=1.5 + i, guidance_scale=1 + i, output_type="latent"
@@ -99,11 +97,11 @@ def test_isolation_with_two_branches(tiny: Omni) -> None:
     for i in range(6):
         solo = tiny.generate(prompts[i], params[i], use_tqdm=False)[0]
         assert mixed[i].skipped_steps == solo.skipped_steps > 0
-        assert (mixed[i].latents - solo.latents).abs().max() < 1e-4
+        assert_close(mixed[i].latents, solo.latents)
     assert tiny.engine.worker.cache_bytes == 0
 
 
-def test_engine_equals_plain_diffusers_bit_for_bit_when_alone() -> None:
+def test_a_request_alone_equals_plain_diffusers_bit_for_bit() -> None:
     pipeline = tiny_flux()
     plain = pipeline(
         **embeds(0),
@@ -117,7 +115,7 @@ def test_engine_equals_plain_diffusers_bit_for_bit_when_alone() -> None:
     assert torch.equal(plain, ours.latents)
 
 
-def test_full_forwards_really_made_equal_the_plan(tiny: Omni) -> None:
+def test_the_number_of_full_forwards_is_that_of_the_plan(tiny: Omni) -> None:
     counter = BlockCounter(tiny.engine.worker.pipeline.transformer.transformer_blocks[0])
     outputs = tiny.generate(
         [embeds(i) for i in range(5)],
@@ -130,13 +128,13 @@ def test_full_forwards_really_made_equal_the_plan(tiny: Omni) -> None:
         assert len(output.plan) == output.num_inference_steps == output.computed_steps + output.skipped_steps
 
 
-def test_steps_left_out_are_the_pipelines_own(tiny: Omni) -> None:
+def test_an_omitted_step_count_is_the_pipelines_default(tiny: Omni) -> None:
     output = tiny.generate(embeds(0), Params(seed=0, output_type="latent"), use_tqdm=False)[0]
     assert output.num_inference_steps == 28 == len(output.plan)
     assert not output.latents.is_inference()
 
 
-def test_a_skipped_step_is_decided_per_request_not_per_batch(tiny: Omni) -> None:
+def test_each_request_of_a_batch_skips_its_own_steps(tiny: Omni) -> None:
     off, on = tiny.generate(
         [embeds(0), embeds(1)],
         [Params(num_inference_steps=12, seed=0, cache="off", output_type="latent"),
@@ -156,7 +154,7 @@ class PickyScheduler(FlowMatchEulerDiscreteScheduler):
         return super().step(model_output, timestep, sample, *args, **kwargs)
 
 
-def test_a_fault_ends_its_own_request_alone() -> None:
+def test_a_fault_in_a_batch_fails_only_its_own_request() -> None:
     """In text encoding, in a joint forward, in its scheduler, in decoding."""
     pipeline = tiny_flux()
     pipeline.scheduler = PickyScheduler.from_config(pipeline.scheduler.config)
@@ -194,12 +192,12 @@ def test_a_fault_ends_its_own_request_alone() -> None:
         assert kinds[2:5] == [ArithmeticError, FloatingPointError, MemoryError], kinds
         assert outputs[1].error is not None
         for survivor in (outputs[0], outputs[5]):
-            assert survivor.ok and distance(survivor.images[0], alone.images[0]) <= 1
+            assert survivor.ok and levels_apart(survivor.images[0], alone.images[0]) <= 1
         assert omni.engine.worker.cache_bytes == 0
         assert not omni.engine.has_unfinished_requests()
 
 
-def test_abort_at_every_stage_frees_everything(tiny: Omni) -> None:
+def test_abort_at_every_stage_frees_its_memory(tiny: Omni) -> None:
     for ticks in (0, 1, 2, 5):
         add(tiny, "a", embeds(0), Params(num_inference_steps=12, seed=0))
         add(tiny, "b", embeds(1), Params(num_inference_steps=12, seed=1, output_type="latent"))
@@ -212,7 +210,7 @@ def test_abort_at_every_stage_frees_everything(tiny: Omni) -> None:
         assert tiny.engine.worker.cache_bytes == 0
 
 
-def test_waiting_requests_can_be_aborted_and_nobody_starves() -> None:
+def test_waiting_requests_can_be_aborted_and_all_others_end() -> None:
     """More requests than places, two shapes that cannot share a forward: all end, in bounded time."""
     with Omni.from_pipe(tiny_flux(), max_num_seqs=2, defaults=DEFAULTS) as omni:
         for i in range(6):
@@ -230,7 +228,7 @@ def test_waiting_requests_can_be_aborted_and_nobody_starves() -> None:
         assert outputs["0"].latents.shape[1] == 144 and outputs["1"].latents.shape[1] == 64
 
 
-def test_a_budget_of_one_residual_makes_the_others_compute() -> None:
+def test_a_memory_budget_of_one_residual_makes_others_compute() -> None:
     one = 64 * 32 * 4  # image tokens x width x fp32
     pipeline = tiny_flux()
     prompts = [embeds(i) for i in range(4)]
@@ -249,10 +247,10 @@ def test_a_budget_of_one_residual_makes_the_others_compute() -> None:
     assert min(computed) < 12 and max(computed) == 12, computed
     for a, b in zip(limited, uncached, strict=True):
         if a.computed_steps == 12:
-            assert (a.latents - b.latents).abs().max() < 1e-4
+            assert_close(a.latents, b.latents)
 
 
-def test_inputs_in_order_and_errors_in_place(tiny: Omni) -> None:
+def test_outputs_are_in_input_order_with_errors_in_place(tiny: Omni) -> None:
     outputs = tiny.generate(
         [embeds(0), "", embeds(1)],
         [Params(num_inference_steps=9, seed=0, output_type="latent")] * 3,
@@ -288,7 +286,7 @@ def test_close_leaves_the_pipeline_as_it_was() -> None:
     assert torch.equal(before, after)
 
 
-def test_seed_draws_the_picture_plain_diffusers_draws(demo: Omni) -> None:
+def test_a_seed_makes_the_picture_of_plain_diffusers(demo: Omni) -> None:
     from vllm_omni.diffusion.loader import generation_defaults
 
     pipeline = demo.engine.worker.pipeline
@@ -298,11 +296,13 @@ def test_seed_draws_the_picture_plain_diffusers_draws(demo: Omni) -> None:
         **generation_defaults("demo") | {"num_inference_steps": 6},
     ).images[0]
     ours = demo.generate("red apple", Params(seed=7, num_inference_steps=6, cache="off"), use_tqdm=False)[0]
-    assert ours.seed == 7 and distance(plain, ours.images[0]) == 0
+    assert ours.seed == 7 and levels_apart(plain, ours.images[0]) == 0
 
 
 @pytest.mark.parametrize(("kept", "bytes_", "decibels"), [("bfloat16", 1 / 2, 60.0), ("float8", 1 / 4, 52.0)])
-def test_residuals_in_fewer_bits(demo: Omni, kept: str, bytes_: float, decibels: float) -> None:
+def test_residuals_of_fewer_bits_save_memory_and_stay_close(
+    demo: Omni, kept: str, bytes_: float, decibels: float
+) -> None:
     """A half or a quarter of the memory of fp32, and pictures near those of the model's own dtype."""
 
     def run(omni: Omni) -> tuple[list[Any], int]:
@@ -338,7 +338,7 @@ with Omni("demo", dtype="float32") as omni:
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_a_forward_finds_the_memory_of_the_last_one() -> None:
+def test_a_forward_reuses_the_memory_of_the_last_one() -> None:
     """In a process of ours; a library user's allocator stays as it is. Page faults of a batch of 16, run again."""
     faults = {}
     for whose in ("ours", "a user's"):

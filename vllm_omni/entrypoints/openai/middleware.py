@@ -7,18 +7,22 @@ import hmac
 import logging
 import re
 import time
-from collections import Counter
 from contextlib import suppress
 from hashlib import sha256
+from importlib import import_module
+from inspect import isclass
+from typing import Any
 from uuid import uuid4
 
+from fastapi import FastAPI
 from starlette._utils import get_route_path
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vllm_omni import _vllm_compat
-from vllm_omni.entrypoints.openai import facts
-from vllm_omni.entrypoints.openai.errors import ApiError, as_api_error
+from vllm_omni.entrypoints.openai.protocol.errors import ApiError, as_api_error
+from vllm_omni.entrypoints.openai.state import AppState
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -28,16 +32,36 @@ LINGER_S = 2.0  # for the rest of a body that is refused: closing at once would 
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
-class Gate:
-    """ASGI middleware around the whole application. Without the key nothing is answered but `open_paths`."""
+def add_middleware(app: FastAPI, state: AppState, open_paths: frozenset[str]) -> None:
+    """The operator's own innermost, then the gatekeeper, then CORS: a browser asks for permission without its key."""
+    options = state.config.http
+    for name in options.middleware:  # as `vllm serve --middleware`: an ASGI class, or a function of request, call_next
+        module, _, attribute = name.rpartition(".")
+        found: Any = vars(import_module(module))[attribute]
+        if isclass(found):
+            app.add_middleware(found)  # type: ignore[arg-type]
+        else:
+            app.middleware("http")(found)
+    app.add_middleware(Gatekeeper, state=state, open_paths=open_paths)
+    if options.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=options.allowed_origins,
+            allow_methods=options.allowed_methods,
+            allow_headers=options.allowed_headers,
+            allow_credentials=options.allow_credentials,
+            expose_headers=("x-request-id", "retry-after", "openai-poll-after-ms"),
+        )
 
-    def __init__(
-        self, app: ASGIApp, keys: tuple[str, ...], max_body: int, open_paths: frozenset[str], statuses: Counter[int],
-        traced: bool = False,
-    ) -> None:  # fmt: skip
-        self.app, self.max_body, self.open_paths, self.statuses = app, max_body, open_paths, statuses
-        self.traced = traced
-        self.keys = [sha256(key.encode()).digest() for key in keys]
+
+class Gatekeeper:
+    """ASGI middleware around the whole application. Without a key, only `open_paths` are answered."""
+
+    def __init__(self, app: ASGIApp, state: AppState, open_paths: frozenset[str]) -> None:
+        self.app, self.statuses, self.open_paths = app, state.statuses, open_paths
+        self.max_body = state.config.limits.max_body_bytes
+        self.traced = bool(state.config.otlp_traces_endpoint)
+        self.keys = [sha256(key.encode()).digest() for key in state.config.http.api_key]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -48,9 +72,10 @@ class Gate:
         headers = Headers(scope=scope)
         asked = headers.get("x-request-id", "")
         request_id = asked if _CLIENT_ID.fullmatch(asked) else uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
+        # What is known of the request, for its span and its log line: routes add to it, but never a prompt.
+        facts: dict[str, Any] = {"request_id": request_id, "method": scope["method"]}
+        scope.setdefault("state", {}).update(request_id=request_id, facts=facts)
         began, began_ns, status = time.monotonic(), time.time_ns(), 0
-        known = facts.begin(request_id=request_id, method=scope["method"])
 
         async def reply(message: Message) -> None:
             nonlocal status
@@ -63,7 +88,7 @@ class Gate:
             self._admit(scope, headers)
             await self.app(scope, self._counted(receive), reply)
         except Exception as error:  # whatever it was, the client gets the envelope and the server lives
-            told = as_api_error(error)
+            told = as_api_error(error, scope["state"].get("names"))
             if told.status == 500:  # a client's mistake, a full queue or a server that ends is no fault of ours
                 logger.exception("request %s failed", request_id)
             if status:
@@ -76,11 +101,11 @@ class Gate:
             self.statuses[status] += 1
             route = scope.get("route")
             path = route.path if route is not None else "(none)"
-            known |= {"route": path, "status": status, "seconds": round(time.monotonic() - began, 4)}
+            facts |= {"route": path, "status": status, "seconds": round(time.monotonic() - began, 4)}
             level = logging.DEBUG if get_route_path(scope) in OPEN_PATHS else logging.INFO
-            logger.log(level, "%s %s -> %d", scope["method"], path, status, extra=known)
+            logger.log(level, "%s %s -> %d", scope["method"], path, status, extra=facts)
             if self.traced and path.startswith("/v1/"):
-                _vllm_compat.record_span(f"{scope['method']} {path}", began_ns, headers, known)
+                _vllm_compat.record_span(f"{scope['method']} {path}", began_ns, headers, facts)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         if self.keys and get_route_path(scope) not in self.open_paths and not self._known(headers):
@@ -98,7 +123,7 @@ class Gate:
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = sha256(token.encode("utf-8", "surrogateescape")).digest()
         found = False
-        for key in self.keys:  # all of them, always: how long it takes tells nothing
+        for key in self.keys:  # all of them, always: how long it takes reveals nothing
             found |= hmac.compare_digest(given, key)
         return found and scheme.lower() == "bearer"
 

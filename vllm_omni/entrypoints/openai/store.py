@@ -5,7 +5,6 @@ A folder belongs to one server at a time. Ids are drawn here; nothing that a cli
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import secrets
 import shutil
@@ -13,13 +12,14 @@ import sqlite3
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from pydantic import Field
+
+from vllm_omni.entrypoints.openai.protocol.replies import VideoRecord
 from vllm_omni.errors import InvalidValueError
 
-Status = Literal["queued", "in_progress", "completed", "failed"]
 EXPIRES_S = 24 * 3600
 FILES = {"video": "video.mp4", "thumbnail": "thumbnail.webp", "spritesheet": "spritesheet.jpg"}
 _INPUT = "input.png"
@@ -27,33 +27,20 @@ _SCHEMA = """CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, created_at INTEGER NOT NULL,
     model TEXT NOT NULL, prompt TEXT NOT NULL, seconds TEXT NOT NULL, size TEXT NOT NULL, fields TEXT NOT NULL,
     status TEXT NOT NULL DEFAULT 'queued', completed_at INTEGER, expires_at INTEGER, error TEXT, facts TEXT)"""
+_AS_JSON = ("fields", "error", "facts")
 
 
-@dataclass(frozen=True)
-class VideoJob:
-    """A row. `fields` make the same video again; `error` is an API error's body, `facts` how the video was made."""
+class VideoJob(VideoRecord):
+    """A row. `fields` make the same video again; `facts` say how the video was made."""
 
-    id: str
-    created_at: int
-    model: str
-    prompt: str
-    seconds: str
-    size: str
     fields: dict[str, Any]
-    status: Status = "queued"
-    completed_at: int | None = None
-    expires_at: int | None = None
-    error: dict[str, Any] | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-_COLUMNS = tuple(column.name for column in dataclasses.fields(VideoJob))
+    facts: dict[str, Any] = Field(default_factory=dict)
 
 
 class VideoStore:
     """`folder` is made where it does not exist; None is a private one that `close` removes.
 
-    InvalidValueError where the folder cannot be used, or another server has it open. `now` gives seconds since 1970.
+    InvalidValueError if the folder cannot be used, or another server has it open. `now` returns seconds since 1970.
     """
 
     def __init__(self, folder: Path | None, now: Callable[[], float] = time.time) -> None:
@@ -79,14 +66,14 @@ class VideoStore:
     ) -> VideoJob:
         """A new job, queued; `picture` is the PNG that its video begins with."""
         job = VideoJob(
-            f"video_{secrets.token_hex(16)}", int(self._now()), model, prompt, seconds, size, fields
+            id=f"video_{secrets.token_hex(16)}", created_at=int(self._now()),
+            model=model, prompt=prompt, seconds=seconds, size=size, fields=fields,
         )  # fmt: skip
         if picture is not None:
             self.write(job, {_INPUT: picture})
-        values = (job.id, job.created_at, model, prompt, seconds, size, json.dumps(fields))
         self._table.execute(
             "INSERT INTO jobs (id, created_at, model, prompt, seconds, size, fields) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            values,
+            (job.id, job.created_at, model, prompt, seconds, size, json.dumps(fields)),
         )
         return job
 
@@ -98,11 +85,8 @@ class VideoStore:
     def page(self, after: str | None, limit: int, newest_first: bool) -> list[VideoJob]:
         """Up to `limit` jobs that follow `after`, in the order in which they came."""
         sign, order = ("<", "DESC") if newest_first else (">", "ASC")
-        where, values = "coalesce(expires_at > ?, 1)", [self._now()]
-        if after is not None:
-            where += f" AND number {sign} (SELECT number FROM jobs WHERE id = ?)"
-            return self._select(where, (*values, after), f"ORDER BY number {order} LIMIT {limit:d}")
-        return self._select(where, tuple(values), f"ORDER BY number {order} LIMIT {limit:d}")
+        where = f"coalesce(expires_at > ?, 1) AND (? IS NULL OR number {sign} (SELECT number FROM jobs WHERE id = ?))"
+        return self._select(where, (self._now(), after, after), f"ORDER BY number {order} LIMIT {limit:d}")
 
     def unfinished(self) -> list[VideoJob]:
         """What a server that starts has to do, oldest first."""
@@ -159,10 +143,11 @@ class VideoStore:
             self._private.cleanup()
 
     def _select(self, where: str, values: tuple[Any, ...], tail: str = "") -> list[VideoJob]:
-        rows = self._table.execute(f"SELECT {', '.join(_COLUMNS)} FROM jobs WHERE {where} {tail}", values)
-        return [_as_job(dict(zip(_COLUMNS, row, strict=True))) for row in rows]
+        columns = list(VideoJob.model_fields)
+        rows = self._table.execute(f"SELECT {', '.join(columns)} FROM jobs WHERE {where} {tail}", values)
+        return [_as_job(dict(zip(columns, row, strict=True))) for row in rows]
 
 
 def _as_job(row: dict[str, Any]) -> VideoJob:
-    parsed = {name: json.loads(row[name] or "null") for name in ("fields", "error", "facts")}
+    parsed = {name: json.loads(row[name] or "null") for name in _AS_JSON}
     return VideoJob(**row | parsed | {"facts": parsed["facts"] or {}})

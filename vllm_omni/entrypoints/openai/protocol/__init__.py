@@ -1,0 +1,1 @@
+"""What crosses the wire: requests, forms, replies, errors and event streams. Knows no engine and no route."""

@@ -1,0 +1,262 @@
+"""From bytes to a checked request: JSON; or a form with keys such as `cache[threshold]`, JSON in strings, pictures."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
+from vllm_omni.entrypoints.openai.protocol.requests import BaseRequest
+from vllm_omni.entrypoints.serve_config import ServeConfig
+from vllm_omni.errors import UnknownKeyError
+
+MAX_FIELDS = 200
+MAX_FIELD_BYTES = 8 * 2**20
+ALIASES = {
+    "steps": "num_inference_steps",
+    "cfg_scale": "guidance_scale",
+    "lora_request": "lora",
+    "num_outputs_per_prompt": "n",
+    "return_stage_metrics": "include_timings",
+}
+NOT_HERE = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup", "input_fidelity")
+NESTED = ("extra_body", "extra_params")  # objects whose fields mean what they mean outside
+# What clients of other servers send always: taken, and named in the reply's warnings, unless it asks for nothing.
+NO_MEANING = {
+    "bot_task": "it is for another family of models",
+    "enable_teacache": "the field cache chooses the cache",
+    "flow_shift": "the scheduler is the model's own",
+    "generator_device": "random numbers are drawn on the CPU",
+    "output_path": "files are written where the operator says",
+    "return_stage_metrics": "timings are told of pictures",
+    "style": "it has no meaning for this model",
+    "sys_type": "it is for another family of models",
+    "system_prompt": "it is for another family of models",
+    "use_system_prompt": "it is for another family of models",
+}
+_NOTHING = (None, False, "", "false", "False", "cpu")
+_KEY = re.compile(r"([A-Za-z_]\w{0,63})((?:\[\w{0,64}\]){0,4})")
+_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+_AS_JSON = ("cache", "lora", "lora_request", *NESTED)
+Source = tuple[str, Any]  # the client's name of a picture, and its bytes or URL
+R = TypeVar("R", bound=BaseRequest)
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Body:
+    """Fields as JSON has them, and pictures; `strict`: the client's types are known, as in JSON.
+
+    `names` are the client's names of fields that have another one here, `warnings` what was taken without effect.
+    """
+
+    fields: dict[str, Any]
+    strict: bool = False
+    sources: list[Source] = field(default_factory=list)
+    names: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def body_schema(
+    kind: type[BaseModel], media: str, required: tuple[str, ...] = (), optional: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """The request body of a route's description; `required` and `optional` are files."""
+    schema = kind.model_json_schema()
+    files = {name: {"type": "string", "format": "binary"} for name in (*required, *optional)}
+    schema["properties"] = files | schema["properties"]
+    schema["required"] = [*required, *schema.get("required", ())]
+    return {"requestBody": {"required": True, "content": {media: {"schema": schema}}}}
+
+
+async def read_json(http: Request, pictures: tuple[str, ...] = ()) -> Body:
+    """ApiError for a body that is no JSON object. `pictures`: names of fields that hold URLs of pictures."""
+    return _body(http, parse_json(await http.body()), [], pictures, strict=True)
+
+
+async def read_form(http: Request, max_pictures: int, pictures: tuple[str, ...]) -> Body:
+    """ApiError for a body that is no form, or has too many parts. No part's name ever names a file.
+
+    `pictures`: the names that parts with pictures, or with URLs of them, may have.
+    """
+    if not http.headers.get("content-type", "").startswith(_FORMS):
+        raise ApiError(400, "the body must be multipart/form-data", "invalid_request")
+    fields: dict[str, Any] = {}
+    sources: list[Source] = []
+    try:
+        async with http.form(max_files=max_pictures + 1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as got:
+            for key, value in got.multi_items():
+                name = key.removesuffix("[]")
+                if name in pictures:
+                    sources.append((name, await value.read() if isinstance(value, UploadFile) else value))
+                elif isinstance(value, UploadFile):
+                    names = " or ".join(pictures)
+                    raise invalid(
+                        key[:100], f"{key[:100]!r} is no name of a picture; send {names}", "unknown_parameter"
+                    )
+                else:
+                    _set(fields, key, value)
+    except HTTPException as error:
+        raise ApiError(400, f"the form cannot be read: {error.detail}", "invalid_request") from None
+    except (KeyError, ValueError):
+        raise ApiError(400, "the form cannot be read", "invalid_request") from None
+    return _body(http, fields, sources, pictures, strict=False)
+
+
+def _body(
+    http: Request, fields: dict[str, Any], sources: list[Source], pictures: tuple[str, ...], *, strict: bool
+) -> Body:
+    """Nested fields are taken out; pictures among the fields, as `URL` or `{"image_url": URL}`, become sources."""
+    for outer in NESTED:
+        nested = fields.pop(outer, None) or {}
+        if not isinstance(nested, dict):
+            raise invalid(outer, f"{outer} must be an object of fields")
+        for key, value in nested.items():
+            if key in fields:
+                raise invalid(key[:100], f"is given twice: in the body and in {outer}")
+            fields[key] = value
+    for name in pictures:
+        value = fields.pop(name, None)
+        if isinstance(value, dict):
+            if set(value) != {"image_url"}:
+                raise invalid(name, f"{name} takes image_url alone; no files are kept", "unsupported_parameter")
+            value = value["image_url"]
+        if value is not None:
+            sources.append((name, value))
+    body = Body(fields, strict, sources)
+    http.state.names, http.state.warnings = body.names, body.warnings
+    return body
+
+
+def check_request(kind: type[R], body: Body, config: ServeConfig) -> R:
+    """Fields as given, as a request of that kind; ApiError for the first that is wrong."""
+    values: dict[str, Any] = {}
+    for key, value in body.fields.items():
+        name = ALIASES.get(key, key)
+        if name in NOT_HERE:
+            raise invalid(key[:100], f"{key} is not supported by this server", "unsupported_parameter")
+        if key in NO_MEANING and (key == "style" or name not in kind.model_fields) and value not in _NOTHING:
+            body.warnings.append(f"{key} was ignored: {NO_MEANING[key]}")
+        if name not in kind.model_fields:
+            if key in NO_MEANING or config.allow_unknown_fields:
+                continue
+            known = [*kind.model_fields, *ALIASES]
+            raise invalid(key[:100], str(UnknownKeyError("the request", key[:100], known)), "unknown_parameter")
+        if name in values and values[name] != value:
+            raise invalid(key, f"{key} and {name} mean the same and differ; give one")
+        values[name] = value
+        if name != key:
+            body.names[name] = key
+        if name == "lora":
+            body.names["lora_request"] = key  # the engine's name
+    if values.get("model") is None:
+        values["model"] = config.model_names[0]
+    request = validate(kind, values, strict=body.strict)
+    limit = config.limits.max_prompt_characters
+    for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
+        if len(text) > limit:
+            raise invalid(name, f"{name} has {len(text)} characters, at most {limit} are taken")
+    check_model(request.model, config)
+    return request
+
+
+def validate(kind: type[M], values: dict[str, Any], *, strict: bool) -> M:
+    """ApiError for the first field that is wrong."""
+    try:
+        return kind.model_validate(values, strict=strict)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        name = str(first["loc"][0])
+        raise invalid(name, f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
+
+
+def check_model(name: str | None, config: ServeConfig) -> None:
+    """404 for a model that is not served here."""
+    if name is not None and name not in config.model_names:
+        served = ", ".join(config.model_names)
+        raise ApiError(404, f"model {name[:100]!r} is not served here; it has: {served}", "model_not_found", "model")
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """A JSON object; no NaN, no key twice, no depth that breaks a parser."""
+    try:
+        value = load_json(body)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the body must be a JSON object in UTF-8", "invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "the body must be a JSON object", "invalid_json")
+    return value
+
+
+def load_json(text: bytes | str) -> Any:
+    """ApiError that names the key for a key that is there twice, or is NaN or Infinity; ValueError, RecursionError."""
+    return json.loads(text, parse_constant=_Constant, object_pairs_hook=_checked)
+
+
+class _Constant(str):
+    """NaN or Infinity, which JSON does not have, until its key is known."""
+
+
+def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise invalid(key[:100], "is given twice")
+        if any(isinstance(entry, _Constant) for entry in (value if isinstance(value, list) else [value])):
+            raise invalid(key[:100], "must not be NaN or Infinity, which JSON does not have")
+        seen[key] = value
+    return seen
+
+
+def _set(fields: dict[str, Any], key: str, value: str) -> None:
+    """`a` -> a, `a[b]` -> {"a": {"b": …}}, `a[]` -> list; `a[][b]` -> list of dicts, a new one if b is there."""
+    if not (match := _KEY.fullmatch(key)):
+        raise invalid(key[:100], "a name is a word, with [keys] after it", "unknown_parameter")
+    path = [match[1], *re.findall(r"\[(\w*)\]", match[2])]
+    if len(path) == 1:
+        if path[0] in fields:
+            raise invalid(path[0], "is given twice")
+        fields[path[0]] = _json(path[0], value) if path[0] in _AS_JSON else value
+        return
+    here: Any = fields
+    for name, following in zip(path, [*path[1:], None], strict=True):
+        fresh: Any = _scalar(value) if following is None else [] if following == "" else {}
+        if isinstance(here, list):
+            if following is None or not here or not isinstance(here[-1], dict) or following in here[-1]:
+                here.append(fresh)
+            here = here[-1]
+        elif isinstance(here, dict) and name:
+            if following is None and name in here:
+                raise invalid(key[:100], "is given twice")
+            here = here.setdefault(name, fresh)
+        else:
+            raise invalid(key[:100], "contradicts another field of the form")
+        if following is not None and not isinstance(here, list if following == "" else dict):
+            raise invalid(key[:100], "contradicts another field of the form")
+
+
+def _scalar(text: str) -> Any:
+    """Inside brackets the client's types are lost: what reads as a number or truth value is one."""
+    if text in ("true", "false"):
+        return text == "true"
+    for kind in (int, float):
+        try:
+            return kind(text) if len(text) < 40 else text
+        except ValueError:
+            continue
+    return text
+
+
+def _json(name: str, text: str) -> Any:
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        return load_json(text)
+    except (ValueError, RecursionError):
+        raise invalid(name, f"{name} looks like JSON and is none") from None
