@@ -18,7 +18,7 @@ from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.quality import chart, report, sheet
-from vllm_omni.quality.bench import Bench, Model, Result
+from vllm_omni.quality.bench import Bench, BenchModel, Result
 from vllm_omni.quality.meter import metered
 from vllm_omni.quality.metrics import compare
 from vllm_omni.quality.pairs import HELD_OUT_SEED, TUNING_SEED, Pair, captions, held_out, tuning
@@ -32,7 +32,7 @@ PAIRS = held_out("demo", 2)
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[Bench]:
-    made = Bench(Model("demo", "float32"))
+    made = Bench(BenchModel("demo", "float32"))
     yield made
     made.close()
 

@@ -9,11 +9,21 @@ from dataclasses import replace
 from typing import Any, Self
 
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
-from vllm_omni.engine.in_flight import InFlight, InFlightRequest, Item
+from vllm_omni.engine.in_flight import InFlight, InFlightRequest, OutputOrError
 from vllm_omni.engine.interface import EngineStats, ModelInfo
 from vllm_omni.engine.ledger import Ledger, RequestSize, outcome
 from vllm_omni.engine.supervisor import EngineProcess, Launch, Restarts
-from vllm_omni.engine.wire import Abort, Add, EngineEvent, Loaded, Report, Start, StartFailed, encode, given_parameters
+from vllm_omni.engine.wire import (
+    Abort,
+    Add,
+    EngineEvent,
+    Loaded,
+    Start,
+    StartFailed,
+    StatsReport,
+    encode,
+    given_parameters,
+)
 from vllm_omni.errors import (
     EngineClosedError,
     EngineDeadError,
@@ -304,12 +314,12 @@ class ProcessEngineClient:
             logger.info("the engine is ready after %.1f s", self._load_s)
             if self._started is not None and not self._started.done():
                 self._started.set_result(None)
-        elif isinstance(event, Report):
+        elif isinstance(event, StatsReport):
             self._ledger.note(event)
         else:
             self._requests.note(event)
 
-    def _note_end(self, item: Item) -> None:
+    def _note_end(self, item: OutputOrError) -> None:
         self._ledger.outcomes[outcome(item if isinstance(item, Exception) else item.error)] += 1
         if not self._requests:
             self._ledger.calm()

@@ -17,7 +17,7 @@ from vllm_omni.errors import EngineDeadError, InvalidValueError, OmniError
 from vllm_omni.outputs import OmniRequestOutput
 
 MAX_ID_CHARACTERS = 256
-Item = OmniRequestOutput | Exception  # what a request yields; an exception is raised where it is waited for
+OutputOrError = OmniRequestOutput | Exception  # what a request yields; an exception is raised where it is waited for
 
 
 class InFlightRequest:
@@ -26,10 +26,10 @@ class InFlightRequest:
     def __init__(self, request_id: str, engine_id: str, prompt: Any) -> None:
         self.request_id, self.engine_id, self.prompt = request_id, engine_id, prompt
         self.size = RequestSize(0, 0)
-        self.items: asyncio.Queue[Item] = asyncio.Queue()
+        self.items: asyncio.Queue[OutputOrError] = asyncio.Queue()
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
 
-    def put(self, item: Item) -> None:
+    def put(self, item: OutputOrError) -> None:
         """Hand over an item, from any thread."""
         if threading.get_ident() == self._thread:
             self.items.put_nowait(item)
@@ -46,7 +46,7 @@ class InFlight:
     """
 
     def __init__(
-        self, abort: Callable[[list[str]], None], backlog: int, ended: Callable[[Item], None] | None = None
+        self, abort: Callable[[list[str]], None], backlog: int, ended: Callable[[OutputOrError], None] | None = None
     ) -> None:
         """`abort` asks the engine to end requests, by its own names; `ended` is called with the last item of each.
 
@@ -122,7 +122,7 @@ class InFlight:
                 ):
                     self._put(request, output)
 
-    def end_all(self, item_of: Callable[[str], Item], over: OmniError | None = None) -> None:
+    def end_all(self, item_of: Callable[[str], OutputOrError], over: OmniError | None = None) -> None:
         """End every request; with `over`, every later one is refused with it."""
         with self._lock:
             self._over = over
@@ -144,7 +144,7 @@ class InFlight:
         self._requests[engine_id] = self._awaited[request_id] = request
         return request
 
-    def _end(self, engine_id: str, item: Item) -> None:
+    def _end(self, engine_id: str, item: OutputOrError) -> None:
         """The one place where a request ends."""
         with self._lock:
             if (request := self._requests.get(engine_id)) is None:
@@ -164,7 +164,7 @@ class InFlight:
             del self._awaited[request.request_id]
 
     @staticmethod
-    def _put(request: InFlightRequest, item: Item) -> None:
+    def _put(request: InFlightRequest, item: OutputOrError) -> None:
         if isinstance(item, OmniRequestOutput):
             item.request_id, item.prompt = request.request_id, request.prompt
         request.put(item)

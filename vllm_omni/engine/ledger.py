@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineStats
-from vllm_omni.engine.wire import Report
+from vllm_omni.engine.wire import StatsReport
 from vllm_omni.errors import DeadlineExceededError, EngineClosedError, RequestAbortedError
 
 _COUNTERS = (
@@ -43,7 +43,7 @@ class Ledger:
         self._costs = cost.no_costs()
         self._promised = 0.0  # when the last request that was refused may come back
 
-    def note(self, report: Report) -> None:
+    def note(self, report: StatsReport) -> None:
         self._stats, self._costs = report.stats, report.costs
 
     def process_ended(self) -> None:

@@ -15,7 +15,7 @@ from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineStats, ModelInfo
-from vllm_omni.engine.wire import Abort, Add, Close, Command, EngineEvent, Outputs, Refused, Report, UnitCosts
+from vllm_omni.engine.wire import Abort, Add, Close, Command, EngineEvent, Outputs, Refused, StatsReport, UnitCosts
 from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError, forget_locals
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.logger import init_logger
@@ -185,7 +185,7 @@ class EngineLoop:
             queued_cost_s=self._queued_cost(),
             recent=tuple(self._recent),
         )
-        self._send(Report(stats, self.costs))
+        self._send(StatsReport(stats, self.costs))
 
     def _queued_cost(self) -> float:
         share = self.costs.cached_share

@@ -88,7 +88,7 @@ class UnitCosts(Struct):
     cached_share: float  # how much of its steps a request with a cache computes, of late
 
 
-class Report(Struct, tag=True):
+class StatsReport(Struct, tag=True):
     """Counters and gauges, and what work costs."""
 
     stats: EngineStats
@@ -108,7 +108,7 @@ class _Named(Struct):
 
 
 Command = Start | Add | Abort | Close
-EngineEvent = Loaded | StartFailed | Refused | Outputs | Report | Heartbeat
+EngineEvent = Loaded | StartFailed | Refused | Outputs | StatsReport | Heartbeat
 
 
 def given_parameters(params: OmniDiffusionSamplingParams) -> dict[str, Any]:

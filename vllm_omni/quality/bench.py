@@ -28,7 +28,7 @@ BATCH = 16
 
 
 @dataclass(frozen=True)
-class Model:
+class BenchModel:
     """What to load, and the arguments every picture is drawn with."""
 
     name: str
@@ -57,7 +57,7 @@ class Result:
 class Bench:
     """`draw` gives pictures and work, `measure` a `Result`, `clock` speed-ups of single pictures."""
 
-    def __init__(self, model: Model, threads: int | None = None) -> None:
+    def __init__(self, model: BenchModel, threads: int | None = None) -> None:
         if threads is not None:
             torch.set_num_threads(threads)
         config = OmniDiffusionConfig(model=model.name, dtype=model.dtype, device=model.device)

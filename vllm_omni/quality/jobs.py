@@ -21,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vllm_omni.engine.malloc import keep_freed_memory
-from vllm_omni.quality.bench import Bench, Model, Result
+from vllm_omni.quality.bench import Bench, BenchModel, Result
 from vllm_omni.quality.meter import Work
 from vllm_omni.quality.metrics import lpips
 from vllm_omni.quality.pairs import Pair, tuning
@@ -35,10 +35,10 @@ CLOCK_PAIRS = 3
 
 
 @dataclass(frozen=True)
-class Plan:
+class ReportSettings:
     """The order for a report. `settings` None: our own suite."""
 
-    model: Model
+    model: BenchModel
     pairs: tuple[Pair, ...]
     steps: tuple[int, ...]
     folder: Path
@@ -49,7 +49,7 @@ class Plan:
 
 
 @dataclass
-class Outcome:
+class ReportResults:
     """What was drawn, and notices for the reader about what was not."""
 
     results: list[Result] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Outcome:
 class Worker:
     """One process's model and its share of the work; every method looks into the folder first."""
 
-    def __init__(self, plan: Plan, threads: int | None) -> None:
+    def __init__(self, plan: ReportSettings, threads: int | None) -> None:
         self.plan = plan
         _silence_loading()
         self.bench = Bench(plan.model, threads)
@@ -129,11 +129,11 @@ class Worker:
         return self.plan.folder / f"{key}.{ending}"
 
 
-def run(plan: Plan) -> Outcome:
+def run(plan: ReportSettings) -> ReportResults:
     """Draw every row of `plan`, with a progress bar. OmniError if a setting cannot be had on this model."""
     began = time.monotonic()
     plan.folder.mkdir(parents=True, exist_ok=True)
-    outcome = Outcome()
+    outcome = ReportResults()
     with _executor(plan) as executor, tqdm(desc="quality", unit="row", smoothing=0.1) as bar:
         pool = _Pool(plan, executor, bar, outcome, None if plan.limit_s is None else began + plan.limit_s)
         pool.work([(_prepare, steps) for steps in plan.steps])
@@ -155,7 +155,7 @@ def run(plan: Plan) -> Outcome:
     return outcome
 
 
-def _rows(plan: Plan, steps: int, executor: Executor) -> list[Row]:
+def _rows(plan: ReportSettings, steps: int, executor: Executor) -> list[Row]:
     if plan.settings is not None:
         return given_rows(steps, plan.settings)
     return default_rows(steps, executor.submit(_ratios, steps).result())
@@ -167,7 +167,7 @@ def _installed(notices: list[str]) -> list[str]:
     return [name for name, peer in PEERS.items() if peer.installed]
 
 
-def _clock_all(plan: Plan, pool: _Pool, outcome: Outcome) -> None:
+def _clock_all(plan: ReportSettings, pool: _Pool, outcome: ReportResults) -> None:
     """Measured speed-ups, step count by step count."""
     for steps in plan.steps:
         rows = tuple(sorted((r.row for r in outcome.results if r.row.steps == steps), key=str))  # in any order drawn
@@ -178,7 +178,9 @@ def _clock_all(plan: Plan, pool: _Pool, outcome: Outcome) -> None:
 class _Pool:
     """Hands out tasks and takes their results; after the deadline only what an earlier run has done."""
 
-    def __init__(self, plan: Plan, executor: Executor, bar: Any, outcome: Outcome, deadline: float | None) -> None:
+    def __init__(
+        self, plan: ReportSettings, executor: Executor, bar: Any, outcome: ReportResults, deadline: float | None
+    ) -> None:
         self.plan, self.executor, self.bar, self.outcome, self.deadline = plan, executor, bar, outcome, deadline
 
     def work(self, tasks: list[tuple[Any, ...]]) -> None:
@@ -241,14 +243,14 @@ def _name(task: tuple[Any, ...]) -> str:
 _worker: Worker | None = None
 
 
-def _executor(plan: Plan) -> Executor:
+def _executor(plan: ReportSettings) -> Executor:
     if plan.processes == 1:
         return ThreadPoolExecutor(1, initializer=_init_worker, initargs=(plan, None))
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(plan.processes, context, _init_worker, (plan, 1))
 
 
-def _init_worker(plan: Plan, threads: int | None) -> None:
+def _init_worker(plan: ReportSettings, threads: int | None) -> None:
     global _worker
     keep_freed_memory()
     _worker = Worker(plan, threads)

@@ -81,11 +81,11 @@ def plan_of(args: argparse.Namespace) -> Any:
     resolve_model(args.model)
     arguments = call_arguments(args)
 
-    from vllm_omni.quality.bench import Model  # with torch: what is wrong above shows before seconds of imports
-    from vllm_omni.quality.jobs import Plan
+    from vllm_omni.quality.bench import BenchModel  # with torch: what is wrong above shows before seconds of imports
+    from vllm_omni.quality.jobs import ReportSettings
 
-    return Plan(
-        model=Model(args.model, config.dtype, config.device, arguments),
+    return ReportSettings(
+        model=BenchModel(args.model, config.dtype, config.device, arguments),
         pairs=tuple(pairs),
         steps=tuple(dict.fromkeys(args.steps)),
         folder=Path(args.out) / "work",
