@@ -102,7 +102,9 @@ def test_an_error_that_somebody_keeps_keeps_no_tensors(tiny: Omni, monkeypatch: 
         counts.append(sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects()))
     assert counts[1] == counts[2] == counts[3]
     for output in kept:
-        assert isinstance(output.error, RuntimeError) and "pipeline_flux" in "".join(format_exception(output.error))
+        assert isinstance(output.error, RuntimeError)
+        lines = "".join(format_exception(output.error))
+        assert "in failing" in lines and "pipeline_flux.py" in lines  # where it was raised, and who called
 
 
 def test_aborted_requests_free_their_tensors_without_the_garbage_collector(engine: DiffusionEngine) -> None:
