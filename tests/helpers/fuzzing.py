@@ -155,7 +155,9 @@ def narrow(document: dict[str, Any], model: dict[str, Any]) -> None:
     """Leave of the described requests those that this model can make, so that most of them reach the engine."""
     omni = model["omni"]
     limits, multiple = omni["limits"], omni["limits"]["size_multiple"]
-    side = {"type": "integer", "multipleOf": multiple, "minimum": multiple, "maximum": int(limits["pixels"] ** 0.5)}
+    own = 2 * omni["defaults"].get("width", 32)  # one step of a picture as large as allowed may take minutes
+    most = min(int(limits["pixels"] ** 0.5), own)
+    side = {"type": "integer", "multipleOf": multiple, "minimum": multiple, "maximum": most}
     cache = {
         "anyOf": [
             {"enum": ["off", "auto", *(omni["cache"].get("presets") or {})]},

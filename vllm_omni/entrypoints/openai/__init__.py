@@ -1,0 +1,1 @@
+"""The HTTP application: OpenAI's images, chat and videos APIs over an engine client. Knows no tensors."""
