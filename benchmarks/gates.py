@@ -82,7 +82,7 @@ def tuned(omni: Any, captions: list[str], cache: dict[str, Any], nfe: int) -> fl
 
 
 def fitted(pipeline: Any, captions: list[str]) -> list[float]:
-    from vllm_omni.diffusion.cache.gates.teacache import fit_coefficients
+    from vllm_omni.quality.teacache_fit import fit_coefficients
 
     def run(i: int, caption: str) -> Any:
         generator = torch.Generator("cpu").manual_seed(FIRST_SEED + 500 + i)

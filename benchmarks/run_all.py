@@ -45,9 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few repetitions, at most ten minutes on two cores")
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
-    parser.add_argument(
-        "--table-only", action="store_true", help="run nothing, write the table from the results kept"
-    )
+    parser.add_argument("--table-only", action="store_true", help="run nothing, write the table from the results kept")
     parser.add_argument(
         "--each",
         default="",
@@ -55,9 +53,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     RESULTS.mkdir(exist_ok=True)
-    failed = (
-        [] if options.table_only else [name for name in options.only if not run(name, options.quick, options.each)]
-    )
+    failed = [] if options.table_only else [name for name in options.only if not run(name, options.quick, options.each)]
     results = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in sorted(RESULTS.glob("*.json"))}
     write_table(results)
     if "load" in results:

@@ -1,4 +1,4 @@
-"""The benchmarks' own logic: their command lines, their arithmetic, and the table that goes into docs/performance.md."""
+"""The benchmarks' own logic: command lines, arithmetic, and the table that goes into docs/performance.md."""
 
 from __future__ import annotations
 
@@ -87,25 +87,25 @@ def test_seconds_by_step_are_each_steps_fastest_round(benchmark, monkeypatch) ->
     assert whole.seconds == [8, 7]
 
 
-def test_readme_rows_come_from_results_between_the_markers(benchmark, tmp_path, monkeypatch) -> None:
+def test_table_rows_come_from_results_between_the_markers(benchmark, tmp_path, monkeypatch) -> None:
     run_all = benchmark("run_all")
-    readme = tmp_path / "performance.md"
-    readme.write_text(f"above\n{run_all.BEGIN}\nold\n{run_all.END}\nbelow\n", encoding="utf-8")
-    monkeypatch.setattr(run_all, "PAGE", readme)
+    page = tmp_path / "performance.md"
+    page.write_text(f"above\n{run_all.BEGIN}\nold\n{run_all.END}\nbelow\n", encoding="utf-8")
+    monkeypatch.setattr(run_all, "PAGE", page)
     tax = {"device": "CPU, 2 cores", "parked": {"us_per_call_beyond": 42.4}, "solo": {"ratio": 1.0123}}
     run_all.write_table({"tax": tax})
-    text = readme.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert text.startswith("above\n") and text.endswith("\nbelow\n") and "old" not in text
     assert "1.012×" in text and "42 µs" in text
     run_all.write_table({"tax": tax})
-    assert readme.read_text(encoding="utf-8") == text
+    assert page.read_text(encoding="utf-8") == text
 
 
-def test_kept_results_equal_the_readme(benchmark) -> None:
+def test_kept_results_equal_the_table(benchmark) -> None:
     run_all = benchmark("run_all")
     results = {p.stem: json.loads(p.read_text(encoding="utf-8")) for p in run_all.RESULTS.glob("*.json")}
-    readme = run_all.PAGE.read_text(encoding="utf-8")
+    page = run_all.PAGE.read_text(encoding="utf-8")
     assert results, "benchmarks/run_all.py was never run"
     for name, make in run_all.ROWS:
         for what, figure in make(results[name]) if name in results else []:
-            assert f"| {what} | {figure} |" in readme, "run benchmarks/run_all.py --table-only"
+            assert f"| {what} | {figure} |" in page, "run benchmarks/run_all.py --table-only"

@@ -15,7 +15,7 @@ from vllm_omni.errors import InvalidValueError
 
 
 def test_cache_dit_is_refused_if_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vllm_omni.diffusion.cache.cache_dit.find_spec", lambda name: None)
+    monkeypatch.setattr("vllm_omni.quality.cache_dit.find_spec", lambda name: None)
     with pytest.raises(InvalidValueError, match=r"pip install 'vllm-omni-magcache\[cache-dit\]'"):
         get_cache_backend("cache_dit", {})
 

@@ -13,9 +13,10 @@ from gating import GATES, STEPS, enabled, l1
 from pipelines import BlockCounter, count_blocks, run_latents, tiny_flux
 
 from vllm_omni.diffusion.cache.gates.seacache import sea_filter
-from vllm_omni.diffusion.cache.gates.teacache import fit_coefficients, published_coefficients
+from vllm_omni.diffusion.cache.gates.teacache import published_coefficients
 from vllm_omni.diffusion.cache.selector import get_cache_backend
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.quality.teacache_fit import fit_coefficients
 
 
 class Naive:

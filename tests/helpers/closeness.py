@@ -34,12 +34,6 @@ def roundings_apart(got: Any, wanted: Any, scale: Any = None) -> float:
     assert np.isfinite(left).all() and np.isfinite(right).all()
     size = np.abs(right if scale is None else _array(scale)[0]).max()
     apart = float(np.abs(left - right).max() / max(size * max(eps_left, eps_right), np.finfo(np.float64).tiny))
-    import os  # TEMP
-
-    if "CLOSE_LOG" in os.environ:  # TEMP
-        open(os.environ["CLOSE_LOG"], "a").write(
-            f"{apart:.3f} {size:.3g} {scale is not None} {os.environ.get('PYTEST_CURRENT_TEST')}\n"
-        )  # TEMP
     return apart
 
 

@@ -36,6 +36,7 @@ def around(owner: Any, name: str, before: Any) -> None:
 
 def trace(path: str) -> None:
     from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+    from vllm_omni.diffusion.worker.runner import ModelRunner
     from vllm_omni.diffusion.worker.worker import DiffusionWorker
 
     out = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -57,11 +58,11 @@ def trace(path: str) -> None:
     DiffusionWorker.load_model = load_model  # type: ignore[method-assign]
     around(DiffusionEngine, "_start", lambda engine, entry: tell("encode", [entry.request.request_id], encode_s))
 
-    def run(worker: Any, batch: Any) -> None:
-        if batch[0].rows:  # none: a text encoder or the decoder runs
-            tell("step", [state.request_id for state in batch], step_s)
+    def run(runner: Any, batch: Any) -> None:
+        if batch[0].parked.rows and batch[0].parked.signal is None:  # no text encoder, no decoder, no look of a gate
+            tell("step", [request.request_id for request in batch], step_s)
 
-    around(DiffusionWorker, "run", run)
+    around(ModelRunner, "run", run)
 
 
 def count_cache(path: str) -> None:
@@ -71,9 +72,9 @@ def count_cache(path: str) -> None:
     file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the process
 
     def count(loop: Any) -> None:
-        shelves = [thing for thing in gc.get_objects() if type(thing) is Buffer]
+        buffers = [thing for thing in gc.get_objects() if type(thing) is Buffer]
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                    for shelf in shelves for t in shelf._residuals.values()}  # fmt: skip
+                    for buffer in buffers for t in buffer._tensors.values()}  # fmt: skip
         file.write(f"{loop.engine.worker.cache_bytes} {sum(storages.values())}\n")
 
     around(EngineLoop, "_report", count)

@@ -121,8 +121,9 @@ class StackBackend(CacheBackend):
         self.enabled = True
 
     def _tracker(self, pipeline: Any) -> Tracker:
-        """By the pipeline's scheduler; one without a scheduler has its calls counted."""
-        if hasattr(pipeline, "scheduler"):
+        """By the pipeline's scheduler; one without has its calls counted."""
+        scheduler = getattr(pipeline, "scheduler", None)
+        if hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step"):
             tracker = StepTracker(pipeline)
             tracker.on_begin = self._follow
             return tracker
@@ -185,5 +186,5 @@ class StackBackend(CacheBackend):
 
 def model_name_of(pipeline: Any) -> str:
     """Where the pipeline came from: a hub id or a folder; "" if it does not say."""
-    config = vars(pipeline).get("_internal_dict", {})
+    config = getattr(pipeline, "_internal_dict", {})
     return str(config.get("_name_or_path") or "")

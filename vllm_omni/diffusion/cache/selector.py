@@ -17,7 +17,7 @@ _BACKENDS = {
     "seacache": ("vllm_omni.diffusion.cache.gates.seacache", "SeaCacheBackend"),
     "teacache": ("vllm_omni.diffusion.cache.gates.teacache", "TeaCacheBackend"),
     "fbcache": ("vllm_omni.diffusion.cache.gates.fbcache", "FirstBlockBackend"),
-    "cachedit": ("vllm_omni.diffusion.cache.cache_dit", "CacheDitBackend"),
+    "cachedit": ("vllm_omni.quality.cache_dit", "CacheDitBackend"),
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.state import CacheState
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
+from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_of
 from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, latents_of, unwrapped
 from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, Tracker
 from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
@@ -57,6 +58,7 @@ class StandaloneHook(ModelHook):
         self.branch: str | None = None
         self._names = list(inspect.signature(type(stack.module).forward).parameters)[1:]
         self._forward: CachedForward | None = None
+        self._scales: Hashable = None
 
     def initialize_hook(self, module: torch.nn.Module) -> torch.nn.Module:
         inner = unwrapped(module)
@@ -68,6 +70,9 @@ class StandaloneHook(ModelHook):
         self._close()
         state, position = self.session.locate(self.name, self.branch)
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
+        scales, self._scales = self._scales, (scales_of(self.stack.module), scale_of_call(arguments))
+        if scales != self._scales:
+            state.drop()  # with other adapters it is another model: what was kept is not its own
         rows = len(latents_of(arguments))
         row = BatchRows(state, (self.name, position.branch), position.step, slice(0, rows), arguments)
         forecast, stack = None, None

@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import copyreg
 import functools
+import threading
 import types
+import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -173,6 +174,8 @@ def _switches(pipeline: Any, timesteps: torch.Tensor) -> Switches:
 # ------------------------------------------------------------------------------------------------- watching a scheduler
 
 _watchers: WeakKeyDictionary[Any, WeakSet[StepTracker]] = WeakKeyDictionary()
+_within: WeakSet[Any] = WeakSet()  # schedulers in a call that is reported: what it calls in turn is part of it
+_METHODS = ("set_timesteps", "step")
 
 
 def watch(scheduler: Any, tracker: StepTracker) -> None:
@@ -180,7 +183,7 @@ def watch(scheduler: Any, tracker: StepTracker) -> None:
     if scheduler not in _watchers:
         _watchers[scheduler] = WeakSet()
         scheduler.__class__ = _watched_class(type(scheduler))  # type: ignore[arg-type]
-        for name in ("set_timesteps", "step"):
+        for name in _METHODS:
             if name in vars(scheduler):  # set on the instance: the class's own method is out of reach
                 vars(scheduler)[name] = _PatchedMethod(scheduler, name, vars(scheduler)[name])
     _watchers[scheduler].add(tracker)
@@ -200,29 +203,44 @@ def unwatch(scheduler: Any, tracker: StepTracker) -> None:
                 vars(scheduler)[name] = method.method
 
 
-def _report_begin(scheduler: Any) -> None:
-    for tracker in list(_watchers.get(scheduler, ())):
-        tracker.begins()
-
-
-def _report_step(scheduler: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
-    for tracker in list(_watchers.get(scheduler, ())):
-        tracker.ended_step(given.get("model_output"), given.get("sample"))
+def _reported(scheduler: Any, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
+    """Call `method`, the scheduler's own or one in its place, and report it once, however it gets there."""
+    if scheduler in _within:
+        return method(*args, **kwargs)
+    _within.add(scheduler)
+    try:
+        if name == "set_timesteps":
+            for tracker in list(_watchers.get(scheduler, ())):
+                tracker.begins()
+        result = method(*args, **kwargs)
+    finally:
+        _within.discard(scheduler)
+    if name == "step":
+        given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
+        for tracker in list(_watchers.get(scheduler, ())):
+            tracker.ended_step(given.get("model_output"), given.get("sample"))
+    return result
 
 
 @functools.lru_cache(maxsize=64)
 def _watched_class(scheduler_class: type) -> type:
-    """A subclass of the same name that reports; whatever copies or pickles an instance gets the class itself."""
+    """A subclass of the same name that reports; whatever copies, pickles or makes an instance gets the class itself."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return scheduler_class(*args, **kwargs)
 
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _report_begin(self)
-        return scheduler_class.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
+        own = functools.partial(scheduler_class.set_timesteps, self)  # type: ignore[attr-defined]
+        return _reported(self, "set_timesteps", own, args, kwargs)
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        result = scheduler_class.step(self, *args, **kwargs)  # type: ignore[attr-defined]
-        _report_step(self, args, kwargs)
-        return result
+        own = functools.partial(scheduler_class.step, self)  # type: ignore[attr-defined]
+        return _reported(self, "step", own, args, kwargs)
+
+    def setattribute(self: Any, name: str, value: Any) -> None:
+        if name in _METHODS and not isinstance(value, _PatchedMethod):
+            value = _PatchedMethod(self, name, value)
+        scheduler_class.__setattr__(self, name, value)  # type: ignore[call-arg]
 
     def reduce(self: Any, protocol: Any) -> Any:
         return copyreg._reconstructor, (scheduler_class, object, None), vars(self)  # type: ignore[attr-defined]
@@ -230,6 +248,8 @@ def _watched_class(scheduler_class: type) -> type:
     methods = {
         "set_timesteps": functools.wraps(scheduler_class.set_timesteps)(set_timesteps),  # type: ignore[attr-defined]
         "step": functools.wraps(scheduler_class.step)(step),  # type: ignore[attr-defined]
+        "__new__": new,
+        "__setattr__": setattribute,
         "__reduce_ex__": reduce,
         "__module__": scheduler_class.__module__,
         "__qualname__": scheduler_class.__qualname__,
@@ -242,15 +262,10 @@ class _PatchedMethod:
 
     def __init__(self, scheduler: Any, name: str, method: Callable[..., Any]) -> None:
         self.scheduler, self.name, self.method = scheduler, name, method
-        functools.update_wrapper(self, method)
+        functools.update_wrapper(self, method, updated=())  # pipelines ask for the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.name == "set_timesteps":
-            _report_begin(self.scheduler)
-            return self.method(*args, **kwargs)
-        result = self.method(*args, **kwargs)
-        _report_step(self.scheduler, args, kwargs)
-        return result
+        return _reported(self.scheduler, self.name, self.method, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.method, memo)
@@ -263,39 +278,58 @@ def _itself(value: Any) -> Any:
     return value
 
 
+# ------------------------------------------------------------------------------------------------ one for each request
+
+_lending = threading.RLock()
+
+
 def own_scheduler(scheduler: Any) -> Any:
-    """A copy of a pipeline's scheduler for one request, with everything that was set or patched on the instance.
-
-    Functions that were put on the instance and hold it, or a method of it, hold the copy instead.
-    """
-    twin = copy.deepcopy(scheduler)
-    made: dict[int, Any] = {id(scheduler): twin}
-    for name, value in list(vars(twin).items()):
-        vars(twin)[name] = _rebound(value, made)
+    """A copy of a pipeline's scheduler for one request, with everything that was set or patched on the instance."""
+    patches = {n: v for n, v in vars(scheduler).items() if isinstance(v, _FUNCTIONS) or (callable(v) and n in _METHODS)}
+    twin = copy.deepcopy(scheduler, {id(patch): patch for patch in patches.values()})
+    for name, patch in patches.items():
+        own = patch.method if isinstance(patch, _PatchedMethod) else patch
+        vars(twin)[name] = _LentMethod(scheduler, twin, own)
     return twin
 
 
-def _rebound(value: Any, made: dict[int, Any]) -> Any:
-    """`value`, if it is a function, with the replacements in `made` (by id) for whatever it is bound to or closes over.
+_FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
 
-    Functions that are made on the way are added to `made`: closures may refer to each other, and to themselves.
+
+class _LentMethod:
+    """A function that somebody has put on a scheduler's instance, called for a request's copy of the scheduler.
+
+    Wherever it finds the scheduler, in a closure, in a global, or by way of the pipeline, it finds the original: for
+    the time of the call the original has the copy's state.
     """
-    if id(value) in made:
-        return made[id(value)]
-    if isinstance(value, types.MethodType):
-        return types.MethodType(value.__func__, made.get(id(value.__self__), value.__self__))
-    if isinstance(value, functools.partial):
-        arguments = [_rebound(argument, made) for argument in value.args]
-        keywords = {name: _rebound(argument, made) for name, argument in value.keywords.items()}
-        return functools.partial(_rebound(value.func, made), *arguments, **keywords)
-    if not isinstance(value, types.FunctionType) or value.__closure__ is None:
-        return value
-    cells = tuple(types.CellType() for _ in value.__closure__)
-    twin = types.FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
-    twin.__kwdefaults__ = value.__kwdefaults__
-    made[id(value)] = twin
-    for cell, own in zip(cells, value.__closure__, strict=True):
-        with suppress(ValueError):  # an empty cell
-            cell.cell_contents = _rebound(own.cell_contents, made)
-    twin.__dict__.update({name: _rebound(entry, made) for name, entry in value.__dict__.items()})
-    return twin
+
+    def __init__(self, original: Any, twin: Any, method: Callable[..., Any]) -> None:
+        self.original, self.method = original, method
+        self._twin = weakref.ref(twin)
+        functools.update_wrapper(self, method, updated=())  # pipelines ask for the signature
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        twin = self._twin()
+        with _lending:
+            if twin is None or vars(self.original).get(_LENT):
+                return self.method(*args, **kwargs)
+            _exchange(self.original, twin)
+            vars(self.original)[_LENT] = True
+            try:
+                return self.method(*args, **kwargs)
+            finally:
+                del vars(self.original)[_LENT]
+                _exchange(self.original, twin)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """As in the plain pipeline: a copy of a bound method is bound to the copy, a function is still the same."""
+        if isinstance(self.method, types.MethodType) and self.method.__self__ is self.original:
+            return types.MethodType(self.method.__func__, copy.deepcopy(self._twin(), memo))
+        return self
+
+
+_LENT = "_vllm_omni_lent"
+
+
+def _exchange(one: Any, other: Any) -> None:
+    one.__dict__, other.__dict__ = other.__dict__, one.__dict__

@@ -30,7 +30,7 @@ class AdapterSwitch:
                 raise InvalidValueError("lora_request", name, f"{known} (registered with lora_modules at start-up)")
 
     def use(self, adapters: Adapters) -> None:
-        """StepKind exactly these on; they stay on until another set is asked for."""
+        """Turn exactly these adapters on; they stay on until another set is asked for."""
         if adapters == self._active:
             return
         if adapters:

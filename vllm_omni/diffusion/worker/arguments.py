@@ -40,7 +40,7 @@ class ArgumentBuilder:
     def __init__(self, pipeline: Any, defaults: Mapping[str, Any], config: OmniDiffusionConfig) -> None:
         self._name = type(pipeline).__name__
         self._two_experts = vars(pipeline).get("transformer_2") is not None
-        self._accepted = set(inspect.signature(type(pipeline).__call__).parameters) - {"self"}
+        self._accepted = _arguments_of(type(pipeline))
         self.defaults = {key: value for key, value in defaults.items() if key in self._accepted}
         known = next((rate for name, rate in _FRAME_RATES.items() if self._name.startswith(name)), 16)
         self._fps = float(defaults.get("fps", known))
@@ -111,6 +111,18 @@ def refusal(error: Exception, arguments: Mapping[str, Any]) -> Exception:
         return error
     named = [(found.start(), name) for name in arguments if (found := re.search(rf"(?i)\b{name}\b", str(error)))]
     return RefusedError(max(named)[1] if named else "prompt", str(error))
+
+
+def _arguments_of(pipeline_class: type) -> set[str]:
+    """The names that a pipeline's call takes; one that hands **kwargs on takes those of the class it derives from."""
+    names: set[str] = set()
+    for owner in pipeline_class.__mro__:
+        if "__call__" in vars(owner):
+            taken = list(inspect.signature(vars(owner)["__call__"]).parameters.values())[1:]
+            names |= {one.name for one in taken if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+            if all(one.kind is not one.VAR_KEYWORD for one in taken):
+                break
+    return names
 
 
 def _audio_rate(pipeline: Any) -> int | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy
 import torch
 from greenlet import greenlet
 
+from vllm_omni.diffusion.denoiser.lora_scales import has_adapters
 from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES
 from vllm_omni.diffusion.denoiser.step_tracker import own_scheduler
 from vllm_omni.errors import NumericalError
@@ -61,9 +62,12 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 class _Proxy:
     """Looks like the module to a pipeline."""
 
+    _name: str
+    _park: Callable[[Any], Any]
+    _module: Any
+
     def __init__(self, name: str, module: torch.nn.Module, park: Callable[[Any], Any]) -> None:
-        self._name, self._park = name, park
-        self._module: Any = module
+        vars(self).update(_name=name, _park=park, _module=module)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # pipelines ask isinstance(self.transformer, ...)
@@ -71,6 +75,9 @@ class _Proxy:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
 
 
 class DenoiserProxy(_Proxy):
@@ -84,11 +91,11 @@ class DenoiserProxy(_Proxy):
     @contextmanager
     def cache_context(self, name: str, **kwargs: Any) -> Iterator[None]:
         """The pipeline's name of the guidance branch, kept per request."""
-        self._branch = name
+        vars(self)["_branch"] = name
         try:
             yield
         finally:
-            self._branch = None
+            vars(self)["_branch"] = None
 
 
 class EncoderProxy(_Proxy):
@@ -101,18 +108,53 @@ class EncoderProxy(_Proxy):
 class DecoderProxy(_Proxy):
     """A VAE; `decode` parks the request, unless its pipeline has changed the VAE for the time of the call."""
 
-    _changed = False
+    _own: _Types | None = None  # before the change
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """SDXL's pipelines decode in float32 and go back to float16: nobody else may run between."""
-        self._changed = True
+        if self._own is None:
+            vars(self)["_own"] = _types_of(self._module)
         self._module.to(*args, **kwargs)
         return self
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        if self._changed:
+        if self._own is not None:
             return self._module.decode(*args, **kwargs)
         return self._park(ComponentCall(self._name, "decode", args, kwargs))
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Within, the VAE is as it was before this request has changed it."""
+        if self._own is None:
+            yield
+            return
+        changed = _types_of(self._module)
+        _cast(self._own)
+        try:
+            yield
+        finally:
+            _cast(changed)
+
+    def leave(self) -> None:
+        """Leave the VAE as it was: AuraFlow's pipeline does not go back by itself, nor does one that fails."""
+        if self._own is not None:
+            _cast(self._own)
+
+
+_Types = list[tuple[dict[str, Any], str, torch.device, torch.dtype]]
+
+
+def _types_of(module: torch.nn.Module) -> _Types:
+    """Where every parameter and buffer is kept, and as what."""
+    tensors = [(own, name) for m in module.modules() for own in (m._parameters, m._buffers) for name in own]
+    return [(own, name, t.device, t.dtype) for own, name in tensors if (t := own[name]) is not None]
+
+
+def _cast(types: _Types) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        for own, name, device, dtype in types:
+            if (tensor := own[name]).dtype != dtype or tensor.device != device:
+                tensor.data = tensor.data.to(device, dtype)
 
 
 class PipelineTask:
@@ -129,6 +171,7 @@ class PipelineTask:
         """`device`: where the pipeline is known to run; it finds out for itself otherwise. `components`: whether it
         parks at text encoders and decoder, too. `prelude` runs first, as a part of the request.
         """
+        self._vae: DecoderProxy | None = None
         self.pipeline: Any = copy.copy(pipeline)
         own = vars(self.pipeline)
         own["scheduler"] = own_scheduler(pipeline.scheduler)
@@ -143,10 +186,10 @@ class PipelineTask:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)
         encoders = {n: m for n in TEXT_ENCODERS if isinstance(m := own.get(n), torch.nn.Module)} if components else {}
-        if not any(map(_has_adapters, encoders.values())):
+        if not any(map(has_adapters, encoders.values())):  # pipelines scale those of all encoders around their calls
             own.update({name: EncoderProxy(name, module, self._park) for name, module in encoders.items()})
         if components and isinstance(module := own.get("vae"), torch.nn.Module):
-            own["vae"] = DecoderProxy("vae", module, self._park)
+            own["vae"] = self._vae = DecoderProxy("vae", module, self._park)
         self.arguments = arguments
         self._prelude = prelude
         self._greenlet: greenlet | None = None
@@ -172,7 +215,7 @@ class PipelineTask:
 
     def release(self) -> None:
         """Let go of the pipeline's copy, whose proxies hold this task, and of the prelude, which holds the request."""
-        self.pipeline = self._prelude = None
+        self.pipeline = self._prelude = self._vae = None
 
     def _run(self) -> Event:
         try:
@@ -183,23 +226,21 @@ class PipelineTask:
         except Exception as error:  # whatever a pipeline raises ends this request alone
             return Failed(error)
         finally:
+            if self._vae is not None:
+                self._vae.leave()
             assert self._engine is not None and self._greenlet is not None
             self._greenlet.parent = self._engine
 
     def _park(self, call: DenoiserCall | ComponentCall) -> Any:
         assert self._engine is not None
-        return self._engine.switch(call)
+        with self._vae.put_back() if self._vae is not None else nullcontext():
+            return self._engine.switch(call)
 
 
 @functools.lru_cache(maxsize=32)
 def _on_device(pipeline_class: type, device: torch.device) -> type:
     """The class with its execution device known: diffusers walks through all modules for it, in every request."""
     return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
-
-
-def _has_adapters(module: torch.nn.Module) -> bool:
-    """Pipelines scale the adapters of all text encoders before their calls and back after them: none may park there."""
-    return bool(vars(module).get("_hf_peft_config_loaded", False))
 
 
 def _no_number(kind: str, flag: int) -> None:

@@ -15,7 +15,7 @@ from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, StepTracker
 from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Failed, Finished, PipelineTask
 from vllm_omni.diffusion.worker.pace import Timings
-from vllm_omni.diffusion.worker.processors import OwnProcessors
+from vllm_omni.diffusion.worker.shared_modules import OwnChanges
 from vllm_omni.inputs.lora import Adapters
 
 
@@ -64,7 +64,7 @@ class Request:
     times: Timings = field(default_factory=Timings)
     previews: Previews = field(default_factory=Previews)
     cache: CacheState = field(default_factory=CacheState)
-    processors: OwnProcessors = field(default_factory=OwnProcessors)
+    changes: OwnChanges = field(default_factory=OwnChanges)
     schedule: Schedule | None = None
     position: StepPosition | None = None  # of the last denoiser call
     parked: ParkedCall | None = None
@@ -102,4 +102,5 @@ class Request:
         self.tracker.observe = None  # no cycle keeps a tensor until a garbage collection
         self.task.release()
         self.shared_content.clear()
+        self.changes.entries.clear()
         self.times.ended = time.perf_counter()

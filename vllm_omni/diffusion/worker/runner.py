@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,8 +15,10 @@ from diffusers import DiffusionPipeline
 from vllm_omni.diffusion.cache.base import StackBackend
 from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.settings import CacheSettings
+from vllm_omni.diffusion.cache.standalone import refuse_other_caches
 from vllm_omni.diffusion.cache.state import Signal
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
+from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_kept
 from vllm_omni.diffusion.denoiser.specs import denoisers_of, latents_of, unwrapped
 from vllm_omni.diffusion.denoiser.step_tracker import StepTracker
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -29,11 +32,19 @@ from vllm_omni.diffusion.worker.batching import (
     row_slices,
     take_rows,
 )
-from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Event, Failed, Finished, PipelineTask
+from vllm_omni.diffusion.worker.coroutine import (
+    TEXT_ENCODERS,
+    ComponentCall,
+    DenoiserCall,
+    Event,
+    Failed,
+    Finished,
+    PipelineTask,
+)
 from vllm_omni.diffusion.worker.pace import Pace, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
-from vllm_omni.diffusion.worker.processors import SharedProcessors
 from vllm_omni.diffusion.worker.request import ParkedCall, Previews, Request
+from vllm_omni.diffusion.worker.shared_modules import SharedModules
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
@@ -48,7 +59,9 @@ class ModelRunner:
         self._device = pipeline._execution_device if isinstance(pipeline, DiffusionPipeline) else None
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
         self.binders = {name: CallBinder(name, module) for name, module in self.modules.items()}
-        self._processors = SharedProcessors(self.modules.values())
+        parts = [vars(pipeline).get(name) for name in TEXT_ENCODERS]
+        self._encoders = [module for module in parts if isinstance(module, torch.nn.Module)]
+        self._shared = SharedModules(self.modules.values)
         self.pace = Pace()
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, lora_modules or {})
@@ -70,6 +83,7 @@ class ModelRunner:
             request.text_tokens = text_tokens()
 
         self._check_denoisers()
+        self._shared.scan()
         task = PipelineTask(self.pipeline, arguments, self._device, prelude=prelude)
         if (boundary := asked.params.boundary_ratio) is not None:
             task.pipeline.register_to_config(boundary_ratio=boundary)  # of the request's own copy
@@ -79,7 +93,7 @@ class ModelRunner:
             asked.request_id, task, backend, settings, StepTracker(task.pipeline), adapters, previews=previews
         )
         self.adapters.use(adapters)  # text encoders can have adapters too
-        self._ran_component(request, task.resume(), time.perf_counter() - request.times.started, alone=True)
+        self._ran_component(request, self._advance(request), time.perf_counter() - request.times.started, alone=True)
         return request
 
     def _check_denoisers(self) -> None:
@@ -87,6 +101,7 @@ class ModelRunner:
         for name, module in self.modules.items():
             if now.get(name) is not module:
                 raise InvalidValueError(name, type(now.get(name)).__name__, "was replaced; make a new engine for it")
+            refuse_other_caches(module)
 
     def run(self, batch: Sequence[Request]) -> None:
         """One forward for calls that fit together, then each request goes on to its next call or its end."""
@@ -99,7 +114,7 @@ class ModelRunner:
 
     def abort(self, request: Request, error: Exception) -> None:
         """End a parked request with `error`."""
-        self._arrive(request, request.task.throw(error))
+        self._arrive(request, self._advance(request, error))
 
     # ------------------------------------------------------------------------------------------ three kinds of call
 
@@ -114,7 +129,7 @@ class ModelRunner:
         for request, result in zip(batch, results, strict=True):
             request.times.denoised = now
             step, resumed = request.step, time.perf_counter()
-            event = _resume(request, result)
+            event = self._advance(request, result)
             goes_on = isinstance(event, DenoiserCall)
             took = time.perf_counter() - resumed
             seconds = now - began + (took if goes_on else 0.0)
@@ -134,7 +149,7 @@ class ModelRunner:
             share = (time.perf_counter() - began) / len(sharing)
             for request, result in zip(sharing, results, strict=True):
                 resumed = time.perf_counter()
-                event = _resume(request, result)
+                event = self._advance(request, result)
                 self._ran_component(request, event, share + time.perf_counter() - resumed, alone=len(sharing) == 1)
 
     def _look(self, batch: Sequence[Request], signal: Signal) -> None:
@@ -142,7 +157,7 @@ class ModelRunner:
         results = _each_or_errors(batch, partial(self._show, signal))
         for request, result in zip(batch, results, strict=True):
             if isinstance(result, Exception):
-                self._arrive(request, request.task.throw(result))
+                self._arrive(request, self._advance(request, result))
             else:
                 request.parked = self._decided(request, _parked(request))
 
@@ -155,7 +170,7 @@ class ModelRunner:
         stack = None if binder.adds_between_blocks(arguments) else _stack(batch, name)
         self.adapters.use(batch[0].adapters)
         forward = CachedForward(stack, _batch_rows(batch, rows), [_parked(request).forecast for request in batch])
-        with forward, batch[0].processors.installed():
+        with forward, batch[0].changes.installed(), _scales_kept(self.modules[name], arguments):
             output = self.modules[name](**arguments)
             results = [output] if len(batch) == 1 else [take_rows(output, own) for own in rows]
             forward.commit(output)
@@ -169,8 +184,9 @@ class ModelRunner:
 
         def run() -> Any:
             self.adapters.use(batch[0].adapters)
-            with batch[0].processors.installed():
-                return self.modules[name](**self.binders[name].join([_parked(request).arguments for request in batch]))
+            arguments = self.binders[name].join([_parked(request).arguments for request in batch])
+            with batch[0].changes.installed(), _scales_kept(self.modules[name], arguments):
+                return self.modules[name](**arguments)
 
         look(_batch_rows(batch, _rows_of(batch)), signal, stack, run)
         return [None] * len(batch)
@@ -180,6 +196,11 @@ class ModelRunner:
         return call_component(getattr(self.pipeline, calls[0].component), calls)
 
     # --------------------------------------------------------------------------------------------------- between calls
+
+    def _advance(self, request: Request, result: Any = None) -> Event:
+        """Let the request go on with what its call returned, or raised."""
+        with self._shared.lent_to(request.changes), scales_kept(self._encoders):
+            return request.task.throw(result) if isinstance(result, Exception) else request.task.resume(result)
 
     def _ran_component(self, request: Request, event: Event, seconds: float, alone: bool) -> None:
         """Take in that work before the first or after the last denoiser call has taken `seconds` more."""
@@ -205,14 +226,13 @@ class ModelRunner:
     def _arrive(self, request: Request, event: Event) -> None:
         """Take in what the request brings: its end, or a call whose kind and batch key are decided now."""
         if isinstance(event, Finished | Failed):
-            self._processors.taken_back()
             request.end(event)
         elif isinstance(event, ComponentCall):  # nothing of the last denoiser call is held: a decode needs the room
             request.parked = ParkedCall(event, component_key(event) or request.request_id, StepKind.COMPONENT)
         else:
             (parked,) = _each_or_errors([request], lambda _: [self._park(request, event)])
             if isinstance(parked, Exception):  # the request's own arguments or schedule: it alone ends
-                request.end(_ended(request.task.throw(parked)))
+                request.end(_ended(self._advance(request, parked)))
             else:
                 request.parked = parked
 
@@ -250,14 +270,13 @@ class ModelRunner:
     def _batch_key(self, request: Request, parked: ParkedCall) -> Hashable:
         assert isinstance(parked.call, DenoiserCall)
         binder = self.binders[parked.call.denoiser]
-        if request.processors:
+        if request.changes:
             return parked.call.denoiser, request.request_id
         return binder.key(parked.arguments, request.request_id, request.shared_content), request.adapters
 
     def _begin_schedule(self, request: Request, denoiser: str, arguments: dict[str, Any]) -> None:
         """Plan the cache for the schedule that the pipeline has just set up."""
         request.schedule = request.tracker.schedule()
-        request.processors = self._processors.taken_back()
         request.cache.drop()
         request.size = size_of(denoiser, arguments, request.task.arguments)
         if request.backend is not None and request.settings is not None:
@@ -282,9 +301,9 @@ def _each_or_errors(batch: Sequence[Request], act: Callable[[Sequence[Request]],
     return [_each_or_errors([request], act)[0] for request in batch]
 
 
-def _resume(request: Request, result: Any) -> Event:
-    """Let the request go on with what its call returned, or raised."""
-    return request.task.throw(result) if isinstance(result, Exception) else request.task.resume(result)
+def _scales_kept(module: torch.nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """The module's adapters are as strong after a call as before, also if the call scales them and fails."""
+    return scales_kept([module] if scale_of_call(arguments) is not None else [])
 
 
 def _ended(event: Event) -> Finished | Failed:

@@ -1,0 +1,1 @@
+"""Models that cannot be learnt by heart: procedural data without end, and small models of three architectures."""

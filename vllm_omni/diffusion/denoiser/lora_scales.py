@@ -1,0 +1,53 @@
+"""The LoRA adapters that are on in a module, and how strongly: read, and put back. Switches none."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_ARGUMENTS = ("joint_attention_kwargs", "attention_kwargs", "cross_attention_kwargs")  # with a "scale" for one call
+
+
+def has_adapters(module: torch.nn.Module) -> bool:
+    """Whether adapters were ever loaded into a model of diffusers or transformers."""
+    return bool(vars(module).get("_hf_peft_config_loaded", False))
+
+
+def scale_of_call(arguments: Mapping[str, Any]) -> float | None:
+    """The factor on all adapters that a call asks for; the model sets and takes it off within its forward."""
+    given = (arguments.get(name) for name in _ARGUMENTS)
+    return next((value["scale"] for value in given if isinstance(value, Mapping) and "scale" in value), None)
+
+
+def scales_of(module: torch.nn.Module) -> Hashable:
+    """Equal if the same adapters act equally strongly; None for a module without any."""
+    if not has_adapters(module):
+        return None
+    return tuple(
+        (
+            layer.disable_adapters,
+            tuple(layer.merged_adapters),
+            *((n, layer.scaling.get(n)) for n in layer.active_adapters),
+        )
+        for layer in _layers(module)
+    )
+
+
+@contextmanager
+def scales_kept(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Put every scale back at the end: a factor of 0, or an error between, otherwise leaves another one behind."""
+    kept = [(layer.scaling, dict(layer.scaling)) for m in modules if has_adapters(m) for layer in _layers(m)]
+    try:
+        yield
+    finally:
+        for scaling, own in kept:
+            scaling.update(own)
+
+
+def _layers(module: torch.nn.Module) -> list[Any]:
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return [layer for layer in module.modules() if isinstance(layer, BaseTunerLayer)]

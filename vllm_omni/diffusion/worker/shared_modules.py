@@ -1,0 +1,83 @@
+"""What a pipeline changes on the shared denoiser for the time of its call: attention processors, as PAG's pipelines do,
+or settings on the module itself, as SkyReels' do.
+
+Such changes are there while the pipeline's own code runs and in its own forwards, and nowhere else: neighbours, and
+whoever comes after a request that was aborted, find the denoiser as it was. Such a request shares no forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from vllm_omni.diffusion.denoiser.specs import unwrapped
+
+_PROCESSOR = "processor"  # what diffusers' attention modules call it
+_TORCHS_OWN = frozenset(vars(torch.nn.Module()))
+_ABSENT = object()
+
+_Entry = tuple[dict[str, Any], str, Any]  # a module's attributes, a name, and what it is to be
+
+
+class OwnChanges:
+    """What one request's pipeline has changed; nothing, for a pipeline that leaves the denoiser alone."""
+
+    def __init__(self) -> None:
+        self.entries: list[_Entry] = []
+
+    def __bool__(self) -> bool:
+        return bool(self.entries)
+
+    @contextmanager
+    def installed(self) -> Iterator[None]:
+        """Within, the modules are as the request's pipeline wants them."""
+        own = [(attributes, name, attributes.get(name, _ABSENT)) for attributes, name, _ in self.entries]
+        try:
+            _put(self.entries)
+            yield
+        finally:
+            _put(own)
+
+
+class SharedModules:
+    """The denoisers of a pipeline, as they are between the turns of its requests."""
+
+    def __init__(self, denoisers: Callable[[], Iterable[torch.nn.Module]]) -> None:
+        self._denoisers = denoisers
+        self.scan()
+
+    def scan(self) -> None:
+        """Look for the modules that can be changed: blocks may have been replaced since the last time."""
+        denoisers = [unwrapped(denoiser) for denoiser in self._denoisers()]
+        self._tops = [vars(denoiser) for denoiser in denoisers]
+        modules = [vars(module) for denoiser in denoisers for module in denoiser.modules()]
+        self._attentions = [attributes for attributes in modules if _PROCESSOR in attributes]
+
+    @contextmanager
+    def lent_to(self, changes: OwnChanges) -> Iterator[None]:
+        """Within, a request's pipeline runs: it finds what it has changed, and may change more."""
+        tops = [(attributes, dict(attributes)) for attributes in self._tops]
+        processors = [(attributes, attributes[_PROCESSOR]) for attributes in self._attentions]
+        try:
+            _put(changes.entries)
+            yield
+        finally:
+            changed = [a for a in processors if a[0][_PROCESSOR] is not a[1]]
+            changes.entries = [(attributes, _PROCESSOR, attributes[_PROCESSOR]) for attributes, _ in changed]
+            _put([(attributes, _PROCESSOR, processor) for attributes, processor in changed])
+            for attributes, before in tops:
+                names = [n for n in attributes.keys() | before.keys() if n not in _TORCHS_OWN]
+                names = [n for n in names if attributes.get(n, _ABSENT) is not before.get(n, _ABSENT)]
+                changes.entries += [(attributes, name, attributes.get(name, _ABSENT)) for name in names]
+                _put([(attributes, name, before.get(name, _ABSENT)) for name in names])
+
+
+def _put(entries: Iterable[_Entry]) -> None:
+    for attributes, name, value in entries:
+        if value is _ABSENT:
+            attributes.pop(name, None)
+        else:
+            attributes[name] = value
