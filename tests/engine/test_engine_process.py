@@ -31,6 +31,7 @@ from vllm_omni.errors import (
     NumericalError,
     OmniError,
     QueueFullError,
+    RefusedError,
     RequestAbortedError,
     UnknownKeyError,
 )
@@ -151,8 +152,8 @@ async def test_a_fault_of_one_request_fails_only_that_one(client: ProcessEngineC
         last(client, "early", num_inference_steps=10, max_sequence_length=100_000),
         *good,
     )
-    for output in (embeds, encode_error):
-        assert type(output.error) is OmniError and not output.images
+    for output, kind in ((embeds, OmniError), (encode_error, RefusedError)):
+        assert type(output.error) is kind and not output.images
         assert "Traceback" not in str(output.error) and "/" not in str(output.error)
     assert "RuntimeError while the request ran" in str(embeds.error)
     assert all(output.ok for output in rest)
