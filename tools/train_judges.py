@@ -1,4 +1,4 @@
-"""Train the judges: three small models on endless procedural scenes (see docs/judges.md).
+"""Train the judges: three small models on endless procedural scenes.
 
 Stages, each resumable: `train` (decoders, and rectified flow of transformer and text encoders together; all take
 turns), `export` (ordinary diffusers folders) and `evaluate`.
