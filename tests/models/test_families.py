@@ -92,7 +92,7 @@ def test_a_mixed_batch_equals_each_request_alone(family: Family) -> None:
         assert one.error is None and mixed.error is None, (one.error, mixed.error)
         assert mixed.skipped_steps == one.skipped_steps and mixed.plan == one.plan
         assert (one.skipped_steps > 0) is not family.steps_aside
-        assert_close(mixed.latents, one.latents)
+        assert_close(mixed.latents, one.latents, roundings=family.roundings)
     assert omni.engine.worker.cache_bytes == 0
     omni.close()
     assert torch.equal(latents_of(family, pipeline), plain)
