@@ -377,11 +377,12 @@ FAMILIES = [
         KANDINSKY,
         settings=SMALL,
         more=_lengths,
-        roundings=512,  # random layers in the place of its zeros, at guidance 5, amplify each rounding a hundredfold
+        roundings=512,  # random layers in the place of its zeros amplify each rounding a hundredfold at guidance 5
     ),
     Family(
-        "Kandinsky 5 video", partial(kandinsky5, d.Kandinsky5T2VPipeline, True), KANDINSKY, settings=VIDEO, more=_lengths
-    ),
+        "Kandinsky 5 video", partial(kandinsky5, d.Kandinsky5T2VPipeline, True), KANDINSKY,
+        settings=VIDEO, more=_lengths,
+    ),  # fmt: skip
     Family("Wan 2.1 I2V", wan_i2v, TOKENS, settings=VIDEO, more=_edit),
     Family("Wan 2.2 (two experts)", wan22, TOKENS, settings=VIDEO),
     Family("Wan 2.2 TI2V", wan22_ti2v, TOKENS, settings=VIDEO),
