@@ -382,7 +382,7 @@ FAMILIES = [
     Family(
         "Kandinsky 5 video", partial(kandinsky5, d.Kandinsky5T2VPipeline, True), KANDINSKY,
         settings=VIDEO, more=_lengths,
-    ),  # fmt: skip
+    ),
     Family("Wan 2.1 I2V", wan_i2v, TOKENS, settings=VIDEO, more=_edit),
     Family("Wan 2.2 (two experts)", wan22, TOKENS, settings=VIDEO),
     Family("Wan 2.2 TI2V", wan22_ti2v, TOKENS, settings=VIDEO),
