@@ -132,7 +132,8 @@ class Demo:
         from vllm_omni import Omni
         from vllm_omni.diffusion.cache.profile import shipped_profile
         from vllm_omni.diffusion.data import OmniDiffusionConfig
-        from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
+        from vllm_omni.diffusion.loader import load_pipeline
+        from vllm_omni.model_folder import generation_defaults
 
         self._ratios = shipped_profile("demo").ratios
         cache = {"cache_backend": "magcache", "cache_config": RULE | EQUAL | {"mag_ratios": self._ratios}}

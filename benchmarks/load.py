@@ -282,7 +282,8 @@ class Engine:
 
 def _plain() -> tuple[Any, dict[str, Any]]:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
-    from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
+    from vllm_omni.diffusion.loader import load_pipeline
+    from vllm_omni.model_folder import generation_defaults
 
     return load_pipeline(OmniDiffusionConfig(model="demo")), generation_defaults("demo")
 

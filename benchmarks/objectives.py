@@ -50,7 +50,8 @@ def measure(options: Any) -> dict[str, dict[int, tuple[float, float]]]:
     from vllm_omni.diffusion.cache.plan.planner import best_plan
     from vllm_omni.diffusion.cache.profile import load_profile
     from vllm_omni.diffusion.data import OmniDiffusionConfig
-    from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
+    from vllm_omni.diffusion.loader import load_pipeline
+    from vllm_omni.model_folder import generation_defaults
     from vllm_omni.quality.pairs import held_out
 
     captions = [pair.prompt for pair in held_out("demo", options.captions)]
@@ -116,7 +117,7 @@ def own_profiles(pipeline: Any, captions: Sequence[str], folder: Path) -> list[P
     from vllm_omni.diffusion.cache.magcache import MagCacheBackend
     from vllm_omni.diffusion.cache.profile import fingerprint
     from vllm_omni.diffusion.data import DiffusionCacheConfig
-    from vllm_omni.diffusion.loader import generation_defaults
+    from vllm_omni.model_folder import generation_defaults
 
     files = []
     for i, caption in enumerate(captions):

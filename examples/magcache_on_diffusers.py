@@ -8,7 +8,7 @@ from diffusers import FluxPipeline
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.loader import resolve_model
+from vllm_omni.model_folder import resolve_model
 
 
 def main() -> None:

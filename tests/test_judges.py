@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vllm_omni import Omni
-from vllm_omni.diffusion.loader import ASSETS, check_folder
+from vllm_omni.model_folder import ASSETS, check_folder
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {

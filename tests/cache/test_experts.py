@@ -166,15 +166,15 @@ def test_no_forecast_crosses_the_switch_and_the_plan_is_optimal(predictor: str) 
     assert profile.sigmas is not None
     sigmas, gram = profile.sigmas, np.asarray(profile.gram)
     weigh, order = PREDICTORS[predictor]
-    level = np.array([*sigmas, 0.0])
-    weight = np.abs(np.diff(level)) / np.maximum(level[1:], level[:-1] / 4)
+    weight = np.abs(np.diff([*sigmas, 0.0]))
 
     def cost(computed: tuple[int, ...], switches: tuple[int, ...]) -> float:
         total = 0.0
         for t in set(range(steps)) - set(computed):
             begin = max(s for s in (0, *switches) if s <= t)
             anchors = [np.array(a) for a in computed if begin <= a < t][-min(order, 2) :]
-            total += weight[t] * float(forecast_error(gram, anchors, np.array(t), weigh(anchors, t, sigmas, gram)))
+            error = forecast_error(gram, anchors, np.array(t), weigh(anchors, t, sigmas, gram))
+            total += float(weight[t] * error) ** 2
         return total
 
     for switches in [(4,), (3, 6), (8,), ()]:

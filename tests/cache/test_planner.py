@@ -7,22 +7,18 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
-from planning import budgeted, plan_cost, planned
+from planning import budgeted, planned, planned_cost
 
-from vllm_omni.diffusion.cache.plan.planner import best_plan, gram_costs
+from vllm_omni.diffusion.cache.plan.planner import best_plan, gram_costs, plan_cost
 from vllm_omni.diffusion.cache.plan.predictors import (
     NEED_GRAM,
     PREDICTORS,
     affine,
-    chebyshev,
     damped,
     forecasts,
     gamma,
     least_squares,
     linear,
-    mean_velocity,
-    newton,
-    normed,
     resample_gram,
     reuse,
 )
@@ -52,7 +48,9 @@ def all_plans(steps: int, nfe: int, compute_last_step: bool) -> list[Plan]:
     ]
 
 
-def stated_cost(plan: Plan, sigmas: tuple[float, ...], gram: np.ndarray, predictor: str) -> float:
+def stated_cost(
+    plan: Plan, sigmas: tuple[float, ...], gram: np.ndarray, predictor: str, gains: np.ndarray | None = None
+) -> float:
     """The objective written out step by step, from the forecasts the request would really use."""
     total = 0.0
     levels = [*sigmas, 0.0]
@@ -61,9 +59,9 @@ def stated_cost(plan: Plan, sigmas: tuple[float, ...], gram: np.ndarray, predict
         mix[target] = -1.0
         for anchor, weight in terms:
             mix[anchor] = weight
-        moved = abs(levels[target] - levels[target + 1]) * float(np.sqrt(max(mix @ gram @ mix, 0.0)))
-        total += moved / max(levels[target + 1], levels[target] / 4)
-    return total
+        moved = (levels[target] - levels[target + 1]) ** 2 * max(mix @ gram @ mix, 0.0)
+        total += moved * (1.0 if gains is None else gains[target] ** 2)
+    return float(total)
 
 
 # ----------------------------------------------------------------------------------------------------------- optimality
@@ -75,13 +73,15 @@ def test_no_plan_is_better_under_gram_costs(predictor: str, compute_last_step: b
     rng = np.random.default_rng(0)
     for steps in (2, 3, 6, 9, 14 if predictor in ("reuse", "affine") else 10):
         gram, sigmas = random_gram(rng, steps), random_sigmas(rng, steps)
-        costs = gram_costs(gram, sigmas, predictor)
+        gains = rng.uniform(0.02, 10, steps) if steps % 2 else None
+        costs = gram_costs(gram, sigmas, predictor, gains)
         for nfe in range(2, steps + 1) if steps < 14 else (4, 7):
-            plan = best_plan(costs, nfe, compute_last_step)
-            cheapest = min(stated_cost(p, sigmas, gram, predictor) for p in all_plans(steps, nfe, compute_last_step))
-            assert plan in all_plans(steps, nfe, compute_last_step)
-            assert stated_cost(plan, sigmas, gram, predictor) == pytest.approx(cheapest, rel=1e-9, abs=1e-9)
-            assert plan_cost(costs, plan) == pytest.approx(cheapest, rel=1e-6, abs=1e-6)
+            plan, possible = best_plan(costs, nfe, compute_last_step), all_plans(steps, nfe, compute_last_step)
+            cheapest = min(stated_cost(p, sigmas, gram, predictor, gains) for p in possible)
+            assert plan in possible
+            assert stated_cost(plan, sigmas, gram, predictor, gains) == pytest.approx(cheapest, rel=1e-9, abs=1e-9)
+            assert planned_cost(costs, plan) == pytest.approx(cheapest, rel=1e-6, abs=1e-6)
+            assert plan_cost(plan, sigmas, predictor, gram, gains) ** 2 == pytest.approx(cheapest, rel=1e-9, abs=1e-9)
 
 
 def test_one_forward_suffices_if_the_last_step_may_be_skipped() -> None:
@@ -100,7 +100,7 @@ def test_more_forwards_never_cost_more() -> None:
     gram, sigmas = np.asarray(DEMO.gram), DEMO.sigmas or ()
     for predictor in PREDICTORS:
         costs = gram_costs(gram, sigmas, predictor)
-        totals = [plan_cost(costs, best_plan(costs, nfe)) for nfe in range(2, 29)]
+        totals = [planned_cost(costs, best_plan(costs, nfe)) for nfe in range(2, 29)]
         if predictor in ("reuse", "gram"):
             assert all(b <= a + 1e-12 for a, b in pairwise(totals))
         assert totals[-1] == 0.0 and totals[0] > totals[10] > 0
@@ -128,44 +128,6 @@ def test_predictors_of_three_residuals_are_planned_as_of_two() -> None:
 def test_predictor_names_are_the_same_in_every_table() -> None:
     assert set(PREDICTORS) == set(get_args(PredictorName))
     assert set(NEED_GRAM) < set(PREDICTORS)
-
-
-def test_mean_velocity_takes_the_slope_over_the_longest_span() -> None:
-    sigmas = (1.0, 0.8, 0.5, 0.3, 0.1)
-    ahead = (sigmas[4] - sigmas[3]) / (sigmas[3] - sigmas[0])
-    assert np.allclose(mean_velocity([0, 2, 3], 4, sigmas, None), [-ahead, 0.0, 1 + ahead])
-    assert np.allclose(mean_velocity([2, 3], 4, sigmas, None), linear([2, 3], 4, sigmas, None))
-    assert list(mean_velocity([3], 4, sigmas, None)) == [1.0]
-
-
-def test_newton_reproduces_a_parabola_on_uneven_knots() -> None:
-    sigmas = np.array([1.0, 0.93, 0.6, 0.55, 0.2])
-    values = 2 - 3 * sigmas + 5 * sigmas**2
-    weights = newton([0, 2, 3], 4, sigmas.tolist(), None)
-    assert weights @ values[[0, 2, 3]] == pytest.approx(values[4])
-    divided = np.polyfit(sigmas[[0, 2, 3]], values[[0, 2, 3]], 2)
-    assert np.polyval(divided, sigmas[4]) == pytest.approx(weights @ values[[0, 2, 3]])
-    assert list(newton([3], 4, sigmas.tolist(), None)) == [1.0]
-
-
-def test_chebyshev_is_a_ridge_fit_mixed_with_the_line() -> None:
-    """Against the normal equations solved for one set of values, with numpy's own Chebyshev series."""
-    sigmas = [1.0, 0.9, 0.7, 0.5, 0.3, 0.1]
-    anchors, values = [0, 1, 2, 3], np.array([1.0, 1.3, 0.8, 0.9])
-    place = 2 * (np.array(sigmas) - 0.1) / 0.9 - 1
-    basis = np.polynomial.chebyshev.chebvander(place[anchors], 4)
-    series = np.linalg.solve(basis.T @ basis + 0.1 * np.eye(5), basis.T @ values)
-    fitted = np.polynomial.chebyshev.chebval(place[5], series)
-    line = linear(anchors, 5, sigmas, None) @ values
-    assert chebyshev(anchors, 5, sigmas, None) @ values == pytest.approx((fitted + line) / 2)
-
-
-def test_normed_has_the_lines_direction_and_the_targets_magnitude() -> None:
-    gram, sigmas = random_gram(np.random.default_rng(8), 6), random_sigmas(np.random.default_rng(9), 6)
-    weights, line = normed([1, 3], 5, sigmas, gram), linear([1, 3], 5, sigmas, gram)
-    assert weights[0] / weights[1] == pytest.approx(line[0] / line[1])
-    assert weights @ gram[np.ix_([1, 3], [1, 3])] @ weights == pytest.approx(gram[5, 5])
-    assert np.array_equal(normed([1, 3], 5, sigmas, None), line)
 
 
 @pytest.mark.parametrize("predictor", list(PREDICTORS))
@@ -259,7 +221,8 @@ def test_a_budget_is_planned_with_a_matrix_and_is_the_published_rule_with_a_curv
     bare = DEMO.model_copy(update={"gram": None})
     with_curve = planned(config, DEMO.ratios, bare, 28, sigmas).compute
     assert sum(with_gram) == sum(with_curve) == 9 and with_gram != with_curve
-    assert with_gram == best_plan(gram_costs(np.asarray(DEMO.gram), sigmas, "linear"), 9)
+    gains = None if DEMO.gains is None else np.asarray(DEMO.gains)
+    assert with_gram == best_plan(gram_costs(np.asarray(DEMO.gram), sigmas, "linear", gains), 9)
     rules = (magcache_plan(DEMO.ratios, threshold, 5, 0.1) for threshold in np.geomspace(1e-3, 1, 4000))
     assert with_curve == next(plan for plan in rules if sum(plan) <= 9)
 
@@ -291,18 +254,57 @@ def planned_forwards(profile: CacheProfile, steps: int, **settings: Any) -> int:
 
 
 @pytest.mark.parametrize(("preset", "forwards"), [("high", 19), ("balanced", 14), ("fast", 9)])
-def test_a_preset_is_a_speedup_if_the_profile_has_a_matrix(preset: str, forwards: int) -> None:
-    assert planned_forwards(DEMO, 28, preset=preset) == forwards
-    bare = DEMO.model_copy(update={"gram": None})
+def test_a_preset_is_a_speedup_if_the_profile_has_a_matrix_alone(preset: str, forwards: int) -> None:
+    matrix = DEMO.model_copy(update={"budgets": ()})
+    assert planned_forwards(matrix, 28, preset=preset) == forwards
+    bare = matrix.model_copy(update={"gram": None})
     rule = magcache_plan(DEMO.ratios, *vars(PRESETS[preset].rule).values())
     assert planned_forwards(bare, 28, preset=preset) == sum(rule)
 
 
-def test_auto_scales_the_calibrated_number_of_forwards() -> None:
-    profile = DEMO.model_copy(update={"forwards": 5})
-    assert [planned_forwards(profile, steps) for steps in (4, 10, 28, 56)] == [4, 5, 5, 10]
-    unknown = DEMO.model_copy(update={"forwards": None})
-    assert planned_forwards(unknown, 28) == 14
+FIGURES = CacheProfile.from_dict(
+    DEMO.model_dump()
+    | {
+        "budgets": [
+            {"speedup": s, "predictor": "linear", "psnr": db, "pairs": 9} for s, db in ((2, 50), (4, 40), (7, 33))
+        ]
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("psnr", "steps", "forwards"),
+    [(33, 28, 4), (33.1, 28, 7), (40, 28, 7), (45, 28, 14), (50.5, 28, 28), (40, 56, 14), (40, 10, 7), (40, 4, 4)],
+)
+def test_decibels_are_the_fewest_forwards_that_kept_them(psnr: float, steps: int, forwards: int) -> None:
+    """In proportion if a run has more steps than the profile, never fewer; every step if nothing measured kept them."""
+    assert planned_forwards(FIGURES, steps, psnr=psnr) == forwards
+
+
+@pytest.mark.parametrize(("preset", "forwards"), [("high", 14), ("balanced", 7), ("auto", 7), ("fast", 4)])
+def test_a_preset_is_decibels_if_the_profile_has_figures(preset: str, forwards: int) -> None:
+    assert planned_forwards(FIGURES, 28, preset=preset) == forwards
+
+
+def test_decibels_without_figures_are_refused() -> None:
+    for profile in (None, DEMO.model_copy(update={"budgets": ()})):
+        with pytest.raises(InvalidValueError, match=r"psnr needs a profile with figures.*calibrate MODEL.*got 40"):
+            budgeted(DiffusionCacheConfig(psnr=40), 28, profile)
+
+
+def test_a_budget_takes_the_mask_that_was_measured_best() -> None:
+    """The rule's, where the plan lost on prompts that calibration had not seen."""
+    sigmas = DEMO.sigmas or ()
+    made = {}
+    for mask in ("planned", "rule"):
+        best = {"speedup": 2.0, "mask": mask, "predictor": "affine"}
+        profile = CacheProfile.from_dict(DEMO.model_dump() | {"budgets": [best]})
+        made[mask] = planned(DiffusionCacheConfig(nfe=9), profile.ratios, profile, 28, sigmas)
+    bare = DEMO.model_copy(update={"gram": None, "budgets": ()})
+    assert made["rule"].compute == planned(DiffusionCacheConfig(nfe=9), DEMO.ratios, bare, 28, sigmas).compute
+    assert made["rule"].compute != made["planned"].compute and any(
+        len(terms) == 2 for terms in made["rule"].terms.values()
+    )
 
 
 def test_the_paper_preset_is_the_published_rule() -> None:

@@ -180,8 +180,12 @@ HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
     "no ratios": (text_of(ratios=[]), "ratios"),
     "too many steps": (text_of(ratios=[1.0] * 1_000_000, sigmas=None, gram=None), "at most 1000 steps"),
     "steps of a billion": (text_of(steps=10**9), "steps"),
-    "forwards of a billion": (text_of(forwards=10**9), "forwards must be at most"),
-    "no forwards": (text_of(forwards=0), "forwards"),
+    "too few gains": (text_of(gains=[1.0]), "gains must be 6 numbers"),
+    "a nan gain": (text_of(gains=[1, 1, float("nan"), 1, 1, 1]), "gains"),
+    "gains without sigmas": (text_of(gains=[1.0] * 6, sigmas=None, gram=None), "sigmas must be given with"),
+    "infinite decibels": (text_of(budgets=[{"speedup": 2, "predictor": "linear", "psnr": float("inf")}]), "psnr"),
+    "an unknown mask": (text_of(budgets=[{"speedup": 2, "predictor": "linear", "mask": "best"}]), "mask"),
+    "budgets of text": (text_of(budgets="fast"), "MeasuredBudget is made from a dict"),
     "nan sigma": (text_of(sigmas=[1, 0.9, float("nan"), 0.5, 0.3, 0.1]), "sigmas"),
     "negative sigma": (text_of(sigmas=[1, 0.9, 0.8, 0.5, 0.3, -0.1]), "sigmas"),
     "gram without sigmas": (text_of(sigmas=None), "sigmas"),
@@ -191,9 +195,9 @@ HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
     "not positive semi-definite": (gram_with(indefinite), "gram.*positive semi-definite"),
     "a branch of another length": (text_of(branches={"cond": [1.0, 1.0]}), "branches.cond"),
     "a branch's matrix of nothing": (text_of(branch_grams={"cond": [[]]}), "branch_grams.cond"),
-    "unknown predictor": (text_of(predictors=[[2.0, "oracle"]]), "predictors"),
-    "a predictor for no speed-up": (text_of(predictors=[[0.5, "linear"]]), "predictors must have speed-ups from 1"),
-    "a nan speed-up": (text_of(predictors=[[float("nan"), "linear"]]), "predictors"),
+    "unknown predictor": (text_of(predictors=[[2.0, "oracle"]]), "predictor"),
+    "a predictor for no speed-up": (text_of(predictors=[[0.5, "linear"]]), "speedup"),
+    "a nan speed-up": (text_of(predictors=[[float("nan"), "linear"]]), "speedup"),
     "speed-ups out of order": (text_of(predictors=[[3, "linear"], [2, "reuse"]]), "each above the one before"),
     "unknown key": (text_of(ratioes=[1]), "did you mean 'ratios'"),
 }
@@ -226,23 +230,26 @@ def test_an_engine_with_a_hostile_profile_does_not_start(tmp_path: Path) -> None
 
 def test_auto_takes_the_predictor_calibrated_for_the_nearest_speedup() -> None:
     """Whatever plans the request, and for the planner's costs as for the forecasts."""
-    predictors = [[1.5, "affine"], [2.0, "normed"], [3.0, "affine3"]]
+    predictors = [[1.5, "affine"], [2.0, "linear"], [3.0, "affine3"]]  # as older profiles say it
     profile = CacheProfile.from_dict(content() | {"predictors": predictors})
     sigmas = profile.sigmas or ()
-    wanted = {None: "affine", 40: "affine", 6: "affine", 4: "affine", 3: "normed", 2: "affine3", 1: "affine3"}
-    assert {forwards: profile.predictor_at(forwards) for forwards in wanted} == wanted
+    wanted = {None: "affine", 40: "affine", 6: "affine", 4: "affine", 3: "linear", 2: "affine3", 1: "affine3"}
+    assert {nfe: best.predictor for nfe in wanted if (best := profile.budget_at(nfe))} == wanted
     config = DiffusionCacheConfig(nfe=3)
     longer = (*sigmas[:1], *np.linspace(sigmas[0], sigmas[-1], 10)[1:].tolist())  # as many forwards, as far apart
-    named = config.model_copy(update={"predictor": "normed"})
+    named = config.model_copy(update={"predictor": "linear"})
     at_ten = [planned(c, profile.ratios, profile, 10, longer) for c in (config, named)]
     assert at_ten[0] == at_ten[1]
     mask = (True, True, False, True, False, True)
-    for settings, name in [({"nfe": 4}, "affine"), ({"nfe": 3}, "normed"), ({"steps_mask": mask}, "affine")]:
+    for settings, name in [({"nfe": 4}, "affine"), ({"nfe": 3}, "linear"), ({"steps_mask": mask}, "affine")]:
         auto = planned(DiffusionCacheConfig(**settings), profile.ratios, profile, STEPS, sigmas)
         named = DiffusionCacheConfig(**settings, predictor=name)
         assert auto == planned(named, profile.ratios, profile, STEPS, sigmas)
-        others = {"affine", "normed"} - {name}
+        others = {"affine", "linear"} - {name}
         assert auto != planned(
             named.model_copy(update={"predictor": others.pop()}), profile.ratios, profile, STEPS, sigmas
         )
-    assert CacheProfile.from_dict(content()).predictor_at(2) is None
+    assert CacheProfile.from_dict(content()).budget_at(2) is None
+    assert profile.lacks == ["gains", "figures"]
+    older = CacheProfile.from_dict(content() | {"predictors": [[2.0, "chebyshev"]], "forwards": 4})
+    assert [budget.predictor for budget in older.budgets] == ["affine"]

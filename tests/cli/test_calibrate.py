@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ import torch
 from pipelines import TEXT_TOKENS, embeds, tiny_flux
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
+from vllm_omni.diffusion.cache.plan.planner import plan_cost
 from vllm_omni.diffusion.cache.profile import fingerprint, load_profile
-from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.loader import load_pipeline
 from vllm_omni.entrypoints.cli.calibrate import split
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.quality.calibrate import calibrate, decibels, judge, sha256_of
+from vllm_omni.quality.calibrate import FORECASTS, cache_of, calibrate, decibels, enabled, judge, latents, sha256_of
 from vllm_omni.quality.pairs import read_prompts
 
 CAPTIONS = ["red apple", "penguin", "rocket", "banana", "guitar", "octopus"]
@@ -29,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("calibrate")
     (folder / "prompts.txt").write_text("\n".join(CAPTIONS))
     out = folder / "made.json"
-    command = f"calibrate demo --dtype float32 --steps 8 --hold-out --seed 5 --prompts {folder}/prompts.txt --out {out}"
+    command = f"calibrate demo --dtype float32 --steps 8 --seed 5 --prompts {folder}/prompts.txt --out {out}"
     assert main(command.split()) == 0
     return out
 
@@ -45,23 +47,39 @@ def test_the_calibrated_profile_records_its_provenance(made: Path) -> None:
     assert {"vllm_omni", "torch", "diffusers", "python"} <= said["versions"].keys()
     assert [len(spread) for spread in said["ratio_std"].values()] == [8]
     assert 0 < said["gram_relative_error"] < 1
-    errors = said["predictor_relative_error"]
-    assert [speedup for speedup, _ in profile.predictors] == [float(speedup) for speedup in errors]
-    for (_, best), found in zip(profile.predictors, errors.values(), strict=True):
-        assert found.keys() == PREDICTORS.keys() and found[best] == min(found.values())
+    assert profile.gains is not None and profile.gain_errors is not None and min(profile.gains) > 0
     assert made.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
 
 
 @pytest.mark.slow
-def test_auto_is_judged_on_held_out_prompts(made: Path) -> None:
+def test_budgets_are_measured_on_held_out_prompts(made: Path) -> None:
     profile = load_profile(made)
     judged = profile.provenance["held_out"]
     assert judged["prompts"] == 3 and judged["prompts_sha256"] == sha256_of(CAPTIONS[1::2])
-    *worse, chosen = judged["forwards"].items()
-    assert chosen[0] == str(profile.forwards)
-    assert chosen[1]["worst_db"] >= 30 and chosen[1]["mean_db"] > chosen[1]["fewer_steps_mean_db"]
-    for _, row in worse:
-        assert row["worst_db"] < 30 or row["mean_db"] <= row["fewer_steps_mean_db"]
+    assert [round(8 / budget.speedup) for budget in profile.budgets] == [6, 5, 4, 3, 2]
+    for budget in profile.budgets:
+        assert budget.pairs == 3 and budget.predictor in FORECASTS[budget.mask]
+        assert budget.psnr is not None and budget.psnr_mean is not None and budget.rule_psnr is not None
+        assert budget.rule_psnr - 1 < budget.psnr <= budget.psnr_mean
+    assert profile.lacks == []
+
+
+@pytest.mark.slow
+def test_a_gain_tells_how_far_an_error_ends(made: Path) -> None:
+    """Of plans that calibration has not run, with two stale steps each, on prompts that it has not seen."""
+    profile = load_profile(made)
+    assert profile.sigmas is not None and profile.gram is not None
+    pipeline, arguments = (
+        load_pipeline(OmniDiffusionConfig(model="demo", dtype="float32")),
+        profile.provenance["arguments"],
+    )
+    exact = latents(pipeline, "violin", 77, arguments)
+    for skipped in ((1, 4), (2, 5), (3, 6), (2, 3)):
+        plan = tuple(step not in skipped for step in range(8))
+        with enabled(cache_of(profile, steps_mask=plan, predictor="reuse"), pipeline, profile):
+            away = (latents(pipeline, "violin", 77, arguments) - exact).pow(2).mean().sqrt().item()
+        expected = plan_cost(plan, profile.sigmas, "reuse", np.asarray(profile.gram), np.asarray(profile.gains))
+        assert 0.4 < away / expected < 2.5, skipped
 
 
 def test_a_calibrated_profile_is_found_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,11 +90,27 @@ def test_a_calibrated_profile_is_found_and_used(tmp_path: Path, monkeypatch: pyt
     pipe.encode_prompt = lambda prompt, **_: (*embeds(len(prompt)).values(), torch.zeros(TEXT_TOKENS, 3))
     profile = calibrate(pipe, ["a", "bb"], "new", num_inference_steps=6, height=32, width=32)
     assert profile.fingerprint == fingerprint(pipe.transformer)
-    profile = judge(pipe, profile, ["ccc"], 9, num_inference_steps=6, height=32, width=32)
+    profile = judge(pipe, profile, ["a"], ["ccc"], 9, num_inference_steps=6, height=32, width=32)
     profile.save(tmp_path / "new.json")
     backend = MagCacheBackend(DiffusionCacheConfig())
     backend.enable(pipe)
     assert backend.profiles == (load_profile(tmp_path / "new.json"),)
+
+
+def test_a_sketch_keeps_what_residuals_differ_by(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The expected error of every forecast, from sketches of a quarter and from whole residuals."""
+    pipe = tiny_flux()
+    pipe.encode_prompt = lambda prompt, **_: (*embeds(len(prompt)).values(), torch.zeros(TEXT_TOKENS, 3))
+    arguments: dict[str, Any] = {"num_inference_steps": 8, "height": 128, "width": 128}
+    whole, sketched = (np.asarray(calibrate(pipe, ["a"], "x", sketch=n, **arguments).gram) for n in (10**9, 1021))
+    assert not np.array_equal(whole, sketched)
+
+    def away(gram: np.ndarray) -> np.ndarray:
+        energy = np.diag(gram)
+        return energy[:, None] + energy - 2 * gram + np.eye(8)
+
+    bound = 5 * np.sqrt(2 / 1021)  # standard deviations of the projection
+    assert np.abs(away(sketched) / away(whole) - 1).max() < bound
 
 
 def test_every_other_prompt_is_held_out(tmp_path: Path) -> None:

@@ -287,7 +287,7 @@ def test_close_leaves_the_pipeline_as_it_was() -> None:
 
 
 def test_a_seed_makes_the_picture_of_plain_diffusers(demo: Omni) -> None:
-    from vllm_omni.diffusion.loader import generation_defaults
+    from vllm_omni.model_folder import generation_defaults
 
     pipeline = demo.engine.worker.pipeline
     plain = pipeline(

@@ -17,7 +17,6 @@ import pytest
 from paths import ROOT
 from process_client import ARGS, gone, last, until
 
-from vllm_omni.diffusion.loader import ASSETS
 from vllm_omni.engine.client import ProcessEngineClient, launch_engine
 from vllm_omni.errors import (
     EngineClosedError,
@@ -25,6 +24,7 @@ from vllm_omni.errors import (
     ModelLoadError,
     UnknownKeyError,
 )
+from vllm_omni.model_folder import ASSETS
 
 one_loop = pytest.mark.asyncio(loop_scope="module")
 

@@ -24,12 +24,14 @@ def planned(
     return compose(parse("magcache", config), ratios, profile, Schedule(steps, tuple(sigmas), switches))
 
 
-def budgeted(config: DiffusionCacheConfig, steps: int, switches: tuple[int, ...] = ()) -> int | None:
+def budgeted(
+    config: DiffusionCacheConfig, steps: int, profile: CacheProfile | None = None, switches: tuple[int, ...] = ()
+) -> int | None:
     """The full forwards that the budget of `config` buys."""
-    return budgeted_forwards(parse("magcache", config), steps, switches)
+    return budgeted_forwards(parse("magcache", config), profile, steps, switches)
 
 
-def plan_cost(costs: np.ndarray, plan: Sequence[bool]) -> float:
+def planned_cost(costs: np.ndarray, plan: Sequence[bool]) -> float:
     """What `best_plan` minimises, of any plan that computes step 0."""
     computed = [step for step, compute in enumerate(plan) if compute]
     onward = [*computed[1:], len(plan)]

@@ -18,9 +18,9 @@ from typing import Any
 
 import engine_common as common
 
-from vllm_omni.diffusion.loader import ASSETS
 from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.errors import InvalidValueError, ModelLoadError
+from vllm_omni.model_folder import ASSETS
 
 LIMIT_S = 10.0
 

@@ -24,7 +24,7 @@ import engine_common as common
 import engine_start_faults as faults
 import http_common as web
 
-from vllm_omni.diffusion.loader import ASSETS
+from vllm_omni.model_folder import ASSETS
 
 LIMIT_S = 10.0
 PROFILE = '{"profile": "no-such-profile"}'

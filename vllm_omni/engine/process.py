@@ -146,7 +146,7 @@ def beat(link: Link, every_s: float, turn_began: Callable[[], float | None], par
 def _load(start: Start, link: Link) -> tuple[EngineLoop, ModelInfo]:
     """The loop, ready to serve; OmniError if the model is wrong, if possible before anything heavy is imported."""
     from vllm_omni.diffusion.data import OmniDiffusionConfig
-    from vllm_omni.diffusion.loader import resolve_model
+    from vllm_omni.model_folder import resolve_model
 
     config = OmniDiffusionConfig(**start.engine_args)
     resolve_model(config.model)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from math import exp, log
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +12,39 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
-from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint
+from vllm_omni.diffusion.cache.calibration import SKETCH
+from vllm_omni.diffusion.cache.magcache import MagCacheBackend, MagCacheState
+from vllm_omni.diffusion.cache.plan.compose import CachePlan
+from vllm_omni.diffusion.cache.plan.planner import forecast_error, step_weights
+from vllm_omni.diffusion.cache.plan.predictors import Terms
+from vllm_omni.diffusion.cache.plan.schedule import Schedule
+from vllm_omni.diffusion.cache.profile import CacheProfile, MaskName, MeasuredBudget, fingerprint
+from vllm_omni.diffusion.cache.settings import CacheSettings, PredictorName
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 
-CHECKED_PROMPTS = 4
-CHECKED_SPEEDUPS = (1.5, 2.0, 2.5, 3.0, 4.0)
-WORST_DB = 30.0
+SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5)
+FORECASTS: dict[MaskName, tuple[PredictorName, ...]] = {
+    "planned": ("linear", "gram", "affine", "affine3"),
+    "rule": ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
+}
+CHOSEN_ON = 4  # prompts on which a budget's mask and predictor are chosen
+GAIN_PROMPTS = 4
+GAIN_EVERY = 3  # steps between measured gains; docs/log.md has how few keep the plans the same
 
 
-def calibrate(pipeline: Any, prompts: Sequence[str], name: str, seed: int = 0, **arguments: Any) -> CacheProfile:
-    """A profile of `pipeline`'s checkpoint, averaged over `prompts` (seeds count up); `arguments` go to its call.
+def calibrate(
+    pipeline: Any, prompts: Sequence[str], name: str, seed: int = 0, sketch: int = SKETCH, **arguments: Any
+) -> CacheProfile:
+    """A profile of `pipeline`'s checkpoint: curve, matrix and gains, averaged over `prompts` (seeds count up).
 
-    Afterwards a few of the prompts run with other seeds, to find which predictor stays nearest to the uncached latents
-    at each of some speed-ups, under plans made for it.
+    `arguments` go to the pipeline's call. `judge` adds what its plans are worth.
     """
     backend = MagCacheBackend(DiffusionCacheConfig(mag_calibrate=True))
-    with _enabled(backend, pipeline):
-        for index, prompt in enumerate(tqdm(prompts, desc="calibrate", unit="prompt")):
-            _latents(pipeline, prompt, seed + index, arguments)
     assert backend.calibration is not None
+    backend.calibration.width = sketch
+    with enabled(backend, pipeline):
+        for index, prompt in enumerate(tqdm(prompts, desc="curve and matrix", unit="prompt")):
+            latents(pipeline, prompt, seed + index, arguments)
     scheduler = pipeline.scheduler
     profile = backend.calibration.profile(
         name,
@@ -45,58 +56,112 @@ def calibrate(pipeline: Any, prompts: Sequence[str], name: str, seed: int = 0, *
         arguments=arguments,
         seed=seed,
     )
-    errors = compare_predictors(pipeline, profile, prompts[:CHECKED_PROMPTS], seed + len(prompts), arguments)
-    best = tuple((float(speedup), min(found, key=found.__getitem__)) for speedup, found in errors.items())
-    return profile.model_copy(
-        update={"predictors": best, "provenance": profile.provenance | {"predictor_relative_error": errors}}
-    )
+    gains, errors = measure_gains(pipeline, profile, prompts[:GAIN_PROMPTS], seed + len(prompts), arguments)
+    return profile.model_copy(update={"gains": tuple(gains.tolist()), "gain_errors": tuple(errors.tolist())})
 
 
-def compare_predictors(
+class _OneStale(MagCacheBackend):
+    """Computes every step but one, which gets the residual of an earlier step of the same denoiser as it was."""
+
+    def __init__(self, step: int, gap: int) -> None:
+        super().__init__(DiffusionCacheConfig(mag_ratios=(1.0,)))
+        self.step, self.gap = step, gap
+        self.anchor: int | None = None  # the earlier step; None if `step` is the first of its denoiser
+
+    def state(self, schedule: Schedule, settings: CacheSettings | None = None) -> MagCacheState:
+        begin = next(part.start for part in schedule.segments if part.start <= self.step < part.stop)
+        self.anchor = max(begin, self.step - self.gap) if self.step > begin else None
+        mask = tuple(step != self.step or self.anchor is None for step in range(schedule.steps))
+        terms: dict[int, Terms] = {} if self.anchor is None else {self.step: ((self.anchor, 1.0),)}
+        return MagCacheState(CachePlan.of(mask, terms), self.store, {})
+
+
+def measure_gains(
+    pipeline: Any,
+    profile: CacheProfile,
+    prompts: Sequence[str],
+    seed: int,
+    arguments: dict[str, Any],
+    every: int = GAIN_EVERY,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(gain, standard error over prompts) of each step: see `CacheProfile`.
+
+    A run is disturbed at one step, by the residual of a tenth of the run earlier, and finished; how far it ends from
+    the undisturbed run is divided by the expected size of the disturbance. Steps between those measured are
+    interpolated. Whatever is on the way counts: the head, guidance over all branches, the scheduler, the other steps.
+    """
+    assert profile.sigmas is not None and profile.gram is not None
+    steps, gram, weights = len(profile.sigmas), np.asarray(profile.gram), step_weights(profile.sigmas)
+    exact = [latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
+    found: dict[int, np.ndarray] = {}
+    for step in tqdm(sorted({*range(1, steps, every), steps - 1} - {0}), desc="gains", unit="step"):
+        backend = _OneStale(step, max(1, round(steps / 10)))
+        with enabled(backend, pipeline):
+            got = [latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
+        if backend.anchor is None:
+            continue
+        error = float(forecast_error(gram, [np.array(backend.anchor)], np.array(step), np.ones(1)))
+        away = [(a - b).pow(2).mean().sqrt().item() for a, b in zip(got, exact, strict=True)]
+        if error * weights[step] > 0:
+            found[step] = np.asarray(away) / (error * weights[step])
+    if not found:
+        return np.ones(steps), np.zeros(steps)
+    known = list(found)
+    means = [float(np.sqrt(np.mean(np.square(found[step])))) for step in known]
+    errors = [float(np.std(found[step]) / np.sqrt(len(prompts))) for step in known]
+    every_step = np.arange(steps)
+    return np.interp(every_step, known, means).round(6), np.interp(every_step, known, errors).round(6)
+
+
+def choose(
     pipeline: Any, profile: CacheProfile, prompts: Sequence[str], seed: int, arguments: dict[str, Any]
-) -> dict[str, dict[str, float]]:
-    """By speed-up and predictor the distance to the uncached latents, relative to their norm, under its own plans.
+) -> tuple[MeasuredBudget, ...]:
+    """For each of some speed-ups the mask and the predictor whose latents stay nearest to the uncached ones.
 
-    The geometric mean over prompts: a decibel counts the same on each.
+    Nearest in the root mean square over prompts, which the worst of them lead.
     """
-    exact = [_latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
-    errors: dict[str, dict[str, float]] = {}
-    for speedup in tqdm(CHECKED_SPEEDUPS, desc="predictors", unit="speed-up"):
-        nfe = max(2, round(len(profile.ratios) / speedup))
-        for predictor in PREDICTORS:
-            with _enabled(
-                _cache(profile, nfe=nfe), pipeline, profile.model_copy(update={"predictors": ((1.0, predictor),)})
-            ):
-                got = [_latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
-            away = [max(((a - b).norm() / b.norm()).item(), 1e-9) for a, b in zip(got, exact, strict=True)]
-            errors.setdefault(f"{speedup:g}", {})[predictor] = float(f"{exp(sum(map(log, away)) / len(away)):.4g}")
-    return errors
+    exact = [latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
+    steps, budgets = len(profile.ratios), []
+    for nfe in tqdm(sorted({max(2, round(steps / s)) for s in SPEEDUPS} - {steps}, reverse=True), desc="choices"):
+        errors: dict[MeasuredBudget, float] = {}
+        for mask, predictor in ((m, p) for m, predictors in FORECASTS.items() for p in predictors):
+            budget = MeasuredBudget(speedup=steps / nfe, mask=mask, predictor=predictor)
+            with enabled(cache_of(profile, nfe=nfe), pipeline, profile.model_copy(update={"budgets": (budget,)})):
+                got = [latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
+            away = [((a - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
+            errors[budget] = float(np.sqrt(np.mean(np.square(away))))
+        budgets.append(min(errors, key=errors.__getitem__))
+    return tuple(budgets)
 
 
-def judge(pipeline: Any, profile: CacheProfile, prompts: Sequence[str], seed: int, **arguments: Any) -> CacheProfile:
-    """`profile` with `forwards`: the fewest full forwards that are good on `prompts`, which calibration has not seen.
-
-    Good: PSNR to the uncached picture (floats) is at least 30 dB on every prompt, and on average above that of the
-    uncached picture with as many steps. The provenance keeps what was measured on the way.
-    """
-    exact = _pictures(pipeline, prompts, seed, arguments)
-    table: dict[str, dict[str, float]] = {}
-    chosen = None
-    for nfe in range(2, len(profile.ratios) + 1):
-        with _enabled(_cache(profile, nfe=nfe), pipeline, profile):
-            cached = decibels(_pictures(pipeline, prompts, seed, arguments), exact)
-        fewer = decibels(_pictures(pipeline, prompts, seed, arguments | {"num_inference_steps": nfe}), exact)
-        table[str(nfe)] = {
-            "mean_db": round(float(cached.mean()), 2),
-            "worst_db": round(float(cached.min()), 2),
-            "fewer_steps_mean_db": round(float(fewer.mean()), 2),
-            "fewer_steps_worst_db": round(float(fewer.min()), 2),
-        }
-        if cached.min() >= WORST_DB and cached.mean() > fewer.mean():
-            chosen = nfe
-            break
-    judged = {"prompts": len(prompts), "prompts_sha256": sha256_of(prompts), "seed": seed, "forwards": table}
-    return profile.model_copy(update={"forwards": chosen, "provenance": profile.provenance | {"held_out": judged}})
+def judge(
+    pipeline: Any,
+    profile: CacheProfile,
+    prompts: Sequence[str],
+    held_out: Sequence[str],
+    seed: int,
+    **arguments: Any,
+) -> CacheProfile:
+    """`profile` with `budgets`: chosen on some of `prompts`, and measured on `held_out`, which decided nothing."""
+    exact = _pictures(pipeline, held_out, seed, arguments)
+    chosen = choose(pipeline, profile, prompts[:CHOSEN_ON], seed + len(held_out), arguments)
+    profile = profile.model_copy(update={"budgets": chosen})
+    curve_only = profile.model_copy(update={"gram": None, "budgets": ()})
+    budgets = []
+    for budget in tqdm(chosen, desc="held-out prompts", unit="budget"):
+        nfe = round(len(profile.ratios) / budget.speedup)
+        with enabled(cache_of(profile, nfe=nfe), pipeline, profile):
+            cached = decibels(_pictures(pipeline, held_out, seed, arguments), exact)
+        with enabled(cache_of(profile, nfe=nfe), pipeline, curve_only):
+            by_rule = decibels(_pictures(pipeline, held_out, seed, arguments), exact)
+        fewer = decibels(_pictures(pipeline, held_out, seed, arguments | {"num_inference_steps": nfe}), exact)
+        figures = {"psnr": cached.min(), "psnr_mean": cached.mean(), "rule_psnr": by_rule.min()}
+        figures |= {"fewer_steps_psnr": fewer.min()}
+        measured = {name: round(float(value), 2) for name, value in figures.items()}
+        budgets.append(budget.model_copy(update=measured | {"pairs": len(held_out)}))
+    said = {"prompts": len(held_out), "prompts_sha256": sha256_of(held_out), "seed": seed}
+    provenance = profile.provenance | {"held_out": said}
+    return profile.model_copy(update={"budgets": tuple(budgets), "provenance": provenance})
 
 
 def decibels(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
@@ -109,7 +174,8 @@ def sha256_of(prompts: Sequence[str]) -> str:
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()
 
 
-def _cache(profile: CacheProfile, **settings: Any) -> MagCacheBackend:
+def cache_of(profile: CacheProfile, **settings: Any) -> MagCacheBackend:
+    """A backend for `enabled`, with these settings, on a checkpoint that has this curve."""
     return MagCacheBackend(DiffusionCacheConfig(mag_ratios=profile.ratios, **settings))
 
 
@@ -123,7 +189,8 @@ def _pictures(pipeline: Any, prompts: Sequence[str], seed: int, arguments: dict[
 
 
 @contextmanager
-def _enabled(backend: MagCacheBackend, pipeline: Any, profile: CacheProfile | None = None) -> Iterator[None]:
+def enabled(backend: MagCacheBackend, pipeline: Any, profile: CacheProfile | None = None) -> Iterator[None]:
+    """`backend` on `pipeline`; with `profile` instead of the checkpoint's own."""
     backend.enable(pipeline)
     backend.profiles = backend.profiles if profile is None else (profile,)
     try:
@@ -132,7 +199,8 @@ def _enabled(backend: MagCacheBackend, pipeline: Any, profile: CacheProfile | No
         backend.disable(pipeline)
 
 
-def _latents(pipeline: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> torch.Tensor:
+def latents(pipeline: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> torch.Tensor:
+    """The final latents of one run, in fp32."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return pipeline(prompt, generator=generator, output_type="latent", return_dict=False, **arguments)[0].float()
 

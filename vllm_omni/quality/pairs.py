@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_omni.diffusion.loader import ASSETS, shipped_models
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.data import check_text
+from vllm_omni.model_folder import ASSETS, shipped_models
 
 HELD_OUT_SEED = 900_000
 TUNING_SEED = 990_000  # peers' thresholds are chosen on these, by speed alone

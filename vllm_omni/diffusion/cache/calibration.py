@@ -1,16 +1,18 @@
 """Measuring a checkpoint: computes every step of some prompts, and keeps what a profile needs.
 
 gamma_t = mean over tokens of ||r_t|| / ||r_(t-1)|| in fp32 (arXiv 2506.09045); G[s, t] = <r_s, r_t> per element,
-averaged over prompts and branches. Residuals wait on the CPU in fp32 until their request ends.
+averaged over prompts and branches. A residual stays where it is made: of each step a sketch of a few thousand numbers
+is kept, a fixed random projection under which inner products, and those of differences, hold to a few per cent
+(Charikar, Chen and Farach-Colton 2002; the error is sqrt(2 / width)). So any request of any size can be measured.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,15 @@ from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels import ops
 from vllm_omni.version import __version__
 
+SKETCH = 4093  # a prime: whatever a model's width, each of its channels falls into every place of the sketch
+
 
 class Calibration:
     """Collects the finished requests of one schedule and turns them into a profile."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = SKETCH) -> None:
+        """`width` is how many numbers stand for a residual; one that is no longer is kept as it is."""
+        self.width = width
         self.sigmas: tuple[float, ...] | None = None
         self._ratios: dict[str, list[np.ndarray]] = {}
         self._grams: dict[str, list[np.ndarray]] = {}
@@ -39,23 +45,14 @@ class Calibration:
     def requests(self) -> int:
         return max(map(len, self._ratios.values()), default=0)
 
-    def add(
-        self,
-        branch: str,
-        sigmas: tuple[float, ...],
-        residuals: Sequence[torch.Tensor],
-        norms: Sequence[torch.Tensor],
-    ) -> None:
-        """One branch of one finished request: `residuals` (rows, tokens, channels) of every step in order, and the
-        `norms` (rows, tokens) of their tokens."""
+    def add(self, branch: str, sigmas: tuple[float, ...], ratios: Sequence[float], gram: np.ndarray) -> None:
+        """One branch of one finished request: its curve, 1 first, and its matrix (steps, steps)."""
         if self.sigmas is None:
             self.sigmas = sigmas
         elif len(self.sigmas) != len(sigmas) or not np.allclose(self.sigmas, sigmas, atol=1e-6):
             raise InvalidValueError("sigmas", sigmas[:3], "must be the same schedule in all prompts of a calibration")
-        ratios = [1.0] + [(b / a.clamp_min(1e-12)).mean().item() for a, b in pairwise(norms)]
-        flat = torch.stack([r.flatten() for r in residuals]).double()
         self._ratios.setdefault(branch, []).append(np.array(ratios))
-        self._grams.setdefault(branch, []).append((flat @ flat.T / flat.shape[1]).numpy())
+        self._grams.setdefault(branch, []).append(gram)
 
     def profile(self, name: str, transformer_class: str, fingerprint: str, **provenance: Any) -> CacheProfile:
         """The average over everything added; InvalidValueError where nothing was."""
@@ -98,12 +95,15 @@ def _rounded(gram: np.ndarray) -> tuple[tuple[float, ...], ...]:
 
 
 class RecordingState(CacheState):
-    """The state of a request that is measured: never skips, and keeps every residual."""
+    """The state of a request that is measured: never skips, and keeps a sketch of every residual."""
 
     def __init__(self, calibration: Calibration, steps: int, sigmas: tuple[float, ...]) -> None:
         super().__init__(settings={"backend": "magcache", "calibrate": True})
         self._calibration, self._steps, self._sigmas = calibration, steps, sigmas
-        self._kept: dict[Key, dict[int, tuple[torch.Tensor, torch.Tensor]]] = {}
+        self._sketches: dict[Key, dict[int, torch.Tensor]] = {}
+        self._ratios: dict[Key, list[torch.Tensor]] = {}
+        self._norms: dict[Key, torch.Tensor] = {}  # of the last step's tokens
+        self._signs: dict[torch.Size, torch.Tensor] = {}
 
     def wants(self, key: Key, step: int) -> bool:
         return True
@@ -112,19 +112,43 @@ class RecordingState(CacheState):
         if (ends := computed.ends()) is None:
             return Kept()
         residual, norm = ops.residual_norm(*ends, torch.float32)
-        return Kept(residual.cpu(), {"norm": norm.cpu()})
+        return Kept(None, {"sketch": self._sketch(residual), "norm": norm})
+
+    def _sketch(self, residual: torch.Tensor) -> torch.Tensor:
+        """A residual's elements with random signs, each added to the place that its index has modulo the width.
+
+        In units of the root of their number, so that products of sketches are means over elements.
+        """
+        flat, width = residual.flatten() / math.sqrt(residual.numel()), self._calibration.width
+        if len(flat) <= width:
+            return flat
+        if residual.shape not in self._signs:
+            coins = torch.randint(2, flat.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+            self._signs[residual.shape] = (2 * coins - 1).to(flat.device)
+        signed = flat * self._signs[residual.shape]
+        whole = len(flat) // width * width
+        sketch = signed[:whole].view(-1, width).sum(dim=0)
+        sketch[: len(flat) - whole] += signed[whole:]
+        return sketch
 
     def commit(self, key: Key, step: int, kept: Kept | None) -> None:
-        """Keep the step's residual; a branch that is complete goes into the calibration."""
+        """Keep the step's sketch; a branch that is complete goes into the calibration, with its only device read."""
         super().commit(key, step, kept)
-        steps = self._kept.setdefault(key, {})
-        if kept is not None and isinstance(kept.residual, torch.Tensor):
-            steps[step] = kept.residual, kept.memory["norm"]
-        if len(steps) == self._steps:
-            residuals, norms = zip(*(steps[s] for s in range(self._steps)), strict=True)
-            self._calibration.add(key[1], self._sigmas, residuals, norms)
-            del self._kept[key]
+        if kept is None or not kept.memory:
+            return
+        sketches, ratios = self._sketches.setdefault(key, {}), self._ratios.setdefault(key, [])
+        before, norm = self._norms.get(key), kept.memory["norm"]
+        if step not in sketches and before is not None:
+            ratios.append((norm / before.clamp_min(1e-12)).mean())
+        sketches[step], self._norms[key] = kept.memory["sketch"], norm
+        if len(sketches) == self._steps:
+            stacked = torch.stack([sketches[step] for step in range(self._steps)]).double()
+            gram = stacked @ stacked.T
+            curve = [1.0, *(torch.stack(ratios).tolist() if ratios else ())]
+            self._calibration.add(key[1], self._sigmas, curve, gram.cpu().numpy())
+            del self._sketches[key], self._ratios[key], self._norms[key]
 
     def drop(self) -> None:
         super().drop()
-        self._kept.clear()
+        for kept in (self._sketches, self._ratios, self._norms, self._signs):
+            kept.clear()

@@ -8,10 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -31,15 +31,36 @@ PROFILE_DIR = Path(__file__).parent / "profiles"
 MAX_PROFILE_BYTES = 64 * 2**20
 FORMAT = 2
 MAX_STEPS = 1000
+_GONE = ("mean", "newton", "chebyshev", "normed")  # predictors that older profiles name
+MaskName = Literal["planned", "rule"]
 LARGEST = 1e12  # of any measured number: beyond it, squares and products overflow where nobody looks
+
+
+class MeasuredBudget(Settings):
+    """What was nearest to the uncached output at one number of full forwards, among all that may be cached.
+
+    `mask` says where its computed steps come from: the planner, or the published threshold rule. Decibels are PSNR to
+    the uncached output, the lowest of `pairs` prompts and seeds that calibration had not seen: of this choice, of the
+    published rule with reuse, and of an uncached run of as many steps. None: not measured.
+    """
+
+    speedup: float = Field(ge=1, lt=LARGEST, allow_inf_nan=False)  # steps per full forward
+    mask: MaskName = "planned"
+    predictor: PredictorName
+    pairs: int = Field(default=0, ge=0)
+    psnr: float | None = Field(default=None, allow_inf_nan=False)
+    psnr_mean: float | None = Field(default=None, allow_inf_nan=False)
+    rule_psnr: float | None = Field(default=None, allow_inf_nan=False)
+    fewer_steps_psnr: float | None = Field(default=None, allow_inf_nan=False)
 
 
 class CacheProfile(Settings):
     """`ratios` is gamma per step (1 first); `gram[s][t]` the mean of <r_s, r_t> over tokens, prompts and branches.
 
-    `predictors` are those that were nearest to the uncached latents when the profile was made, each with the speed-up
-    it was nearest at, and `forwards` the fewest full forwards of its steps that were found good on pictures it had not
-    seen (the preset "auto"). `branches` and `branch_grams` hold the same per guidance branch.
+    `gains[t]` is how far the final latents end from the uncached run's per error of one in step t's residual and per
+    unit of sigma that the step covers, `gain_errors` its standard error over prompts; both are joint over guidance
+    branches. `budgets` are the choices measured, by ascending speed-up. `branches` and `branch_grams` hold curve and
+    matrix per guidance branch.
     """
 
     format: int = FORMAT
@@ -50,8 +71,9 @@ class CacheProfile(Settings):
     ratios: tuple[float, ...]
     sigmas: tuple[float, ...] | None = None
     gram: tuple[tuple[float, ...], ...] | None = None
-    predictors: tuple[tuple[float, PredictorName], ...] = ()
-    forwards: int | None = Field(default=None, ge=2)
+    gains: tuple[float, ...] | None = None
+    gain_errors: tuple[float, ...] | None = None
+    budgets: tuple[MeasuredBudget, ...] = ()
     branches: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     branch_grams: dict[str, tuple[tuple[float, ...], ...]] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
@@ -63,17 +85,31 @@ class CacheProfile(Settings):
             raise InvalidValueError("format", found, f"must be {FORMAT}; calibrate again to have it in this one")
         return values
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> CacheProfile:
+        """The profile of a mapping. Before 2026-11-28 a budget was a pair, of `predictors`, and had no figures."""
+        if not isinstance(values, Mapping) or not {"predictors", "forwards"} & values.keys():
+            return super().from_dict(values)
+        newer = {name: value for name, value in values.items() if name not in ("predictors", "forwards")}
+        pairs = [(speedup, "affine" if name in _GONE else name) for speedup, name in values.get("predictors") or ()]
+        return super().from_dict({"budgets": [{"speedup": s, "predictor": p} for s, p in pairs]} | newer)
+
     @field_validator("ratios", mode="before")
     @classmethod
     def _curve(cls, value: Any) -> Any:
         return as_curve("ratios", value)
 
-    @field_validator("predictors", mode="after")
+    @field_validator("budgets", mode="before")
     @classmethod
-    def _ascending(cls, value: tuple[tuple[float, PredictorName], ...]) -> tuple[tuple[float, PredictorName], ...]:
-        speedups = [speedup for speedup, _ in value]
-        if not all(1 <= speedup < LARGEST for speedup in speedups) or speedups != sorted(set(speedups)):
-            raise InvalidValueError("predictors", speedups, "must have speed-ups from 1 up, each above the one before")
+    def _budgets(cls, value: Any) -> Any:
+        return tuple(v if isinstance(v, MeasuredBudget) else MeasuredBudget.from_dict(v) for v in value)
+
+    @field_validator("budgets", mode="after")
+    @classmethod
+    def _ascending(cls, value: tuple[MeasuredBudget, ...]) -> tuple[MeasuredBudget, ...]:
+        speedups = [budget.speedup for budget in value]
+        if speedups != sorted(set(speedups)):
+            raise InvalidValueError("budgets", speedups, "must have speed-ups each above the one before")
         return value
 
     @model_validator(mode="after")
@@ -81,8 +117,6 @@ class CacheProfile(Settings):
         steps = len(self.ratios)
         if steps > MAX_STEPS:
             raise InvalidValueError("ratios", steps, f"must be of at most {MAX_STEPS} steps")
-        if self.forwards is not None and self.forwards > steps:
-            raise InvalidValueError("forwards", self.forwards, f"must be at most the number of steps, {steps}")
         for field, curve in {"ratios": self.ratios, **{f"branches.{b}": c for b, c in self.branches.items()}}.items():
             if len(curve) != steps or not all(1 / LARGEST < ratio < LARGEST for ratio in curve):
                 fix = f"must be {steps} numbers between {1 / LARGEST:g} and {LARGEST:g}"
@@ -92,20 +126,37 @@ class CacheProfile(Settings):
         for sigma in self.sigmas or ():
             if not 0 <= sigma < LARGEST:
                 raise InvalidValueError("sigmas", sigma, f"must be noise levels from 0 to {LARGEST:g}")
+        for field, values in {"gains": self.gains, "gain_errors": self.gain_errors}.items():
+            if values is not None and (len(values) != steps or not all(0 <= value < LARGEST for value in values)):
+                raise InvalidValueError(field, values, f"must be {steps} numbers from 0 to {LARGEST:g}")
         grams = {"gram": self.gram, **{f"branch_grams.{b}": g for b, g in self.branch_grams.items()}}
         for field, rows in grams.items():
             if rows is not None:
                 _check_gram(field, rows, steps)
-        if self.gram is not None and self.sigmas is None:
-            raise InvalidValueError("sigmas", None, "must be given with gram")
+        if self.sigmas is None and (self.gram is not None or self.gains is not None):
+            raise InvalidValueError("sigmas", None, "must be given with gram or gains")
         return self
 
-    def predictor_at(self, forwards: int | None = None) -> PredictorName | None:
-        """The one calibrated with the number of full forwards nearest to this, in ratio; None where none was."""
-        if not self.predictors:
-            return None
+    def budget_at(self, forwards: int | None = None) -> MeasuredBudget | None:
+        """The one measured at the number of full forwards nearest to this, in ratio; None if none was."""
         speedup = len(self.ratios) / (forwards or len(self.ratios))
-        return min(self.predictors, key=lambda entry: abs(math.log(entry[0] / speedup)))[1]
+        return min(self.budgets, key=lambda budget: abs(math.log(budget.speedup / speedup)), default=None)
+
+    def reachable(self) -> tuple[float, float] | None:
+        """The lowest and the highest PSNR that a quality budget can ask for, in dB; None without figures."""
+        known = [budget.psnr for budget in self.budgets if budget.psnr is not None]
+        return (min(known), max(known)) if known else None
+
+    def speedup_for(self, psnr: float) -> float | None:
+        """The largest measured speed-up that kept so many decibels on every pair; None if none did, or is known."""
+        kept = [budget.speedup for budget in self.budgets if budget.psnr is not None and budget.psnr >= psnr]
+        return max(kept, default=None)
+
+    @property
+    def lacks(self) -> list[str]:
+        """What a profile made today has and this one has not."""
+        missing = {"matrix": self.gram, "gains": self.gains, "figures": self.reachable()}
+        return [name for name, found in missing.items() if found is None]
 
     def __hash__(self) -> int:
         return hash((self.name, self.fingerprint, self.ratios))

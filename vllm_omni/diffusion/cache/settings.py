@@ -17,12 +17,10 @@ from pydantic import Field, field_validator, model_validator
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 from vllm_omni.settings import Settings
 
-PredictorName = Literal[
-    "reuse", "gamma", "linear", "damped", "mean", "newton", "chebyshev", "normed", "gram", "affine", "affine3"
-]
+PredictorName = Literal["reuse", "gamma", "linear", "damped", "gram", "affine", "affine3"]
 ENGINE_BACKENDS = ("magcache", "easycache", "seacache", "teacache", "fbcache")  # those with a state per request
 BACKENDS = (*ENGINE_BACKENDS, "cachedit")
-BUDGETS = ("nfe", "speedup", "seconds")
+BUDGETS = ("nfe", "speedup", "seconds", "psnr")
 MAX_MASK = 10_000
 
 _RULE = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio")
@@ -42,11 +40,13 @@ class Rule:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a request may cost: so many full forwards, so many times less block work, or so many seconds."""
+    """What a request may cost: so many full forwards, so many times less block work, or so many seconds; or what it
+    is to keep, a PSNR to the uncached output in dB."""
 
     nfe: int | None = None
     speedup: float | None = None
     seconds: float | None = None
+    psnr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -60,13 +60,15 @@ class Mask:
 class Preset:
     """A named point between speed and quality.
 
-    A profile with a Gram matrix is planned at `speedup` (None: at what calibration found good); a checkpoint that has
-    only a curve runs `rule`. `quality` are the words of OpenAI's API that mean this preset; `settings` go with it.
+    A profile with figures is planned for `psnr`, in dB as in a budget, so that a preset means the same on every model;
+    one with a matrix alone at `speedup`; a checkpoint that has only a curve runs `rule`. `quality` are the words of
+    OpenAI's API that mean this preset; `settings` go with it.
     """
 
     name: str
     rule: Rule
-    speedup: float | None = None
+    speedup: float = 1.0
+    psnr: float = 0.0
     quality: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
     planned: bool = True  # False: the rule, whatever the profile has
@@ -89,13 +91,13 @@ _PAPER = (("predictor", "reuse"), ("compute_last_step", False), ("curve_resampli
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("high", Rule(0.06, 1, 0.2), 1.5, ("xhigh", "high")),
-        Preset("balanced", Rule(0.12, 2, 0.15), 2.0, ("medium",)),
-        Preset("fast", Rule(0.24, 5, 0.1), 3.0, ("low",)),
+        Preset("high", Rule(0.06, 1, 0.2), 1.5, 45.0, ("xhigh", "high")),
+        Preset("balanced", Rule(0.12, 2, 0.15), 2.0, 38.0, ("medium",)),
+        Preset("fast", Rule(0.24, 5, 0.1), 3.0, 32.0, ("low",)),
         Preset("paper", Rule(0.24, 5, 0.1), settings=_PAPER, planned=False),
     )
 }
-AUTO = Preset("auto", Rule())
+AUTO = Preset("auto", Rule(), 2.0, 38.0)
 PRESET_NAMES = (AUTO.name, *PRESETS)
 
 
@@ -124,10 +126,11 @@ class DiffusionCacheConfig(Settings):
     ``reuse`` (the published method), ``linear`` in sigma, ``gram`` (least squares, needs a calibrated profile), or
     ``auto`` (what calibration found best for this checkpoint, otherwise reuse); the others are described in
     `cache/plan/predictors.py`. The plan is one of: a budget (`nfe`, exactly that many full forwards; `speedup`, that
-    many times less block work; `seconds` from start to picture on an idle machine), a `steps_mask` (flags, or
-    {"compute": [...], "skip": [...]} in alternating runs), the threshold rule, or a `preset`. Nothing given is the
-    preset "auto": as few full forwards as the checkpoint's profile found good. A preset is planned if the profile has
-    a Gram matrix, and is the threshold rule otherwise. `profile_insist` takes a profile that was measured on other
+    many times less block work; `seconds` from start to picture on an idle machine; `psnr`, the fewest full forwards
+    that kept so many decibels to the uncached output on every held-out pair when the profile was made), a
+    `steps_mask` (flags, or {"compute": [...], "skip": [...]} in alternating runs), the threshold rule, or a `preset`.
+    Nothing given is the preset "auto", 38 dB. A preset is a PSNR if the profile has figures, a speed-up if it has a
+    matrix, and the threshold rule otherwise. `profile_insist` takes a profile that was measured on other
     weights. `residual_dtype` is what residuals are kept in, for all requests of an engine: "bfloat16" is half the
     memory of a model that runs in fp32; "float8" (e4m3, a scale per token) is half of that, for some fidelity
     (docs/performance.md).
@@ -148,6 +151,7 @@ class DiffusionCacheConfig(Settings):
     nfe: int | None = None
     speedup: float | None = Field(default=None, allow_inf_nan=False)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    psnr: float | None = Field(default=None, gt=0, le=200, allow_inf_nan=False)
     preset: Literal["auto", "high", "balanced", "fast", "paper"] | None = None
     profile: str | None = None
     profile_insist: bool = False

@@ -12,11 +12,12 @@ from vllm_omni.diffusion.cache.settings import CacheSettings, engine_backend, ov
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.denoiser.specs import denoisers_of
-from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
+from vllm_omni.diffusion.loader import load_pipeline
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.model_folder import generation_defaults
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 

@@ -7,22 +7,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.loader import generation_defaults
 from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
 from vllm_omni.entrypoints.cli.flags import command_parser
 from vllm_omni.envs import profile_folder
+from vllm_omni.errors import InvalidValueError
+from vllm_omni.model_folder import generation_defaults
 from vllm_omni.quality.pairs import read_prompts
 
-JUDGED_PAIRS = 64
 HELD_OUT_SEEDS = 49_000  # away from calibration's
-DESCRIPTION = """Some prompts run uncached. Their magnitude curve and the Gram matrix of their
-residuals are averaged and written with their provenance, and a chart beside
-them. The engine finds the profile by the model's weights."""
+DESCRIPTION = """Every second prompt runs uncached, and is measured: the magnitude curve, the matrix
+of the residuals, and the gains, which say how far an error at each step moves
+the end. Then plans are compared, at seven speed-ups, and the nearest of each is
+measured on the other prompts, beside the published rule and fewer steps. All of
+it is written with its provenance, and a chart beside it. The engine finds the
+profile by the model's weights; with it, a request can ask for decibels."""
 EXAMPLES = """
   vllm-omni calibrate MODEL --prompts prompts.txt                 at the model's own size and number of steps
   vllm-omni calibrate MODEL --prompts prompts.txt --steps 20      a profile for each number of steps you serve
-  vllm-omni calibrate MODEL --prompts prompts.txt --hold-out      also choose the preset "auto", on prompts held out
 """
 
 
@@ -32,12 +35,11 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     add_model(parser)
     add_engine_flags(parser, "dtype", "device", "enable_cpu_offload")
     add = parser.add_argument
-    add("--prompts", required=True, metavar="FILE", help="text file, one prompt a line; 8 to 32 are enough")
-    add("--limit", type=int, default=32, metavar="N", help="most prompts used, evenly spread (default: 32)")
+    add("--prompts", required=True, metavar="FILE", help="text file, one prompt a line, at least 2; 8 to 64 are enough")
+    limit = "most prompts to measure, and most to test on (default: %(default)s)"
+    add("--limit", type=int, default=16, metavar="N", help=limit)
     add("--seed", type=int, default=0, metavar="N", help="seed of the first prompt, counted up (default: 0)")
     add("--name", help="the profile's name (default: the model's)")
-    held = f"keep every second line out of calibration, and choose the preset 'auto' on up to {JUDGED_PAIRS} of those"
-    add("--hold-out", action="store_true", help=held)
     add("--out", metavar="FILE", help="profile file to write, .json (default: where the engine finds it)")
     return parser
 
@@ -50,11 +52,9 @@ def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
 def run(args: argparse.Namespace) -> int:
     """Write the profile and its chart."""
     config = OmniDiffusionConfig(**engine_args(args))
-    held_out: list[str] = []
-    prompts = read_prompts(Path(args.prompts), args.limit)
-    if args.hold_out:
-        prompts, held_out = split(read_prompts(Path(args.prompts)))
-        prompts, held_out = prompts[: args.limit], held_out[:JUDGED_PAIRS]
+    prompts, held_out = (half[: args.limit] for half in split(read_prompts(Path(args.prompts))))
+    if not held_out:
+        raise InvalidValueError("--prompts", args.prompts, "must hold at least two prompts, to measure and to test")
     arguments = generation_defaults(args.model) | call_arguments(args)
 
     from vllm_omni.diffusion.loader import load_pipeline
@@ -64,23 +64,25 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     pipeline = load_pipeline(config)
     profile = calibrate(pipeline, prompts, args.name or Path(args.model).name, args.seed, **arguments)
-    if held_out:
-        profile = judge(pipeline, profile, held_out, args.seed + HELD_OUT_SEEDS, **arguments)
+    profile = judge(pipeline, profile, prompts, held_out, args.seed + HELD_OUT_SEEDS, **arguments)
     file = f"{profile.name}-{profile.fingerprint}-{len(profile.ratios)}.json"  # one per step count
     out = Path(args.out) if args.out else profile_folder() / file
     profile.save(out)
     draw(profile, out.with_suffix(".png"))
     _report(profile)
-    best = ", ".join(f"{speedup:g}x {predictor}" for speedup, predictor in profile.predictors)
-    print(f"{out}: {len(prompts)} prompts, {len(profile.ratios)} steps; best predictors: {best}")
+    print(f"{out}: {len(prompts)} prompts and {len(held_out)} held out, {len(profile.ratios)} steps")
     print(f"chart: {out.with_suffix('.png')}")
     return 0
 
 
-def _report(profile: Any) -> None:
-    print(f"{'step':>4} {'sigma':>7} {'gamma':>8}")
-    for step, (sigma, ratio) in enumerate(zip(profile.sigmas or (), profile.ratios, strict=True)):
-        print(f"{step:4} {sigma:7.4f} {ratio:8.5f}")
-    for nfe, row in profile.provenance.get("held_out", {}).get("forwards", {}).items():
-        print(f"{nfe:>3} full forwards: {row['mean_db']:.1f} dB, worst {row['worst_db']:.1f}; as many steps: ", end="")
-        print(f"{row['fewer_steps_mean_db']:.1f} dB, worst {row['fewer_steps_worst_db']:.1f}")
+def _report(profile: CacheProfile) -> None:
+    print(f"{'step':>4} {'sigma':>7} {'gamma':>8} {'gain':>8}")
+    for step, row in enumerate(zip(profile.sigmas or (), profile.ratios, profile.gains or (), strict=True)):
+        print("{:4} {:7.4f} {:8.5f} {:8.4f}".format(step, *row))
+    print("\nPSNR to the uncached output in dB, held-out prompts:")
+    print(f"{'forwards':>8} {'mean':>6} {'lowest':>6} {'rule':>6} {'fewer':>6}  choice")
+    for budget in profile.budgets:
+        nfe, nearer = round(len(profile.ratios) / budget.speedup), (budget.fewer_steps_psnr or 0) > (budget.psnr or 0)
+        figures = (budget.psnr_mean, budget.psnr, budget.rule_psnr, budget.fewer_steps_psnr)
+        shown = " ".join("     -" if value is None else f"{value:6.1f}" for value in figures)
+        print(f"{nfe:8} {shown}  {budget.mask}, {budget.predictor}{'; fewer steps are nearer' if nearer else ''}")

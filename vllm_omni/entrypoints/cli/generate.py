@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.cache.settings import PRESET_NAMES
-from vllm_omni.diffusion.loader import resolve_model
 from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
 from vllm_omni.entrypoints.cli.flags import command_parser, named_by_flag
 from vllm_omni.errors import UnknownChoiceError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, check_text
+from vllm_omni.model_folder import resolve_model
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.media import VIDEO_FORMATS, open_image, save_video
 

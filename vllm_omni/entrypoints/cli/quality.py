@@ -10,10 +10,10 @@ from typing import Any
 
 from vllm_omni.diffusion.cache.settings import override
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.loader import resolve_model
 from vllm_omni.entrypoints.cli.engine_flags import MODEL, add_engine_flags, add_size, call_arguments, engine_args
 from vllm_omni.entrypoints.cli.flags import command_parser
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.model_folder import resolve_model
 from vllm_omni.quality.pairs import HELD_OUT_SEED, held_out
 from vllm_omni.quality.rows import read_settings
 

@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_omni import _vllm_compat
-from vllm_omni.diffusion.loader import resolve_model
 from vllm_omni.engine.client import ProcessEngineClient, launch_engine
 from vllm_omni.engine.supervisor import Launch
 from vllm_omni.entrypoints.cli.serve_flags import build_parser, described, refuse_early, serve_config
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import JsonLines, init_logger
+from vllm_omni.model_folder import resolve_model
 
 logger = init_logger(__name__)
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 from vllm_omni import _vllm_compat, envs
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.diffusion.loader import resolve_model
 from vllm_omni.entrypoints.cli.engine_flags import MODEL, add_engine_flags, engine_args
 from vllm_omni.entrypoints.cli.flags import add_flags, flag_of, flags_of, given, named_by_flag, unknown_flags
 from vllm_omni.entrypoints.cli.foreign_flags import ONE_DEVICE, PARALLEL, REFUSED
 from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig
 from vllm_omni.errors import InvalidValueError, OmniError
+from vllm_omni.model_folder import resolve_model
 
 USAGE = "vllm serve MODEL --omni [options]   |   vllm-omni serve MODEL [options]"
 DESCRIPTION = """Serve a model behind the OpenAI API for images and videos.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
@@ -56,9 +57,9 @@ class MagCacheBackend(StackBackend):
 
     def check(self, settings: CacheSettings, steps: int | None = None) -> None:
         """Refuse what this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
-        if steps is not None and not (isinstance(settings.plan, Budget) and settings.plan.seconds):
-            budgeted_forwards(settings, steps)
         ratios, profile = self._measured(settings, steps or len(self._ratios or ()) or 1)
+        if steps is not None and not (isinstance(settings.plan, Budget) and settings.plan.seconds):
+            budgeted_forwards(settings, profile, steps)
         if ratios is None and not isinstance(settings.plan, Mask):
             raise InvalidValueError("mag_ratios", None, "must be given unless steps_mask is or a curve is known")
         choose_predictor(settings, profile)
@@ -79,6 +80,9 @@ class MagCacheBackend(StackBackend):
             "predictor": choose_predictor(settings, profile, plan.full_forwards),
             "profile": profile.name if profile is not None else None,
         }
+        best = profile.budget_at(plan.full_forwards) if profile is not None else None
+        if best is not None and best.psnr is not None and best.psnr < (best.fewer_steps_psnr or 0.0):
+            facts["fewer_steps_are_nearer"] = True  # on held-out prompts, an uncached run of as many steps
         if schedule.switches:
             facts["switches"] = schedule.switches
         return PlannedState(plan, self.store, facts, KEPT_AS[self.config.residual_dtype])
@@ -125,8 +129,7 @@ class MagCacheBackend(StackBackend):
         else:
             self.profiles = find_profiles(model_name, self._fingerprint)
         self._ratios = self.config.mag_ratios or MagCacheStrategyRegistry.users_curve(module)
-        if self.profiles:
-            logger.info("magcache: profile %s", ", ".join(self.profile_names))
+        _report(self.profiles)
         nothing = self._ratios is None and not self.profiles and self.config.steps_mask is None
         if nothing and self.calibration is None:
             raise InvalidValueError(
@@ -137,6 +140,14 @@ class MagCacheBackend(StackBackend):
                 f"checkpoints, its profile by name: {', '.join(profile_names(self._class)) or 'none of this class'}",
             )
         choose_predictor(self.settings, next(iter(self.profiles), None))
+
+
+@lru_cache(maxsize=64)
+def _report(profiles: tuple[CacheProfile, ...]) -> None:
+    """Say once per process what is in use, and what it lacks."""
+    for profile in profiles:
+        lacks = f", which has no {' and no '.join(profile.lacks)}; calibrate again" if profile.lacks else ""
+        logger.info("magcache: profile %s%s", profile.name, lacks)
 
 
 def _plan_facts(settings: CacheSettings, profile: CacheProfile | None, schedule: Schedule) -> dict[str, object]:

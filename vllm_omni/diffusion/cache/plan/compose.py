@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from math import ceil
 
 import numpy as np
 
 from vllm_omni.diffusion.cache.plan.curve import resample
 from vllm_omni.diffusion.cache.plan.planner import best_plan, confine, gram_costs
-from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, Terms, forecasts, resample_gram
+from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, Terms, forecasts, resample_gains, resample_gram
 from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan, mask_plan, rule_with
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches, forced_steps
 from vllm_omni.diffusion.cache.profile import CacheProfile
-from vllm_omni.diffusion.cache.settings import BUDGETS, PRESETS, Budget, CacheSettings, Mask, Preset, Rule
+from vllm_omni.diffusion.cache.settings import BUDGETS, Budget, CacheSettings, Mask, Preset, Rule
 from vllm_omni.errors import InvalidValueError
 
 MAX_PAIR_STEPS = 100  # beyond, plans are the rule's: planning by pairs takes steps^3 time, in the engine's loop
@@ -88,9 +89,12 @@ def _compute_steps(
 
     if (nfe := full_forwards(settings, profile, schedule.steps, schedule.switches)) is None:
         return _by_rule(curves, rule_of(settings), schedule, guarded)
-    if gram is None or schedule.steps > MAX_PAIR_STEPS:
+    measured_best = profile.budget_at(nfe) if profile is not None else None
+    by_rule = measured_best is not None and measured_best.mask == "rule"
+    if gram is None or schedule.steps > MAX_PAIR_STEPS or by_rule:
         return rule_with(plan_at, schedule.steps, nfe)
-    return best_plan(_costs(gram, schedule, choose_predictor(settings, profile, nfe)), nfe, guarded)
+    costs = _costs(gram, _gains_at(profile, schedule.sigmas), schedule, choose_predictor(settings, profile, nfe))
+    return best_plan(costs, nfe, guarded)
 
 
 def rule_of(settings: CacheSettings) -> Rule:
@@ -110,21 +114,28 @@ def _by_rule(curves: Sequence[tuple[float, ...]], rule: Rule, schedule: Schedule
     return plan
 
 
-def _costs(gram: np.ndarray, schedule: Schedule, predictor: str) -> np.ndarray:
+def _costs(gram: np.ndarray, gains: np.ndarray | None, schedule: Schedule, predictor: str) -> np.ndarray:
     def from_step(step: int) -> np.ndarray:
-        return gram_costs(gram[step:, step:], schedule.sigmas[step:], predictor)
+        return gram_costs(
+            gram[step:, step:], schedule.sigmas[step:], predictor, None if gains is None else gains[step:]
+        )
 
     return confine(from_step(0), schedule.switches, from_step)
 
 
 def choose_predictor(settings: CacheSettings, profile: CacheProfile | None, forwards: int | None = None) -> str:
-    """The predictor that is named, or for `auto` what calibration found best with so many full forwards, else reuse.
+    """The predictor that is named, or for `auto` what calibration found best with so many full forwards.
+
+    Without a measurement that is least squares with weights that sum to one, or, without a matrix, reuse.
 
     Forwards, not steps per forward, set how far apart in sigma the anchors are, whatever the step count.
     """
     asked = settings.config.predictor
     if asked == "auto":
-        return (profile.predictor_at(forwards) if profile is not None else None) or "reuse"
+        best = profile.budget_at(forwards) if profile is not None else None
+        if best is not None:
+            return best.predictor
+        return "affine" if profile is not None and profile.gram is not None else "reuse"
     if asked in NEED_GRAM and (profile is None or profile.gram is None):
         raise InvalidValueError(
             "predictor", asked, "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"
@@ -137,16 +148,19 @@ def full_forwards(
 ) -> int | None:
     """How many full forwards the plan is to have; None if the threshold rule or a mask says which steps compute."""
     if isinstance(settings.plan, Budget):
-        return budgeted_forwards(settings, steps, switches)
+        return budgeted_forwards(settings, profile, steps, switches)
     if isinstance(settings.plan, Preset):
         return _preset_forwards(settings, settings.plan, profile, steps, switches)
     return None
 
 
-def budgeted_forwards(settings: CacheSettings, steps: int, switches: Switches = ()) -> int | None:
-    """The full forwards that a budget buys of `steps`: `nfe`, or round(steps / speedup); None without a budget.
+def budgeted_forwards(
+    settings: CacheSettings, profile: CacheProfile | None, steps: int, switches: Switches = ()
+) -> int | None:
+    """The full forwards that a budget buys of `steps`: `nfe`, round(steps / speedup), or what keeps `psnr`.
 
-    A budget is kept or refused, never clamped: InvalidValueError names the nearest that can be kept.
+    None without a budget. A budget is kept or refused, never clamped: InvalidValueError names the nearest that can be
+    kept, or what the profile lacks.
     """
     budget = settings.plan
     if not isinstance(budget, Budget):
@@ -162,6 +176,11 @@ def budgeted_forwards(settings: CacheSettings, steps: int, switches: Switches = 
             fix = f"must be between {least} and {steps} for {of} (nearest: {near})"
             raise InvalidValueError("nfe", budget.nfe, fix)
         return budget.nfe
+    if budget.psnr is not None:
+        if profile is None or profile.reachable() is None:
+            fix = "needs a profile with figures of this checkpoint: vllm-omni calibrate MODEL --prompts FILE"
+            raise InvalidValueError("psnr", budget.psnr, fix)
+        return _forwards_keeping(budget.psnr, profile, steps, least)
     if budget.speedup is None:
         raise InvalidValueError("seconds", budget.seconds, "needs the engine, which measures how long a forward takes")
     if (nfe := round(steps / budget.speedup)) < least:
@@ -173,18 +192,23 @@ def budgeted_forwards(settings: CacheSettings, steps: int, switches: Switches = 
 def _preset_forwards(
     settings: CacheSettings, preset: Preset, profile: CacheProfile | None, steps: int, switches: Switches
 ) -> int | None:
-    """The full forwards of a preset if the profile has a Gram matrix to plan with; None: the threshold rule.
-
-    "auto" is what calibration measured: `profile.forwards` of the profile's own steps, in proportion if there are
-    more, but never fewer than those; "balanced" if it was not measured.
-    """
+    """The full forwards of a preset if the profile has a Gram matrix to plan with; None: the threshold rule."""
     if not preset.planned or profile is None or profile.gram is None or steps > MAX_PLANNED_STEPS:
         return None
     least = len(forced_steps(steps, settings.config.compute_last_step, switches))
-    if preset.speedup is None and profile.forwards is not None:
-        wanted = max(profile.forwards, round(steps * profile.forwards / len(profile.ratios)))
-    else:
-        wanted = round(steps / (preset.speedup or PRESETS["balanced"].speedup or 1.0))
+    if profile.reachable() is not None:
+        return _forwards_keeping(preset.psnr, profile, steps, least)
+    return min(max(round(steps / preset.speedup), least), steps)
+
+
+def _forwards_keeping(psnr: float, profile: CacheProfile, steps: int, least: int) -> int:
+    """The fewest full forwards that kept `psnr` dB on every held-out pair; all `steps` if none of those measured did.
+
+    Measured on the profile's own steps; in proportion if a run has more, but never fewer than those.
+    """
+    if (speedup := profile.speedup_for(psnr)) is None:
+        return steps
+    wanted = max(round(len(profile.ratios) / speedup), ceil(steps / speedup - 1e-6))
     return min(max(wanted, least), steps)
 
 
@@ -195,6 +219,12 @@ def expected_forwards(settings: CacheSettings, steps: int) -> int:
         return steps
     share = budget.nfe / steps if budget.nfe is not None else 1 / (budget.speedup or 1.0)
     return round(steps * min(1.0, share))
+
+
+def _gains_at(profile: CacheProfile | None, sigmas: Sequence[float]) -> np.ndarray | None:
+    if profile is None or profile.gains is None or profile.sigmas is None:
+        return None
+    return resample_gains(profile.gains, profile.sigmas, sigmas)
 
 
 def _gram_at(profile: CacheProfile | None, sigmas: Sequence[float]) -> np.ndarray | None:

@@ -3,37 +3,41 @@
 Where a forecast builds on the last computed step alone, a cost table C[s, j] says what it costs to skip every step
 between the computed steps s and j, and planning takes full forwards x steps^2; where it builds on two, C[p, s, j] with
 p the computed step before s (p = s = 0 while there is but one), and steps times that. j = steps is the end of the run.
-Every skipped step t pays the expected error of its forecast times |sigma_t - sigma_(t+1)|, what a wrong velocity moves
-the latents by, divided by sigma_(t+1), the level at which they then are: a displacement there is one of the noise by
-1 / sigma, and what the model takes for noise shrinks with it (docs/log.md has what that is worth, and what lost).
+Every skipped step t pays the square of e_t |sigma_t - sigma_(t+1)| g_t: the expected error of its forecast, times how
+far a wrong velocity moves the latents, times the gain, which says what has become of that displacement at the end of
+the run. A model that has learnt its pictures by heart forgets early errors (its gains rise from 0.02 to 0.4), one that
+makes pictures it has not seen lets them grow; so gains are measured, once per checkpoint, and never assumed.
 
 Prior art: shortest paths over cached steps (LeMiCa, NeurIPS 2025; DPCache's path-dependent costs, arXiv 2602.22654)
-with costs measured by running the model along every edge. Here they come from numbers that a profile has anyway, hence
-for any step count, any predictor and any request's budget.
+with costs measured by running the model along every edge; SenCache's local output sensitivity (arXiv 2602.24208). Here
+a closed-form expected error meets a measured gain, hence costs for any step count, predictor and request's budget.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
+from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS, forecasts
 from vllm_omni.diffusion.cache.plan.rule import Plan
 from vllm_omni.diffusion.cache.plan.schedule import Switches, forced_steps
 
 
-def gram_costs(gram: np.ndarray, sigmas: Sequence[float], predictor: str) -> np.ndarray:
+def gram_costs(
+    gram: np.ndarray, sigmas: Sequence[float], predictor: str, gains: np.ndarray | None = None
+) -> np.ndarray:
     """Costs from the residuals' Gram matrix: root of the expected squared error of this predictor's own forecasts.
 
     E||r_t - sum_j w_j r_j||^2 = w'G_AA w - 2 w'G_At + G_tt, exactly, for any weights w. Least squares attain the Schur
     complement (L2P, arXiv 2604.26365, learns such weights); other predictors pay more. Predictors of
-    more are planned as if they had the last two.
+    more are planned as if they had the last two. `gains`: one per step, None for equal ones.
     """
     weigh, order = PREDICTORS[predictor]
     steps = len(sigmas)
     step = np.arange(steps)
-    weight = _weight(sigmas)
+    weight = step_weights(sigmas, gains)
     if order == 1:
         last, target = np.nonzero(step[:, None] < step[None, :])
         errors = np.zeros((steps, steps))
@@ -112,17 +116,32 @@ def _best_by_pairs(costs: np.ndarray, nfe: int, steps: int, compute_last_step: b
     return computed
 
 
-def _weight(sigmas: Sequence[float]) -> np.ndarray:
-    """|sigma_t - sigma_(t+1)| / sigma_(t+1), the latter taken for no less than a quarter of sigma_t: the last is 0."""
-    level = np.abs([*sigmas, 0.0])
-    after = np.maximum(level[1:], level[:-1] / 4)
-    return np.abs(np.diff(level)) / np.maximum(after, np.finfo(np.float32).tiny)
+def step_weights(sigmas: Sequence[float], gains: np.ndarray | None = None) -> np.ndarray:
+    """g_t |sigma_t - sigma_(t+1)|: what an error of one in step t's residual moves the final latents by."""
+    moved = np.abs(np.diff([*sigmas, 0.0]))
+    return moved if gains is None else moved * gains
+
+
+def plan_cost(
+    plan: Plan, sigmas: Sequence[float], predictor: str, gram: np.ndarray, gains: np.ndarray | None = None
+) -> float:
+    """The root of what `plan` costs with this predictor's own forecasts, of as many anchors as it looks at.
+
+    With measured gains it is in the unit of the latents: the expected distance to those of the uncached run, in the
+    root mean square over their elements, if the errors of different steps have nothing to do with each other.
+    """
+    weight, total = step_weights(sigmas, gains), 0.0
+    for step, terms in forecasts(plan, sigmas, predictor, gram).items():
+        anchors, weights = zip(*(terms or ((step, 0.0),)), strict=True)  # without terms the blocks count for nothing
+        error = forecast_error(gram, [np.array(anchor) for anchor in anchors], np.array(step), np.array(weights))
+        total += float(weight[step] * error) ** 2
+    return math.sqrt(total)
 
 
 def _accumulate(errors: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """C[..., s, j] from the error E[..., s, t] of each skipped step: the weighted sum over t between s and j."""
+    """C[..., s, j] from the error E[..., s, t] of each skipped step: the sum of weighted squares over t between."""
     step = np.arange(len(weight))
-    paid = np.where(step[:, None] < step, errors * weight, 0.0)
+    paid = np.where(step[:, None] < step, (errors * weight) ** 2, 0.0)
     return np.concatenate([np.zeros((*paid.shape[:-1], 1)), np.cumsum(paid, axis=-1)], axis=-1)
 
 

@@ -78,60 +78,6 @@ def affine(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: n
     return free + multiplier * ones
 
 
-def mean_velocity(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
-    """The last residual moved along its change over the longest span kept (MeanCache, arXiv 2601.19961).
-
-    v_t + (s - t) (v_t - v_r) / (t - r) with r the earliest anchor: over two anchors `linear`, over three less noise.
-    """
-    weights = reuse(anchors, target, sigmas, None)
-    if len(anchors) > 1:
-        weights[..., [0, -1]] = _line([anchors[0], anchors[-1]], target, sigmas, 1.0)
-    return weights
-
-
-def newton(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
-    """The polynomial through all anchors over sigma, in Lagrange's form: Newton's divided differences, any spacing.
-
-    TaylorSeer's higher orders (arXiv 2503.06923), without their bias on uneven knots.
-    """
-    level = np.asarray(sigmas, dtype=np.float64)
-    weights = np.ones_like(reuse(anchors, target, sigmas, None))
-    for j, anchor in enumerate(anchors):
-        for other in (*anchors[:j], *anchors[j + 1 :]):
-            span = level[anchor] - level[other]
-            flat = span == 0
-            weights[..., j] *= np.where(flat, 0.0, (level[target] - level[other]) / np.where(flat, 1.0, span))
-    return weights
-
-
-def chebyshev(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
-    """Ridge fit of Chebyshev polynomials to the anchors, over sigma: phi(t) (Phi'Phi + lambda I)^-1 Phi'.
-
-    Spectrum (arXiv 2603.01623), degree 4 and lambda 0.1 as published, over the noise level instead of the step index,
-    half and half with the line, its stabler setting.
-    """
-    level = np.asarray(sigmas, dtype=np.float64)
-    low, high = level.min(), level.max()
-    place = 2 * (level - low) / (high - low) - 1 if high > low else np.zeros_like(level)
-    basis = np.polynomial.chebyshev.chebvander(place, 4)
-    fit = basis[np.stack(np.broadcast_arrays(*anchors), axis=-1)]  # (..., anchors, degrees)
-    normal = np.swapaxes(fit, -1, -2) @ fit + 0.1 * np.eye(5)
-    solved = np.linalg.solve(normal, np.swapaxes(fit, -1, -2))
-    curve = np.einsum("...d,...da->...a", basis[target], solved)
-    return 0.5 * curve + 0.5 * _line(anchors, target, sigmas, 1.0)
-
-
-def normed(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
-    """The direction of `linear` with the calibrated magnitude of the target: w sqrt(G_tt / w'G_AA w)."""
-    weights = linear(anchors, target, sigmas, gram)
-    if gram is None:
-        return weights
-    index = np.stack(np.broadcast_arrays(*anchors), axis=-1)
-    energy = np.einsum("...i,...ij,...j->...", weights, gram[index[..., :, None], index[..., None, :]], weights)
-    scale = np.sqrt(gram[target, target] / np.maximum(energy, np.finfo(float).tiny))
-    return weights * np.where(energy > 0, scale, 1.0)[..., None]
-
-
 def _line(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], slope: float) -> np.ndarray:
     weights = reuse(anchors, target, sigmas, None)
     if len(anchors) > 1:
@@ -161,10 +107,6 @@ PREDICTORS: dict[str, tuple[Predictor, int]] = {  # function, how many anchors i
     "gram": (least_squares, 2),
     "affine": (affine, 2),
     "affine3": (affine, 3),
-    "mean": (mean_velocity, 3),
-    "newton": (newton, 3),
-    "chebyshev": (chebyshev, 6),
-    "normed": (normed, 2),
 }
 NEED_GRAM = ("gram", "affine", "affine3")
 
@@ -182,6 +124,12 @@ def forecasts(plan: Plan, sigmas: Sequence[float], predictor: str, gram: np.ndar
         weights = weigh(anchors, step, sigmas, gram).tolist()
         terms[step] = tuple((a, w) for a, w in zip(anchors, weights, strict=True) if w != 0.0)
     return terms
+
+
+def resample_gains(gains: Sequence[float], sigmas: Sequence[float], wanted: Sequence[float]) -> np.ndarray:
+    """Gains at other noise levels, linear in sigma; levels outside the calibrated range take the nearest end."""
+    order = np.argsort(sigmas)
+    return np.interp(wanted, np.asarray(sigmas)[order], np.asarray(gains)[order])
 
 
 def resample_gram(gram: np.ndarray, sigmas: Sequence[float], wanted: Sequence[float]) -> np.ndarray:

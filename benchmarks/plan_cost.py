@@ -1,0 +1,150 @@
+"""Does the planner know which plan is better? Rank correlation of predicted cost and measured error, per budget.
+
+For each number of full forwards, variations of good plans: the planner's own, for each objective and predictor, and
+some of their computed steps moved. Each is run on prompts that calibration has not seen, and its error is the root mean
+square of the distances to the uncached latents. Spearman's rank correlation then says what a cost is worth: with the
+profile's gains, with equal gains, and with the weight by 1 / sigma that was in use until 2026-11-28.
+
+    python benchmarks/plan_cost.py MODEL --profile FILE      MODEL: demo, or a folder with a captions.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from common import begin, last_line, table
+
+FIRST_SEED = 970_000
+BAR = 0.85
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", nargs="?", default="demo")
+    parser.add_argument("--profile", help="profile file or name (default: the model's own)")
+    parser.add_argument("--forwards", type=int, nargs="+", default=[19, 14, 11, 9, 7, 5])
+    parser.add_argument("--variations", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--predictor", default="affine")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
+    parser.set_defaults(clock="wall")
+    options = parser.parse_args()
+    machine = begin(options)
+    figures = measure(options)
+    names = list(next(iter(figures.values())))
+    table(["full forwards", *names], [[nfe, *(f"{row[name]:.2f}" for name in names)] for nfe, row in figures.items()])
+    lowest = min(row["gains, squared"] for row in figures.values())
+    verdict = {"benchmark": "plan_cost", **machine, "model": options.model, "predictor": options.predictor}
+    last_line(verdict | {"spearman": figures, "lowest": lowest, "bar": BAR, "holds": lowest >= BAR})
+
+
+def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
+    """Rank correlations by number of forwards and objective."""
+    from tqdm import tqdm
+
+    from vllm_omni.diffusion.cache.plan.predictors import resample_gains, resample_gram
+    from vllm_omni.diffusion.cache.plan.schedule import Schedule
+    from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint, named_profile, nearest
+    from vllm_omni.diffusion.data import OmniDiffusionConfig
+    from vllm_omni.diffusion.loader import load_pipeline
+    from vllm_omni.model_folder import generation_defaults, resolve_model
+    from vllm_omni.quality.calibrate import cache_of, enabled, latents
+
+    pipeline = load_pipeline(OmniDiffusionConfig(model=options.model, dtype="float32"))
+    found = find_profiles(options.model, fingerprint(pipeline.transformer))
+    arguments = generation_defaults(options.model)
+    profile = named_profile(options.profile) if options.profile else nearest(found, arguments["num_inference_steps"])
+    if profile is None or profile.gains is None or profile.gram is None or profile.sigmas is None:
+        raise SystemExit("needs a profile with gains: vllm-omni calibrate MODEL --prompts FILE")
+    captions = (Path(resolve_model(options.model)) / "captions.txt").read_text().splitlines()[1::2]
+    prompts = [(caption, FIRST_SEED + i) for i, caption in enumerate(captions[-options.prompts :])]
+    exact = [latents(pipeline, caption, seed, arguments) for caption, seed in prompts]
+    sigmas = Schedule(len(profile.sigmas), profile.sigmas).sigmas
+    gram = resample_gram(np.asarray(profile.gram), profile.sigmas, sigmas)
+    gains = resample_gains(profile.gains, profile.sigmas, sigmas)
+    figures: dict[int, dict[str, float]] = {}
+    for nfe in tqdm(options.forwards, desc="budgets"):
+        plans = variations(nfe, options.variations, options.predictor, gram, gains, sigmas)
+        errors = []
+        for plan in plans:
+            with enabled(cache_of(profile, steps_mask=plan, predictor=options.predictor), pipeline, profile):
+                got = [latents(pipeline, caption, seed, arguments) for caption, seed in prompts]
+            squares = [(a - b).pow(2).mean().item() for a, b in zip(got, exact, strict=True)]
+            errors.append(float(np.sqrt(np.mean(squares))))
+        predicted = {
+            name: [cost(plan, options.predictor, gram, weight, sigmas, power) for plan in plans]
+            for name, (weight, power) in objectives(gains, sigmas).items()
+        }
+        figures[nfe] = {name: round(spearman(costs, errors), 3) for name, costs in predicted.items()}
+    return figures
+
+
+def objectives(gains: np.ndarray, sigmas: Sequence[float]) -> dict[str, tuple[np.ndarray, int]]:
+    """The weight of each step's expected error, and the power in which errors add up."""
+    moved = np.abs(np.diff([*sigmas, 0.0]))
+    after = np.maximum([*sigmas[1:], 0.0], np.asarray(sigmas) / 4)
+    return {
+        "gains, squared": (moved * gains, 2),
+        "gains, sum": (moved * gains, 1),
+        "equal gains, squared": (moved, 2),
+        "by 1 / sigma, sum": (moved / after, 1),
+    }
+
+
+def cost(
+    plan: Sequence[bool], predictor: str, gram: np.ndarray, weight: np.ndarray, sigmas: Sequence[float], power: int
+) -> float:
+    """Sum of the weighted expected errors of the plan's forecasts, each to `power`."""
+    from vllm_omni.diffusion.cache.plan.predictors import forecasts
+
+    total = 0.0
+    for step, terms in forecasts(tuple(plan), sigmas, predictor, gram).items():
+        mix = np.zeros(len(plan))
+        mix[step] = -1.0
+        for anchor, factor in terms:
+            mix[anchor] = factor
+        total += (weight[step] * np.sqrt(max(mix @ gram @ mix, 0.0))) ** power
+    return float(total)
+
+
+def variations(
+    nfe: int, count: int, predictor: str, gram: np.ndarray, gains: np.ndarray, sigmas: Sequence[float]
+) -> list[tuple[bool, ...]]:
+    """`count` different plans of `nfe` full forwards: the planner's for two objectives, and neighbours of these."""
+    from vllm_omni.diffusion.cache.plan.planner import best_plan, gram_costs
+
+    rng = np.random.default_rng(nfe)
+    steps = len(sigmas)
+    good = [best_plan(gram_costs(gram, sigmas, predictor, g), nfe) for g in (gains, None)]
+    plans = dict.fromkeys(good)
+    for _ in range(10_000):
+        if len(plans) >= count:
+            break
+        computed = set(np.flatnonzero(good[rng.integers(len(good))]).tolist())
+        for _ in range(rng.integers(1, 4)):
+            inner = sorted(computed - {0, steps - 1})
+            if not inner:
+                break
+            moved = int(rng.choice(inner))
+            to = moved + int(rng.integers(-3, 4))
+            if 0 < to < steps - 1 and to not in computed:
+                computed = computed - {moved} | {to}
+        plans[tuple(step in computed for step in range(steps))] = None
+    return list(plans)[:count]
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Rank correlation (Spearman 1904); ties take their mean rank."""
+    return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+
+
+def ranks(values: Sequence[float]) -> np.ndarray:
+    array = np.asarray(values)
+    return np.array([(array < v).sum() + (array == v).sum() / 2 for v in array])
+
+
+if __name__ == "__main__":
+    main()
