@@ -1,7 +1,7 @@
 """Which prompts and seeds a report draws. Held out: no caption and no seed here may serve calibration.
 
-A shipped model's captions are split by their place in its `captions.txt`: even ones (0, 2, ...) are for calibration,
-odd ones for reports. This module owns the split and the seeds; calibration's seeds stay below `HELD_OUT_SEED`.
+The captions in a model's folder are split by their place in its `captions.txt`: even ones (0, 2, ...) are for
+calibration, odd ones for reports. This module owns the split and the seeds; calibration's stay below `HELD_OUT_SEED`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.data import check_text
-from vllm_omni.model_folder import ASSETS, shipped_models
+from vllm_omni.model_folder import resolve_model
 
 HELD_OUT_SEED = 900_000
 TUNING_SEED = 990_000  # peers' thresholds are chosen on these, by speed alone
@@ -26,9 +26,9 @@ class Pair:
 
 
 def captions(model: str, calibration: bool) -> list[str]:
-    """A shipped model's captions for calibration (even lines) or for reports (odd lines)."""
-    file = ASSETS / model / "captions.txt"
-    if model not in shipped_models() or not file.is_file():
+    """The captions in a model's folder, for calibration (even lines) or for reports (odd lines)."""
+    file = Path(resolve_model(model)) / "captions.txt"
+    if not file.is_file():
         raise InvalidValueError("--prompts", None, f"must be given: no captions come with {model!r}; one prompt a line")
     return file.read_text().splitlines()[0 if calibration else 1 :: 2]
 

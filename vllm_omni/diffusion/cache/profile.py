@@ -222,10 +222,11 @@ def _loaded(path: Path, changed: int) -> CacheProfile:
 def find_profiles(model_name: str, fingerprint: str) -> tuple[CacheProfile, ...]:
     """The profiles of this very checkpoint: by the hash of its weights, or, of those without a hash, by hub id.
 
-    The user's own (`profile_folder()`) come first, then those that come with the package. A file of the user's that
-    cannot be read is passed over with a warning.
+    The user's own (`profile_folder()`) come first, then those in the model's folder (`cache_profiles/`), then those
+    that come with the package. A file that cannot be read is passed over with a warning.
     """
-    profiles = [*_users_profiles(), *(shipped_profile(name) for name in profile_names())]
+    beside = _profiles_in(Path(model_name) / "cache_profiles") if model_name else []
+    profiles = [*_profiles_in(profile_folder()), *beside, *(shipped_profile(name) for name in profile_names())]
     known = tuple(p for p in profiles if p.fingerprint == fingerprint)
     return known or tuple(p for p in profiles if p.fingerprint is None and model_name in p.models)
 
@@ -235,10 +236,10 @@ def nearest(profiles: Sequence[CacheProfile], steps: int) -> CacheProfile | None
     return min(profiles, key=lambda p: abs(math.log(len(p.ratios) / steps)), default=None)
 
 
-def _users_profiles() -> list[CacheProfile]:
+def _profiles_in(folder: Path) -> list[CacheProfile]:
     """The newest first."""
     profiles = []
-    files = [(file.stat().st_mtime_ns, file) for file in profile_folder().glob("*.json")]
+    files = [(file.stat().st_mtime_ns, file) for file in folder.glob("*.json")]
     for changed, file in sorted(files, reverse=True):
         try:
             profiles.append(_loaded(file, changed))

@@ -14,7 +14,7 @@ from vllm_omni.entrypoints.cli.flags import command_parser
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.model_folder import generation_defaults
-from vllm_omni.quality.pairs import read_prompts
+from vllm_omni.quality.pairs import captions, read_prompts
 
 HELD_OUT_SEEDS = 49_000  # away from calibration's
 DESCRIPTION = """Every second prompt runs uncached, and is measured: the magnitude curve, the matrix
@@ -35,7 +35,8 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     add_model(parser)
     add_engine_flags(parser, "dtype", "device", "enable_cpu_offload")
     add = parser.add_argument
-    add("--prompts", required=True, metavar="FILE", help="text file, one prompt a line, at least 2; 8 to 64 are enough")
+    prompts = "text file, one prompt a line, 2 at least, 64 will do (default: captions.txt in the model's folder)"
+    add("--prompts", metavar="FILE", help=prompts)
     limit = "most prompts to measure, and most to test on (default: %(default)s)"
     add("--limit", type=int, default=16, metavar="N", help=limit)
     add("--seed", type=int, default=0, metavar="N", help="seed of the first prompt, counted up (default: 0)")
@@ -52,7 +53,10 @@ def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
 def run(args: argparse.Namespace) -> int:
     """Write the profile and its chart."""
     config = OmniDiffusionConfig(**engine_args(args))
-    prompts, held_out = (half[: args.limit] for half in split(read_prompts(Path(args.prompts))))
+    if args.prompts is None:
+        prompts, held_out = (captions(args.model, calibration=own)[: args.limit] for own in (True, False))
+    else:
+        prompts, held_out = (half[: args.limit] for half in split(read_prompts(Path(args.prompts))))
     if not held_out:
         raise InvalidValueError("--prompts", args.prompts, "must hold at least two prompts, to measure and to test")
     arguments = generation_defaults(args.model) | call_arguments(args)
