@@ -21,6 +21,19 @@ class BlockList:
 
 
 @dataclass(frozen=True)
+class Text:
+    """An argument, one of `rows`, whose length may differ from sample to sample of a forward.
+
+    With a `mask` argument it is a tensor (rows, tokens, channels), and the model leaves out what the mask leaves out:
+    shorter texts are padded. Without one it is a list of tensors that the model itself pads, to a multiple of `padded`.
+    """
+
+    name: str
+    mask: str = ""
+    padded: int = 1
+
+
+@dataclass(frozen=True)
 class DenoiserSpec:
     """The block lists of `stack` in execution order, and the denoiser's arguments by role.
 
@@ -32,6 +45,7 @@ class DenoiserSpec:
     rows: tuple[str, ...]
     shared: tuple[str, ...] = ()
     rows_in_dim_1: tuple[str, ...] = ()  # of `rows`, those with another dimension before the samples
+    texts: tuple[Text, ...] = ()
     image_first: bool = False  # a fused tail holds the image tokens before the text
     only_for_blocks: tuple[str, ...] = ()  # child modules whose output nothing but the blocks reads
     between_blocks: tuple[str, ...] = ()  # "argument" or "argument.key" that adds something to the stack: compute
@@ -46,6 +60,10 @@ class DenoiserSpec:
         return False
 
 
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 _JOINT = ("encoder_hidden_states", "hidden_states")
 _IMAGE_TEXT = ("hidden_states", "encoder_hidden_states")
 _HIDDEN = ("hidden_states",)
@@ -58,7 +76,7 @@ DENOISERS: dict[str, DenoiserSpec] = {
         rows=_FLUX_ROWS,
         shared=("img_ids", "txt_ids"),
         only_for_blocks=("context_embedder", "pos_embed"),
-            between_blocks=("controlnet_block_samples", "controlnet_single_block_samples", *_IP_ADAPTER),
+        between_blocks=("controlnet_block_samples", "controlnet_single_block_samples", *_IP_ADAPTER),
     ),
     "Flux2Transformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", ("hidden_states",))),
@@ -68,21 +86,17 @@ DENOISERS: dict[str, DenoiserSpec] = {
     ),
     "QwenImageTransformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT),),
-        rows=(
-            "hidden_states",
-            "encoder_hidden_states",
-            "encoder_hidden_states_mask",
-            "timestep",
-            "guidance",
-            "additional_t_cond",
-            "img_shapes",
+        rows=_names(
+            "hidden_states encoder_hidden_states encoder_hidden_states_mask "
+            "timestep guidance additional_t_cond img_shapes"
         ),
-            between_blocks=("controlnet_block_samples",),
+        texts=(Text("encoder_hidden_states", "encoder_hidden_states_mask"),),
+        between_blocks=("controlnet_block_samples",),
     ),
     "SD3Transformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _JOINT),),
         rows=("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"),
-            between_blocks=("block_controlnet_hidden_states", "skip_layers", *_IP_ADAPTER),
+        between_blocks=("block_controlnet_hidden_states", "skip_layers", *_IP_ADAPTER),
     ),
     "WanTransformer3DModel": DenoiserSpec(
         stack=(BlockList("blocks", _HIDDEN),),
@@ -100,15 +114,9 @@ DENOISERS: dict[str, DenoiserSpec] = {
     ),
     "HunyuanVideo15Transformer3DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
-        rows=(
-            "hidden_states",
-            "timestep",
-            "timestep_r",
-            "encoder_hidden_states",
-            "encoder_attention_mask",
-            "encoder_hidden_states_2",
-            "encoder_attention_mask_2",
-            "image_embeds",
+        rows=_names(
+            "hidden_states timestep timestep_r encoder_hidden_states "
+            "encoder_attention_mask encoder_hidden_states_2 encoder_attention_mask_2 image_embeds"
         ),
     ),
     "LTXVideoTransformer3DModel": DenoiserSpec(
@@ -126,32 +134,21 @@ DENOISERS: dict[str, DenoiserSpec] = {
     ),
     "CogView4Transformer2DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
-        rows=(
-            "hidden_states",
-            "encoder_hidden_states",
-            "timestep",
-            "original_size",
-            "target_size",
-            "crop_coords",
-            "attention_mask",
+        rows=_names(
+            "hidden_states encoder_hidden_states timestep original_size target_size crop_coords attention_mask"
         ),
-        ),
+    ),
     "ZImageTransformer2DModel": DenoiserSpec(
         stack=(BlockList("layers", _HIDDEN),),
         rows=("x", "t", "cap_feats"),
+        texts=(Text("cap_feats", padded=32),),
         between_blocks=("controlnet_block_samples",),
     ),
     "HiDreamImageTransformer2DModel": DenoiserSpec(
         stack=(BlockList("double_stream_blocks", _IMAGE_TEXT), BlockList("single_stream_blocks", _HIDDEN)),
-        rows=(
-            "hidden_states",
-            "timesteps",
-            "encoder_hidden_states_t5",
-            "encoder_hidden_states_llama3",
-            "pooled_embeds",
-            "hidden_states_masks",
-            "img_ids",
-            "img_sizes",
+        rows=_names(
+            "hidden_states timesteps encoder_hidden_states_t5 encoder_hidden_states_llama3 "
+            "pooled_embeds hidden_states_masks img_ids img_sizes"
         ),
         rows_in_dim_1=("encoder_hidden_states_llama3",),
         image_first=True,

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
-from vllm_omni.diffusion.denoiser.specs import latents_of, spec_of, unwrapped
+from vllm_omni.diffusion.denoiser.specs import Text, latents_of, spec_of, unwrapped
 from vllm_omni.diffusion.worker.coroutine import ComponentCall
 
 # Input elements of a joint component call: the latents of one FLUX picture of 1024 by 1024. Decoding several small
 # pictures at once must not need more memory than a large one does, and large ones fill the machine one by one.
 MOST_JOINED = 2**18
+WORTH_PADDING = 1.25  # the longest sequence of a forward over the shortest
 
 
 class CallBinder:
@@ -25,6 +28,8 @@ class CallBinder:
         self._rows = frozenset(spec.rows) if spec else frozenset()
         self._shared = frozenset(spec.shared) if spec else frozenset()
         self._dims = dict.fromkeys(spec.rows_in_dim_1, 1) if spec else {}
+        self._texts = {text.name: text for text in spec.texts} if spec else {}
+        self._masks = frozenset(text.mask for text in self._texts.values())
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
@@ -45,7 +50,11 @@ class CallBinder:
         parts: list[Hashable] = [self.name]
         try:
             for name, value in arguments.items():
-                if name in self._rows:
+                if name in self._masks:
+                    continue  # of texts that are padded to each other's length
+                if name in self._texts:
+                    parts.append((name, _text_shape(self._texts[name], value, latents_of(arguments))))
+                elif name in self._rows:
                     parts.append((name, _row_shape(value, rows, self._dims.get(name, 0))))
                 if name in self._shared or name not in self._rows:
                     parts.append((name, equal(value, memory if name in self._shared else None)))
@@ -58,8 +67,15 @@ class CallBinder:
         first = dict(calls[0])
         if len(calls) == 1:
             return first
+        padded: dict[str, list[Any]] = {}
+        for text in self._texts.values():
+            if text.mask and first.get(text.name) is not None:
+                padded[text.name], masks = _padded(
+                    [call[text.name] for call in calls], [c.get(text.mask) for c in calls]
+                )
+                first[text.mask], padded[text.mask] = masks[0], masks
         return first | {
-            name: _joined([call[name] for call in calls], self._dims.get(name, 0))
+            name: _joined(padded.get(name) or [call[name] for call in calls], self._dims.get(name, 0))
             for name in self._rows
             if first.get(name) is not None
         }
@@ -96,6 +112,35 @@ def _row_shape(value: Any, rows: int, dim: int) -> Hashable:
     raise TypeError(type(value))
 
 
+def _text_shape(text: Text, value: Any, latents: Any) -> Hashable:
+    """What must agree of a text whose length may differ; TypeError if it is of another kind.
+
+    Padding costs work: the sequences of a forward, image and text, differ by no more than a quarter.
+    """
+    if not text.mask and isinstance(value, list) and all(isinstance(entry, torch.Tensor) for entry in value):
+        return tuple((-(-len(entry) // text.padded), entry.shape[1:], entry.dtype) for entry in value)
+    if isinstance(value, torch.Tensor) and value.ndim == 3 and isinstance(latents, torch.Tensor):
+        return int(math.log(1 + value.shape[1] / latents.shape[1], WORTH_PADDING)), value.shape[2], value.dtype
+    if value is None:
+        return None
+    raise TypeError(type(value))
+
+
+def _padded(texts: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]) -> tuple[list[Any], list[Any]]:
+    """(texts, masks) at the length of the longest; None for masks where nothing is left out."""
+    longest = max(text.shape[1] for text in texts)
+    if all(mask is None for mask in masks) and all(text.shape[1] == longest for text in texts):
+        return list(texts), [None] * len(texts)
+    dtype = next((mask.dtype for mask in masks if mask is not None), torch.bool)
+    whole = [
+        torch.ones(text.shape[:2], dtype=dtype, device=text.device) if mask is None else mask.to(dtype)
+        for text, mask in zip(texts, masks, strict=True)
+    ]
+    gaps = [longest - text.shape[1] for text in texts]
+    filled = [pad(text, (0, 0, 0, gap)) for text, gap in zip(texts, gaps, strict=True)]
+    return filled, [pad(mask, (0, gap)) for mask, gap in zip(whole, gaps, strict=True)]
+
+
 def equal(value: Any, memory: dict[int, Any] | None = None) -> Hashable:
     """A hashable that is equal if the argument's content is; TypeError if that cannot be said.
 
@@ -127,6 +172,7 @@ def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:
         content = (tensor.dtype, tensor.shape, hash(tensor.detach().cpu().float().numpy().tobytes()))
         memory[id(tensor)] = known = (tensor, content)
     return known[1]
+
 
 # ---------------------------------------------------------------------------------------- text encoders and decoders
 

@@ -89,12 +89,16 @@ def _compute_steps(
 
     if (nfe := full_forwards(settings, profile, schedule.steps, schedule.switches)) is None:
         return _by_rule(curves, rule_of(settings), schedule, guarded)
-    measured_best = profile.budget_at(nfe) if profile is not None else None
-    by_rule = measured_best is not None and measured_best.mask == "rule"
-    if gram is None or schedule.steps > MAX_PAIR_STEPS or by_rule:
+    if gram is None or schedule.steps > MAX_PAIR_STEPS or _rule_was_best(profile, nfe / schedule.steps):
         return rule_with(plan_at, schedule.steps, nfe)
     costs = _costs(gram, _gains_at(profile, schedule.sigmas), schedule, choose_predictor(settings, profile, nfe))
     return best_plan(costs, nfe, guarded)
+
+
+def _rule_was_best(profile: CacheProfile | None, share: float) -> bool:
+    """Whether the rule's mask was measured to be nearer than the planner's with this share of the steps computed."""
+    best = profile.budget_at(max(1, round(share * len(profile.ratios)))) if profile is not None else None
+    return best is not None and best.mask == "rule"
 
 
 def rule_of(settings: CacheSettings) -> Rule:
