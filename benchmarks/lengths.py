@@ -1,0 +1,132 @@
+"""What padding prompts to a common length gives: requests with prompts of several lengths, with it and without.
+
+Random weights, guidance on, all requests at once. Without padding a forward holds texts of one length alone. Prints
+seconds and full forwards of each, and how far a picture is from that of the request alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from common import arguments, begin, interleaved, last_line, paired_ratio, table
+
+SIDE, TOKENS, WIDTH = 128, (9, 12, 17, 21, 26, 31, 38, 44), 64
+FAR = (8, 400)
+
+
+def qwen() -> Any:
+    """A Qwen-Image of ten million parameters."""
+    import diffusers as d
+
+    sizes = {"in_channels": 16, "out_channels": 4, "num_layers": 12, "attention_head_dim": 32}
+    sizes |= {"num_attention_heads": 8, "joint_attention_dim": WIDTH, "axes_dims_rope": (8, 12, 12)}
+    torch.manual_seed(0)
+    model = d.QwenImageTransformer2DModel(**sizes).eval()
+    euler = d.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return d.QwenImagePipeline(euler, None, None, None, model)
+
+
+def z_image() -> Any:
+    """A Z-Image of ten million parameters."""
+    import diffusers as d
+
+    sizes = {"in_channels": 4, "dim": 256, "n_layers": 10, "n_refiner_layers": 1, "n_heads": 8, "n_kv_heads": 8}
+    sizes |= {"cap_feat_dim": WIDTH, "axes_dims": [8, 12, 12], "axes_lens": [512, 64, 64]}
+    torch.manual_seed(0)
+    model = d.ZImageTransformer2DModel(**sizes).eval()
+    return d.ZImagePipeline(d.FlowMatchEulerDiscreteScheduler(), None, None, None, model)
+
+
+def qwen_prompt(tokens: int, i: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(i)
+    given: dict[str, Any] = {}
+    for name, length in (("prompt_embeds", tokens), ("negative_prompt_embeds", max(4, tokens // 2))):
+        given |= {
+            name: torch.randn(1, length, WIDTH, generator=generator),
+            f"{name}_mask": torch.ones(1, length).long(),
+        }
+    return given
+
+
+def z_prompt(tokens: int, i: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(i)
+    return {
+        "prompt_embeds": [torch.randn(tokens, WIDTH, generator=generator)],
+        "negative_prompt_embeds": [torch.randn(max(4, tokens // 2), WIDTH, generator=generator)],
+    }
+
+
+MODELS: dict[str, tuple[Callable[[], Any], Callable[[int, int], dict[str, Any]], str]] = {
+    "Qwen-Image-like": (qwen, qwen_prompt, "true_cfg_scale"),
+    "Z-Image-like": (z_image, z_prompt, "guidance_scale"),
+}
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10)
+    options = parser.parse_args()
+    machine = begin(options)
+    figures = {}
+    for name, (build, prompt, guidance) in MODELS.items():
+        for kind, lengths in (("close", TOKENS), ("far apart", FAR)):
+            figures[f"{name}, {kind}"] = measure(options, build, prompt, guidance, lengths)
+    headers = [
+        "model, lengths",
+        "throughput, of that without padding",
+        "forwards",
+        "without padding",
+        "away from alone",
+    ]
+    rows = [[name, f["ratio"], f["forwards"], f["forwards_apart"], f"{f['away']:.1e}"] for name, f in figures.items()]
+    table(headers, rows)
+    last_line({"benchmark": "lengths", **machine, "requests": options.requests, "cases": figures})
+
+
+def measure(
+    options: Any, build: Callable[[], Any], prompt: Callable[[int, int], Any], guidance: str, lengths: tuple[int, ...]
+) -> dict[str, float]:
+    """Ratio of throughputs, forwards of each, and the largest distance to a request alone, of its largest latent."""
+    from vllm_omni import Omni
+    from vllm_omni import OmniDiffusionSamplingParams as Params
+    from vllm_omni.diffusion.worker import batching
+
+    prompts = [prompt(lengths[i % len(lengths)], i) for i in range(options.requests)]
+    common = {"num_inference_steps": options.steps, "output_type": "latent", guidance: 3.0}
+    params = [Params(seed=i, **common) for i in range(options.requests)]
+    counts: dict[str, int] = {}
+    made: dict[str, Any] = {}
+    shapes = {"padded": batching._text_shape, "apart": lambda text, value, latents: of_one_length(value)}
+    config = {"max_num_seqs": options.requests, "defaults": {"height": SIDE, "width": SIDE}}
+    with Omni.from_pipe(build(), **config) as omni:
+        forwards = omni.engine.worker.runner.forwards
+
+        def run(kind: str) -> None:
+            batching._text_shape = shapes[kind]
+            before = sum(forwards.values())
+            made[kind] = omni.generate(prompts, params, use_tqdm=False)
+            counts[kind] = sum(forwards.values()) - before
+
+        jobs: dict[str, Callable[[], None]] = {kind: partial(run, kind) for kind in shapes}
+        timed = interleaved(jobs, options.repeats)
+        batching._text_shape = shapes["padded"]
+        away = 0.0
+        for i in range(0, options.requests, 7):
+            alone = omni.generate(prompts[i], params[i], use_tqdm=False)[0]
+            distance = (made["padded"][i].latents - alone.latents).abs().max() / alone.latents.abs().max()
+            away = max(away, float(distance))
+    ratio = paired_ratio(timed["apart"], timed["padded"])
+    return {"ratio": ratio, "forwards": counts["padded"], "forwards_apart": counts["apart"], "away": away}
+
+
+def of_one_length(value: Any) -> Any:
+    """What must agree of a text if nothing is padded: its very shape."""
+    return value.shape if isinstance(value, torch.Tensor) else tuple(entry.shape for entry in value or ())
+
+
+if __name__ == "__main__":
+    main()

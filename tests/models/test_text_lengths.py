@@ -1,0 +1,57 @@
+"""Prompts of every length in one batch: a request equals itself alone, and where the model can, they share forwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from closeness import assert_close
+from families import FAMILIES, Family
+from lanes import lane, one_of_a_kind
+from test_families import MASK, STEPS
+
+from vllm_omni import Omni
+from vllm_omni import OmniDiffusionSamplingParams as Params
+
+LENGTHS = (8, 3, 6, 5)
+PADDED_BY_NOBODY = [family for family in FAMILIES if not family.fixed_length]
+
+
+def of_length(family: Family, i: int, positive: int, negative: int) -> dict[str, Any]:
+    """Conditioning `i` with the first tokens alone, of the prompt and of the negative prompt."""
+
+    def cut(name: str, value: Any) -> Any:
+        length = negative if name.startswith("negative") else positive
+        if isinstance(value, list) and all(isinstance(entry, torch.Tensor) for entry in value):
+            return [entry[:length] for entry in value]
+        if "mask" in name and isinstance(value, torch.Tensor) and value.ndim == 2:
+            return value[:, :length]
+        return value[..., :length, :] if isinstance(value, torch.Tensor) and value.ndim > 2 else value
+
+    given = {name: cut(name, value) for name, value in family.prompt(i).items()}
+    return given | family.more(given, torch.Generator().manual_seed(i))
+
+
+@pytest.mark.parametrize("family", lane(PADDED_BY_NOBODY, one_of_a_kind), ids=lambda f: f.name)
+def test_prompts_of_different_lengths_equal_each_alone(family: Family) -> None:
+    apart_by = 2 if family.name.startswith("Qwen") else 0  # other pipelines want both prompts to be of one length
+    prompts = [of_length(family, i, length, length - apart_by) for i, length in enumerate(LENGTHS)]
+    params = [
+        Params(**{"num_inference_steps": steps, "seed": i, "output_type": "latent", **family.guided(2.0 + i)})
+        for i, steps in enumerate(STEPS)
+    ]
+    config = {"steps_mask": MASK}
+    defaults = family.settings | ({"height": 128, "width": 128} if family.name == "Qwen-Image" else {})
+    with Omni.from_pipe(family.build(), cache_backend="magcache", cache_config=config, defaults=defaults) as omni:
+        runner = omni.engine.worker.runner
+        alone = [omni.generate(p, q, use_tqdm=False)[0] for p, q in zip(prompts, params, strict=True)]
+        apart = sum(runner.forwards.values())
+        together = omni.generate(prompts, params, use_tqdm=False)
+        if family.name in ("Qwen-Image", "Z-Image"):
+            assert sum(runner.forwards.values()) - apart <= 0.6 * apart
+        for one, mixed in zip(alone, together, strict=True):
+            assert one.error is None and mixed.error is None, (one.error, mixed.error)
+            assert mixed.plan == one.plan
+            assert_close(mixed.latents, one.latents, roundings=family.roundings)
+        assert omni.engine.worker.cache_bytes == 0
