@@ -36,6 +36,9 @@ class OmniDiffusionConfig(Settings):
     lora_modules: dict[str, str] = Field(
         default_factory=dict, description="adapters by the names that requests use: a file, a folder or a hub id"
     )
+    max_loras: int = Field(
+        default=16, ge=1, description="adapters at a time; another one pushes out the least recently asked for"
+    )
 
     @field_validator("cache_config", mode="before")
     @classmethod

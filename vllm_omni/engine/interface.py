@@ -38,6 +38,16 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class EngineCondition:
+    """What can be changed of a loaded engine; a process that replaces another is brought to the same condition."""
+
+    adapters: dict[str, str] = field(default_factory=dict)  # name -> where it was loaded from
+    weights: str | None = None  # the folder of the last update; None: those that the model came with
+    asleep: int = 0  # the level of sleep; 0: awake
+    profiling: bool = False
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Counters since the engine started, and gauges of this moment; histograms as {bucket bound: count}."""
 
@@ -68,6 +78,10 @@ class EngineClient(Protocol):
         """The loaded model; the engine must have started."""
 
     @property
+    def condition(self) -> EngineCondition:
+        """Its adapters, weights and sleep, as last reported."""
+
+    @property
     def ready(self) -> bool:
         """True while requests can be served: loaded, warmed up, alive, and not draining."""
 
@@ -89,6 +103,12 @@ class EngineClient(Protocol):
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
         """End requests within one step, each with an output whose error says so. Unknown ids are ignored."""
+
+    async def control(self, action: Any) -> EngineCondition:
+        """Have an action of `wire.py` done between two steps; returns the condition after it.
+
+        Raises InvalidValueError, ModelLoadError or ConflictError, with nothing changed.
+        """
 
     async def check_health(self) -> None:
         """Raise EngineDeadError unless the engine answers within a few seconds."""

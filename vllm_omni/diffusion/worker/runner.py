@@ -193,6 +193,8 @@ class ModelRunner:
 
     def _call_component(self, batch: Sequence[Request]) -> list[Any]:
         calls = [_component_call(request) for request in batch]
+        if calls[0].component in TEXT_ENCODERS:  # one that had no adapters when the request began may have some now
+            self.adapters.use(batch[0].adapters)
         return call_component(getattr(self.pipeline, calls[0].component), calls)
 
     # --------------------------------------------------------------------------------------------------- between calls
@@ -228,7 +230,9 @@ class ModelRunner:
         if isinstance(event, Finished | Failed):
             request.end(event)
         elif isinstance(event, ComponentCall):  # nothing of the last denoiser call is held: a decode needs the room
-            request.parked = ParkedCall(event, component_key(event) or request.request_id, StepKind.COMPONENT)
+            key = component_key(event) or request.request_id
+            own = request.adapters if event.component in TEXT_ENCODERS else ()
+            request.parked = ParkedCall(event, (key, own), StepKind.COMPONENT)
         else:
             (parked,) = _each_or_errors([request], lambda _: [self._park(request, event)])
             if isinstance(parked, Exception):  # the request's own arguments or schedule: it alone ends

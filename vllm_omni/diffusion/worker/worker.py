@@ -39,6 +39,7 @@ class DiffusionWorker:
 
     def load_model(self, pipeline: Any = None, defaults: dict[str, Any] | None = None) -> None:
         """Load the pipeline, or take one that is loaded, and enable the engine's cache on it."""
+        self.from_folder = pipeline is None
         if pipeline is None:
             defaults = generation_defaults(self.config.model)
             pipeline = load_pipeline(self.config)
