@@ -126,7 +126,7 @@ class ProcessEngineClient:
 
     @property
     def ready(self) -> bool:
-        return self._loaded and not self._draining and not self._closed
+        return self._loaded and not (self._draining or self._closed or self.condition.asleep)
 
     def generate(
         self,

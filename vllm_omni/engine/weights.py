@@ -5,7 +5,7 @@ LoRA adapters are no part of them: they stay where they are, and names are those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +98,25 @@ def _staged(name: str, module: torch.nn.Module, files: Sequence[Path]) -> list[t
         check_safetensors(file)
         try:
             with safe_open(file, framework="pt") as opened:
-                for key in opened.keys():
+                keys = opened.keys()
+                for key in keys:
                     _check(f"{name}.{key}", opened.get_slice(key), held.get(key), key in read)
                     missing.pop(id(held[key]), None)
-                read |= {key: opened.get_tensor(key) for key in opened.keys()}
+                read |= {key: opened.get_tensor(key) for key in keys}
         except (OSError, SafetensorError) as error:
             raise ModelLoadError(f"{file.name} cannot be read: {error}") from error
     if missing:
-        raise InvalidValueError("model_path", next(iter(missing.values())), f"must hold all weights of {name}; one lacks")
+        raise InvalidValueError(
+            "model_path", next(iter(missing.values())), f"must hold all weights of {name}; one lacks"
+        )
     return [(held[key], tensor) for key, tensor in read.items()]
 
 
 def _check(name: str, given: Any, held: torch.Tensor | None, twice: bool) -> None:
     if held is None or twice:
-        raise InvalidValueError("model_path", name, "holds a weight twice" if twice else "holds a weight of another model")
+        raise InvalidValueError(
+            "model_path", name, "holds a weight twice" if twice else "holds a weight of another model"
+        )
     shape, dtype = tuple(given.get_shape()), given.get_dtype()
     if shape != tuple(held.shape):
         raise InvalidValueError("model_path", name, f"holds a weight of another shape, {shape} for {tuple(held.shape)}")

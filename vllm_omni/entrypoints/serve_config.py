@@ -86,6 +86,12 @@ class ServeConfig(Settings):
     allowed_media_domains: tuple[str, ...] = Field(
         default=(), description="hosts from which pictures may be fetched (default: none)"
     )
+    allowed_model_folders: tuple[Path, ...] = Field(
+        default=(), description="folders from which adapters and weights may be loaded over HTTP (default: none)"
+    )
+    profiler_dir: Path | None = Field(
+        default=None, description="where traces of POST /start_profile are written (default: none are made)"
+    )
     store_dir: Path | None = Field(default=None, description="where video jobs are kept (default: a temporary folder)")
     log_json: bool = Field(default=False, description="log one JSON object per line")
     log_prompts: bool = Field(default=False, description="write prompts into the log")

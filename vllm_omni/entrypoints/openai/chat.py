@@ -40,7 +40,8 @@ async def completions(http: Request, state: State) -> Any:
     own = {name: given.pop(name) for name in ChatRequest.model_fields if name in given}
     messages = validate(ChatRequest, own, strict=True).messages
     prompt, sources = read_messages(messages)
-    request = check_request(ImageRequest, replace(body, fields={"prompt": prompt, **given}), state.config)
+    body = replace(body, fields={"prompt": prompt, **given})
+    request = check_request(ImageRequest, body, state.config, state.adapters)
     matched = match_pictures(replace(body, sources=sources), state.info, "messages")
     pictures = await asyncio.to_thread(media.load, matched, state.config)
     generation = plan_images(request, state.info, state.config.limits, pictures)

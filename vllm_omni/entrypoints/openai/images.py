@@ -42,7 +42,7 @@ async def generations(http: Request, state: State) -> Any:
     if kind != "application/json":
         raise ApiError(400, "the body must be application/json", "invalid_request")
     body = await read_json(http)
-    request = check_request(ImageRequest, body, state.config)
+    request = check_request(ImageRequest, body, state.config, state.adapters)
     match_pictures(body, state.info, "image")
     generation = plan_images(request, state.info, state.config.limits)
     return await respond(http, state, generation, _events(http, state, generation, "image_generation"))
@@ -60,7 +60,7 @@ async def edits(http: Request, state: State) -> Any:
     """Pictures of a prompt and of pictures given."""
     check_makes(state.info, "image")
     body = await read_form(http, state.config.limits.max_input_images, PICTURES)
-    request = check_request(ImageRequest, body, state.config)
+    request = check_request(ImageRequest, body, state.config, state.adapters)
     if not state.info.pictures:
         raise invalid("image", "this model takes no picture; it has /v1/images/generations", "unsupported_parameter")
     if not body.sources:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -39,6 +39,11 @@ class AppState:
     @property
     def info(self) -> ModelInfo:
         return self.engine.info
+
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """Those that requests may use: name -> where it came from."""
+        return self.engine.condition.adapters
 
     @contextmanager
     def timed(self) -> Iterator[None]:

@@ -100,7 +100,7 @@ async def _read(http: Request, state: AppState) -> GenerationRequest[VideoReques
         body = await read_json(http, _PICTURES)
     else:
         body = await read_form(http, 1, _PICTURES)
-    request = check_request(VideoRequest, body, state.config)
+    request = check_request(VideoRequest, body, state.config, state.adapters)
     sources = match_pictures(body, state.info, INPUT_REFERENCE)
     pictures = await asyncio.to_thread(media.load, sources, state.config)
     return plan_video(request, state.info, state.config.limits, pictures)
