@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import httpx
 import pytest
 from adapters import save_adapter
 from diffusers import DiffusionPipeline
-from http_server import AUTH, ENGINE_ARGS, GENERATIONS, KEY, Running, serve
+from http_server import AUTH, ENGINE_ARGS, GENERATIONS, KEY, Held, Running, serve
 from paths import DEMO
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -181,34 +180,10 @@ def test_the_least_recently_used_makes_room(http: httpx.Client) -> None:
     assert listed(http) == ["own", "ink", "wax"]  # a failure pushes nobody out
 
 
-class Held:
-    """A long request in a thread, with its reply at the end."""
-
-    def __init__(self, server: Running, **more: Any) -> None:
-        self.body = FEW | {"steps": 150} | more
-        self._url, self.reply = server.url, httpx.Response(0)
-        self._thread = threading.Thread(target=self._run)
-        before = server.do(server.engine.stats()).running
-        self._thread.start()
-        for _ in range(500):
-            if server.do(server.engine.stats()).running > before:
-                return
-            time.sleep(0.01)
-        raise AssertionError("it does not run")
-
-    def _run(self) -> None:
-        self.reply = httpx.post(self._url + GENERATIONS, json=self.body, headers=AUTH, timeout=60)
-
-    def picture(self) -> str:
-        self._thread.join(60)
-        assert self.reply.status_code == 200, self.reply.text
-        return self.reply.json()["data"][0]["b64_json"]
-
-
 def test_a_running_request_keeps_its_adapter(adaptable: Running, http: httpx.Client) -> None:
     assert load(http, "ink").status_code == 200
     alone = picture(http, steps=150, lora="ink")
-    with_ink, without = Held(adaptable, lora="ink"), Held(adaptable)
+    with_ink, without = Held(adaptable, FEW, lora="ink"), Held(adaptable, FEW)
     assert unload(http, "ink").json()["adapters"] == ["own"]
     refused(http.post(GENERATIONS, json=FEW | {"lora": "ink"}), 400, "invalid_value")
     refused(unload(http, "ink"), 404, "not_found")
@@ -222,7 +197,7 @@ def test_a_running_request_keeps_its_adapter(adaptable: Running, http: httpx.Cli
 def test_adapters_in_use_are_not_pushed_out(adaptable: Running, http: httpx.Client) -> None:
     for name in ("ink", "clay"):
         assert load(http, name).status_code == 200
-    inked, clayed = Held(adaptable, lora="ink"), Held(adaptable, lora="clay")
+    inked, clayed = Held(adaptable, FEW, lora="ink"), Held(adaptable, FEW, lora="clay")
     refused(load(http, "wax"), 409, "conflict")
     assert listed(http) == ["own", "ink", "clay"]
     assert inked.picture() != clayed.picture()
@@ -232,7 +207,7 @@ def test_adapters_in_use_are_not_pushed_out(adaptable: Running, http: httpx.Clie
 def test_a_queued_request_keeps_its_adapter_too(adaptable: Running, http: httpx.Client) -> None:
     assert load(http, "ink").status_code == 200
     alone = picture(http, lora="ink")
-    running = [Held(adaptable, prompt=str(i)) for i in range(4)]  # all places
+    running = [Held(adaptable, FEW, prompt=str(i)) for i in range(4)]  # all places
     with ThreadPoolExecutor(1) as pool:
         queued = pool.submit(picture, http, lora="ink", priority=1000)
         while not adaptable.do(adaptable.engine.stats()).waiting:
