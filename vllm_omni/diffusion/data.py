@@ -43,6 +43,9 @@ class OmniDiffusionConfig(Settings):
     attention_backend: str | None = Field(
         default=None, description="diffusers' name of an attention kernel: native, flash, sage, _native_math, ..."
     )
+    prompt_cache_mb: float = Field(
+        default=64.0, ge=0, allow_inf_nan=False, description="embeddings kept for prompts that come again; 0 for none"
+    )
     default_sampling_params: dict[str, Any] = Field(
         default_factory=dict, description="what a request that names none gets, as JSON: steps, size, guidance, ..."
     )

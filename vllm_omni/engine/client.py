@@ -136,11 +136,12 @@ class ProcessEngineClient:
         *,
         priority: int = 0,
         timeout_s: float | None = None,
+        salt: str = "",
     ) -> AsyncIterator[OmniRequestOutput]:
         """See `EngineClient`; all errors named there come at the first step of the iterator."""
 
         def begin(request: InFlightRequest) -> None:
-            self._begin(request, sampling_params, priority, timeout_s)
+            self._begin(request, sampling_params, priority, timeout_s, salt)
 
         return self._requests.stream(request_id, prompt, begin)
 
@@ -193,6 +194,7 @@ class ProcessEngineClient:
         params: OmniDiffusionSamplingParams,
         priority: int,
         timeout_s: float | None,
+        salt: str,
     ) -> None:
         """Refuse, in microseconds, what can be refused without asking the engine, and send the rest."""
         if self._closed:
@@ -214,7 +216,7 @@ class ProcessEngineClient:
         given = given_parameters(params)
         now = time.monotonic()
         deadline = None if timeout_s is None else now + timeout_s
-        frame = encode(Add(request.engine_id, request.prompt, given, priority, now, deadline))
+        frame = encode(Add(request.engine_id, request.prompt, given, priority, now, deadline, salt))
         defaults = self.info.defaults
         height, width = (given.get(name) or defaults.get(name) or 0 for name in ("height", "width"))
         steps = given.get("num_inference_steps") or defaults.get("num_inference_steps") or 50

@@ -40,6 +40,7 @@ class EngineControl:
     def __init__(self, engine: DiffusionEngine) -> None:
         self._engine, self._config = engine, engine.config
         self._adapters = engine.worker.runner.adapters
+        self._prompts = engine.worker.runner.prompts
         self._own = frozenset(engine.config.lora_modules)  # never pushed out
         self._leaving: set[str] = set()  # unloaded, and still used by requests that had been accepted
         self._weights: str | None = None
@@ -77,6 +78,7 @@ class EngineControl:
             case UpdateWeights(path, modules):
                 weights.update(self._engine.worker.pipeline, Path(path), modules)
                 self._weights = path
+                self._prompts.clear()
             case StartProfile(folder, steps):
                 self._start_profile(Path(folder), steps)
             case StopProfile():
@@ -136,6 +138,7 @@ class EngineControl:
 
     def _remove(self, name: str) -> None:
         self._adapters.remove(name)
+        self._prompts.clear()  # the name may come again for something else
         self._leaving.discard(name)
 
     def _sleep(self, level: int) -> None:
@@ -153,6 +156,7 @@ class EngineControl:
                 self._asleep = level
         finally:
             self._engine.asleep = self._asleep > 0
+        self._prompts.clear()
         gc.collect()
         return_freed_memory()
 

@@ -62,6 +62,9 @@ class EngineStats:
     aborts_by_stage: dict[str, int] = field(default_factory=dict)  # "queued" | "encode" | "denoise" | "decode"
     batch_sizes: dict[int, int] = field(default_factory=dict)  # rows of a forward -> how many forwards
     cache_bytes: int = 0
+    prompt_hits: int = 0  # prompts whose embeddings were there
+    prompt_misses: int = 0
+    prompt_bytes: int = 0
     queue_wait_s: float = 0.0  # summed over started requests
     denoise_s: float = 0.0
     decode_s: float = 0.0
@@ -93,10 +96,12 @@ class EngineClient(Protocol):
         *,
         priority: int = 0,
         timeout_s: float | None = None,
+        salt: str = "",
     ) -> AsyncIterator[OmniRequestOutput]:
         """Progress reports, then the finished output or its `.error`; leaving the iterator aborts within one step.
 
-        Lower `priority` runs earlier; waiting requests age, so none starves. Raises before any work is done:
+        Lower `priority` runs earlier; waiting requests age, so none starves. Requests of one `salt` alone share the
+        embeddings of equal prompts. Raises before any work is done:
         InvalidValueError, QueueFullError (with `retry_after_s`), EngineDeadError, EngineDrainingError.
         An output's error may be DeadlineExceededError, RequestAbortedError, EngineDeadError or what the model raised.
         """

@@ -115,7 +115,9 @@ class EngineLoop:
         try:
             params = OmniDiffusionSamplingParams(**command.params)
             prompt = command.prompt
-            request = OmniDiffusionRequest(command.request_id, prompt, normalise_prompt(prompt), params)
+            request = OmniDiffusionRequest(
+                command.request_id, prompt, normalise_prompt(prompt), params, command.salt
+            )
             self.engine.add_request(request, command.priority, command.arrived)
         except Exception as error:  # whatever a value of the wrong kind raises is that request's fault alone
             self._send(Refused(command.request_id, error))
@@ -212,6 +214,9 @@ class EngineLoop:
             aborts_by_stage=dict(self._aborts),
             batch_sizes=dict(self._batches),
             cache_bytes=worker.cache_bytes,
+            prompt_hits=worker.runner.prompts.hits,
+            prompt_misses=worker.runner.prompts.misses,
+            prompt_bytes=worker.runner.prompts.bytes,
             queue_wait_s=self._seconds["queue"],
             denoise_s=self._seconds["denoise"],
             decode_s=self._seconds["decode"],

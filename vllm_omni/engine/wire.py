@@ -47,6 +47,7 @@ class Add(Struct, tag=True):
     priority: int
     arrived: float
     deadline: float | None
+    salt: str = ""
 
 
 class Abort(Struct, tag=True):

@@ -181,7 +181,8 @@ class Omni:
 def engine_over(pipe: Any, defaults: dict[str, Any] | None, engine_args: dict[str, Any]) -> DiffusionEngine:
     """An engine over a diffusers pipeline that is loaded already."""
     name = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
-    return DiffusionEngine(OmniDiffusionConfig(model=name, **engine_args), pipe, defaults)
+    own = {"prompt_cache_mb": 0} | engine_args  # its owner may change an encoder at any time
+    return DiffusionEngine(OmniDiffusionConfig(model=name, **own), pipe, defaults)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.inputs.prompt_cache import PromptCache
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
@@ -46,7 +47,8 @@ class DiffusionWorker:
         self.pipeline = pipeline
         for module in denoisers_of(pipeline).values():
             refuse_other_caches(module)
-        self.runner = ModelRunner(pipeline, self.config.lora_modules)
+        prompts = PromptCache(int(self.config.prompt_cache_mb * 2**20))
+        self.runner = ModelRunner(pipeline, self.config.lora_modules, prompts)
         self.arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
         if self.default_cache is not None:
             self._backend(self.default_cache)

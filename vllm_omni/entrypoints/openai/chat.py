@@ -19,7 +19,7 @@ from vllm_omni.entrypoints.openai.protocol.bodies import Source, body_schema, ch
 from vllm_omni.entrypoints.openai.protocol.errors import invalid
 from vllm_omni.entrypoints.openai.protocol.requests import ChatRequest, ImageRequest
 from vllm_omni.entrypoints.openai.protocol.streams import Event
-from vllm_omni.entrypoints.openai.state import AppState, State
+from vllm_omni.entrypoints.openai.state import AppState, State, salt_of
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
 
@@ -44,7 +44,7 @@ async def completions(http: Request, state: State) -> Any:
     request = check_request(ImageRequest, body, state.config, state.adapters)
     matched = match_pictures(replace(body, sources=sources), state.info, "messages")
     pictures = await asyncio.to_thread(media.load, matched, state.config)
-    generation = plan_images(request, state.info, state.config.limits, pictures)
+    generation = replace(plan_images(request, state.info, state.config.limits, pictures), salt=salt_of(http, request))
     made = await respond(http, state, generation, _chunks(http, state, generation))
     return _completion(made, generation) if isinstance(made, replies.ImagesReply) else made
 

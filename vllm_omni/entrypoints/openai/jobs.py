@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from PIL import Image
@@ -81,6 +81,7 @@ class Jobs:
                 f"{job_id}-{index}",
                 priority=generation.request.priority or 0,
                 timeout_s=generation.timeout_s,
+                salt=generation.salt,
             )
             async with aclosing(stream) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
@@ -215,7 +216,7 @@ class VideoJobs:
         info, adapters = self._jobs.engine.info, self._jobs.engine.condition.adapters
         request = check_request(VideoRequest, body, config, adapters)
         pictures = media.load(match_pictures(body, info, INPUT_REFERENCE), config)
-        return plan_video(request, info, config.limits, pictures)
+        return replace(plan_video(request, info, config.limits, pictures), salt=job.id)
 
     async def _generate(self, job: VideoJob, generation: Generation, admission: Admission) -> OmniRequestOutput:
         async with aclosing(self._jobs.run(generation, job.id)) as items:

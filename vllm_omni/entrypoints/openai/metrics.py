@@ -82,6 +82,9 @@ class _Snapshot:
         yield self._counters("vllm:request_success", "Requests by how they ended.", "finished_reason", s.requests)
         steps = {"computed": s.steps_computed, "skipped": s.steps_skipped}
         yield self._counters("vllm_omni:denoise_steps", "Denoising steps of requests.", "kind", steps)
+        prompts = {"hit": s.prompt_hits, "miss": s.prompt_misses}
+        yield self._counters("vllm_omni:prompt_cache", "Prompts: embeddings kept, or not.", "result", prompts)
+        yield self._gauge("vllm_omni:prompt_cache_bytes", "Bytes of kept embeddings.", s.prompt_bytes)
         forwards = {"computed": s.forwards_computed, "skipped": s.forwards_skipped}
         yield self._counters("vllm_omni:denoiser_forwards", "Forwards of batches.", "kind", forwards)
         yield self._counters("vllm_omni:aborted", "Aborted requests.", "where", s.aborts_by_stage)
