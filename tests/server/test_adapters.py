@@ -194,6 +194,21 @@ def test_a_running_request_keeps_its_adapter(adaptable: Running, http: httpx.Cli
     assert load(http, "ink").status_code == 200 and picture(http, steps=150, lora="ink") == alone
 
 
+def test_a_cached_request_does_not_notice_adapters_that_come_and_go(adaptable: Running, http: httpx.Client) -> None:
+    cached = {"cache": "balanced", "steps": 150}
+    alone = {
+        name: http.post(GENERATIONS, json=FEW | cached | lora).json()
+        for name, lora in (("own", {"lora": "own"}), ("", {}))
+    }
+    running = {"own": Held(adaptable, FEW, **cached, lora="own"), "": Held(adaptable, FEW, **cached)}
+    for name in ("ink", "clay", "wax"):
+        assert load(http, name).status_code == 200
+    for name, held in running.items():
+        assert held.picture() == alone[name]["data"][0]["b64_json"]
+        facts, wanted = (reply["omni"]["images"][0] for reply in (held.reply.json(), alone[name]))
+        assert facts["skipped_steps"] == wanted["skipped_steps"] > 0
+
+
 def test_adapters_in_use_are_not_pushed_out(adaptable: Running, http: httpx.Client) -> None:
     for name in ("ink", "clay"):
         assert load(http, name).status_code == 200
