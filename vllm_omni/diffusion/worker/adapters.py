@@ -53,7 +53,7 @@ class AdapterSwitch:
         for name, _ in adapters:
             if name not in self.loaded:
                 known = f"must be one of: {', '.join(self.loaded)}" if self.loaded else "is not known: none is loaded"
-                raise InvalidValueError("lora_request", name, f"{known} (lora_modules names some at start-up, load_lora_adapter more)")
+                raise InvalidValueError("lora_request", name, f"{known} (or load it first)")
             self.loaded[name] = self.loaded.pop(name)
 
     def use(self, adapters: Adapters) -> None:
