@@ -22,7 +22,7 @@ esac
 lock=requirements/$stage.lock
 
 # What a finished stage leaves in .venv/.setup-STAGE: a hash of all that it was made from.
-wanted() { { cat "requirements/$1.lock" pyproject.toml "$shim/pyproject.toml" CMakeLists.txt csrc/*; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
+wanted() { { cat "requirements/$1.lock" pyproject.toml "$shim/pyproject.toml" CMakeLists.txt csrc/*; find vllm_omni -name "*.py" | LC_ALL=C sort; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
 finished() { [[ -x $venv/bin/python && -f $venv/.setup-$1 && $(<"$venv/.setup-$1") == "$(wanted "$1")" ]]; }
 
 if finished "$stage"; then

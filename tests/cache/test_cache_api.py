@@ -49,7 +49,6 @@ NAMES = {
     "vllm_omni.diffusion.cache.magcache.backend": ["MagCacheBackend"],
     "vllm_omni.diffusion.cache.magcache.config": ["MagCacheConfig"],
     "vllm_omni.diffusion.cache.magcache.hook": ["apply_mag_cache_hook"],
-    "vllm_omni.diffusion.cache.magcache.state": ["MagCacheState"],
     "vllm_omni.diffusion.cache.magcache.strategy": ["MagCacheStrategy", "register_strategy", "get_strategy"],
     "vllm_omni.diffusion.hooks.base": ["ModelHook", "HookRegistry", "StateManager"],
 }

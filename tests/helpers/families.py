@@ -377,7 +377,7 @@ FAMILIES = [
         KANDINSKY,
         settings=SMALL,
         more=_lengths,
-        roundings=512,  # random layers in the place of its zeros amplify each rounding a hundredfold at guidance 5
+        roundings=256,  # random layers in the place of its zeros amplify each rounding a hundredfold at guidance 5
     ),
     Family(
         "Kandinsky 5 video", partial(kandinsky5, d.Kandinsky5T2VPipeline, True), KANDINSKY,

@@ -76,9 +76,8 @@ class OmniDiffusionConfig(Settings):
     @classmethod
     def _dtype(cls, value: Any) -> Any:
         name = str(value).removeprefix("torch.")
-        return {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}.get(
-            name, name
-        )
+        short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+        return short.get(name, name)
 
     @field_validator("default_sampling_params")
     @classmethod

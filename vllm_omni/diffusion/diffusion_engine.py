@@ -266,14 +266,8 @@ def _remaining_work(entry: _Entry) -> RemainingWork:
         computed = sum(running.plan[done:])
     else:
         computed = left if settings is None else round(left * expected_forwards(settings, steps) / steps)
-    return RemainingWork(
-        entry.request.request_id,
-        entry.pixels,
-        running is not None,
-        settings is not None,
-        computed * rows,
-        (left - computed) * rows,
-    )
+    ours = entry.request.request_id, entry.pixels, running is not None, settings is not None
+    return RemainingWork(*ours, computed * rows, (left - computed) * rows)
 
 
 def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:

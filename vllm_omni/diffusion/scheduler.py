@@ -29,7 +29,7 @@ class StepKind(IntEnum):
     COMPUTE = 2  # a forward with all its blocks
 
 
-class Parked(NamedTuple):
+class Place(NamedTuple):
     """A waiting request: calls with equal `key` and of one `kind` may be made as one."""
 
     key: Hashable
@@ -48,7 +48,7 @@ class StepScheduler:
     def __init__(self, max_num_seqs: int) -> None:
         self.max_num_seqs = max_num_seqs
         self.held = False  # nobody begins
-        self.running: dict[str, Parked | None] = {}
+        self.running: dict[str, Place | None] = {}
         self._queue: list[tuple[float, int, str]] = []  # virtual arrival, order, request; sorted
         self._order = count()
         self._tick = 0
@@ -83,7 +83,7 @@ class StepScheduler:
 
     def park(self, request_id: str, key: Hashable, kind: StepKind) -> None:
         """A running request waits for its next call."""
-        self.running[request_id] = Parked(key, kind, self._tick)
+        self.running[request_id] = Place(key, kind, self._tick)
 
     def schedule(self) -> list[str]:
         """The next batch: ids of parked requests of one key and kind; empty if nobody is parked."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.plan.planner import fewest_forwards
+from vllm_omni.diffusion.cache.plan.schedule import forced_steps
 from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError
 
@@ -61,7 +61,7 @@ def default_rows(steps: int, ratios: Sequence[float]) -> list[Row]:
     """
     rows = []
     for promise in PROMISES:
-        if round(steps / promise) >= fewest_forwards(steps):
+        if round(steps / promise) >= len(forced_steps(steps)):
             rows.append(setting(PLANNED, f"{PLANNED} {promise:g}x", steps, {"speedup": promise}))
             rows.append(fewer(steps, round(steps / promise)))
     for target in TARGETS:
@@ -71,7 +71,7 @@ def default_rows(steps: int, ratios: Sequence[float]) -> list[Row]:
     for predictor in OTHER_PREDICTORS:
         for target in TARGETS:
             cache = {"speedup": target, "predictor": predictor}
-            if round(steps / target) >= fewest_forwards(steps):
+            if round(steps / target) >= len(forced_steps(steps)):
                 rows.append(setting(f"{PLANNED}, {predictor}", f"{PLANNED}, {predictor} {target:g}x", steps, cache))
     return list(dict.fromkeys(rows))
 

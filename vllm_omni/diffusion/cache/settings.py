@@ -26,7 +26,7 @@ BUDGETS = ("nfe", "speedup", "seconds")
 MAX_MASK = 10_000
 
 _RULE = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio")
-_PLANS = (*BUDGETS, "steps_mask", "preset")
+PLANS = (*BUDGETS, "steps_mask", "preset")
 _SHORT = dict(zip(("threshold", "max_skip_steps", "retention_ratio"), _RULE, strict=True))
 _ENGINE_ONLY = {"memory_budget_mb", "mag_calibrate", "residual_dtype"}
 
@@ -77,7 +77,7 @@ class Preset:
 
 
 @dataclass(frozen=True)
-class Gate:
+class GateSettings:
     """Thresholds of a gate, which decides from data; None is the published value."""
 
     threshold: float | None
@@ -158,7 +158,7 @@ class DiffusionCacheConfig(Settings):
     @classmethod
     def _filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
         """A preset's settings filled in; rule settings of one's own end the preset, and no plan at all is "auto"."""
-        named = any(values.get(name) is not None for name in (*_PLANS, *_RULE))
+        named = any(values.get(name) is not None for name in (*PLANS, *_RULE))
         preset = values.get("preset", None if named else AUTO.name)
         own = PRESETS[preset].as_config() if isinstance(preset, str) and preset in PRESETS else {}
         merged = own | values
@@ -201,7 +201,7 @@ class DiffusionCacheConfig(Settings):
 
     @model_validator(mode="after")
     def _one_plan(self) -> DiffusionCacheConfig:
-        given = self.given(*_PLANS)
+        given = self.given(*PLANS)
         if len(given) > 1:
             first, second, *_ = given
             raise InvalidValueError(first, given[first], f"and {second} each make the plan: give one")
@@ -224,18 +224,15 @@ def _runs(value: Mapping[str, Any]) -> tuple[bool, ...]:
     return tuple(flag for run, gap in pairs for flag in (True,) * run + (False,) * gap)
 
 
-Plan = Budget | Mask | Preset | Rule | Gate
+PlanChoice = Budget | Mask | Preset | Rule | GateSettings
 
 
 class CacheSettings(NamedTuple):
     """What a request gets: a backend, the kind of its plan, and the other settings."""
 
     backend: str
-    plan: Plan
+    plan: PlanChoice
     config: DiffusionCacheConfig
-
-    def replaced(self, plan: Plan) -> CacheSettings:
-        return self._replace(plan=plan)
 
 
 def canonical_name(name: str) -> str:
@@ -251,7 +248,7 @@ def engine_backend(name: str | None) -> str:
     if name is None or name.lower() == "none":
         return "none"
     if (plain := canonical_name(name)) not in ENGINE_BACKENDS:
-        fix = "keeps one state per model and cannot serve requests; take 'fbcache', the same rule per request"
+        fix = "keeps one state per model and cannot serve requests; take 'fbcache', the same rule"
         raise InvalidValueError("cache_backend", name, fix)
     return plain
 
@@ -259,10 +256,10 @@ def engine_backend(name: str | None) -> str:
 def parse(backend: str, config: DiffusionCacheConfig) -> CacheSettings:
     """The settings of `backend` (its canonical name) with the plan that `config` asks for: the one place that says."""
     rule = Rule(config.mag_threshold, config.mag_max_skip_steps, config.mag_retention_ratio)
-    plan: Plan
+    plan: PlanChoice
     if backend != "magcache":
         longest = config.mag_max_skip_steps if "mag_max_skip_steps" in config.model_fields_set else None
-        plan = Gate(config.rel_l1_thresh, longest, config.mag_retention_ratio)
+        plan = GateSettings(config.rel_l1_thresh, longest, config.mag_retention_ratio)
     elif config.steps_mask is not None:
         plan = Mask(config.steps_mask)
     elif budget := config.given(*BUDGETS):
@@ -300,7 +297,7 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
     budget = next((name for name in BUDGETS if name in named), None)
     if budget and (rule := next((name for name in ("preset", *_SHORT, *_RULE) if name in named), None)):
         raise InvalidValueError(f"cache.{budget}", asked[budget], f"and {rule} each make the plan: give one")
-    backend = canonical_name(asked.get("backend") or (engine.backend if engine else "magcache"))
+    backend = engine_backend(asked.get("backend") or (engine.backend if engine else "magcache"))
     short: dict[str, str] = _SHORT if backend == "magcache" else _SHORT | {"threshold": "rel_l1_thresh"}
     own = {short.get(str(key), str(key)): asked[key] for key in asked if key not in ("enabled", "backend")}
     return parse(backend, DiffusionCacheConfig.from_dict(_inherited(engine, backend, own) | own))
@@ -318,8 +315,8 @@ def _inherited(engine: CacheSettings | None, backend: str, own: Mapping[str, Any
         return {name: value for name, value in values.items() if name in _ENGINE_ONLY - {"mag_calibrate"}}
     named = {name for name, value in own.items() if value is not None}
     replaced: set[str] = set()
-    if named & {*_PLANS, *_RULE}:
-        replaced |= {*_PLANS}
+    if named & {*PLANS, *_RULE}:
+        replaced |= {*PLANS}
     if named & {"mag_ratios", "profile"}:
         replaced |= {"steps_mask"}
     if "preset" in named:

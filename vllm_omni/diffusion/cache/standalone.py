@@ -18,7 +18,7 @@ from vllm_omni.diffusion.cache.state import CacheState
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_of
 from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, latents_of, unwrapped
-from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, Tracker
+from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, Tracker, itself
 from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
 from vllm_omni.errors import InvalidValueError
 
@@ -118,14 +118,10 @@ class _BranchContext:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle of the denoiser has its own context alone."""
-        return _itself, (self.own,)
+        return itself, (self.own,)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _BranchContext:
         return _BranchContext(copy.deepcopy(self.hook, memo), copy.deepcopy(self.own, memo))
-
-
-def _itself(value: Any) -> Any:
-    return value
 
 
 def attach(module: torch.nn.Module, hook: StandaloneHook) -> None:

@@ -9,8 +9,7 @@ what diffusers made, and the blocks are whatever the module holds at the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -128,7 +127,7 @@ def first_attention(block: torch.nn.Module) -> torch.nn.Module | None:
 
 
 class BlockStack:
-    """The block stack of one denoiser. One scope at a time: `tapped()` or `replaced(correction)`."""
+    """The block stack of one denoiser. One scope at a time, from `enter` to `leave`."""
 
     def __init__(self, module: torch.nn.Module, spec: DenoiserSpec) -> None:
         """InvalidValueError if `module` lacks the block lists of its spec, or has no block at all."""
@@ -144,11 +143,6 @@ class BlockStack:
         self._first_output: torch.Tensor | None = None
         self._own: dict[str, torch.nn.Module | None] | None = None  # the module's children while a scope is open
         self._build()
-
-    @property
-    def count(self) -> int:
-        """Blocks in the stack."""
-        return len(self._blocks)
 
     def _current_blocks(self) -> list[list[torch.nn.Module]]:
         modules = self.module._modules
@@ -193,7 +187,10 @@ class BlockStack:
         return self._correction(x)
 
     def enter(self, correction: Correction | None = None) -> None:
-        """Begin a scope by hand (see the context managers): replaced if a correction is given, else tapped."""
+        """Begin a scope, in which forwards run no block if a correction is given, and every one, tapped, if not.
+
+        `correction` maps the hidden states before the stack to those after it, (rows, tokens, channels).
+        """
         self._follow()
         self._exchange(self._tapped if correction is None else self._replaced)
         self._correction = correction
@@ -217,27 +214,6 @@ class BlockStack:
             return
         self.module._modules.update(self._own)
         self._correction = self._input = self._output = self._first_output = self._own = None
-
-    @contextmanager
-    def tapped(self) -> Iterator[BlockStack]:
-        """A scope in which a forward runs every block; `ends()` then returns what they changed."""
-        self.enter()
-        try:
-            yield self
-        finally:
-            self.leave()
-
-    @contextmanager
-    def replaced(self, correction: Correction) -> Iterator[BlockStack]:
-        """A scope in which a forward runs no block.
-
-        `correction` maps the hidden states before the stack to those after it, (rows, tokens, channels).
-        """
-        self.enter(correction)
-        try:
-            yield self
-        finally:
-            self.leave()
 
     def probe(self, run: Callable[[], Any], attention: bool = False) -> torch.Tensor:
         """What `run`, a forward of the denoiser, shows at its first block: what it adds, or what its attention gets.

@@ -14,7 +14,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
@@ -30,16 +30,6 @@ class StepPosition(NamedTuple):
     run: int
     step: int
     branch: str
-
-
-class Tracker(Protocol):
-    """Places denoiser calls in their schedule."""
-
-    def locate(self, denoiser: str, branch: str | None) -> StepPosition: ...
-    def schedule(self) -> Schedule:
-        """The schedule that is running."""
-
-    def stop(self) -> None: ...
 
 
 class StepTracker:
@@ -125,6 +115,9 @@ class CallTracker:
     def stop(self) -> None:
         self._calls = 0
         self._seen.clear()
+
+
+Tracker = StepTracker | CallTracker
 
 
 class _EarlierCount(int):
@@ -271,10 +264,11 @@ class _PatchedMethod:
         return copy.deepcopy(self.method, memo)
 
     def __reduce__(self) -> Any:
-        return _itself, (self.method,)
+        return itself, (self.method,)
 
 
-def _itself(value: Any) -> Any:
+def itself(value: Any) -> Any:
+    """`value`: what a pickle is made from that leaves its wrapper out."""
     return value
 
 

@@ -17,17 +17,8 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidValueError, OmniError, RefusedError, check_keys
 
 _RENAMED = {"num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt")}
-_OURS = {
-    "seed",
-    "cache",
-    "preview_every",
-    "extra_args",
-    "fps",
-    "lora_request",
-    "generator",
-    "output_type",
-    "boundary_ratio",
-}
+_OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
+_OURS |= {"boundary_ratio"}
 # The frame rate that a family was trained at, by the beginning of its pipeline's name (the models' own cards).
 _FRAME_RATES = {"CogVideoX": 8, "HunyuanVideo": 24, "Kandinsky5": 24, "LTX": 25, "Mochi": 30, "SkyReels": 24, "Wan": 16}
 MAX_DRAWN_SEED = 2**32  # ten digits: somebody will read it out or type it

@@ -129,7 +129,7 @@ class Pace:
             steps = f"{schedule.steps} steps of this size"
             fix = f"is out of reach for {steps} (nearest: {nearest:.3g}, {least} full forwards)"
             raise InvalidValueError("seconds", budget.seconds, fix)
-        return settings.replaced(Budget(nfe=nfe, seconds=budget.seconds))
+        return settings._replace(plan=Budget(nfe=nfe, seconds=budget.seconds))
 
     def _close(self, size: Hashable, step: StepTime) -> None:
         if step.step > 0 and step.alone:  # the first step also sets things up

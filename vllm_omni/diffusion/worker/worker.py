@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from vllm_omni.diffusion.cache.base import StackBackend
 from vllm_omni.diffusion.cache.selector import get_cache_backend
-from vllm_omni.diffusion.cache.settings import CacheSettings, canonical_name, override, parse
+from vllm_omni.diffusion.cache.settings import CacheSettings, engine_backend, override, parse
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.denoiser.specs import denoisers_of
@@ -17,7 +17,6 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.diffusion.worker.runner import ModelRunner
-from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.prompt_cache import PromptCache
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -33,8 +32,7 @@ class DiffusionWorker:
     def __init__(self, config: OmniDiffusionConfig) -> None:
         self.config = config
         self.default_cache: CacheSettings | None = None  # the engine's own cache setting
-        if config.cache_backend not in (None, "none"):  # a wrong name fails here, before any weight loads
-            name = canonical_name(str(config.cache_backend))
+        if (name := engine_backend(config.cache_backend)) != "none":  # a wrong name fails before any weight loads
             self.default_cache = parse(name, config.cache_config or DiffusionCacheConfig())
         self._backends: dict[str, StackBackend] = {}
 
@@ -114,13 +112,7 @@ class DiffusionWorker:
         name = settings.backend
         if name not in self._backends:
             backend = get_cache_backend(name, settings.config)
-            if not isinstance(backend, StackBackend):
-                raise InvalidValueError(
-                    "cache_backend",
-                    name,
-                    "keeps one state per model and cannot serve requests; enable it on a plain pipeline, "
-                    "or serve with 'fbcache', the same rule per request",
-                )
+            assert isinstance(backend, StackBackend)  # `engine_backend` let no other through
             backend.enable(self.pipeline, standalone=False)
             for other in self._backends.values():  # one budget for all
                 backend.store = other.store

@@ -19,8 +19,7 @@ import torch
 from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
 from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, PREDICTORS
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
-from vllm_omni.diffusion.cache.settings import CacheSettings, DiffusionCacheConfig
-from vllm_omni.diffusion.cache.settings import Gate as GateSettings
+from vllm_omni.diffusion.cache.settings import PLANS, CacheSettings, DiffusionCacheConfig, GateSettings
 from vllm_omni.diffusion.cache.state import CacheState, Computed, Forecast, Kept, Key, Signal
 from vllm_omni.diffusion.cache.store import CacheStore
 from vllm_omni.diffusion.denoiser.block_stack import first_attention
@@ -218,18 +217,7 @@ class GateBackend(StackBackend):
             raise InvalidValueError("cache_backend", self.name, f"finds no attention in the blocks of {name}")
 
 
-_PLANNED_ONLY = (
-    "preset",
-    "mag_threshold",
-    "mag_ratios",
-    "steps_mask",
-    "nfe",
-    "speedup",
-    "seconds",
-    "profile",
-    "profile_insist",
-    "mag_calibrate",
-)
+_PLANNED_ONLY = ("mag_threshold", "mag_ratios", "profile", "profile_insist", "mag_calibrate", *PLANS)
 
 
 def check_gate_config(name: str, config: DiffusionCacheConfig) -> None:

@@ -3,7 +3,6 @@
 from vllm_omni.diffusion.cache.magcache.backend import MagCacheBackend
 from vllm_omni.diffusion.cache.magcache.config import MagCacheConfig
 from vllm_omni.diffusion.cache.magcache.hook import apply_mag_cache_hook
-from vllm_omni.diffusion.cache.magcache.state import MagCacheState
 from vllm_omni.diffusion.cache.magcache.strategy import (
     Flux2MagCacheStrategy,
     FluxMagCacheStrategy,
@@ -12,6 +11,7 @@ from vllm_omni.diffusion.cache.magcache.strategy import (
     get_strategy,
     register_strategy,
 )
+from vllm_omni.diffusion.cache.state import PlannedState as MagCacheState
 
 __all__ = [
     "Flux2MagCacheStrategy",

@@ -20,7 +20,7 @@ import numpy as np
 
 from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
 from vllm_omni.diffusion.cache.plan.rule import Plan
-from vllm_omni.diffusion.cache.plan.schedule import Switches
+from vllm_omni.diffusion.cache.plan.schedule import Switches, forced_steps
 
 
 def gram_costs(gram: np.ndarray, sigmas: Sequence[float], predictor: str) -> np.ndarray:
@@ -65,7 +65,7 @@ def best_plan(costs: np.ndarray, nfe: int, compute_last_step: bool = True) -> Pl
     The first step computes, and with `compute_last_step` the last. ValueError where no such plan exists.
     """
     steps = costs.shape[1] if costs.ndim == 3 else costs.shape[0]
-    least = fewest_forwards(steps, compute_last_step)
+    least = len(forced_steps(steps, compute_last_step))
     if not least <= nfe <= steps:
         raise ValueError(f"no plan of {steps} steps has {nfe} full forwards: from {least} to {steps}")
     solve = _best_by_pairs if costs.ndim == 3 else _best_by_steps
@@ -110,11 +110,6 @@ def _best_by_pairs(costs: np.ndarray, nfe: int, steps: int, compute_last_step: b
         computed.append(int(before))
         before, last = earlier, before
     return computed
-
-
-def fewest_forwards(steps: int, compute_last_step: bool = True) -> int:
-    """The first step computes, and the last where it is guarded."""
-    return 2 if steps > 1 and compute_last_step else 1
 
 
 def _weight(sigmas: Sequence[float]) -> np.ndarray:
