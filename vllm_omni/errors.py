@@ -4,12 +4,15 @@ OmniError
 ├── InvalidValueError (ValueError)      a field, its value, and what would be right
 │   ├── RefusedError                    what the model's own pipeline says against a request, before its first step
 │   ├── UnknownKeyError                 an unknown name, with the close matches
-│   └── UnknownChoiceError              a value that is not among the choices, with the close matches
+│   ├── UnknownChoiceError              a value that is not among the choices, with the close matches
+│   └── UnknownAdapterError             an adapter that is not loaded
 ├── ModelLoadError (ValueError)         a model folder that cannot be served
 ├── RequestAbortedError                 the request was ended by its owner
 ├── DeadlineExceededError               its time-out ended the request
 ├── NumericalError                      a result that holds NaN; that request alone fails
 ├── QueueFullError                      no room to wait; with the time to retry
+├── ConflictError                       what is asked does not fit the state that the engine is in
+├── EngineAsleepError                   the engine sleeps, or is about to, and takes no requests
 ├── EngineDrainingError                 the engine is shutting down and takes nothing new
 ├── EngineDeadError                     the engine died, hangs, or stayed in the process this one was forked from
 └── EngineClosedError (RuntimeError)    a call after close()
@@ -84,6 +87,10 @@ class UnknownChoiceError(InvalidValueError):
         super().__init__(field, value, fix, f"; {close}" if close else "")
 
 
+class UnknownAdapterError(InvalidValueError):
+    """An adapter of that name is not loaded."""
+
+
 class ModelLoadError(OmniError, ValueError):
     """The model folder is missing, incomplete, unsafe or of an unknown kind."""
 
@@ -109,6 +116,19 @@ class QueueFullError(OmniError):
     def __init__(self, waiting: int, retry_after_s: float) -> None:
         self.waiting, self.retry_after_s = waiting, retry_after_s
         super().__init__(f"{waiting} requests are already waiting; retry in {retry_after_s:.0f} s")
+
+
+class ConflictError(OmniError):
+    """The engine is in a state in which this cannot be done: it sleeps, is full, or does it already."""
+
+
+class EngineAsleepError(OmniError):
+    """The engine sleeps, or will as soon as its requests have ended; `wake_up` ends that."""
+
+    retry_after_s = 5.0
+
+    def __init__(self) -> None:
+        super().__init__("the engine is asleep and takes no requests; wake it up")
 
 
 class EngineDrainingError(OmniError):

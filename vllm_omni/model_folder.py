@@ -54,7 +54,7 @@ def check_folder(folder: Path) -> None:
         if not weights and (part / "config.json").is_file():
             raise ModelLoadError(f"{part}: holds a config.json but no .safetensors weights")
         for file in weights:
-            _check_safetensors(file)
+            check_safetensors(file)
         for file in part.glob("*.index.json"):
             _check_shards(file)
 
@@ -79,7 +79,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return content
 
 
-def _check_safetensors(file: Path) -> None:
+def check_safetensors(file: Path) -> None:
     """That the header is whole and covers the file, by the library that will read it."""
     if not file.is_file():  # a link to nothing, or a pipe
         raise ModelLoadError(f"{file}: is no file; copy it again")

@@ -25,7 +25,9 @@ ACCEPTED = (  # by the names that vLLM and the reference have for them, with a v
     "--served-model-name x", "--max-num-seqs 4", "--max-num-queued-reqs 9", "--dtype bfloat16", "--revision main",
     "--enforce-eager", "--no-enforce-eager", "--cache-backend mag_cache", "--cache-config {}", "--enable-cpu-offload",
     "--vae-use-slicing", "--vae-use-tiling", "--lora-modules ink=ink.safetensors", "--shutdown-timeout 5",
-    "--sse-keep-alive-interval 5", "--allowed-media-domains example.org", "--otlp-traces-endpoint http://127.0.0.1:1",
+    "--quantization fp8", "--enable-layerwise-offload", "--attention-backend native", "--max-loras 2", "--log-stats",
+    "--default-sampling-params {}", "--sse-keep-alive-interval 5", "--allowed-media-domains example.org",
+    "--otlp-traces-endpoint http://127.0.0.1:1",
 )  # fmt: skip
 
 
@@ -77,7 +79,8 @@ def test_no_refused_flag_is_one_of_ours() -> None:
     vllm = pytest.importorskip("vllm", reason="tools/setup.sh installs it")
     assert vllm
     parser = build_parser()
-    serve_config(parser.parse_args(["demo", *" ".join(ACCEPTED).replace("--no-enforce-eager", "").split()]))
+    together = [line for line in ACCEPTED if line not in ("--no-enforce-eager", "--enable-cpu-offload")]
+    serve_config(parser.parse_args(["demo", *" ".join(together).split()]))
     for flag in REFUSED:
         with pytest.raises(SystemExit):
             parser.parse_args(["demo", flag])

@@ -23,6 +23,13 @@ from vllm_omni.errors import RequestAbortedError
 PROMPTS = ["red apple", "penguin", "rocket", "banana"]
 
 
+@pytest.fixture(scope="module")
+def demo() -> Iterator[Omni]:
+    """The demo model, whose text encoders run for every request: that is what is counted here."""
+    with Omni("demo", dtype="float32", cache_backend="magcache", prompt_cache_mb=0) as omni:
+        yield omni
+
+
 @pytest.fixture
 def calls(demo: Omni) -> Iterator[dict[str, list[int]]]:
     """Rows of each call of the demo's text encoders and decoder."""

@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from adapters import save_text_adapter
 from closeness import assert_close, assert_differs
+from diffusers import DiffusionPipeline
 from errors_raised import assert_matches
+from paths import DEMO
 from peft import LoraConfig, get_peft_model_state_dict
 from pipelines import CURVE, DEFAULTS, count_blocks, embeds, run_latents, tiny_flux
+from stepping import add, drain
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -141,3 +145,27 @@ def test_bad_lora_modules_are_refused_at_start_up(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ModelLoadError, match=message):
             Omni.from_pipe(tiny_flux(), defaults=DEFAULTS, lora_modules={"x": where})
+
+
+def test_a_request_that_waits_for_its_encoder_is_not_changed_by_an_adapter_that_comes(tmp_path: Path) -> None:
+    """Adapters of text encoders are on only while a request of theirs is encoded."""
+    where = save_text_adapter(DiffusionPipeline.from_pretrained(DEMO), tmp_path / "text", 0)
+    params = Params(num_inference_steps=3, seed=1, output_type="latent")
+    with Omni("demo", dtype="float32", prompt_cache_mb=0) as omni:
+        bare = omni.generate("penguin", params, use_tqdm=False)[0].latents
+        add(omni, "before", "penguin", params)
+        omni.engine.step()
+        assert omni.engine.stage("before") == "encode"
+        omni.load_lora_adapter("text", str(where))
+        add(omni, "with", "penguin", params.model_copy(update={"lora_request": (("text", 1.0),)}))
+        add(omni, "after", "penguin", params)
+        outputs: dict[str, Any] = {}
+        drain(omni, outputs)
+        assert_close(outputs["before"].latents, bare)
+        assert_close(outputs["after"].latents, bare)
+        assert_differs(outputs["with"].latents, bare)
+        own = params.model_copy(update={"lora_request": (("text", 1.0),)})
+        alone = omni.generate("penguin", own, use_tqdm=False)
+        assert_close(outputs["with"].latents, alone[0].latents)
+        omni.unload_lora_adapter("text")
+        assert torch.equal(omni.generate("penguin", params, use_tqdm=False)[0].latents, bare)

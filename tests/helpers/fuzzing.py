@@ -67,6 +67,7 @@ class Fuzz:
 
     def schema(self, mode: str) -> Any:
         document = copy.deepcopy(self.document)
+        document["paths"].pop("/sleep", None)  # whatever came after it would be a 503
         if mode == "meant":
             narrow(document, self.model)
         schema = schemathesis.openapi.from_dict(document)

@@ -77,6 +77,30 @@ class Running:
         raise AssertionError(f"not idle: {stats.running} run, {stats.waiting} wait, jobs: {list(jobs)}")
 
 
+class Held:
+    """A long request in a thread, with its reply at the end."""
+
+    def __init__(self, server: Running, body: dict[str, Any], **more: Any) -> None:
+        self.body = body | {"steps": 150} | more
+        self._url, self.reply = server.url, httpx.Response(0)
+        self.thread = threading.Thread(target=self._run)
+        before = server.do(server.engine.stats()).running
+        self.thread.start()
+        for _ in range(500):
+            if server.do(server.engine.stats()).running > before:
+                return
+            time.sleep(0.01)
+        raise AssertionError("it does not run")
+
+    def _run(self) -> None:
+        self.reply = httpx.post(self._url + GENERATIONS, json=self.body, headers=AUTH, timeout=60)
+
+    def picture(self) -> str:
+        self.thread.join(60)
+        assert self.reply.status_code == 200, self.reply.text
+        return self.reply.json()["data"][0]["b64_json"]
+
+
 @contextmanager
 def serve(engine_args: dict[str, Any] | None = None, **settings: Any) -> Iterator[Running]:
     """Serve until the block ends, on a free port of the loopback interface. `settings` are those of all parts."""

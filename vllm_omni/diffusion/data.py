@@ -7,11 +7,16 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vllm_omni.diffusion.cache.settings import PRESET_NAMES, DiffusionCacheConfig
-from vllm_omni.errors import InvalidValueError, UnknownChoiceError
+from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.settings import Settings
 
 __all__ = ["DiffusionCacheConfig", "OmniDiffusionConfig"]
 
+SAMPLING = (  # what a model can have defaults for
+    "num_inference_steps", "height", "width", "num_frames", "guidance_scale", "guidance_scale_2", "true_cfg_scale",
+    "negative_prompt", "strength", "max_sequence_length",
+)  # fmt: skip
 DEVICES = ("cpu", "cuda", "xpu", "mps", "npu", "hpu", "mtia", "xla")  # kinds that torch knows
 
 
@@ -31,10 +36,26 @@ class OmniDiffusionConfig(Settings):
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     enforce_eager: bool = Field(default=True, description="do not compile the model")
     enable_cpu_offload: bool = Field(default=False, description="keep idle parts of the model in main memory")
+    enable_layerwise_offload: bool = Field(default=False, description="keep all blocks but the running one there")
+    quantization: Literal["fp8"] | None = Field(
+        default=None, description="keep the denoiser's weights in 8 bits, and compute in the type of --dtype"
+    )
+    attention_backend: str | None = Field(
+        default=None, description="diffusers' name of an attention kernel: native, flash, sage, _native_math, ..."
+    )
+    prompt_cache_mb: float = Field(
+        default=64.0, ge=0, allow_inf_nan=False, description="embeddings kept for prompts that come again; 0 for none"
+    )
+    default_sampling_params: dict[str, Any] = Field(
+        default_factory=dict, description="what a request that names none gets, as JSON: steps, size, guidance, ..."
+    )
     vae_use_slicing: bool = Field(default=False, description="decode pictures one by one")
     vae_use_tiling: bool = Field(default=False, description="decode large pictures in tiles")
     lora_modules: dict[str, str] = Field(
         default_factory=dict, description="adapters by the names that requests use: a file, a folder or a hub id"
+    )
+    max_loras: int = Field(
+        default=16, ge=1, description="adapters at a time; another one pushes out the least recently asked for"
     )
 
     @field_validator("cache_config", mode="before")
@@ -58,8 +79,18 @@ class OmniDiffusionConfig(Settings):
         short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
         return short.get(name, name)
 
+    @field_validator("default_sampling_params")
+    @classmethod
+    def _sampling(cls, value: dict[str, Any]) -> dict[str, Any]:
+        value = value["0"] if list(value) == ["0"] and isinstance(value["0"], dict) else value  # by stage, as elsewhere
+        check_keys("default_sampling_params", value, SAMPLING)
+        OmniDiffusionSamplingParams(**value)
+        return value
+
     @model_validator(mode="after")
     def _combinations(self) -> OmniDiffusionConfig:
+        if self.enable_layerwise_offload and self.enable_cpu_offload:
+            raise InvalidValueError("enable_layerwise_offload", True, "does what enable_cpu_offload does; give one")
         if self.cache_config is not None and self.cache_backend in (None, "none"):
             raise InvalidValueError("cache_config", "given", "needs a cache_backend, e.g. cache_backend='magcache'")
         if self.cache_config is not None and self.cache_config.mag_calibrate:

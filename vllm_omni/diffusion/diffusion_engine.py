@@ -20,7 +20,13 @@ from vllm_omni.diffusion.worker.arguments import refusal
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.diffusion.worker.worker import DiffusionWorker
-from vllm_omni.errors import EngineClosedError, InvalidValueError, NumericalError, RequestAbortedError
+from vllm_omni.errors import (
+    EngineAsleepError,
+    EngineClosedError,
+    InvalidValueError,
+    NumericalError,
+    RequestAbortedError,
+)
 from vllm_omni.outputs import OmniRequestOutput
 
 T = TypeVar("T")
@@ -87,6 +93,7 @@ class DiffusionEngine:
         self._entries: dict[str, _Entry] = {}
         self._ended: list[OmniRequestOutput] = []
         self._closed = False
+        self.asleep = False
         self.last = StepReport()
 
     def add_request(self, request: OmniDiffusionRequest, priority: int = 0, arrived: float | None = None) -> None:
@@ -96,6 +103,8 @@ class DiffusionEngine:
         """
         if self._closed:
             raise EngineClosedError("the engine is closed")
+        if self.asleep:
+            raise EngineAsleepError
         if not request.request_id or request.request_id in self._entries:
             raise InvalidValueError("request_id", request.request_id, "must be new and not empty")
         arguments, settings = self.worker.check(request)
@@ -178,6 +187,10 @@ class DiffusionEngine:
             return "encode"
         parked = entry.running.parked
         return "decode" if parked is not None and parked.kind is StepKind.COMPONENT else "denoise"
+
+    def adapters_in_use(self) -> set[str]:
+        """Those of all unfinished requests."""
+        return {name for entry in self._entries.values() for name, _ in entry.request.params.lora_request or ()}
 
     def remaining_work(self) -> list[RemainingWork]:
         """What every unfinished request still needs."""

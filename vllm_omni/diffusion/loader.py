@@ -19,8 +19,9 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
     dtype: torch.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
-    if config.enable_cpu_offload and device == "cpu":
-        raise InvalidValueError("enable_cpu_offload", True, "needs an accelerator to offload from; leave it out on cpu")
+    for offload in ("enable_cpu_offload", "enable_layerwise_offload"):
+        if vars(config)[offload] and device == "cpu":
+            raise InvalidValueError(offload, True, "needs an accelerator to offload from; leave it out on cpu")
     try:
         if not Path(where).is_dir():  # a hub id: what comes from there is checked like any other folder
             where = str(DiffusionPipeline.download(where, use_safetensors=True, revision=config.revision))
@@ -33,13 +34,33 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
         pipeline.vae.enable_slicing()
     if config.vae_use_tiling:
         pipeline.vae.enable_tiling()
+    prepare(pipeline, config, device, dtype)
+    if not config.enforce_eager:
+        pipeline.transformer.compile_repeated_blocks(dynamic=True)
+    return pipeline
+
+
+def prepare(pipeline: Any, config: OmniDiffusionConfig, device: str, dtype: Any) -> None:
+    """Quantisation, attention kernels, and where the weights are kept: diffusers does it all."""
+    import torch
+
+    from vllm_omni.diffusion.denoiser.specs import denoisers_of
+
+    for denoiser in denoisers_of(pipeline).values():
+        if config.quantization == "fp8":
+            denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+        if config.attention_backend is not None:
+            try:
+                denoiser.set_attention_backend(config.attention_backend)
+            except (ValueError, RuntimeError, ImportError, OSError) as error:
+                fix = f"cannot be used: {error}"
+                raise InvalidValueError("attention_backend", config.attention_backend, fix) from None
     try:
-        if config.enable_cpu_offload:
+        if config.enable_layerwise_offload:
+            pipeline.enable_group_offload(torch.device(device), offload_type="block_level", num_blocks_per_group=1)
+        elif config.enable_cpu_offload:
             pipeline.enable_model_cpu_offload(device=device)
         else:
             pipeline.to(device)
     except (RuntimeError, AssertionError) as error:  # torch's own words: the build has no CUDA, there is no cuda:7
         raise InvalidValueError("device", device, f"cannot be used ({str(error).splitlines()[0]})") from error
-    if not config.enforce_eager:
-        pipeline.transformer.compile_repeated_blocks(dynamic=True)
-    return pipeline

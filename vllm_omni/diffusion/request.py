@@ -16,3 +16,4 @@ class OmniDiffusionRequest:
     prompt: Any
     conditioning: dict[str, Any]
     params: OmniDiffusionSamplingParams = field(default_factory=OmniDiffusionSamplingParams)
+    salt: str = ""  # whose it is: embeddings are shared by equal ones alone

@@ -47,6 +47,7 @@ class StepScheduler:
 
     def __init__(self, max_num_seqs: int) -> None:
         self.max_num_seqs = max_num_seqs
+        self.held = False  # nobody begins
         self.running: dict[str, Place | None] = {}
         self._queue: list[tuple[float, int, str]] = []  # virtual arrival, order, request; sorted
         self._order = count()
@@ -74,7 +75,7 @@ class StepScheduler:
     def admit(self) -> list[str]:
         """The requests that begin now."""
         admitted = []
-        while self._queue and len(self.running) < self.max_num_seqs:
+        while not self.held and self._queue and len(self.running) < self.max_num_seqs:
             _, _, request_id = self._queue.pop(0)
             self.running[request_id] = None
             admitted.append(request_id)

@@ -10,12 +10,14 @@ from typing import Any, Self
 
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.engine.in_flight import InFlight, InFlightRequest, OutputOrError
-from vllm_omni.engine.interface import EngineStats, ModelInfo
+from vllm_omni.engine.interface import EngineCondition, EngineStats, ModelInfo
 from vllm_omni.engine.ledger import Ledger, RequestSize, outcome
 from vllm_omni.engine.supervisor import EngineProcess, Launch, Restarts
 from vllm_omni.engine.wire import (
     Abort,
+    Action,
     Add,
+    Controlled,
     EngineEvent,
     Loaded,
     Start,
@@ -87,6 +89,7 @@ class ProcessEngineClient:
         self._requests = InFlight(self._send_abort, backlog=1, ended=self._note_end)
         self._engine: EngineProcess | None = None
         self._info: ModelInfo | None = None
+        self.condition = EngineCondition()
         self._loaded = self._draining = self._closed = False
         self._dead = ""  # why no engine will come any more
         self._load_s = 10.0  # how long the last start took
@@ -123,7 +126,7 @@ class ProcessEngineClient:
 
     @property
     def ready(self) -> bool:
-        return self._loaded and not self._draining and not self._closed
+        return self._loaded and not (self._draining or self._closed or self.condition.asleep)
 
     def generate(
         self,
@@ -133,16 +136,23 @@ class ProcessEngineClient:
         *,
         priority: int = 0,
         timeout_s: float | None = None,
+        salt: str = "",
     ) -> AsyncIterator[OmniRequestOutput]:
         """See `EngineClient`; all errors named there come at the first step of the iterator."""
 
         def begin(request: InFlightRequest) -> None:
-            self._begin(request, sampling_params, priority, timeout_s)
+            self._begin(request, sampling_params, priority, timeout_s, salt)
 
         return self._requests.stream(request_id, prompt, begin)
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
         self._requests.abort(request_ids)
+
+    async def control(self, action: Action) -> EngineCondition:
+        """See `EngineClient`."""
+        if self._closed or not self._loaded or (engine := self._engine) is None:
+            raise EngineClosedError("the engine is closed") if self._closed else self._unavailable()
+        return await self._requests.control(action, lambda control: engine.send(encode(control)))
 
     async def check_health(self) -> None:
         if not self._loaded or self._engine is None:
@@ -184,6 +194,7 @@ class ProcessEngineClient:
         params: OmniDiffusionSamplingParams,
         priority: int,
         timeout_s: float | None,
+        salt: str,
     ) -> None:
         """Refuse, in microseconds, what can be refused without asking the engine, and send the rest."""
         if self._closed:
@@ -205,7 +216,7 @@ class ProcessEngineClient:
         given = given_parameters(params)
         now = time.monotonic()
         deadline = None if timeout_s is None else now + timeout_s
-        frame = encode(Add(request.engine_id, request.prompt, given, priority, now, deadline))
+        frame = encode(Add(request.engine_id, request.prompt, given, priority, now, deadline, salt))
         defaults = self.info.defaults
         height, width = (given.get(name) or defaults.get(name) or 0 for name in ("height", "width"))
         steps = given.get("num_inference_steps") or defaults.get("num_inference_steps") or 50
@@ -233,6 +244,8 @@ class ProcessEngineClient:
             failure: Exception | None = None
             served = False
             try:
+                if self._info is not None:
+                    self._start.condition = self.condition  # which it had before
                 launch, self._launch = self._launch or Launch.of(self._start), None
                 self._load_began = launch.began
                 self._engine = await EngineProcess.adopt(launch)
@@ -309,7 +322,7 @@ class ProcessEngineClient:
 
     def _handle(self, event: EngineEvent) -> None:
         if isinstance(event, Loaded):
-            self._info, self._loaded = event.info, True
+            self._info, self.condition, self._loaded = event.info, event.condition, True
             self._load_s = time.monotonic() - self._load_began
             logger.info("the engine is ready after %.1f s", self._load_s)
             if self._started is not None and not self._started.done():
@@ -317,6 +330,8 @@ class ProcessEngineClient:
         elif isinstance(event, StatsReport):
             self._ledger.note(event)
         else:
+            if isinstance(event, Controlled):
+                self.condition = event.condition
             self._requests.note(event)
 
     def _note_end(self, item: OutputOrError) -> None:

@@ -11,13 +11,15 @@ from contextlib import ExitStack, suppress
 from itertools import count
 from typing import Any
 
+from vllm_omni.engine.interface import EngineCondition
 from vllm_omni.engine.ledger import RequestSize
-from vllm_omni.engine.wire import EngineEvent, Outputs, Refused
+from vllm_omni.engine.wire import Action, Control, Controlled, EngineEvent, Outputs, Refused
 from vllm_omni.errors import EngineDeadError, InvalidValueError, OmniError
 from vllm_omni.outputs import OmniRequestOutput
 
 MAX_ID_CHARACTERS = 256
 OutputOrError = OmniRequestOutput | Exception  # what a request yields; an exception is raised where it is waited for
+Item = OutputOrError | EngineCondition
 
 
 class InFlightRequest:
@@ -26,10 +28,10 @@ class InFlightRequest:
     def __init__(self, request_id: str, engine_id: str, prompt: Any) -> None:
         self.request_id, self.engine_id, self.prompt = request_id, engine_id, prompt
         self.size = RequestSize(0, 0)
-        self.items: asyncio.Queue[OutputOrError] = asyncio.Queue()
+        self.items: asyncio.Queue[Any] = asyncio.Queue()
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
 
-    def put(self, item: OutputOrError) -> None:
+    def put(self, item: Item) -> None:
         """Hand over an item, from any thread."""
         if threading.get_ident() == self._thread:
             self.items.put_nowait(item)
@@ -55,6 +57,8 @@ class InFlight:
         self._abort, self._backlog, self._ended = abort, backlog, ended
         self._requests: dict[str, InFlightRequest] = {}  # by the engine's name
         self._awaited: dict[str, InFlightRequest] = {}  # by the name its owner gave it
+        self._controls: dict[str, InFlightRequest] = {}  # actions that the engine has not answered
+        self._control_ids = count()
         self._over: OmniError | None = None
         self._lock = threading.RLock()
         self._pid = os.getpid()
@@ -98,6 +102,23 @@ class InFlight:
                     self._leave(request)
                     self._abort([request.engine_id])
 
+    async def control(self, action: Action, send: Callable[[Control], None]) -> EngineCondition:
+        """The engine's condition after `action`; raises why it was not done."""
+        refuse_after_fork(self._pid)
+        with self._lock:
+            if self._over is not None:
+                raise copy.copy(self._over)
+            control_id = str(next(self._control_ids))
+            waiter = self._controls[control_id] = InFlightRequest("", control_id, None)
+        try:
+            send(Control(control_id, action))
+            item = await waiter.items.get()
+        finally:
+            self._controls.pop(control_id, None)
+        if isinstance(item, Exception):
+            raise item
+        return item
+
     def abort(self, request_ids: str | Iterable[str]) -> None:
         """End requests within one step; unknown ids are ignored."""
         refuse_after_fork(self._pid)
@@ -113,6 +134,9 @@ class InFlight:
         """Hand outputs and refusals to those who wait for them."""
         if isinstance(event, Refused):
             self._end(event.request_id, event.error)
+        elif isinstance(event, Controlled):
+            if (waiter := self._controls.get(event.control_id)) is not None:
+                waiter.put(event.error or event.condition)
         elif isinstance(event, Outputs):
             for output in event.outputs:
                 if output.finished:
@@ -128,6 +152,9 @@ class InFlight:
             self._over = over
             for request in list(self._requests.values()):
                 self._end(request.engine_id, item_of(request.request_id))
+            for waiter in list(self._controls.values()):
+                item = item_of("")
+                waiter.put(item if isinstance(item, Exception) else item.error or EngineDeadError("the engine ended"))
 
     def _add(self, request_id: str, prompt: Any) -> InFlightRequest:
         if self._over is not None:

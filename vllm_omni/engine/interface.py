@@ -38,6 +38,16 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class EngineCondition:
+    """What can be changed of a loaded engine; a process that replaces another is brought to the same condition."""
+
+    adapters: dict[str, str] = field(default_factory=dict)  # name -> where it was loaded from
+    weights: str | None = None  # the folder of the last update; None: those that the model came with
+    asleep: int = 0  # the level of sleep; 0: awake
+    profiling: bool = False
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Counters since the engine started, and gauges of this moment; histograms as {bucket bound: count}."""
 
@@ -52,6 +62,9 @@ class EngineStats:
     aborts_by_stage: dict[str, int] = field(default_factory=dict)  # "queued" | "encode" | "denoise" | "decode"
     batch_sizes: dict[int, int] = field(default_factory=dict)  # rows of a forward -> how many forwards
     cache_bytes: int = 0
+    prompt_hits: int = 0  # prompts whose embeddings were there
+    prompt_misses: int = 0
+    prompt_bytes: int = 0
     queue_wait_s: float = 0.0  # summed over started requests
     denoise_s: float = 0.0
     decode_s: float = 0.0
@@ -68,6 +81,10 @@ class EngineClient(Protocol):
         """The loaded model; the engine must have started."""
 
     @property
+    def condition(self) -> EngineCondition:
+        """Its adapters, weights and sleep, as last reported."""
+
+    @property
     def ready(self) -> bool:
         """True while requests can be served: loaded, warmed up, alive, and not draining."""
 
@@ -79,16 +96,24 @@ class EngineClient(Protocol):
         *,
         priority: int = 0,
         timeout_s: float | None = None,
+        salt: str = "",
     ) -> AsyncIterator[OmniRequestOutput]:
         """Progress reports, then the finished output or its `.error`; leaving the iterator aborts within one step.
 
-        Lower `priority` runs earlier; waiting requests age, so none starves. Raises before any work is done:
+        Lower `priority` runs earlier; waiting requests age, so none starves. Requests of one `salt` alone share the
+        embeddings of equal prompts. Raises before any work is done:
         InvalidValueError, QueueFullError (with `retry_after_s`), EngineDeadError, EngineDrainingError.
         An output's error may be DeadlineExceededError, RequestAbortedError, EngineDeadError or what the model raised.
         """
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
         """End requests within one step, each with an output whose error says so. Unknown ids are ignored."""
+
+    async def control(self, action: Any) -> EngineCondition:
+        """Have an action of `wire.py` done between two steps; returns the condition after it.
+
+        Raises InvalidValueError, ModelLoadError or ConflictError, with nothing changed.
+        """
 
     async def check_health(self) -> None:
         """Raise EngineDeadError unless the engine answers within a few seconds."""

@@ -20,6 +20,8 @@ _COUNTERS = (
     "forwards_skipped",
     "aborts_by_stage",
     "batch_sizes",
+    "prompt_hits",
+    "prompt_misses",
     "queue_wait_s",
     "denoise_s",
     "decode_s",

@@ -14,8 +14,21 @@ import torch
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine import cost
+from vllm_omni.engine.control import EngineControl
 from vllm_omni.engine.interface import EngineStats, ModelInfo
-from vllm_omni.engine.wire import Abort, Add, Close, Command, EngineEvent, Outputs, Refused, StatsReport, UnitCosts
+from vllm_omni.engine.wire import (
+    Abort,
+    Add,
+    Close,
+    Command,
+    Control,
+    Controlled,
+    EngineEvent,
+    Outputs,
+    Refused,
+    StatsReport,
+    UnitCosts,
+)
 from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError, forget_locals
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.logger import init_logger
@@ -41,6 +54,8 @@ class EngineLoop:
         self.engine, self._progress_every_s = engine, progress_every_s
         self.turn_began: float | None = None  # monotonic; None while there is nothing to do. Read by the heartbeat
         self.costs = cost.no_costs()
+        self.control = EngineControl(engine)
+        self._controls: deque[Control] = deque()  # to be done, in this order
         self._commands, self._send = commands, send
         self._deadlines: dict[str, float] = {}
         self._aborts: Counter[str] = Counter()
@@ -58,11 +73,14 @@ class EngineLoop:
             self._send_outputs(ended + self.engine.collect())
             ended = self.engine.step()
             self._measure()
+            if self.control.after_step():
+                self._send(Controlled("", self.control.condition))
         self.engine.close()
 
     def _obey(self, ended: list[OmniRequestOutput]) -> bool:
         """Take the commands that wait; with nothing to do, wait for one. False: stop."""
         while True:
+            self._control()
             idle = not ended and not self.engine.has_unfinished_requests()
             if idle:
                 self._report()
@@ -77,12 +95,29 @@ class EngineLoop:
                 self._add(command)
             elif isinstance(command, Abort):
                 self._abort(command.request_ids, ended)
+            elif isinstance(command, Control):
+                self._controls.append(command)
+
+    def _control(self) -> None:
+        """Do what can be done now of what was asked for, in order."""
+        while self._controls and self.control.may_do(self._controls[0].action):
+            control, error = self._controls.popleft(), None
+            self.turn_began = time.monotonic()
+            try:
+                self.control.do(control.action)
+            except Exception as raised:  # the engine goes on, and whoever asked is told
+                error = raised
+                if not isinstance(error, OmniError):
+                    logger.error("%s failed:\n%s", control.action, "".join(traceback.format_exception(error)))
+            self._send(Controlled(control.control_id, self.control.condition, error))
 
     def _add(self, command: Add) -> None:
         try:
             params = OmniDiffusionSamplingParams(**command.params)
             prompt = command.prompt
-            request = OmniDiffusionRequest(command.request_id, prompt, normalise_prompt(prompt), params)
+            request = OmniDiffusionRequest(
+                command.request_id, prompt, normalise_prompt(prompt), params, command.salt
+            )
             self.engine.add_request(request, command.priority, command.arrived)
         except Exception as error:  # whatever a value of the wrong kind raises is that request's fault alone
             self._send(Refused(command.request_id, error))
@@ -179,6 +214,9 @@ class EngineLoop:
             aborts_by_stage=dict(self._aborts),
             batch_sizes=dict(self._batches),
             cache_bytes=worker.cache_bytes,
+            prompt_hits=worker.runner.prompts.hits,
+            prompt_misses=worker.runner.prompts.misses,
+            prompt_bytes=worker.runner.prompts.bytes,
             queue_wait_s=self._seconds["queue"],
             denoise_s=self._seconds["denoise"],
             decode_s=self._seconds["decode"],

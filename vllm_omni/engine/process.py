@@ -42,7 +42,6 @@ from vllm_omni.outputs import OmniRequestOutput
 logger = init_logger("vllm_omni.engine.process")  # `__name__` is "__main__" here
 
 if TYPE_CHECKING:
-    from vllm_omni.engine.interface import ModelInfo
     from vllm_omni.engine.loop import EngineLoop
 
 MAX_BACKLOG = 256  # events not read yet; beyond, no progress is sent
@@ -143,7 +142,7 @@ def beat(link: Link, every_s: float, turn_began: Callable[[], float | None], par
         link.send(Heartbeat(None if began is None else max(0.0, time.monotonic() - began)))
 
 
-def _load(start: Start, link: Link) -> tuple[EngineLoop, ModelInfo]:
+def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     """The loop, ready to serve; OmniError if the model is wrong, if possible before anything heavy is imported."""
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.model_folder import resolve_model
@@ -161,9 +160,11 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, ModelInfo]:
     engine = DiffusionEngine(config)
     loop = EngineLoop(engine, link.commands, link.send)
     tokens = warm_up(engine, describe(engine, {}), loop.costs) if start.warmup else {}
+    if start.condition is not None:
+        loop.control.restore(start.condition)
     gc.freeze()
     gc.enable()
-    return loop, describe(engine, tokens)
+    return loop, Loaded(describe(engine, tokens), loop.control.condition)
 
 
 def main() -> int:
@@ -184,12 +185,12 @@ def main() -> int:
     threading.Thread(target=beat, args=arguments, name="vllm-omni-beat", daemon=True).start()
 
     try:
-        loop, info = _load(start, link)
+        loop, loaded = _load(start, link)
     except OmniError as error:  # the front end shows it
         link.send(StartFailed(error))
         link.close()
         return 1
-    link.send(Loaded(info))
+    link.send(loaded)
     loop.run()
     link.close()
     return 0

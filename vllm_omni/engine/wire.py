@@ -14,7 +14,7 @@ import msgspec
 from msgspec import Struct
 
 import vllm_omni.errors as errors
-from vllm_omni.engine.interface import EngineStats, ModelInfo
+from vllm_omni.engine.interface import EngineCondition, EngineStats, ModelInfo
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
@@ -35,6 +35,7 @@ class Start(Struct, tag=True):
     warmup: bool
     heartbeat_s: float
     log_json: bool = False
+    condition: EngineCondition | None = None  # of the process that this one replaces
 
 
 class Add(Struct, tag=True):
@@ -46,6 +47,7 @@ class Add(Struct, tag=True):
     priority: int
     arrived: float
     deadline: float | None
+    salt: str = ""
 
 
 class Abort(Struct, tag=True):
@@ -56,10 +58,60 @@ class Close(Struct, tag=True):
     """End everything."""
 
 
+class LoadAdapter(Struct, tag=True):
+    name: str
+    path: str
+
+
+class UnloadAdapter(Struct, tag=True):
+    """Requests that have been accepted keep it."""
+
+    name: str
+
+
+class Sleep(Struct, tag=True):
+    """Level 1 keeps the weights in main memory, level 2 drops them. Accepted requests end first."""
+
+    level: int = 1
+
+
+class Wake(Struct, tag=True):
+    """End the sleep, if the engine sleeps."""
+
+
+class UpdateWeights(Struct, tag=True):
+    """Take weights from a folder, as soon as no request is between two steps of its own; those that wait, wait."""
+
+    path: str
+    modules: list[str] | None = None  # components of the pipeline; None: all that the folder has
+
+
+class StartProfile(Struct, tag=True):
+    """Trace the next steps, and write the trace into the folder."""
+
+    folder: str
+    steps: int
+
+
+class StopProfile(Struct, tag=True):
+    """Write the trace now."""
+
+
+Action = LoadAdapter | UnloadAdapter | Sleep | Wake | UpdateWeights | StartProfile | StopProfile
+
+
+class Control(Struct, tag=True):
+    """Something to be done to the engine between two steps."""
+
+    control_id: str
+    action: Action
+
+
 class Loaded(Struct, tag=True):
     """The engine can serve."""
 
     info: ModelInfo
+    condition: EngineCondition
 
 
 class StartFailed(Struct, tag=True):
@@ -77,6 +129,14 @@ class Outputs(Struct, tag=True):
     """Requests that ended, or progress of those that run; without their prompts."""
 
     outputs: list[OmniRequestOutput]
+
+
+class Controlled(Struct, tag=True):
+    """The condition after a `Control`, and why it was not done; without an id, the condition changed by itself."""
+
+    control_id: str
+    condition: EngineCondition
+    error: Exception | None = None
 
 
 class UnitCosts(Struct):
@@ -107,8 +167,8 @@ class _Named(Struct):
     request_id: str = ""
 
 
-Command = Start | Add | Abort | Close
-EngineEvent = Loaded | StartFailed | Refused | Outputs | StatsReport | Heartbeat
+Command = Start | Add | Abort | Control | Close
+EngineEvent = Loaded | StartFailed | Refused | Outputs | Controlled | StatsReport | Heartbeat
 
 
 def given_parameters(params: OmniDiffusionSamplingParams) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from uuid import uuid4
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.engine.in_flight import InFlight, InFlightRequest
+from vllm_omni.engine.interface import EngineCondition
 from vllm_omni.engine.loop import EngineLoop
-from vllm_omni.engine.wire import Abort, Add, Close, Command, given_parameters
+from vllm_omni.engine.wire import Abort, Action, Add, Close, Command, Sleep, Wake, given_parameters
 from vllm_omni.entrypoints.omni import engine_over
 from vllm_omni.errors import EngineClosedError, EngineDeadError, OmniError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt, own
@@ -47,7 +48,7 @@ class AsyncOmni:
         self._pid = os.getpid()
         self._commands = commands = queue.SimpleQueue[Command]()
         self._requests = InFlight(lambda engine_ids: commands.put(Abort(engine_ids)), _EVERY_REPORT)
-        loop = EngineLoop(engine, commands, self._requests.note, progress_every_s=0.0)
+        self._loop = loop = EngineLoop(engine, commands, self._requests.note, progress_every_s=0.0)
         self._thread = threading.Thread(
             target=_drive, args=(loop, self._requests), name="vllm-omni-engine", daemon=True
         )
@@ -75,6 +76,23 @@ class AsyncOmni:
             self._commands.put(Add(request.engine_id, own(prompt), own(given), 0, time.monotonic(), None))
 
         return self._requests.stream(uuid4().hex if request_id is None else request_id, prompt, begin)
+
+    async def control(self, action: Action) -> EngineCondition:
+        """Have an action of `engine/wire.py` done between two steps; returns the condition after it."""
+        if not self._close.alive:
+            raise EngineClosedError("the engine is closed")
+        return await self._requests.control(action, self._commands.put)
+
+    async def sleep(self, level: int = 1) -> None:
+        """Give back the device's memory once all requests have ended; see `Omni.sleep`."""
+        await self.control(Sleep(level))
+
+    async def wake_up(self) -> None:
+        """End the sleep."""
+        await self.control(Wake())
+
+    async def is_sleeping(self) -> bool:
+        return self._loop.control.condition.asleep > 0
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
         """End requests within one step; their iterators return an output whose error says so."""

@@ -16,7 +16,9 @@ from tqdm import tqdm
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.engine.control import EngineControl
 from vllm_omni.engine.in_flight import refuse_after_fork
+from vllm_omni.engine.wire import Action, LoadAdapter, Sleep, UnloadAdapter, UpdateWeights, Wake
 from vllm_omni.errors import EngineClosedError, EngineDeadError, InvalidValueError, OmniError, forget_locals
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt, own
 from vllm_omni.outputs import OmniRequestOutput
@@ -41,7 +43,7 @@ class Omni:
         return omni
 
     def _open(self, engine: DiffusionEngine) -> None:
-        self.engine = engine
+        self.engine, self.control = engine, EngineControl(engine)
         self._ids = itertools.count()
         self._turn = threading.Lock()
         self._closing = self._broken = False
@@ -126,6 +128,40 @@ class Omni:
             )
         return list(given)
 
+    def sleep(self, level: int = 1) -> None:
+        """Give back the device's memory: level 1 keeps the weights in main memory, level 2 reads them again later.
+
+        Until `wake_up`, requests end with EngineAsleepError.
+        """
+        self._control(Sleep(level))
+
+    def wake_up(self) -> None:
+        """End the sleep; ConflictError if the weights cannot be read, and then it sleeps on."""
+        self._control(Wake())
+
+    @property
+    def is_sleeping(self) -> bool:
+        return self.control.condition.asleep > 0
+
+    def load_lora_adapter(self, name: str, path: str) -> None:
+        """Load one more adapter by a new name."""
+        self._control(LoadAdapter(name, path))
+
+    def unload_lora_adapter(self, name: str) -> None:
+        """Take an adapter off the model."""
+        self._control(UnloadAdapter(name))
+
+    def update_weights_from_disk(self, path: str, target_modules: list[str] | None = None) -> None:
+        """Replace weights by those of a model's folder, of all components that it has or of those named."""
+        self._control(UpdateWeights(path, target_modules))
+
+    def _control(self, action: Action) -> None:
+        refuse_after_fork(self._pid)
+        with self._turn:
+            if self._closing:
+                raise EngineClosedError("the engine is closed")
+            self.control.do(action)
+
     def close(self) -> None:
         """Abort what runs, whichever thread asked for it, and take the cache off the pipeline."""
         if os.getpid() != self._pid:
@@ -145,7 +181,8 @@ class Omni:
 def engine_over(pipe: Any, defaults: dict[str, Any] | None, engine_args: dict[str, Any]) -> DiffusionEngine:
     """An engine over a diffusers pipeline that is loaded already."""
     name = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
-    return DiffusionEngine(OmniDiffusionConfig(model=name, **engine_args), pipe, defaults)
+    own = {"prompt_cache_mb": 0} | engine_args  # its owner may change an encoder at any time
+    return DiffusionEngine(OmniDiffusionConfig(model=name, **own), pipe, defaults)
 
 
 @contextmanager

@@ -86,7 +86,17 @@ class ServeConfig(Settings):
     allowed_media_domains: tuple[str, ...] = Field(
         default=(), description="hosts from which pictures may be fetched (default: none)"
     )
+    allowed_model_folders: tuple[Path, ...] = Field(
+        default=(), description="folders from which adapters and weights may be loaded over HTTP (default: none)"
+    )
+    profiler_dir: Path | None = Field(
+        default=None, description="where traces of POST /start_profile are written (default: none are made)"
+    )
     store_dir: Path | None = Field(default=None, description="where video jobs are kept (default: a temporary folder)")
+    log_stats: bool = Field(default=False, description="log a line about running and waiting requests and speed")
+    log_stats_interval_s: float = Field(
+        default=10.0, gt=0, allow_inf_nan=False, description="between two such lines, while there is something to do"
+    )
     log_json: bool = Field(default=False, description="log one JSON object per line")
     log_prompts: bool = Field(default=False, description="write prompts into the log")
     otlp_traces_endpoint: str | None = Field(default=None, description="OpenTelemetry collector for traces")

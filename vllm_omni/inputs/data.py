@@ -21,7 +21,7 @@ class OmniDiffusionSamplingParams(Settings):
 
     `seed` is ``torch.Generator("cpu").manual_seed(seed)``, the picture plain diffusers makes with it; without seed and
     generator a random seed is drawn and reported. `cache` is None (the engine's setting), ``"off"``, a preset's name,
-    or a dict of overrides. `lora_request` names adapters registered at start-up: ``"style"``,
+    or a dict of overrides. `lora_request` names adapters that are loaded: ``"style"``,
     ``{"name": "style", "scale": 0.8}``, or a list of them. `preview_every` steps, a progress report carries the images
     as they stand (flow matching). `fps`: frames per second of a video's file (default: the model's own).
     `boundary_ratio`: of the noise schedule, where a model's second expert takes over (Wan 2.2).

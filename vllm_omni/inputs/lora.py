@@ -1,4 +1,4 @@
-"""Which adapters a request runs with: names registered at start-up, and a scale each. Knows no weights and no paths."""
+"""Which adapters a request runs with: names of loaded ones, and a scale each. Knows no weights and no paths."""
 
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from diffusers.loaders.lora_base import LoraBaseMixin
+
 from vllm_omni.errors import InvalidValueError, ModelLoadError
 from vllm_omni.inputs.lora import Adapters
 
@@ -15,19 +17,44 @@ class AdapterSwitch:
 
     def __init__(self, pipeline: Any, modules: Mapping[str, str]) -> None:
         self._pipeline = pipeline
-        self._names = tuple(modules)
-        self._active: Adapters = ()
+        self.loaded: dict[str, str] = {}  # name -> where it came from; the one that was asked for least recently first
+        self._held: set[str] = set()  # what the pipeline has
+        self._active: Adapters | None = ()
         for name, where in modules.items():
-            _load(pipeline, name, where)
-        if self._names:
-            pipeline.disable_lora()
+            self.load(name, where)
+
+    def load(self, name: str, where: str) -> None:
+        """Load one more; it is off. ModelLoadError if it cannot be, and then nothing is left of it."""
+        self._active = None
+        self._held.add(name)
+        try:
+            _load(self._pipeline, name, where)
+        except ModelLoadError:
+            self.remove(name)
+            raise
+        self.loaded[name] = where
+        self.use(())
+
+    def remove(self, name: str) -> None:
+        """Take an adapter off the pipeline, which no request may use."""
+        self.loaded.pop(name, None)
+        self._held.remove(name)
+        self._active = None
+        if not isinstance(self._pipeline, LoraBaseMixin):
+            return
+        if self._held:
+            self._pipeline.delete_adapters(name)
+        else:
+            self._pipeline.unload_lora_weights()
+        self.use(())
 
     def check(self, adapters: Adapters) -> None:
-        """InvalidValueError for a name that was not registered at start-up."""
+        """InvalidValueError for a name that is not loaded."""
         for name, _ in adapters:
-            if name not in self._names:
-                known = f"must be one of: {', '.join(self._names)}" if self._names else "is not known: none is loaded"
-                raise InvalidValueError("lora_request", name, f"{known} (registered with lora_modules at start-up)")
+            if name not in self.loaded:
+                known = f"must be one of: {', '.join(self.loaded)}" if self.loaded else "is not known: none is loaded"
+                raise InvalidValueError("lora_request", name, f"{known} (or load it first)")
+            self.loaded[name] = self.loaded.pop(name)
 
     def use(self, adapters: Adapters) -> None:
         """Turn exactly these adapters on; they stay on until another set is asked for."""
@@ -37,19 +64,18 @@ class AdapterSwitch:
             if not self._active:
                 self._pipeline.enable_lora()
             self._pipeline.set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
-        else:
+        elif self._held:
             self._pipeline.disable_lora()
         self._active = adapters
 
     def close(self) -> None:
         """Take every adapter off the pipeline again."""
-        if self._names:
+        if self._held:
             self._pipeline.unload_lora_weights()
-            self._names, self._active = (), ()
+            self.loaded, self._held, self._active = {}, set(), ()
 
 
 def _load(pipeline: Any, name: str, where: str) -> None:
-    from diffusers.loaders.lora_base import LoraBaseMixin
     from safetensors import SafetensorError
 
     path = Path(where).expanduser()
@@ -66,3 +92,5 @@ def _load(pipeline: Any, name: str, where: str) -> None:
         pipeline.load_lora_weights(str(path) if local else where, adapter_name=name, use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelLoadError(f"lora_modules {name!r}: could not be loaded: {error}") from error
+    if not any(name in names for names in pipeline.get_list_adapters().values()):
+        raise ModelLoadError(f"lora_modules {name!r}: {path.name} holds no adapter for {type(pipeline).__name__}")

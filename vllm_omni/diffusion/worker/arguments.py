@@ -33,12 +33,19 @@ class ArgumentBuilder:
         self._two_experts = vars(pipeline).get("transformer_2") is not None
         self._accepted = _arguments_of(type(pipeline))
         self.defaults = {key: value for key, value in defaults.items() if key in self._accepted}
+        own = config.default_sampling_params
+        for name in own:
+            if name not in self._accepted:
+                raise InvalidValueError("default_sampling_params", name, f"is not an argument of {self._name}")
         known = next((rate for name, rate in _FRAME_RATES.items() if self._name.startswith(name)), 16)
         self._fps = float(defaults.get("fps", known))
         self.audio_rate = _audio_rate(pipeline)
         self._config = config
         processor = vars(pipeline).get("image_processor")
         self.multiple = processor.config.vae_scale_factor if isinstance(processor, VaeImageProcessor) else 1
+        self.defaults |= own
+        if own:
+            self._check(self.defaults)
 
     def build(self, request: OmniDiffusionRequest) -> dict[str, Any]:
         """Everything but the generator. InvalidValueError names what the pipeline does not take, or a limit."""

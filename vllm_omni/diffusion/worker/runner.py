@@ -46,6 +46,7 @@ from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.diffusion.worker.request import ParkedCall, Previews, Request
 from vllm_omni.diffusion.worker.shared_modules import SharedModules
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.inputs.prompt_cache import PromptCache
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -54,8 +55,10 @@ logger = init_logger(__name__)
 class ModelRunner:
     """Runs parked calls on the pipeline's denoisers, text encoders and decoder."""
 
-    def __init__(self, pipeline: Any, lora_modules: dict[str, str] | None = None) -> None:
-        self.pipeline = pipeline
+    def __init__(
+        self, pipeline: Any, lora_modules: dict[str, str] | None = None, prompts: PromptCache | None = None
+    ) -> None:
+        self.pipeline, self.prompts = pipeline, prompts or PromptCache(0)
         self._device = pipeline._execution_device if isinstance(pipeline, DiffusionPipeline) else None
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
         self.binders = {name: CallBinder(name, module) for name, module in self.modules.items()}
@@ -88,6 +91,12 @@ class ModelRunner:
         if (boundary := asked.params.boundary_ratio) is not None:
             task.pipeline.register_to_config(boundary_ratio=boundary)  # of the request's own copy
         adapters = asked.params.lora_request or ()
+        if (encode := getattr(type(self.pipeline), "encode_prompt", None)) is not None:
+
+            def encode_prompt(*args: Any, **given: Any) -> Any:
+                return self.prompts.encode((asked.salt, adapters), partial(encode, task.pipeline), args, given)
+
+            vars(task.pipeline).setdefault("encode_prompt", encode_prompt)
         previews = Previews(asked.params.preview_every if can_preview(self.pipeline) else None)
         request = Request(
             asked.request_id, task, backend, settings, StepTracker(task.pipeline), adapters, previews=previews
@@ -193,6 +202,8 @@ class ModelRunner:
 
     def _call_component(self, batch: Sequence[Request]) -> list[Any]:
         calls = [_component_call(request) for request in batch]
+        if calls[0].component in TEXT_ENCODERS:  # one that had no adapters when the request began may have some now
+            self.adapters.use(batch[0].adapters)
         return call_component(getattr(self.pipeline, calls[0].component), calls)
 
     # --------------------------------------------------------------------------------------------------- between calls
@@ -228,7 +239,9 @@ class ModelRunner:
         if isinstance(event, Finished | Failed):
             request.end(event)
         elif isinstance(event, ComponentCall):  # nothing of the last denoiser call is held: a decode needs the room
-            request.parked = ParkedCall(event, component_key(event) or request.request_id, StepKind.COMPONENT)
+            key = component_key(event) or request.request_id
+            own = request.adapters if event.component in TEXT_ENCODERS else ()
+            request.parked = ParkedCall(event, (key, own), StepKind.COMPONENT)
         else:
             (parked,) = _each_or_errors([request], lambda _: [self._park(request, event)])
             if isinstance(parked, Exception):  # the request's own arguments or schedule: it alone ends

@@ -17,6 +17,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.inputs.prompt_cache import PromptCache
 from vllm_omni.model_folder import generation_defaults
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -38,13 +39,15 @@ class DiffusionWorker:
 
     def load_model(self, pipeline: Any = None, defaults: dict[str, Any] | None = None) -> None:
         """Load the pipeline, or take one that is loaded, and enable the engine's cache on it."""
+        self.from_folder = pipeline is None
         if pipeline is None:
             defaults = generation_defaults(self.config.model)
             pipeline = load_pipeline(self.config)
         self.pipeline = pipeline
         for module in denoisers_of(pipeline).values():
             refuse_other_caches(module)
-        self.runner = ModelRunner(pipeline, self.config.lora_modules)
+        prompts = PromptCache(int(self.config.prompt_cache_mb * 2**20))
+        self.runner = ModelRunner(pipeline, self.config.lora_modules, prompts)
         self.arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
         if self.default_cache is not None:
             self._backend(self.default_cache)

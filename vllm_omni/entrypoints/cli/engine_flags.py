@@ -8,7 +8,7 @@ from typing import Any
 from vllm_omni.diffusion.cache.settings import ENGINE_BACKENDS, engine_backend
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.entrypoints.cli.flags import add_flags, given, named_by_flag
-from vllm_omni.entrypoints.cli.values import cache_settings, lora_modules, parse_size
+from vllm_omni.entrypoints.cli.values import cache_settings, json_object, lora_modules, parse_size
 
 MODEL = "'demo' (comes with the package), a diffusers model folder, or a hub id"
 
@@ -51,6 +51,10 @@ def engine_args(args: argparse.Namespace) -> dict[str, Any]:
             found["cache_backend"] = engine_backend(found["cache_backend"])
         if "cache_config" in found:
             found["cache_config"] = cache_settings(found["cache_config"])
+        if "default_sampling_params" in found:
+            example = '{"num_inference_steps": 20}'
+            text = found["default_sampling_params"]
+            found["default_sampling_params"] = json_object("--default-sampling-params", text, example)
         if "lora_modules" in found:
             found["lora_modules"] = lora_modules(found["lora_modules"])
         OmniDiffusionConfig(**found)

@@ -94,6 +94,8 @@ def _options(name: str, field: FieldInfo) -> dict[str, Any]:
     word = name.rpartition("_")[2].upper()
     if get_origin(kind) is tuple:
         return {"nargs": "+", "metavar": word.removesuffix("S")}
+    if get_origin(kind) is dict and get_args(kind)[1] is Any:
+        return {"metavar": "JSON"}
     if get_origin(kind) is dict:
         return {"nargs": "+", "metavar": "NAME=PATH"}
     return {"metavar": "FOLDER" if kind is Path else word}

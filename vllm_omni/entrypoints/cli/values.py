@@ -21,14 +21,14 @@ def parse_size(size: str | None) -> tuple[int | None, int | None]:
     return int(match[1]), int(match[2])
 
 
-def json_object(field: str, text: str) -> dict[str, Any]:
+def json_object(field: str, text: str, example: str = '{"mag_threshold": 0.12}') -> dict[str, Any]:
     """A JSON object from the command line; InvalidValueError says what is wrong."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise InvalidValueError(field, text, f"must be JSON ({error})") from None
     if not isinstance(value, dict):
-        raise InvalidValueError(field, text, "must be a JSON object, e.g. '{\"mag_threshold\": 0.12}'")
+        raise InvalidValueError(field, text, f"must be a JSON object, e.g. '{example}'")
     return value
 
 

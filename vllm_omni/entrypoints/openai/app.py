@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from vllm_omni import _vllm_compat
 from vllm_omni.engine.interface import EngineClient
-from vllm_omni.entrypoints.openai import chat, images, info, metrics, page, videos
+from vllm_omni.entrypoints.openai import admin, chat, images, info, metrics, page, videos
 from vllm_omni.entrypoints.openai.jobs import Jobs
 from vllm_omni.entrypoints.openai.middleware import OPEN_PATHS, add_middleware
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, as_api_error, invalid
@@ -35,7 +35,7 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
         _vllm_compat.start_tracing(config.otlp_traces_endpoint)
     jobs = Jobs(engine)
     state = app.state.omni = AppState(engine, config, jobs, videos.open_jobs(jobs, config))
-    for router in (images.router, videos.router, chat.router, info.router, metrics.router):
+    for router in (images.router, videos.router, chat.router, info.router, metrics.router, admin.router):
         app.include_router(router)
     open_paths = OPEN_PATHS
     if config.ui:

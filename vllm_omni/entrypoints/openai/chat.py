@@ -19,7 +19,7 @@ from vllm_omni.entrypoints.openai.protocol.bodies import Source, body_schema, ch
 from vllm_omni.entrypoints.openai.protocol.errors import invalid
 from vllm_omni.entrypoints.openai.protocol.requests import ChatRequest, ImageRequest
 from vllm_omni.entrypoints.openai.protocol.streams import Event
-from vllm_omni.entrypoints.openai.state import AppState, State
+from vllm_omni.entrypoints.openai.state import AppState, State, salt_of
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
 
@@ -40,10 +40,11 @@ async def completions(http: Request, state: State) -> Any:
     own = {name: given.pop(name) for name in ChatRequest.model_fields if name in given}
     messages = validate(ChatRequest, own, strict=True).messages
     prompt, sources = read_messages(messages)
-    request = check_request(ImageRequest, replace(body, fields={"prompt": prompt, **given}), state.config)
+    body = replace(body, fields={"prompt": prompt, **given})
+    request = check_request(ImageRequest, body, state.config, state.adapters)
     matched = match_pictures(replace(body, sources=sources), state.info, "messages")
     pictures = await asyncio.to_thread(media.load, matched, state.config)
-    generation = plan_images(request, state.info, state.config.limits, pictures)
+    generation = replace(plan_images(request, state.info, state.config.limits, pictures), salt=salt_of(http, request))
     made = await respond(http, state, generation, _chunks(http, state, generation))
     return _completion(made, generation) if isinstance(made, replies.ImagesReply) else made
 

@@ -53,6 +53,7 @@ class GenerationRequest(Generic[R]):
     width: int
     height: int
     timeout_s: float | None
+    salt: str = ""  # who asks; see `salt_of`
 
     @property
     def model(self) -> str:

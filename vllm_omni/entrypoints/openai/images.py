@@ -9,6 +9,7 @@ import time
 import zipfile
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -21,7 +22,7 @@ from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_requ
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest
 from vllm_omni.entrypoints.openai.protocol.streams import Event, EventStream, unless_gone
-from vllm_omni.entrypoints.openai.state import AppState, State
+from vllm_omni.entrypoints.openai.state import AppState, State, salt_of
 from vllm_omni.outputs import OmniRequestOutput
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
@@ -42,9 +43,9 @@ async def generations(http: Request, state: State) -> Any:
     if kind != "application/json":
         raise ApiError(400, "the body must be application/json", "invalid_request")
     body = await read_json(http)
-    request = check_request(ImageRequest, body, state.config)
+    request = check_request(ImageRequest, body, state.config, state.adapters)
     match_pictures(body, state.info, "image")
-    generation = plan_images(request, state.info, state.config.limits)
+    generation = replace(plan_images(request, state.info, state.config.limits), salt=salt_of(http, request))
     return await respond(http, state, generation, _events(http, state, generation, "image_generation"))
 
 
@@ -60,14 +61,14 @@ async def edits(http: Request, state: State) -> Any:
     """Pictures of a prompt and of pictures given."""
     check_makes(state.info, "image")
     body = await read_form(http, state.config.limits.max_input_images, PICTURES)
-    request = check_request(ImageRequest, body, state.config)
+    request = check_request(ImageRequest, body, state.config, state.adapters)
     if not state.info.pictures:
         raise invalid("image", "this model takes no picture; it has /v1/images/generations", "unsupported_parameter")
     if not body.sources:
         raise invalid("image", "at least one picture is needed")
     sources = match_pictures(body, state.info, "image")
     pictures = await asyncio.to_thread(media.load, sources, state.config)
-    generation = plan_images(request, state.info, state.config.limits, pictures)
+    generation = replace(plan_images(request, state.info, state.config.limits, pictures), salt=salt_of(http, request))
     return await respond(http, state, generation, _events(http, state, generation, "image_edit"))
 
 

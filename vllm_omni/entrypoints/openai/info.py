@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
@@ -20,19 +21,23 @@ router = APIRouter(tags=["server"])
 
 @router.get("/v1/models")
 async def models(state: State) -> replies.Models:
-    """One entry per name that the model is served under."""
-    return replies.Models(data=[_model(name, state) for name in state.config.model_names])
+    """One entry per name that the model is served under, and one per adapter."""
+    names = [*state.config.model_names, *state.adapters]
+    return replies.Models(data=[_model(name, state) for name in names])
 
 
 @router.get("/v1/models/{model_id:path}")
 async def model(model_id: str, state: State) -> replies.Model:
     """A model with what it can do, its defaults and the server's limits."""
-    check_model(model_id, state.config)
+    check_model(model_id, state.config, state.adapters)
     return _model(model_id, state)
 
 
 def _model(name: str, state: AppState) -> replies.Model:
     info, config = state.info, state.config
+    if (path := state.adapters.get(name)) is not None:
+        parent = config.model_names[0]
+        return replies.Model(id=name, created=int(state.started), root=Path(path).name, parent=parent, omni={})
     needed = any(picture.needed for picture in info.pictures.values())
     video = {"frames": config.limits.max_frames, "frame_multiple": info.frame_multiple} if info.video_output else {}
     omni = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from PIL import Image
@@ -22,6 +22,7 @@ from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, Vide
 from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import (
+    EngineAsleepError,
     EngineClosedError,
     EngineDeadError,
     EngineDrainingError,
@@ -80,6 +81,7 @@ class Jobs:
                 f"{job_id}-{index}",
                 priority=generation.request.priority or 0,
                 timeout_s=generation.timeout_s,
+                salt=generation.salt,
             )
             async with aclosing(stream) as outputs:  # type: ignore[type-var]
                 async for output in outputs:
@@ -185,7 +187,7 @@ class VideoJobs:
             try:
                 output = await self._generate(job, generation, admission)
                 break
-            except (QueueFullError, EngineDeadError) as error:
+            except (QueueFullError, EngineDeadError, EngineAsleepError) as error:
                 deaths += isinstance(error, EngineDeadError) and self._progress.pop(job.id, None) is not None
                 if not admission.done() or error.retry_after_s is None or deaths >= MAX_DEATHS:
                     raise
@@ -211,9 +213,10 @@ class VideoJobs:
         """A stored job as this server makes it; raises if it does not."""
         data, config = self.store.picture(job), self._config
         body = Body(job.fields, sources=[] if data is None else [(INPUT_REFERENCE, data)])
-        info, request = self._jobs.engine.info, check_request(VideoRequest, body, config)
+        info, adapters = self._jobs.engine.info, self._jobs.engine.condition.adapters
+        request = check_request(VideoRequest, body, config, adapters)
         pictures = media.load(match_pictures(body, info, INPUT_REFERENCE), config)
-        return plan_video(request, info, config.limits, pictures)
+        return replace(plan_video(request, info, config.limits, pictures), salt=job.id)
 
     async def _generate(self, job: VideoJob, generation: Generation, admission: Admission) -> OmniRequestOutput:
         async with aclosing(self._jobs.run(generation, job.id)) as items:

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
+from contextlib import asynccontextmanager
 
-from fastapi import APIRouter
+from fastapi import APIRouter, FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from starlette.responses import PlainTextResponse, Response
 
 from vllm_omni.engine.interface import EngineStats
 from vllm_omni.entrypoints.openai.state import LATENCY_BOUNDS, AppState, State
+from vllm_omni.logger import init_logger
 
-router = APIRouter(tags=["server"])
+logger = init_logger(__name__)
+
 BATCH_BOUNDS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: AppState = app.state.omni
+    task = asyncio.create_task(_log_stats(state)) if state.config.log_stats else None
+    yield
+    if task is not None:
+        task.cancel()
+
+
+router = APIRouter(tags=["server"], lifespan=_lifespan)
 
 
 @router.get("/metrics", response_class=PlainTextResponse)
@@ -22,6 +38,23 @@ async def metrics(state: State) -> Response:
     registry = CollectorRegistry()
     registry.register(_Snapshot(await state.engine.stats(), state))  # type: ignore[arg-type]
     return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _log_stats(state: AppState) -> None:
+    """Write a line whenever the interval is over and something was done in it or waits."""
+    every, before = state.config.log_stats_interval_s, await state.engine.stats()
+    while True:
+        await asyncio.sleep(every)
+        now = await state.engine.stats()
+        computed, skipped = now.steps_computed - before.steps_computed, now.steps_skipped - before.steps_skipped
+        done = now.requests.get("finished", 0) - before.requests.get("finished", 0)
+        if now.running or now.waiting or computed or skipped or done:
+            logger.info(
+                "Running: %d reqs, Waiting: %d reqs, Finished: %.2f reqs/s, Steps: %.1f/s, Skipped: %.1f%%",
+                now.running, now.waiting, done / every, (computed + skipped) / every,
+                100 * skipped / max(1, computed + skipped),
+            )  # fmt: skip
+        before = now
 
 
 class _Snapshot:
@@ -49,6 +82,9 @@ class _Snapshot:
         yield self._counters("vllm:request_success", "Requests by how they ended.", "finished_reason", s.requests)
         steps = {"computed": s.steps_computed, "skipped": s.steps_skipped}
         yield self._counters("vllm_omni:denoise_steps", "Denoising steps of requests.", "kind", steps)
+        prompts = {"hit": s.prompt_hits, "miss": s.prompt_misses}
+        yield self._counters("vllm_omni:prompt_cache", "Prompts: embeddings kept, or not.", "result", prompts)
+        yield self._gauge("vllm_omni:prompt_cache_bytes", "Bytes of kept embeddings.", s.prompt_bytes)
         forwards = {"computed": s.forwards_computed, "skipped": s.forwards_skipped}
         yield self._counters("vllm_omni:denoiser_forwards", "Forwards of batches.", "kind", forwards)
         yield self._counters("vllm_omni:aborted", "Aborted requests.", "where", s.aborts_by_stage)

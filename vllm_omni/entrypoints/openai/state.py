@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -15,6 +15,7 @@ from fastapi import Depends, Request
 from vllm_omni.engine.interface import EngineClient, ModelInfo
 from vllm_omni.entrypoints.openai.generation import GenerationRequest
 from vllm_omni.entrypoints.openai.jobs import Jobs, VideoJobs
+from vllm_omni.entrypoints.openai.protocol.requests import BaseRequest
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.logger import init_logger
 
@@ -39,6 +40,11 @@ class AppState:
     @property
     def info(self) -> ModelInfo:
         return self.engine.info
+
+    @property
+    def adapters(self) -> Mapping[str, str]:
+        """Those that requests may use: name -> where it came from."""
+        return self.engine.condition.adapters
 
     @contextmanager
     def timed(self) -> Iterator[None]:
@@ -66,6 +72,12 @@ class AppState:
         }
         told = {name: value for name, value in told.items() if value is not None}
         logger.info("accepted %s", told, extra=told)
+
+
+def salt_of(http: Request, request: BaseRequest) -> str:
+    """Who asks: the key, and whom its owner asks for. What one of them has asked shows in nobody else's times."""
+    who = http.headers.get("authorization", ""), request.safety_identifier or request.user or ""
+    return sha256("\0".join(who).encode()).hexdigest()
 
 
 async def _state(request: Request) -> AppState:

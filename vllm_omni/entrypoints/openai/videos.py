@@ -22,7 +22,7 @@ from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_requ
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest
 from vllm_omni.entrypoints.openai.protocol.streams import unless_gone
-from vllm_omni.entrypoints.openai.state import AppState, State
+from vllm_omni.entrypoints.openai.state import AppState, State, salt_of
 from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.outputs.media import encode_video
@@ -100,10 +100,10 @@ async def _read(http: Request, state: AppState) -> GenerationRequest[VideoReques
         body = await read_json(http, _PICTURES)
     else:
         body = await read_form(http, 1, _PICTURES)
-    request = check_request(VideoRequest, body, state.config)
+    request = check_request(VideoRequest, body, state.config, state.adapters)
     sources = match_pictures(body, state.info, INPUT_REFERENCE)
     pictures = await asyncio.to_thread(media.load, sources, state.config)
-    return plan_video(request, state.info, state.config.limits, pictures)
+    return replace(plan_video(request, state.info, state.config.limits, pictures), salt=salt_of(http, request))
 
 
 @router.get("")

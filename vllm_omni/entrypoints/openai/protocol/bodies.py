@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -65,14 +66,18 @@ class Body:
 
 
 def body_schema(
-    kind: type[BaseModel], media: str, required: tuple[str, ...] = (), optional: tuple[str, ...] = ()
+    kind: type[BaseModel],
+    media: str,
+    required: tuple[str, ...] = (),
+    optional: tuple[str, ...] = (),
+    needed: bool = True,
 ) -> dict[str, Any]:
     """The request body of a route's description; `required` and `optional` are files."""
     schema = kind.model_json_schema()
     files = {name: {"type": "string", "format": "binary"} for name in (*required, *optional)}
     schema["properties"] = files | schema["properties"]
     schema["required"] = [*required, *schema.get("required", ())]
-    return {"requestBody": {"required": True, "content": {media: {"schema": schema}}}}
+    return {"requestBody": {"required": needed, "content": {media: {"schema": schema}}}}
 
 
 async def read_json(http: Request, pictures: tuple[str, ...] = ()) -> Body:
@@ -134,8 +139,11 @@ def _body(
     return body
 
 
-def check_request(kind: type[R], body: Body, config: ServeConfig) -> R:
-    """Fields as given, as a request of that kind; ApiError for the first that is wrong."""
+def check_request(kind: type[R], body: Body, config: ServeConfig, adapters: Collection[str]) -> R:
+    """Fields as given, as a request of that kind; ApiError for the first that is wrong.
+
+    One of the `adapters` that are loaded may be named as the model.
+    """
     values: dict[str, Any] = {}
     for key, value in body.fields.items():
         name = ALIASES.get(key, key)
@@ -162,7 +170,11 @@ def check_request(kind: type[R], body: Body, config: ServeConfig) -> R:
     for name, text in (("prompt", request.prompt), ("negative_prompt", request.negative_prompt or "")):
         if len(text) > limit:
             raise invalid(name, f"{name} has {len(text)} characters, at most {limit} are taken")
-    check_model(request.model, config)
+    check_model(request.model, config, adapters)
+    if request.model in adapters:
+        if request.lora not in (None, request.model):
+            raise invalid("lora", "the model named is an adapter already; name the model, and all adapters as lora")
+        request = request.model_copy(update={"lora": request.model})
     return request
 
 
@@ -176,11 +188,12 @@ def validate(kind: type[M], values: dict[str, Any], *, strict: bool) -> M:
         raise invalid(name, f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
 
 
-def check_model(name: str | None, config: ServeConfig) -> None:
-    """404 for a model that is not served here."""
-    if name is not None and name not in config.model_names:
-        served = ", ".join(config.model_names)
-        raise ApiError(404, f"model {name[:100]!r} is not served here; it has: {served}", "model_not_found", "model")
+def check_model(name: str | None, config: ServeConfig, adapters: Collection[str]) -> None:
+    """404 for a model, or an adapter, that is not served here."""
+    served = [*config.model_names, *adapters]
+    if name is not None and name not in served:
+        text = f"model {name[:100]!r} is not served here; it has: {', '.join(served)}"
+        raise ApiError(404, text, "model_not_found", "model")
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

@@ -21,10 +21,14 @@ _PRIVATE = re.compile(
 # The package's own errors, subclasses first: status and code.
 _OURS: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.UnknownKeyError, 400, "unknown_parameter"),
+    (errors.UnknownAdapterError, 404, "not_found"),
     (errors.InvalidValueError, 400, "invalid_value"),
+    (errors.ModelLoadError, 400, "invalid_model"),
+    (errors.ConflictError, 409, "conflict"),
     (errors.RequestAbortedError, 499, "request_cancelled"),
     (errors.NumericalError, 500, "numerical_error"),
     (errors.QueueFullError, 503, "queue_full"),
+    (errors.EngineAsleepError, 503, "asleep"),
     (errors.EngineDrainingError, 503, "draining"),
     (errors.EngineClosedError, 503, "draining"),
     (errors.EngineDeadError, 503, "engine_dead"),
@@ -110,6 +114,6 @@ def _as_api_error(error: BaseException) -> ApiError:
         told = error.retry_after_s if isinstance(error, errors.QueueFullError | errors.EngineDeadError) else 10.0
         return unavailable(str(error), code, told)
     if isinstance(error, errors.InvalidValueError):
-        return invalid(error.field, str(error), code)
+        return ApiError(status, str(error), code, error.field)
     kind = "server_error" if status >= 500 else "invalid_request_error"
     return ApiError(status, str(error), code, type=kind, headers={"x-should-retry": "false"})

@@ -168,6 +168,7 @@ class Model(Reply):
     created: int
     owned_by: str = "vllm-omni"
     root: str
+    parent: Annotated[str | None, OMIT_NONE] = Field(default=None, description="Of an adapter: its model.")
     omni: dict[str, Any] = Field(description="Pipeline, defaults, capabilities, limits and cache settings.")
 
 
@@ -188,6 +189,21 @@ class CacheReply(BaseModel):
     skip_ratio: float
     bytes: int
     recent: list[dict[str, Any]]
+
+
+class Sleeping(Reply):
+    is_sleeping: bool
+    level: int
+
+
+class Condition(Sleeping):
+    """The engine after an administrator's action."""
+
+    success: Literal[True] = True
+    message: str
+    adapters: list[str]
+    weights: str | None = Field(description="The folder of the last update; null: those that the model came with.")
+    profiling: bool
 
 
 class Version(Reply):

@@ -83,7 +83,7 @@ class BaseRequest(BaseModel):
         default=None, description="off, a preset, or settings by name."
     )
     lora: Annotated[str | dict[str, Any] | list[Any] | None, AfterValidator(_few), Plain] = Field(
-        default=None, description="Names registered at start-up."
+        default=None, description="Names of adapters that are loaded."
     )
     priority: int | None = Field(default=None, ge=-1000, le=1000)
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)

@@ -1,0 +1,102 @@
+"""Options of loading that diffusers carries out: weights in 8 bits, attention kernels, offloaded blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from closeness import levels_apart
+from diffusers import DiffusionPipeline
+from paths import DEMO
+
+from vllm_omni import Omni
+from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.loader import load_pipeline, prepare
+from vllm_omni.errors import InvalidValueError, UnknownChoiceError
+from vllm_omni.model_folder import generation_defaults
+
+FEW = Params(num_inference_steps=6, seed=1)
+
+
+def test_weights_in_8_bits_are_those_of_diffusers(demo: Omni) -> None:
+    plain = DiffusionPipeline.from_pretrained(DEMO, dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    plain.transformer.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    asked = generation_defaults("demo") | {"num_inference_steps": 6}
+    wanted = plain("red apple", generator=torch.Generator().manual_seed(1), **asked)
+    with Omni("demo", dtype="float32", quantization="fp8") as omni:
+        weights = [p.dtype for p in omni.engine.worker.pipeline.transformer.parameters()]
+        assert weights.count(torch.float8_e4m3fn) > len(weights) / 2
+        got = omni.generate("red apple", FEW, use_tqdm=False)[0]
+        assert levels_apart(got.images[0], wanted.images[0]) <= 1
+        omni.sleep(2)
+        omni.wake_up()
+        again = omni.generate("red apple", FEW, use_tqdm=False)[0]
+        assert np.array_equal(np.asarray(again.images[0]), np.asarray(got.images[0]))
+    bare = demo.generate("red apple", Params(num_inference_steps=6, seed=1, cache="off"), use_tqdm=False)[0]
+    assert levels_apart(got.images[0], bare.images[0]) > 1
+
+
+def test_8_bits_and_a_cache_go_together() -> None:
+    """The fingerprint of a checkpoint is that of its own weights: in 8 bits its profile is chosen by name."""
+    with pytest.raises(InvalidValueError, match="profile by name: demo"):
+        Omni("demo", quantization="fp8", cache_backend="magcache")
+    known = {"profile": "demo", "profile_insist": True}
+    with Omni("demo", quantization="fp8", cache_backend="magcache", cache_config=known) as omni:
+        made = omni.generate("red apple", Params(seed=1, num_inference_steps=20), use_tqdm=False)[0]
+        assert made.ok and made.skipped_steps > 0
+
+
+def test_an_attention_kernel_is_chosen_by_diffusers_name(demo: Omni) -> None:
+    with Omni("demo", dtype="float32", attention_backend="_native_math") as omni:
+        processors = omni.engine.worker.pipeline.transformer.attn_processors.values()
+        assert {processor._attention_backend.value for processor in processors} == {"_native_math"}
+        got = omni.generate("red apple", FEW, use_tqdm=False)[0]
+    bare = demo.generate("red apple", Params(num_inference_steps=6, seed=1, cache="off"), use_tqdm=False)[0]
+    assert levels_apart(got.images[0], bare.images[0]) <= 1
+
+
+def test_offloaded_blocks_make_the_same_picture(demo: Omni) -> None:
+    """On a CPU nothing moves, but the hooks are those that a GPU has; blocks are exchanged and skipped under them."""
+    config = OmniDiffusionConfig(model="demo", dtype="float32")
+    pipeline = load_pipeline(config)
+    prepare(pipeline, config.model_copy(update={"enable_layerwise_offload": True}), "cpu", torch.float32)
+    with Omni.from_pipe(pipeline, defaults=generation_defaults("demo"), cache_backend="magcache") as omni:
+        asked = Params(num_inference_steps=20, seed=1)
+        got = omni.generate("red apple", asked, use_tqdm=False)[0]
+        wanted = demo.generate("red apple", asked, use_tqdm=False)[0]
+    assert got.skipped_steps == wanted.skipped_steps > 0
+    assert levels_apart(got.images[0], wanted.images[0]) <= 1
+
+
+def test_what_cannot_be_done_is_refused_with_the_reason() -> None:
+    for given, kind, told in [
+        ({"quantization": "fp4"}, UnknownChoiceError, "fp8"),
+        ({"attention_backend": "nativ"}, InvalidValueError, "native"),
+        ({"enable_layerwise_offload": True}, InvalidValueError, "accelerator"),
+        ({"enable_layerwise_offload": True, "enable_cpu_offload": True}, InvalidValueError, "give one"),
+        ({"max_loras": 0}, InvalidValueError, "max_loras"),
+    ]:
+        with pytest.raises(kind, match=told):
+            Omni("demo", device="cpu", **given)
+
+
+def test_a_pipeline_that_was_given_sleeps_at_level_1_alone(tmp_path: Path) -> None:
+    from pipelines import DEFAULTS, embeds, tiny_flux
+
+    from vllm_omni.errors import ConflictError, EngineAsleepError, EngineClosedError
+
+    with Omni.from_pipe(tiny_flux(), defaults=DEFAULTS) as omni:
+        with pytest.raises(ConflictError, match="level 1"):
+            omni.sleep(2)
+        assert not omni.is_sleeping
+        omni.sleep()
+        assert omni.is_sleeping
+        assert isinstance(omni.generate(embeds(), use_tqdm=False)[0].error, EngineAsleepError)
+        omni.wake_up()
+        assert omni.generate(embeds(), FEW, use_tqdm=False)[0].ok
+    with pytest.raises(EngineClosedError):
+        omni.sleep()
