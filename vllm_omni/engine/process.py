@@ -57,7 +57,7 @@ class Link:
         """`lost` is called in a thread of the link when the other side is gone."""
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._end, self._lost = end, lost
-        self._events: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="vllm-omni-write", daemon=True)
         self._writer.start()
         threading.Thread(target=self._read, name="vllm-omni-read", daemon=True).start()

@@ -96,7 +96,7 @@ class EngineProcess:
             undo.pop_all()
         return cls(launch.process, reader, writer)
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes | bytearray) -> None:
         """Queue a frame; never waits. To an engine that died it goes nowhere."""
         if not self._writer.is_closing():
             self._writer.write(frame)

@@ -119,15 +119,17 @@ def given_parameters(params: OmniDiffusionSamplingParams) -> dict[str, Any]:
     return given
 
 
-def encode(message: Command | EngineEvent) -> bytes:
+def encode(message: Command | EngineEvent) -> bytearray:
     """A message as a frame; InvalidValueError if something in it must not cross, or is too long."""
+    frame = bytearray(HEADER.size)  # pictures are large: one buffer, no copy of it
     try:
-        body = _ENCODER.encode(message)
+        _ENCODER.encode_into(message, frame, HEADER.size)
     except (TypeError, ValueError, ArithmeticError, RuntimeError, OSError, MemoryError) as error:  # whatever it held
         raise InvalidValueError("request", type(message).__name__, f"must hold plain values only ({error})") from None
-    if len(body) > MAX_FRAME_BYTES:
-        raise InvalidValueError("request", f"{len(body)} bytes", f"must be at most {MAX_FRAME_BYTES} bytes")
-    return HEADER.pack(len(body)) + body
+    if (length := len(frame) - HEADER.size) > MAX_FRAME_BYTES:
+        raise InvalidValueError("request", f"{length} bytes", f"must be at most {MAX_FRAME_BYTES} bytes")
+    HEADER.pack_into(frame, 0, length)
+    return frame
 
 
 def decode_command(body: bytes | bytearray) -> Command:

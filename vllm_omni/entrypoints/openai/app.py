@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -11,6 +14,7 @@ from starlette.responses import Response
 from vllm_omni import _vllm_compat
 from vllm_omni.engine.interface import EngineClient
 from vllm_omni.entrypoints.openai import chat, images, info, metrics, page, videos
+from vllm_omni.entrypoints.openai.decoding import Decoder
 from vllm_omni.entrypoints.openai.jobs import Jobs
 from vllm_omni.entrypoints.openai.middleware import OPEN_PATHS, add_middleware
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, as_api_error, invalid
@@ -29,11 +33,12 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
         root_path=config.http.root_path,
         redirect_slashes=False,
         responses=ERRORS,
+        lifespan=_lifespan,
         **{"docs_url": None, "redoc_url": None, "openapi_url": None, **docs},  # type: ignore[arg-type]
     )
     if config.otlp_traces_endpoint:
         _vllm_compat.start_tracing(config.otlp_traces_endpoint)
-    jobs = Jobs(engine)
+    jobs = Jobs(engine, Decoder(config.limits.max_input_pixels))
     state = app.state.omni = AppState(engine, config, jobs, videos.open_jobs(jobs, config))
     for router in (images.router, videos.router, chat.router, info.router, metrics.router):
         app.include_router(router)
@@ -45,6 +50,13 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
         app.add_exception_handler(kind, _error_reply)
     add_middleware(app, state, open_paths)
     return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: AppState = app.state.omni
+    with closing(state.jobs.decoder):
+        yield
 
 
 async def _error_reply(request: Request, error: Exception) -> Response:

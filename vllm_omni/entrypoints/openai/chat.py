@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -18,7 +17,7 @@ from vllm_omni.entrypoints.openai.protocol import replies
 from vllm_omni.entrypoints.openai.protocol.bodies import Source, body_schema, check_request, read_json, validate
 from vllm_omni.entrypoints.openai.protocol.errors import invalid
 from vllm_omni.entrypoints.openai.protocol.requests import ChatRequest, ImageRequest
-from vllm_omni.entrypoints.openai.protocol.streams import Event
+from vllm_omni.entrypoints.openai.protocol.streams import Event, unless_gone
 from vllm_omni.entrypoints.openai.state import AppState, State
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
@@ -42,7 +41,8 @@ async def completions(http: Request, state: State) -> Any:
     prompt, sources = read_messages(messages)
     request = check_request(ImageRequest, replace(body, fields={"prompt": prompt, **given}), state.config)
     matched = match_pictures(replace(body, sources=sources), state.info, "messages")
-    pictures = await asyncio.to_thread(media.load, matched, state.config)
+    loading = media.load(matched, state.config, state.jobs.decoder, request.n or 1)
+    pictures = await unless_gone(http.receive, loading)
     generation = plan_images(request, state.info, state.config.limits, pictures)
     made = await respond(http, state, generation, _chunks(http, state, generation))
     return _completion(made, generation) if isinstance(made, replies.ImagesReply) else made

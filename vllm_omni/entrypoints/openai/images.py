@@ -66,7 +66,8 @@ async def edits(http: Request, state: State) -> Any:
     if not body.sources:
         raise invalid("image", "at least one picture is needed")
     sources = match_pictures(body, state.info, "image")
-    pictures = await asyncio.to_thread(media.load, sources, state.config)
+    loading = media.load(sources, state.config, state.jobs.decoder, request.n or 1)
+    pictures = await unless_gone(http.receive, loading)
     generation = plan_images(request, state.info, state.config.limits, pictures)
     return await respond(http, state, generation, _events(http, state, generation, "image_edit"))
 

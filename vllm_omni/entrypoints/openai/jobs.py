@@ -15,6 +15,7 @@ from PIL import Image
 
 from vllm_omni.engine.interface import EngineClient
 from vllm_omni.entrypoints.openai import media
+from vllm_omni.entrypoints.openai.decoding import Decoder
 from vllm_omni.entrypoints.openai.generation import GenerationRequest, match_pictures, plan_video
 from vllm_omni.entrypoints.openai.protocol.bodies import Body, check_request
 from vllm_omni.entrypoints.openai.protocol.errors import as_api_error
@@ -49,6 +50,7 @@ class Jobs:
     """What runs, by the id that the client was given: one engine request per picture, ended together."""
 
     engine: EngineClient
+    decoder: Decoder
     running: dict[str, asyncio.Queue[Item | BaseException]] = field(default_factory=dict)
 
     async def cancel(self, job_id: str) -> bool:
@@ -179,7 +181,7 @@ class VideoJobs:
 
     async def _run(self, job: VideoJob, generation: Generation | None, admission: Admission) -> None:
         if generation is None:
-            generation = await asyncio.to_thread(self._restored, job)
+            generation = await self._restored(job)
         deaths = 0
         while True:
             try:
@@ -207,13 +209,13 @@ class VideoJobs:
         }
         self.store.ended(job.id, None, facts)
 
-    def _restored(self, job: VideoJob) -> Generation:
+    async def _restored(self, job: VideoJob) -> Generation:
         """A stored job as this server makes it; raises if it does not."""
-        data, config = self.store.picture(job), self._config
+        data, config = await asyncio.to_thread(self.store.picture, job), self._config
         body = Body(job.fields, sources=[] if data is None else [(INPUT_REFERENCE, data)])
         info, request = self._jobs.engine.info, check_request(VideoRequest, body, config)
-        pictures = media.load(match_pictures(body, info, INPUT_REFERENCE), config)
-        return plan_video(request, info, config.limits, pictures)
+        pictures = await media.load(match_pictures(body, info, INPUT_REFERENCE), config, self._jobs.decoder)
+        return await asyncio.to_thread(plan_video, request, info, config.limits, pictures)
 
     async def _generate(self, job: VideoJob, generation: Generation, admission: Admission) -> OmniRequestOutput:
         async with aclosing(self._jobs.run(generation, job.id)) as items:

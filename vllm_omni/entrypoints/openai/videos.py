@@ -102,8 +102,8 @@ async def _read(http: Request, state: AppState) -> GenerationRequest[VideoReques
         body = await read_form(http, 1, _PICTURES)
     request = check_request(VideoRequest, body, state.config)
     sources = match_pictures(body, state.info, INPUT_REFERENCE)
-    pictures = await asyncio.to_thread(media.load, sources, state.config)
-    return plan_video(request, state.info, state.config.limits, pictures)
+    pictures = await unless_gone(http.receive, media.load(sources, state.config, state.jobs.decoder))
+    return await asyncio.to_thread(plan_video, request, state.info, state.config.limits, pictures)
 
 
 @router.get("")
