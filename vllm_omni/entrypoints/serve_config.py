@@ -29,7 +29,7 @@ class Limits(Settings):
     max_body_mb: float = Field(default=64.0, gt=0, allow_inf_nan=False, description="a request's body, in MiB")
     max_input_images: int = Field(default=16, ge=1, description="pictures sent with one request")
     max_input_pixels: int = Field(
-        default=64 * 2**20, ge=1, description="width x height of the pictures sent with one request, together"
+        default=32 * 2**20, ge=1, description="width x height of the pictures sent with one request, together"
     )
     request_timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False, description="longest time of a request")
     max_queued_requests: int = Field(
