@@ -21,7 +21,7 @@ PRIVATE = re.compile(r"0x[0-9a-f]{6,}|/(home|usr|tmp|work|root|opt|etc)/|Traceba
 # Field -> smallest, largest (None: the server has no fixed one), type.
 NUMBERS: dict[str, tuple[float, float | None, type]] = {
     "n": (1, 10, int), "num_inference_steps": (1, 200, int), "steps": (1, 200, int), "seed": (0, 2**64 - 1, int),
-    "output_compression": (0, 100, int), "partial_images": (0, 3, int), "priority": (-1000, 1000, int),
+    "output_compression": (0, 100, int), "partial_images": (0, 3, int), "priority": (-2, 2, int),
     "guidance_scale": (0, 100, float), "true_cfg_scale": (0, 100, float), "strength": (0, 1, float),
     "timeout_s": (1e-9, 600, float), "width": (8, None, int), "height": (8, None, int),
 }  # fmt: skip

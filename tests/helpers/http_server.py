@@ -28,6 +28,7 @@ from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig
 KEY = "a-key"
 AUTH = {"Authorization": f"Bearer {KEY}"}
 PROCESS_KEY = "sk-marker-of-a-key"  # of the real command
+OTHER_KEY = "sk-another-key"
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
 CHAT = "/v1/chat/completions"

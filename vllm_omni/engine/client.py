@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.engine.in_flight import InFlight, InFlightRequest, OutputOrError
-from vllm_omni.engine.interface import EngineStats, ModelInfo
+from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS, EngineStats, ModelInfo
 from vllm_omni.engine.ledger import Ledger, RequestSize, outcome
 from vllm_omni.engine.supervisor import EngineProcess, Launch, Restarts
 from vllm_omni.engine.wire import (
@@ -37,7 +37,6 @@ from vllm_omni.outputs import OmniRequestOutput
 
 logger = init_logger(__name__)
 
-MAX_PRIORITY = 1000
 WATCH_EVERY_S = 0.25
 _LOADING = 20  # times the patience, while imports and weights keep the process silent
 
@@ -62,7 +61,7 @@ class ProcessEngineClient:
         self,
         engine_args: dict[str, Any],
         *,
-        max_queued_requests: int = 256,
+        max_queued_requests: int = MAX_QUEUED_REQUESTS,
         warmup: bool = True,
         log_json: bool = False,
         heartbeat_s: float = 0.5,
@@ -195,8 +194,8 @@ class ProcessEngineClient:
         others = self._requests.sizes[:-1]
         if len(others) >= self._limit:
             raise QueueFullError(len(others) - self._max_num_seqs, self._ledger.retry_after_s(others))
-        if not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
-            raise InvalidValueError("priority", priority, f"must be between -{MAX_PRIORITY} and {MAX_PRIORITY}")
+        if not isinstance(priority, int) or priority.bit_length() > 31:
+            raise InvalidValueError("priority", priority, "must be a whole number of at most 32 bits")
         if timeout_s is not None and not 0 < timeout_s < float("inf"):
             raise InvalidValueError("timeout_s", timeout_s, "must be a number of seconds above 0")
         if params.generator is not None:

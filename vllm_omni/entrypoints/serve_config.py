@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.scheduler import AGEING_S
+from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.data import MAX_PROMPT_CHARACTERS
 from vllm_omni.settings import Settings
@@ -27,18 +29,38 @@ class Limits(Settings):
         default=MAX_PROMPT_CHARACTERS, ge=1, le=MAX_PROMPT_CHARACTERS, description="characters of a prompt"
     )
     max_body_mb: float = Field(default=64.0, gt=0, allow_inf_nan=False, description="a request's body, in MiB")
+    max_json_mb: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="JSON or a plain form, without the pictures in it, in MiB",
+    )
     max_input_images: int = Field(default=16, ge=1, description="pictures sent with one request")
     max_input_pixels: int = Field(
         default=32 * 2**20, ge=1, description="width x height of the pictures sent with one request, together"
     )
     request_timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False, description="longest time of a request")
+    max_priority: int = Field(
+        default=2,
+        ge=0,
+        description="levels by which a request may go before or after others, each worth 5 s",
+    )
     max_queued_requests: int = Field(
-        default=256, ge=0, description="requests that may wait; further ones get a 503 with Retry-After"
+        default=MAX_QUEUED_REQUESTS, ge=0, description="requests that may wait; further ones get a 503 with Retry-After"
     )
 
     @property
     def max_body_bytes(self) -> int:
         return int(self.max_body_mb * 2**20)
+
+    @property
+    def max_json_bytes(self) -> int:
+        return int(self.max_json_mb * 2**20)
+
+    @property
+    def most_priority(self) -> int:
+        """Never beyond the request time-out: nobody waits that long for those who come later."""
+        return min(self.max_priority, int(self.request_timeout_s / AGEING_S))
 
 
 class HttpOptions(Settings):

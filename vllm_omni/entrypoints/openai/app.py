@@ -38,7 +38,8 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
     )
     if config.otlp_traces_endpoint:
         _vllm_compat.start_tracing(config.otlp_traces_endpoint)
-    jobs = Jobs(engine, Decoder(config.limits.max_input_pixels))
+    places, keys = config.engine_config().max_num_seqs + config.limits.max_queued_requests, len(config.http.api_key)
+    jobs = Jobs(engine, Decoder(config.limits.max_input_pixels), max(1, places // keys) if keys > 1 else None)
     state = app.state.omni = AppState(engine, config, jobs, videos.open_jobs(jobs, config))
     for router in (images.router, videos.router, chat.router, info.router, metrics.router):
         app.include_router(router)

@@ -41,7 +41,7 @@ async def generations(http: Request, state: State) -> Any:
     kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(400, "the body must be application/json", "invalid_request")
-    body = await read_json(http)
+    body = await read_json(http, state.config.limits)
     request = check_request(ImageRequest, body, state.config)
     match_pictures(body, state.info, "image")
     generation = plan_images(request, state.info, state.config.limits)
@@ -59,7 +59,8 @@ async def generations(http: Request, state: State) -> Any:
 async def edits(http: Request, state: State) -> Any:
     """Pictures of a prompt and of pictures given."""
     check_makes(state.info, "image")
-    body = await read_form(http, state.config.limits.max_input_images, PICTURES)
+    limits = state.config.limits
+    body = await read_form(http, limits, limits.max_input_images, PICTURES)
     request = check_request(ImageRequest, body, state.config)
     if not state.info.pictures:
         raise invalid("image", "this model takes no picture; it has /v1/images/generations", "unsupported_parameter")

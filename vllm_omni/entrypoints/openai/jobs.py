@@ -6,6 +6,7 @@ All of it belongs to one event loop; encoding and files are written in threads.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.decoding import Decoder
 from vllm_omni.entrypoints.openai.generation import GenerationRequest, match_pictures, plan_video
 from vllm_omni.entrypoints.openai.protocol.bodies import Body, check_request
-from vllm_omni.entrypoints.openai.protocol.errors import as_api_error
+from vllm_omni.entrypoints.openai.protocol.errors import as_api_error, unavailable
 from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest
 from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore
 from vllm_omni.entrypoints.serve_config import ServeConfig
@@ -36,6 +37,7 @@ from vllm_omni.outputs.media import contact_sheet, encode_video
 
 logger = init_logger(__name__)
 
+MAX_PENALTY = 6  # levels of priority: how far a key with many requests steps back behind others
 REFUSAL_S = 0.5  # what goes wrong within this time is a status of the POST; later, it is the job's error
 MAX_DEATHS = 3  # of engine processes while a job ran: then it is taken for the cause
 SWEEP_EVERY_S = 60.0
@@ -51,7 +53,9 @@ class Jobs:
 
     engine: EngineClient
     decoder: Decoder
+    share: int | None = None  # requests to the engine that one key may have at a time, where keys are several
     running: dict[str, asyncio.Queue[Item | BaseException]] = field(default_factory=dict)
+    held: Counter[int] = field(default_factory=Counter)  # by key
 
     async def cancel(self, job_id: str) -> bool:
         """End a job within one step; False for an id that does not run.
@@ -69,7 +73,13 @@ class Jobs:
         """(index of the picture, progress or the finished output), as they come; raises the first failure.
 
         Leaving the iterator, or a failure of one picture, ends them all. Steps are added up in `facts`.
+        Of several keys, each has its share of the places, and its requests go after those of keys that have fewer.
         """
+        count, key = len(generation.params), (facts or {}).get("key")
+        held = 0 if key is None else self.held[key]
+        if held and self.share and held + count > self.share:
+            text = f"this key has {held} pictures in work or waiting, and a share of {self.share}"
+            raise unavailable(text, "queue_full", None)
         if job_id in self.running:
             raise InvalidValueError("X-Request-Id", job_id, "must not be in use")
         inbox: asyncio.Queue[Item | BaseException] = asyncio.Queue()
@@ -80,7 +90,7 @@ class Jobs:
                 generation.prompt,
                 generation.params[index],
                 f"{job_id}-{index}",
-                priority=generation.request.priority or 0,
+                priority=(generation.request.priority or 0) + min(held, MAX_PENALTY),
                 timeout_s=generation.timeout_s,
             )
             async with aclosing(stream) as outputs:  # type: ignore[type-var]
@@ -91,7 +101,9 @@ class Jobs:
             if not task.cancelled() and (error := task.exception()) is not None:
                 inbox.put_nowait(error)
 
-        tasks = [asyncio.create_task(one(i)) for i in range(len(generation.params))]
+        if key is not None:
+            self.held[key] += count
+        tasks = [asyncio.create_task(one(i)) for i in range(count)]
         for task in tasks:
             task.add_done_callback(ended)
         try:
@@ -109,6 +121,8 @@ class Jobs:
                 left -= output.finished
                 yield item
         finally:
+            if key is not None:
+                self.held[key] -= count
             del self.running[job_id]  # before anything waits: a client may leave in this very turn
             for task in tasks:
                 task.cancel()
@@ -126,7 +140,7 @@ class VideoJobs:
 
     async def __aenter__(self) -> Self:
         for job in self.store.unfinished():
-            self._begin(job, None).set_result(None)
+            self._begin(job, None, {}).set_result(None)
         self._sweeper = asyncio.create_task(self._sweep())
         return self
 
@@ -141,21 +155,22 @@ class VideoJobs:
         """Percent."""
         return 100 if job.status == "completed" else self._progress.get(job.id, 0)
 
-    async def create(self, generation: Generation) -> VideoJob:
+    async def create(self, generation: Generation, facts: dict[str, Any]) -> VideoJob:
         """A job that the engine has admitted; raises, and leaves nothing, if it is refused within REFUSAL_S."""
         asked, params = generation.request, generation.params[0]
         length = (params.num_frames or 1) / (params.fps or 1)
-        given = asked.model_dump(exclude_none=True, exclude={"width", "height"})
-        picture = next((found[0] for found in generation.pictures.values()), None)
+        fields = asked.model_dump(exclude_none=True, exclude={"width", "height"})
+        given = [found[0] for found in generation.pictures.values()]
+        picture = next((one for one in given if isinstance(one, Image.Image)), None)
         job = self.store.add(
             model=generation.model,
             prompt=asked.prompt,
             seconds=f"{length:.3f}".rstrip("0").rstrip(".") if asked.seconds is None else str(asked.seconds),
             size=generation.size,
-            fields=given | {"model": generation.model, "size": generation.size, "seed": params.seed},
+            fields=fields | {"model": generation.model, "size": generation.size, "seed": params.seed},
             picture=await asyncio.to_thread(media.to_bytes, picture, "PNG") if picture else None,
         )
-        admission, admitted = self._begin(job, generation), False
+        admission, admitted = self._begin(job, generation, facts), False
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(REFUSAL_S):
@@ -172,20 +187,22 @@ class VideoJobs:
         if (task := self._tasks.get(job_id)) is not None:
             task.cancel()  # leaving the engine's iterator aborts the request
 
-    def _begin(self, job: VideoJob, generation: Generation | None) -> Admission:
+    def _begin(self, job: VideoJob, generation: Generation | None, facts: dict[str, Any]) -> Admission:
         admission: Admission = asyncio.get_running_loop().create_future()
-        task = asyncio.create_task(self._run(job, generation, admission))
+        task = asyncio.create_task(self._run(job, generation, admission, facts))
         self._tasks[job.id] = task
         task.add_done_callback(lambda task: self._ended(job, admission, task))
         return admission
 
-    async def _run(self, job: VideoJob, generation: Generation | None, admission: Admission) -> None:
+    async def _run(
+        self, job: VideoJob, generation: Generation | None, admission: Admission, facts: dict[str, Any]
+    ) -> None:
         if generation is None:
             generation = await self._restored(job)
         deaths = 0
         while True:
             try:
-                output = await self._generate(job, generation, admission)
+                output = await self._generate(job, generation, admission, facts)
                 break
             except (QueueFullError, EngineDeadError) as error:
                 deaths += isinstance(error, EngineDeadError) and self._progress.pop(job.id, None) is not None
@@ -200,14 +217,14 @@ class VideoJobs:
         except asyncio.CancelledError:
             await encoding  # a thread cannot be cancelled; its files go once it has written them
             raise
-        facts = {
+        made = {
             "num_frames": len(frames),
             "fps": fps,
             "num_inference_steps": output.num_inference_steps,
             "computed_steps": output.computed_steps,
             "skipped_steps": output.skipped_steps,
         }
-        self.store.ended(job.id, None, facts)
+        self.store.ended(job.id, None, made)
 
     async def _restored(self, job: VideoJob) -> Generation:
         """A stored job as this server makes it; raises if it does not."""
@@ -217,8 +234,10 @@ class VideoJobs:
         pictures = await media.load(match_pictures(body, info, INPUT_REFERENCE), config, self._jobs.decoder)
         return await asyncio.to_thread(plan_video, request, info, config.limits, pictures)
 
-    async def _generate(self, job: VideoJob, generation: Generation, admission: Admission) -> OmniRequestOutput:
-        async with aclosing(self._jobs.run(generation, job.id)) as items:
+    async def _generate(
+        self, job: VideoJob, generation: Generation, admission: Admission, facts: dict[str, Any]
+    ) -> OmniRequestOutput:
+        async with aclosing(self._jobs.run(generation, job.id, facts)) as items:
             async for _, output in items:
                 if job.id not in self._progress:
                     self.store.begun(job.id)

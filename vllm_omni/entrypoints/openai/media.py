@@ -25,7 +25,7 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from vllm_omni.engine.wire import MAX_FRAME_BYTES
+from vllm_omni.engine.wire import MAX_FRAME_BYTES, PackedPicture
 from vllm_omni.entrypoints.openai.decoding import Decoder, Given, Refusal
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.serve_config import ServeConfig
@@ -69,7 +69,7 @@ def _as_text(parameters: dict[str, Any]) -> str:
 
 async def load(
     sources: dict[str, list[tuple[str, Any]]], config: ServeConfig, decoder: Decoder, copies: int = 1
-) -> dict[str, tuple[Image.Image, ...]]:
+) -> dict[str, tuple[PackedPicture, ...]]:
     """The pictures of (the client's name, bytes or URL), by the pipeline's argument: upright RGB pictures.
 
     A mask is white where the picture is to be repainted: in shades of gray, or where it is transparent. ApiError 400

@@ -108,7 +108,10 @@ class Gatekeeper:
                 _vllm_compat.record_span(f"{scope['method']} {path}", began_ns, headers, facts)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
-        if self.keys and get_route_path(scope) not in self.open_paths and not self._known(headers):
+        owner = self._owner(headers) if self.keys else None
+        if len(self.keys) > 1 and owner is not None:
+            scope["state"]["facts"]["key"] = owner
+        if self.keys and get_route_path(scope) not in self.open_paths and owner is None:
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key", None,
                            "authentication_error", {"WWW-Authenticate": "Bearer"})  # fmt: skip
         length = headers.get("content-length", "0")
@@ -119,13 +122,14 @@ class Gatekeeper:
         if headers.get("content-encoding", "identity") != "identity":
             raise ApiError(400, "compressed request bodies are not taken", "invalid_request")
 
-    def _known(self, headers: Headers) -> bool:
+    def _owner(self, headers: Headers) -> int | None:
+        """Which of the keys the client has sent."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = sha256(token.encode("utf-8", "surrogateescape")).digest()
-        found = False
-        for key in self.keys:  # all of them, always: how long it takes reveals nothing
-            found |= hmac.compare_digest(given, key)
-        return found and scheme.lower() == "bearer"
+        found = None
+        for number, key in enumerate(self.keys):  # all of them, always: how long it takes reveals nothing
+            found = number if hmac.compare_digest(given, key) else found
+        return found if scheme.lower() == "bearer" else None
 
     def _counted(self, receive: Receive) -> Receive:
         taken = 0

@@ -58,7 +58,7 @@ router = APIRouter(prefix="/v1/videos", tags=["videos"], lifespan=_lifespan)
 async def create(http: Request, response: Response, state: State) -> replies.VideoReply:
     """Queue a video, from a form or a JSON object; 503 if the queue is full."""
     jobs, generation = _jobs(state), await _read(http, state)
-    job = await jobs.create(generation)
+    job = await jobs.create(generation, dict(http.state.facts))
     state.accept(http, generation, video_id=job.id)
     reply = _reply(job, jobs, response)
     reply.omni["warnings"] = http.state.warnings
@@ -97,9 +97,9 @@ async def _film(http: Request, state: AppState, generation: GenerationRequest[Vi
 async def _read(http: Request, state: AppState) -> GenerationRequest[VideoRequest]:
     check_makes(state.info, "video")
     if http.headers.get("content-type", "").startswith("application/json"):
-        body = await read_json(http, _PICTURES)
+        body = await read_json(http, state.config.limits, _PICTURES)
     else:
-        body = await read_form(http, 1, _PICTURES)
+        body = await read_form(http, state.config.limits, 1, _PICTURES)
     request = check_request(VideoRequest, body, state.config)
     sources = match_pictures(body, state.info, INPUT_REFERENCE)
     pictures = await unless_gone(http.receive, media.load(sources, state.config, state.jobs.decoder))
