@@ -136,13 +136,16 @@ class Command:
 
 
 @contextmanager
-def command(folder: Path, *words: str | Path, **environment: str) -> Iterator[Command]:
-    """The real command, run in `folder` with nothing written outside it, until the block ends by SIGTERM."""
+def command(folder: Path, *words: str | Path, through: tuple[str, ...] = (), **environment: str) -> Iterator[Command]:
+    """The real command, run in `folder` with nothing written outside it, until the block ends by SIGTERM.
+
+    `through`: words before it, which run it.
+    """
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     root = str(ROOT)
     places = {"PYTHONPATH": root, "HOME": str(folder), "TMPDIR": str(folder), "OMP_WAIT_POLICY": "PASSIVE"}
-    line = [sys.executable, "-m", "vllm_omni", "serve", *map(str, words), "--port", str(port)]
+    line = [*through, sys.executable, "-m", "vllm_omni", "serve", *map(str, words), "--port", str(port)]
     log = folder / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(line, stdout=out, stderr=out, env=os.environ | places | environment, cwd=folder)

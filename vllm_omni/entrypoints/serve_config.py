@@ -40,6 +40,13 @@ class Limits(Settings):
         default=32 * 2**20, ge=1, description="width x height of the pictures sent with one request, together"
     )
     request_timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False, description="longest time of a request")
+    max_connections: int = Field(default=1024, ge=8, description="open connections; descriptors may allow fewer")
+    client_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="how long a client may neither send its request nor read its reply",
+    )
     max_priority: int = Field(
         default=2,
         ge=0,

@@ -91,6 +91,7 @@ def uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
 
 async def _serve(config: ServeConfig, options: dict[str, Any], launch: Launch | None) -> int:
     from vllm_omni.entrypoints.openai.app import build_app
+    from vllm_omni.entrypoints.openai.connections import Accepting, guarded, room
 
     http = config.http
     try:
@@ -107,6 +108,10 @@ async def _serve(config: ServeConfig, options: dict[str, Any], launch: Launch | 
         log_json=config.log_json,
         launch=launch,
     )
+
+    connections, backlog = room(config.limits.max_connections)
+    options |= {"http": guarded(connections, config.limits.client_timeout_s), "backlog": backlog}
+    asyncio.get_running_loop().set_exception_handler(Accepting())
 
     async def stop() -> None:
         await engine.drain(config.shutdown_timeout_s)

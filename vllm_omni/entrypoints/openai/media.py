@@ -86,7 +86,8 @@ async def load(
             data = await _read(source, name, config, room)
             given.append(Given(name, "mask" in argument, data))
             room -= len(data)
-    decoded = await decoder.decode(given, min(limits.max_input_pixels, MAX_FRAME_BYTES // 3 // copies))
+    crossing = MAX_FRAME_BYTES // 3 // min(copies, limits.max_n)
+    decoded = await decoder.decode(given, min(limits.max_input_pixels, crossing))
     if isinstance(decoded, Refusal):
         raise invalid(decoded.field, decoded.text, "invalid_image")
     rest = iter(decoded)
