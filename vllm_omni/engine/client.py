@@ -42,10 +42,15 @@ _LOADING = 20  # times the patience, while imports and weights keep the process 
 
 
 def launch_engine(
-    engine_args: dict[str, Any], *, warmup: bool = True, log_json: bool = False, heartbeat_s: float = 0.5
+    engine_args: dict[str, Any],
+    *,
+    warmup: bool = True,
+    log_json: bool = False,
+    log_prompts: bool = False,
+    heartbeat_s: float = 0.5,
 ) -> Launch:
     """Launch the engine process of a `ProcessEngineClient` with these settings; it loads while its front end does."""
-    return Launch.of(_start_of(engine_args, warmup, heartbeat_s, log_json))
+    return Launch.of(_start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts))
 
 
 class ProcessEngineClient:
@@ -64,6 +69,7 @@ class ProcessEngineClient:
         max_queued_requests: int = MAX_QUEUED_REQUESTS,
         warmup: bool = True,
         log_json: bool = False,
+        log_prompts: bool = False,
         heartbeat_s: float = 0.5,
         heartbeat_timeout_s: float = 15.0,
         step_timeout_s: float = 600.0,
@@ -72,7 +78,7 @@ class ProcessEngineClient:
         launch: Launch | None = None,
     ) -> None:
         config = OmniDiffusionConfig(**engine_args)  # raises what is wrong
-        self._start = _start_of(engine_args, warmup, heartbeat_s, log_json)
+        self._start = _start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts)
         if launch is not None and launch.start != self._start:
             launch.discard()
             launch = None
@@ -328,8 +334,8 @@ class ProcessEngineClient:
         self._requests.end_all(lambda request_id: OmniRequestOutput(request_id, error=error_of(request_id)))
 
 
-def _start_of(engine_args: dict[str, Any], warmup: bool, heartbeat_s: float, log_json: bool) -> Start:
-    return Start({name: _plain(value) for name, value in engine_args.items()}, warmup, heartbeat_s, log_json)
+def _start_of(args: dict[str, Any], warmup: bool, heartbeat_s: float, log_json: bool, log_prompts: bool) -> Start:
+    return Start({name: _plain(value) for name, value in args.items()}, warmup, heartbeat_s, log_json, log_prompts)
 
 
 def _plain(value: Any) -> Any:

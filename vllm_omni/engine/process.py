@@ -159,7 +159,7 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, ModelInfo]:
 
     keep_freed_memory()
     engine = DiffusionEngine(config)
-    loop = EngineLoop(engine, link.commands, link.send)
+    loop = EngineLoop(engine, link.commands, link.send, log_prompts=start.log_prompts)
     tokens = warm_up(engine, describe(engine, {}), loop.costs) if start.warmup else {}
     gc.freeze()
     gc.enable()
@@ -171,7 +171,8 @@ def main() -> int:
     parent = os.getppid()
     if sys.platform == "linux":  # also while a stopped process cannot see that its socket has closed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager signals all; the front end decides
+    # a terminal or a service manager signals all; the front end decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     link = Link(socket.socket(fileno=int(sys.argv[1])), lambda: os._exit(1))
     start = link.commands.get()

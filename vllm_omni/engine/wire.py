@@ -35,6 +35,7 @@ class Start(Struct, tag=True):
     warmup: bool
     heartbeat_s: float
     log_json: bool = False
+    log_prompts: bool = False
 
 
 class Add(Struct, tag=True):

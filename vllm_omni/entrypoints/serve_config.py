@@ -117,9 +117,15 @@ class ServeConfig(Settings):
     allowed_media_domains: tuple[str, ...] = Field(
         default=(), description="hosts from which pictures may be fetched (default: none)"
     )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(), description="names in the Host header that are answered (default: on loopback its own, else any)"
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        default=(), description="addresses of proxies whose X-Forwarded-For is believed (default: none)"
+    )
     store_dir: Path | None = Field(default=None, description="where video jobs are kept (default: a temporary folder)")
     log_json: bool = Field(default=False, description="log one JSON object per line")
-    log_prompts: bool = Field(default=False, description="write prompts into the log")
+    log_prompts: bool = Field(default=False, description="write prompts into the log, also those that errors repeat")
     otlp_traces_endpoint: str | None = Field(default=None, description="OpenTelemetry collector for traces")
 
     @model_validator(mode="after")

@@ -21,6 +21,7 @@ from vllm_omni.entrypoints.openai.protocol.errors import ApiError, as_api_error,
 from vllm_omni.entrypoints.openai.protocol.replies import ERRORS
 from vllm_omni.entrypoints.openai.state import AppState
 from vllm_omni.entrypoints.serve_config import ServeConfig
+from vllm_omni.errors import forget_locals
 from vllm_omni.version import __version__
 
 
@@ -64,4 +65,5 @@ async def _error_reply(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):  # of a path or a query
         first = error.errors()[0]
         error = invalid(".".join(str(part) for part in first["loc"][1:]) or None, str(first["msg"]))
+    forget_locals(error)  # they hold the client's pictures
     return as_api_error(error, request.scope["state"].get("names")).response()

@@ -38,9 +38,6 @@ PICTURES = ("image", "url", "mask", "mask_image", "control_image")
 async def generations(http: Request, state: State) -> Any:
     """Pictures of a prompt: an ImagesReply, or with `stream` its events."""
     check_makes(state.info, "image")
-    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(400, "the body must be application/json", "invalid_request")
     body = await read_json(http, state.config.limits)
     request = check_request(ImageRequest, body, state.config)
     match_pictures(body, state.info, "image")

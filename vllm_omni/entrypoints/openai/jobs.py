@@ -31,7 +31,7 @@ from vllm_omni.errors import (
     QueueFullError,
     RequestAbortedError,
 )
-from vllm_omni.logger import init_logger
+from vllm_omni.logger import init_logger, told
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.media import contact_sheet, encode_video
 
@@ -268,7 +268,8 @@ class VideoJobs:
             self.store.clear(job.id)
         elif error is not None and not isinstance(error, _STOPPING):
             detail = as_api_error(error).detail
-            logger.error("video %s failed: %s", job.id, detail.message, exc_info=error)
+            private = () if self._config.log_prompts else (job.prompt,)
+            logger.error("video %s failed:\n%s", job.id, told(error, private))
             self.store.ended(job.id, detail.model_dump(), {})
 
     async def _sweep(self) -> None:

@@ -78,6 +78,9 @@ def body_schema(
 
 async def read_json(http: Request, limits: Limits, pictures: tuple[str, ...] = ()) -> Body:
     """ApiError for a body that is no JSON object. `pictures`: names of fields that hold URLs of pictures."""
+    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(400, "the body must be application/json", "invalid_request")
     return _body(http, parse_json(await http.body(), limits.max_json_bytes), [], pictures, strict=True)
 
 
