@@ -111,6 +111,10 @@ class QueueFullError(OmniError):
         super().__init__(f"{waiting} requests are already waiting; retry in {retry_after_s:.0f} s")
 
 
+class StoreError(OmniError):
+    """What the server keeps in files cannot be read or written at the moment."""
+
+
 class EngineDrainingError(OmniError):
     """The engine is shutting down: it ends what it has and takes nothing new."""
 

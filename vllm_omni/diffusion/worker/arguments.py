@@ -87,6 +87,9 @@ class ArgumentBuilder:
             raise InvalidValueError(
                 "num_inference_steps", steps, f"must be between 1 and {self._config.max_inference_steps}"
             )
+        for name in ("sigmas", "timesteps"):
+            if (own := arguments.get(name)) is not None and len(own) > (most := self._config.max_inference_steps):
+                raise InvalidValueError(name, f"{len(own)} values", f"must be at most {most}, one per step")
         for name in ("height", "width"):
             value = arguments.get(name)
             if value is not None and value % self.multiple:

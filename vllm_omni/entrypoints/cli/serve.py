@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import gc
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -121,7 +122,10 @@ async def _serve(config: ServeConfig, options: dict[str, Any], launch: Launch | 
 
     connections, backlog = room(config.limits.max_connections)
     options |= {"http": guarded(connections, config.limits.client_timeout_s), "backlog": backlog}
-    asyncio.get_running_loop().set_exception_handler(Accepting())
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(Accepting())
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        loop.add_signal_handler(signal.SIGHUP, signal.raise_signal, signal.SIGTERM)
 
     async def stop() -> None:
         await engine.drain(config.shutdown_timeout_s)

@@ -32,7 +32,7 @@ router = APIRouter(prefix="/v1/chat", tags=["chat"])
 async def completions(http: Request, state: State) -> Any:
     """A message whose content is pictures, as data URLs."""
     check_makes(state.info, "image")
-    body = await read_json(http, state.config.limits)
+    body = await read_json(http, state.config.limits, curl=True)
     given = body.fields
     if "prompt" in given:
         raise invalid("prompt", "the prompt is the last user message", "unknown_parameter")

@@ -6,6 +6,7 @@ All of it belongs to one event loop; encoding and files are written in threads.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
@@ -21,7 +22,7 @@ from vllm_omni.entrypoints.openai.generation import GenerationRequest, match_pic
 from vllm_omni.entrypoints.openai.protocol.bodies import Body, check_request
 from vllm_omni.entrypoints.openai.protocol.errors import as_api_error, unavailable
 from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest
-from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore
+from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore, usable
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import (
     EngineClosedError,
@@ -30,6 +31,7 @@ from vllm_omni.errors import (
     InvalidValueError,
     QueueFullError,
     RequestAbortedError,
+    StoreError,
 )
 from vllm_omni.logger import init_logger, told
 from vllm_omni.outputs import OmniRequestOutput
@@ -39,6 +41,7 @@ logger = init_logger(__name__)
 
 MAX_PENALTY = 6  # levels of priority: how far a key with many requests steps back behind others
 REFUSAL_S = 0.5  # what goes wrong within this time is a status of the POST; later, it is the job's error
+LEAVING_S = 1.0  # within this time, an id whose client has left is free
 MAX_DEATHS = 3  # of engine processes while a job ran: then it is taken for the cause
 SWEEP_EVERY_S = 60.0
 _STOPPING = (EngineDrainingError, EngineClosedError, RequestAbortedError)  # the next server continues the job
@@ -80,7 +83,11 @@ class Jobs:
         if held and self.share and held + count > self.share:
             text = f"this key has {held} pictures in work or waiting, and a share of {self.share}"
             raise unavailable(text, "queue_full", None)
-        if job_id in self.running:
+        for _ in range(20):  # a client that retries may come before its last connection is known to be gone
+            if job_id not in self.running:
+                break
+            await asyncio.sleep(LEAVING_S / 20)
+        else:
             raise InvalidValueError("X-Request-Id", job_id, "must not be in use")
         inbox: asyncio.Queue[Item | BaseException] = asyncio.Queue()
         self.running[job_id] = inbox
@@ -250,11 +257,12 @@ class VideoJobs:
 
     def _write(self, job: VideoJob, frames: list[Image.Image], fps: float) -> None:
         """In a thread."""
-        data = {
-            "video": encode_video(frames, "mp4", fps),
-            "thumbnail": media.to_bytes(frames[len(frames) // 2], "WEBP", quality=90),
-            "spritesheet": media.to_bytes(contact_sheet(frames), "JPEG", quality=85),
-        }
+        with usable():  # an MP4 is made in a file
+            data = {
+                "video": encode_video(frames, "mp4", fps),
+                "thumbnail": media.to_bytes(frames[len(frames) // 2], "WEBP", quality=90),
+                "spritesheet": media.to_bytes(contact_sheet(frames), "JPEG", quality=85),
+            }
         self.store.write(job, {FILES[name]: content for name, content in data.items()})
 
     def _ended(self, job: VideoJob, admission: Admission, task: asyncio.Task[None]) -> None:
@@ -264,7 +272,7 @@ class VideoJobs:
         error = None if task.cancelled() else task.exception()
         if error is not None and not admission.done():
             admission.set_exception(error)
-        elif self.store.get(job.id) is None:  # deleted meanwhile
+        elif self._deleted(job.id):
             self.store.clear(job.id)
         elif error is not None and not isinstance(error, _STOPPING):
             detail = as_api_error(error).detail
@@ -272,7 +280,17 @@ class VideoJobs:
             logger.error("video %s failed:\n%s", job.id, told(error, private))
             self.store.ended(job.id, detail.model_dump(), {})
 
+    def _deleted(self, job_id: str) -> bool:
+        """Meanwhile, by a client."""
+        try:
+            return self.store.get(job_id) is None
+        except StoreError:
+            return False
+
     async def _sweep(self) -> None:
         while True:
             await asyncio.sleep(SWEEP_EVERY_S)
-            self.store.sweep()
+            try:
+                self.store.sweep()
+            except (StoreError, OSError, sqlite3.Error) as error:  # a full disk, say: another time
+                logger.error("the store of videos was not tidied: %s", error)

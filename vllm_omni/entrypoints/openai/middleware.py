@@ -31,6 +31,7 @@ logger = init_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})  # probes carry no key
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_LABEL = re.compile(r"[\w-]+", re.ASCII)  # a name without a dot is nobody's to register, hence of this network
 LINGER_S = 2.0  # for the rest of a body that is refused: closing at once would reset the connection, answer and all
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -134,7 +135,8 @@ class Gatekeeper:
     def _check_browser(self, method: str, headers: Headers) -> None:
         """Refuse what a foreign page makes a browser send: under a name of its own that leads here, or across sites."""
         host = _host_of(headers.get("host", ""))
-        if self.hosts and host not in self.hosts and "host" in headers:
+        known = host in self.hosts or (self.hosts is LOOPBACK and _LABEL.fullmatch(host))
+        if self.hosts and not known and "host" in headers:
             text = f"the Host header names {host[:100]!r}, which is not served; --allowed-hosts adds names"
             raise ApiError(400, text, "invalid_host")
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")

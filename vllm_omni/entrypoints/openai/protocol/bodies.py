@@ -15,7 +15,7 @@ from starlette.requests import Request
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.protocol.requests import BaseRequest
 from vllm_omni.entrypoints.serve_config import Limits, ServeConfig
-from vllm_omni.errors import UnknownKeyError
+from vllm_omni.errors import StoreError, UnknownKeyError
 
 MAX_FIELDS = 200
 MAX_FIELD_BYTES = 8 * 2**20
@@ -76,10 +76,13 @@ def body_schema(
     return {"requestBody": {"required": True, "content": {media: {"schema": schema}}}}
 
 
-async def read_json(http: Request, limits: Limits, pictures: tuple[str, ...] = ()) -> Body:
-    """ApiError for a body that is no JSON object. `pictures`: names of fields that hold URLs of pictures."""
+async def read_json(http: Request, limits: Limits, pictures: tuple[str, ...] = (), *, curl: bool = False) -> Body:
+    """ApiError for a body that is no JSON object. `pictures`: names of fields that hold URLs of pictures.
+
+    `curl`: JSON may also be called a form, as `curl -d` calls whatever it sends.
+    """
     kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    if kind != "application/json" and not (curl and kind == _FORMS[1]):
         raise ApiError(400, "the body must be application/json", "invalid_request")
     return _body(http, parse_json(await http.body(), limits.max_json_bytes), [], pictures, strict=True)
 
@@ -111,6 +114,8 @@ async def read_form(http: Request, limits: Limits, max_pictures: int, pictures: 
                     _set(fields, key, value, limits.max_json_bytes)
     except HTTPException as error:
         raise ApiError(400, f"the form cannot be read: {error.detail}", "invalid_request") from None
+    except OSError as error:  # large parts are kept in files while they come
+        raise StoreError(f"uploads cannot be kept ({error.strerror})") from None
     except (KeyError, ValueError):
         raise ApiError(400, "the form cannot be read", "invalid_request") from None
     return _body(http, fields, sources, pictures, strict=False)

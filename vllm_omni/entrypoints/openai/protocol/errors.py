@@ -24,6 +24,7 @@ _OURS: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.InvalidValueError, 400, "invalid_value"),
     (errors.RequestAbortedError, 499, "request_cancelled"),
     (errors.NumericalError, 500, "numerical_error"),
+    (errors.StoreError, 503, "store_failed"),
     (errors.QueueFullError, 503, "queue_full"),
     (errors.EngineDrainingError, 503, "draining"),
     (errors.EngineClosedError, 503, "draining"),
