@@ -48,9 +48,9 @@ def test_coefficients_and_noise_levels_are_finite() -> None:
 
 def test_noise_levels_count_as_steps() -> None:
     with Omni("demo", max_inference_steps=50) as omni:
-        many, more = ({name: [1.0] * 2000} for name in ("sigmas", "timesteps"))
-        for asked in (many, more, many | {"num_inference_steps": 2}):
-            (output,) = omni.generate("x", OmniDiffusionSamplingParams(**asked), use_tqdm=False)
+        for more in ({}, {"num_inference_steps": 2}):
+            asked = OmniDiffusionSamplingParams(sigmas=[1.0] * 2000, **more)
+            (output,) = omni.generate("x", asked, use_tqdm=False)
             assert isinstance(output.error, InvalidValueError) and "2000 values" in str(output.error)
 
 
