@@ -113,8 +113,8 @@ def as_curve(field: str, value: Any) -> tuple[float, ...] | None:
         raise InvalidValueError(field, value, "must not be empty: give one ratio per step, or leave it out")
     for index, ratio in enumerate(curve):
         if not 1e-6 <= ratio <= 1e6:  # products of hundreds of them are taken
-            fix = "must be of 1e-6 to 1e6" if 0 < ratio < math.inf else "must be a finite number above 0"
-            raise InvalidValueError(f"{field}[{index}]", ratio, fix)
+            near = ", of 1e-6 to 1e6" * (0 < ratio < math.inf)
+            raise InvalidValueError(f"{field}[{index}]", ratio, f"must be a finite number above 0{near}")
     return curve
 
 

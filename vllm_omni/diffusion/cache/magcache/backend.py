@@ -68,10 +68,7 @@ class MagCacheBackend(StackBackend):
             return self.calibration.state(schedule.steps, schedule.sigmas)
         settings = settings or self.settings
         ratios, profile = self._measured(settings, schedule.steps)
-        try:
-            plan = compose(settings, ratios, profile, schedule)
-        except ArithmeticError as error:
-            raise InvalidValueError("cache", settings.plan, f"cannot be planned with ({error})") from None
+        plan = compose(settings, ratios, profile, schedule)
         if all(plan.compute) and not self._reported_no_gain:
             self._reported_no_gain = True
             logger.info("magcache: nothing to gain in %d steps, every one of them computes", schedule.steps)
