@@ -70,6 +70,22 @@ class Jobs:
         inbox.put_nowait(RequestAbortedError(f"request {job_id} was cancelled"))
         return True
 
+    async def _await_id(self, job_id: str) -> None:
+        """Return once nobody has it: a client that retries may come before its last connection is known to be gone."""
+        for _ in range(20):
+            if job_id not in self.running:
+                return
+            await asyncio.sleep(LEAVING_S / 20)
+        raise InvalidValueError("X-Request-Id", job_id, "must not be in use")
+
+    def _held(self, key: int | None, count: int) -> int:
+        """How many requests of a key run or wait; ApiError if `count` more are beyond its share."""
+        held = 0 if key is None else self.held[key]
+        if held and self.share and held + count > self.share:
+            text = f"this key has {held} pictures in work or waiting, and a share of {self.share}"
+            raise unavailable(text, "queue_full", None)
+        return held
+
     async def run(
         self, generation: GenerationRequest[Any], job_id: str, facts: dict[str, Any] | None = None
     ) -> AsyncGenerator[Item, None]:
@@ -79,16 +95,8 @@ class Jobs:
         Of several keys, each has its share of the places, and its requests go after those of keys that have fewer.
         """
         count, key = len(generation.params), (facts or {}).get("key")
-        held = 0 if key is None else self.held[key]
-        if held and self.share and held + count > self.share:
-            text = f"this key has {held} pictures in work or waiting, and a share of {self.share}"
-            raise unavailable(text, "queue_full", None)
-        for _ in range(20):  # a client that retries may come before its last connection is known to be gone
-            if job_id not in self.running:
-                break
-            await asyncio.sleep(LEAVING_S / 20)
-        else:
-            raise InvalidValueError("X-Request-Id", job_id, "must not be in use")
+        await self._await_id(job_id)
+        held = self._held(key, count)
         inbox: asyncio.Queue[Item | BaseException] = asyncio.Queue()
         self.running[job_id] = inbox
 
