@@ -132,9 +132,17 @@ def adopt_logging(formatter: logging.Formatter | None = None) -> None:
         ours = logging.getLogger(name)
         ours.handlers.clear()
         ours.parent = theirs
+    logging.getLogger("uvicorn.access").addFilter(_without_query)
     if formatter is not None:
         for handler in theirs.handlers:
             handler.setFormatter(formatter)
+
+
+def _without_query(record: logging.LogRecord) -> bool:
+    """Cut what follows the path: whatever a client wrote there."""
+    if isinstance(record.args, tuple):
+        record.args = tuple(arg.partition("?")[0] if isinstance(arg, str) else arg for arg in record.args)
+    return True
 
 
 def start_tracing(endpoint: str) -> None:

@@ -131,6 +131,10 @@ class EngineAsleepError(OmniError):
         super().__init__("the engine is asleep and takes no requests; wake it up")
 
 
+class StoreError(OmniError):
+    """What the server keeps in files cannot be read or written at the moment."""
+
+
 class EngineDrainingError(OmniError):
     """The engine is shutting down: it ends what it has and takes nothing new."""
 

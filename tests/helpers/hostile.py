@@ -21,7 +21,7 @@ PRIVATE = re.compile(r"0x[0-9a-f]{6,}|/(home|usr|tmp|work|root|opt|etc)/|Traceba
 # Field -> smallest, largest (None: the server has no fixed one), type.
 NUMBERS: dict[str, tuple[float, float | None, type]] = {
     "n": (1, 10, int), "num_inference_steps": (1, 200, int), "steps": (1, 200, int), "seed": (0, 2**64 - 1, int),
-    "output_compression": (0, 100, int), "partial_images": (0, 3, int), "priority": (-1000, 1000, int),
+    "output_compression": (0, 100, int), "partial_images": (0, 3, int), "priority": (-2, 2, int),
     "guidance_scale": (0, 100, float), "true_cfg_scale": (0, 100, float), "strength": (0, 1, float),
     "timeout_s": (1e-9, 600, float), "width": (8, None, int), "height": (8, None, int),
 }  # fmt: skip
@@ -165,3 +165,25 @@ MEMBERS = [
     '"user": "\\udc00"', '"negative_prompt": "\\ud800"', '"size": "\\ud800"', f'"size": "{"9" * 5000}x1"',
     '"x\\ud800": 1', f'"{"k" * 100_000}": 1', f'"seed": {"9" * 4000}', f'"prompt": "{"x" * 1_000_000}"',
 ]  # fmt: skip
+
+
+def progressive(side: int, scans: int) -> bytes:
+    """A progressive JPEG of side x side pixels of grey that repeats one empty scan: each is a walk over all blocks."""
+
+    def bits(text: str) -> bytes:
+        text += "1" * (-len(text) % 8)
+        return int(text, 2).to_bytes(len(text) // 8, "big").replace(b"\xff", b"\xff\x00")
+
+    def segment(marker: int, data: bytes) -> bytes:
+        return b"\xff" + bytes([marker]) + struct.pack(">H", len(data) + 2) + data
+
+    blocks, runs, one_code = (side // 8) ** 2, "", bytes([1] + [0] * 15)
+    frame = struct.pack(">BHHB", 8, side, side, 1) + b"\x01\x11\x00"
+    head = b"\xff\xd8" + segment(0xDB, b"\x00" + b"\x01" * 64) + segment(0xC2, frame)
+    head += segment(0xC4, b"\x00" + one_code + b"\x00") + segment(0xC4, b"\x10" + one_code + b"\xe0")
+    head += segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) + bits("0" * blocks)
+    while blocks > 0:  # end-of-band runs of 2^14 blocks and more
+        run = min(blocks, 2**15 - 1)
+        more = max(0, run - 2**14)
+        runs, blocks = runs + "0" + format(more, "014b"), blocks - 2**14 - more
+    return head + (segment(0xDA, bytes([1, 1, 0, 1, 63, 0])) + bits(runs)) * scans + b"\xff\xd9"

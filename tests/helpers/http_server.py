@@ -28,6 +28,7 @@ from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig
 KEY = "a-key"
 AUTH = {"Authorization": f"Bearer {KEY}"}
 PROCESS_KEY = "sk-marker-of-a-key"  # of the real command
+OTHER_KEY = "sk-another-key"
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
 CHAT = "/v1/chat/completions"
@@ -159,13 +160,16 @@ class Command:
 
 
 @contextmanager
-def command(folder: Path, *words: str | Path, **environment: str) -> Iterator[Command]:
-    """The real command, run in `folder` with nothing written outside it, until the block ends by SIGTERM."""
+def command(folder: Path, *words: str | Path, through: tuple[str, ...] = (), **environment: str) -> Iterator[Command]:
+    """The real command, run in `folder` with nothing written outside it, until the block ends by SIGTERM.
+
+    `through`: words before it, which run it.
+    """
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     root = str(ROOT)
     places = {"PYTHONPATH": root, "HOME": str(folder), "TMPDIR": str(folder), "OMP_WAIT_POLICY": "PASSIVE"}
-    line = [sys.executable, "-m", "vllm_omni", "serve", *map(str, words), "--port", str(port)]
+    line = [*through, sys.executable, "-m", "vllm_omni", "serve", *map(str, words), "--port", str(port)]
     log = folder / "log"
     with log.open("wb") as out:
         process = subprocess.Popen(line, stdout=out, stderr=out, env=os.environ | places | environment, cwd=folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from hostile import saved, says_too_much, scene
-from http_server import AUTH, EDITS, KEY, PROCESS_KEY, Command, Running, command, repaint_folder, serve
+from http_server import AUTH, EDITS, KEY, OTHER_KEY, PROCESS_KEY, Command, Running, command, repaint_folder, serve
 from openai import OpenAI
 
 
@@ -52,10 +52,20 @@ def process(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield started
 
 
+@pytest.fixture(scope="session")
+def editor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """The command without any limit of the operator's: image to image, with two keys."""
+    model, keys = repaint_folder(tmp_path_factory.mktemp("models")), (PROCESS_KEY, OTHER_KEY)
+    with command(tmp_path_factory.mktemp("editor"), model, "--api-key", *keys) as started:
+        headers, files = {"Authorization": f"Bearer {PROCESS_KEY}"}, {"image": saved(scene())}
+        httpx.post(started.url + EDITS, data={"prompt": "x", "steps": "2"}, files=files, headers=headers, timeout=60)
+        yield started
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The real command takes ten seconds to start: its tests are slow."""
     for item in items:
-        if isinstance(item, pytest.Function) and "process" in item.fixturenames:
+        if isinstance(item, pytest.Function) and {"process", "editor"} & {*item.fixturenames}:
             item.add_marker(pytest.mark.slow)
 
 

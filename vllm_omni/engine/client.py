@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.engine.in_flight import InFlight, InFlightRequest, OutputOrError
-from vllm_omni.engine.interface import EngineCondition, EngineStats, ModelInfo
+from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS, EngineCondition, EngineStats, ModelInfo
 from vllm_omni.engine.ledger import Ledger, RequestSize, outcome
 from vllm_omni.engine.supervisor import EngineProcess, Launch, Restarts
 from vllm_omni.engine.wire import (
@@ -39,16 +39,20 @@ from vllm_omni.outputs import OmniRequestOutput
 
 logger = init_logger(__name__)
 
-MAX_PRIORITY = 1000
 WATCH_EVERY_S = 0.25
 _LOADING = 20  # times the patience, while imports and weights keep the process silent
 
 
 def launch_engine(
-    engine_args: dict[str, Any], *, warmup: bool = True, log_json: bool = False, heartbeat_s: float = 0.5
+    engine_args: dict[str, Any],
+    *,
+    warmup: bool = True,
+    log_json: bool = False,
+    log_prompts: bool = False,
+    heartbeat_s: float = 0.5,
 ) -> Launch:
     """Launch the engine process of a `ProcessEngineClient` with these settings; it loads while its front end does."""
-    return Launch.of(_start_of(engine_args, warmup, heartbeat_s, log_json))
+    return Launch.of(_start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts))
 
 
 class ProcessEngineClient:
@@ -64,9 +68,10 @@ class ProcessEngineClient:
         self,
         engine_args: dict[str, Any],
         *,
-        max_queued_requests: int = 256,
+        max_queued_requests: int = MAX_QUEUED_REQUESTS,
         warmup: bool = True,
         log_json: bool = False,
+        log_prompts: bool = False,
         heartbeat_s: float = 0.5,
         heartbeat_timeout_s: float = 15.0,
         step_timeout_s: float = 600.0,
@@ -75,7 +80,7 @@ class ProcessEngineClient:
         launch: Launch | None = None,
     ) -> None:
         config = OmniDiffusionConfig(**engine_args)  # raises what is wrong
-        self._start = _start_of(engine_args, warmup, heartbeat_s, log_json)
+        self._start = _start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts)
         if launch is not None and launch.start != self._start:
             launch.discard()
             launch = None
@@ -206,8 +211,8 @@ class ProcessEngineClient:
         others = self._requests.sizes[:-1]
         if len(others) >= self._limit:
             raise QueueFullError(len(others) - self._max_num_seqs, self._ledger.retry_after_s(others))
-        if not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
-            raise InvalidValueError("priority", priority, f"must be between -{MAX_PRIORITY} and {MAX_PRIORITY}")
+        if not isinstance(priority, int) or priority.bit_length() > 31:
+            raise InvalidValueError("priority", priority, "must be a whole number of at most 32 bits")
         if timeout_s is not None and not 0 < timeout_s < float("inf"):
             raise InvalidValueError("timeout_s", timeout_s, "must be a number of seconds above 0")
         if params.generator is not None:
@@ -344,8 +349,9 @@ class ProcessEngineClient:
         self._requests.end_all(lambda request_id: OmniRequestOutput(request_id, error=error_of(request_id)))
 
 
-def _start_of(engine_args: dict[str, Any], warmup: bool, heartbeat_s: float, log_json: bool) -> Start:
-    return Start({name: _plain(value) for name, value in engine_args.items()}, warmup, heartbeat_s, log_json)
+def _start_of(args: dict[str, Any], warmup: bool, heartbeat_s: float, log_json: bool, log_prompts: bool) -> Start:
+    plain = {name: _plain(value) for name, value in args.items()}
+    return Start(plain, warmup, heartbeat_s, log_json=log_json, log_prompts=log_prompts)
 
 
 def _plain(value: Any) -> Any:

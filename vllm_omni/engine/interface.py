@@ -9,6 +9,8 @@ from typing import Any, Protocol
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 
+MAX_QUEUED_REQUESTS = 256  # may wait, unless the operator says otherwise
+
 
 @dataclass(frozen=True)
 class PictureInput:

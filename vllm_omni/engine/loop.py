@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import time
-import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 from typing import Any
@@ -31,7 +30,7 @@ from vllm_omni.engine.wire import (
 )
 from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError, forget_locals
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
-from vllm_omni.logger import init_logger
+from vllm_omni.logger import init_logger, told
 from vllm_omni.outputs import OmniRequestOutput
 
 logger = init_logger(__name__)
@@ -50,6 +49,7 @@ class EngineLoop:
         commands: queue.SimpleQueue[Command],
         send: Callable[[EngineEvent], None],
         progress_every_s: float = PROGRESS_EVERY_S,
+        log_prompts: bool = False,
     ) -> None:
         self.engine, self._progress_every_s = engine, progress_every_s
         self.turn_began: float | None = None  # monotonic; None while there is nothing to do. Read by the heartbeat
@@ -57,6 +57,8 @@ class EngineLoop:
         self.control = EngineControl(engine)
         self._controls: deque[Control] = deque()  # to be done, in this order
         self._commands, self._send = commands, send
+        self._log_prompts = log_prompts
+        self._private: dict[str, list[str]] = {}  # what the log must not repeat of a request
         self._deadlines: dict[str, float] = {}
         self._aborts: Counter[str] = Counter()
         self._batches: Counter[int] = Counter()
@@ -108,10 +110,13 @@ class EngineLoop:
             except Exception as raised:  # the engine goes on, and whoever asked is told
                 error = raised
                 if not isinstance(error, OmniError):
-                    logger.error("%s failed:\n%s", control.action, "".join(traceback.format_exception(error)))
+                    logger.error("%s failed:\n%s", control.action, told(error))
             self._send(Controlled(control.control_id, self.control.condition, error))
 
     def _add(self, command: Add) -> None:
+        if not self._log_prompts:
+            texts = [command.params, command.prompt if isinstance(command.prompt, dict) else {"prompt": command.prompt}]
+            self._private[command.request_id] = [v for text in texts for v in text.values() if isinstance(v, str)]
         try:
             params = OmniDiffusionSamplingParams(**command.params)
             prompt = command.prompt
@@ -121,10 +126,9 @@ class EngineLoop:
             self.engine.add_request(request, command.priority, command.arrived)
         except Exception as error:  # whatever a value of the wrong kind raises is that request's fault alone
             self._send(Refused(command.request_id, error))
+            private = self._private.pop(command.request_id, ())
             if not isinstance(error, OmniError):
-                logger.error(
-                    "request %s is refused:\n%s", command.request_id, "".join(traceback.format_exception(error))
-                )
+                logger.error("request %s is refused:\n%s", command.request_id, told(error, private))
             return
         if command.deadline is not None:
             self._deadlines[command.request_id] = command.deadline
@@ -166,10 +170,10 @@ class EngineLoop:
 
     def _note_end(self, output: OmniRequestOutput) -> None:
         self._deadlines.pop(output.request_id, None)
+        private = self._private.pop(output.request_id, ())
         forget_locals(output.error)
         if output.error is not None and not isinstance(output.error, OmniError):
-            trace = "".join(traceback.format_exception(output.error))
-            logger.error("request %s failed:\n%s", output.request_id, trace)
+            logger.error("request %s failed:\n%s", output.request_id, told(output.error, private))
         self._steps["computed"] += output.computed_steps
         self._steps["skipped"] += output.skipped_steps
         self._seconds["queue"] += output.stage_durations.get("queue_s", 0.0)

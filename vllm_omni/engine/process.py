@@ -56,7 +56,7 @@ class Link:
         """`lost` is called in a thread of the link when the other side is gone."""
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._end, self._lost = end, lost
-        self._events: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="vllm-omni-write", daemon=True)
         self._writer.start()
         threading.Thread(target=self._read, name="vllm-omni-read", daemon=True).start()
@@ -158,7 +158,7 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
 
     keep_freed_memory()
     engine = DiffusionEngine(config)
-    loop = EngineLoop(engine, link.commands, link.send)
+    loop = EngineLoop(engine, link.commands, link.send, log_prompts=start.log_prompts)
     tokens = warm_up(engine, describe(engine, {}), loop.costs) if start.warmup else {}
     if start.condition is not None:
         loop.control.restore(start.condition)
@@ -172,7 +172,8 @@ def main() -> int:
     parent = os.getppid()
     if sys.platform == "linux":  # also while a stopped process cannot see that its socket has closed
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a terminal or a service manager signals all; the front end decides
+    # a terminal or a service manager signals all; the front end decides
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     link = Link(socket.socket(fileno=int(sys.argv[1])), lambda: os._exit(1))
     start = link.commands.get()

@@ -53,6 +53,8 @@ class Launch:
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning team of threads starves the front end
         environment.setdefault("TQDM_DISABLE", "1")  # bars are no log lines
+        if not start.log_prompts:  # their warnings repeat what they cut off a prompt
+            environment |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}
         try:
             process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "vllm_omni.engine.process", str(theirs.fileno())],
@@ -96,7 +98,7 @@ class EngineProcess:
             undo.pop_all()
         return cls(launch.process, reader, writer)
 
-    def send(self, frame: bytes) -> None:
+    def send(self, frame: bytes | bytearray) -> None:
         """Queue a frame; never waits. To an engine that died it goes nowhere."""
         if not self._writer.is_closing():
             self._writer.write(frame)

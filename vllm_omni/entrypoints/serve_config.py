@@ -11,6 +11,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.scheduler import AGEING_S
+from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.data import MAX_PROMPT_CHARACTERS
 from vllm_omni.settings import Settings
@@ -27,16 +29,45 @@ class Limits(Settings):
         default=MAX_PROMPT_CHARACTERS, ge=1, le=MAX_PROMPT_CHARACTERS, description="characters of a prompt"
     )
     max_body_mb: float = Field(default=64.0, gt=0, allow_inf_nan=False, description="a request's body, in MiB")
+    max_json_mb: float = Field(
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="JSON or a plain form, without the pictures in it, in MiB",
+    )
     max_input_images: int = Field(default=16, ge=1, description="pictures sent with one request")
-    max_input_pixels: int = Field(default=64 * 2**20, ge=1, description="width x height of a picture that is sent")
+    max_input_pixels: int = Field(
+        default=32 * 2**20, ge=1, description="width x height of the pictures sent with one request, together"
+    )
     request_timeout_s: float = Field(default=600.0, gt=0, allow_inf_nan=False, description="longest time of a request")
+    max_connections: int = Field(default=1024, ge=8, description="open connections; descriptors may allow fewer")
+    client_timeout_s: float = Field(
+        default=30.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="how long a client may neither send its request nor read its reply",
+    )
+    max_priority: int = Field(
+        default=2,
+        ge=0,
+        description="levels by which a request may go before or after others, each worth 5 s",
+    )
     max_queued_requests: int = Field(
-        default=256, ge=0, description="requests that may wait; further ones get a 503 with Retry-After"
+        default=MAX_QUEUED_REQUESTS, ge=0, description="requests that may wait; further ones get a 503 with Retry-After"
     )
 
     @property
     def max_body_bytes(self) -> int:
         return int(self.max_body_mb * 2**20)
+
+    @property
+    def max_json_bytes(self) -> int:
+        return int(self.max_json_mb * 2**20)
+
+    @property
+    def most_priority(self) -> int:
+        """Never beyond the request time-out: nobody waits that long for those who come later."""
+        return min(self.max_priority, int(self.request_timeout_s / AGEING_S))
 
 
 class HttpOptions(Settings):
@@ -92,13 +123,19 @@ class ServeConfig(Settings):
     profiler_dir: Path | None = Field(
         default=None, description="where traces of POST /start_profile are written (default: none are made)"
     )
+    allowed_hosts: tuple[str, ...] = Field(
+        default=(), description="names in the Host header that are answered (default: on loopback its own, else any)"
+    )
+    trusted_proxies: tuple[str, ...] = Field(
+        default=(), description="addresses of proxies whose X-Forwarded-For is believed (default: none)"
+    )
     store_dir: Path | None = Field(default=None, description="where video jobs are kept (default: a temporary folder)")
     log_stats: bool = Field(default=False, description="log a line about running and waiting requests and speed")
     log_stats_interval_s: float = Field(
         default=10.0, gt=0, allow_inf_nan=False, description="between two such lines, while there is something to do"
     )
     log_json: bool = Field(default=False, description="log one JSON object per line")
-    log_prompts: bool = Field(default=False, description="write prompts into the log")
+    log_prompts: bool = Field(default=False, description="write prompts into the log, also those that errors repeat")
     otlp_traces_endpoint: str | None = Field(default=None, description="OpenTelemetry collector for traces")
 
     @model_validator(mode="after")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
@@ -14,6 +14,7 @@ from vllm_omni.inputs.lora import Adapters, as_adapters
 from vllm_omni.settings import Settings
 
 MAX_PROMPT_CHARACTERS = 32_000
+NoiseLevel = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
 class OmniDiffusionSamplingParams(Settings):
@@ -28,8 +29,8 @@ class OmniDiffusionSamplingParams(Settings):
     """
 
     num_inference_steps: int | None = Field(default=None, ge=1)
-    timesteps: list[float] | None = None
-    sigmas: list[float] | None = None
+    timesteps: list[NoiseLevel] | None = None
+    sigmas: list[NoiseLevel] | None = None
     seed: int | None = Field(default=None, ge=0, lt=2**64)
     generator: Any = None
     height: int | None = Field(default=None, ge=1)

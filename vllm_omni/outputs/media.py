@@ -10,7 +10,8 @@ import math
 import struct
 import tempfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from vllm_omni.errors import InvalidValueError
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 VIDEO_FORMATS = ("mp4", "gif", "webp")
 MAX_INPUT_PIXELS = 64 * 2**20
+MAX_SCANS = 100  # of a JPEG: each is a walk over all its blocks, however few bytes it has
+_SCAN = b"\xff\xda"
 # What Pillow raises on bytes that are no picture.
 _UNREADABLE = (
     UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, TypeError,
@@ -50,9 +53,17 @@ def open_mask(source: Path | bytes, field: str = "mask", max_pixels: int = MAX_I
     return ImageOps.invert(picture.convert("RGBA").getchannel("A"))
 
 
+def announced(data: bytes, field: str) -> tuple[int, int]:
+    """(pixels, what decoding costs in pixels) as the header says; InvalidValueError for no picture or too many scans."""
+    with _readable(data, field), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
+        pixels, scans = picture.width * picture.height, data.count(_SCAN) if picture.format == "JPEG" else 1
+        if scans > MAX_SCANS:
+            raise InvalidValueError(field, f"{scans} scans", f"must have at most {MAX_SCANS}, as a JPEG")
+        return pixels, pixels * (1 + scans // 10)
+
+
 def _open(source: Path | bytes, field: str, max_pixels: int) -> Image.Image:
-    shown = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    try:
+    with _readable(source, field):
         picture = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
         if picture.width * picture.height > max_pixels:
             size = f"{picture.width}x{picture.height}"
@@ -62,6 +73,14 @@ def _open(source: Path | bytes, field: str, max_pixels: int) -> Image.Image:
             upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
         upright.load()
         return upright
+
+
+@contextmanager
+def _readable(source: Path | bytes, field: str) -> Iterator[None]:
+    """InvalidValueError for whatever Pillow raises."""
+    shown = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
+    try:
+        yield
     except FileNotFoundError:
         raise InvalidValueError(field, shown, "must be a file that exists") from None
     except _UNREADABLE as error:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
@@ -114,8 +114,9 @@ def as_curve(field: str, value: Any) -> tuple[float, ...] | None:
     if not curve:
         raise InvalidValueError(field, value, "must not be empty: give one ratio per step, or leave it out")
     for index, ratio in enumerate(curve):
-        if not (math.isfinite(ratio) and ratio > 0):
-            raise InvalidValueError(f"{field}[{index}]", ratio, "must be a finite number above 0")
+        if not 1e-6 <= ratio <= 1e6:  # products of hundreds of them are taken
+            near = ", of 1e-6 to 1e6" * (0 < ratio < math.inf)
+            raise InvalidValueError(f"{field}[{index}]", ratio, f"must be a finite number above 0{near}")
     return curve
 
 
@@ -142,15 +143,15 @@ class DiffusionCacheConfig(Settings):
     mag_max_skip_steps: int = Field(default=5, ge=1, le=10_000)
     mag_retention_ratio: float = Field(default=0.1, ge=0, lt=1)
     mag_calibrate: bool = False
-    coefficients: tuple[float, ...] | None = None
+    coefficients: tuple[Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)], ...] | None = None
     rel_l1_thresh: float | None = Field(default=None, gt=0)
     predictor: Literal["auto", PredictorName] = "auto"
     compute_last_step: bool = True
     curve_resampling: Literal["log", "nearest"] = "log"
     steps_mask: tuple[bool, ...] | None = None
-    nfe: int | None = None
-    speedup: float | None = Field(default=None, allow_inf_nan=False)
-    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    nfe: int | None = Field(default=None, le=10**9)
+    speedup: float | None = Field(default=None, le=1e9, allow_inf_nan=False)
+    seconds: float | None = Field(default=None, gt=0, le=1e9, allow_inf_nan=False)
     psnr: float | None = Field(default=None, gt=0, le=200, allow_inf_nan=False)
     preset: Literal["auto", "high", "balanced", "fast", "paper"] | None = None
     profile: str | None = None

@@ -80,21 +80,20 @@ class ArgumentBuilder:
         for name in ("num_inference_steps", "height", "width"):
             if not isinstance(arguments.get(name), int | None):
                 raise InvalidValueError(name, arguments[name], "must be a whole number")
-        steps = arguments.get("num_inference_steps")
-        if steps is not None and not 1 <= steps <= self._config.max_inference_steps:
-            raise InvalidValueError(
-                "num_inference_steps", steps, f"must be between 1 and {self._config.max_inference_steps}"
-            )
+        steps, most = arguments.get("num_inference_steps"), self._config.max_inference_steps
+        if steps is not None and not 1 <= steps <= most:
+            raise InvalidValueError("num_inference_steps", steps, f"must be between 1 and {most}")
+        for name in ("sigmas", "timesteps"):
+            if (own := arguments.get(name)) is not None and len(own) > most:
+                raise InvalidValueError(name, f"{len(own)} values", f"must be at most {most}, one per step")
         for name in ("height", "width"):
             value = arguments.get(name)
             if value is not None and value % self.multiple:
                 near = max(self.multiple, round(value / self.multiple) * self.multiple)
                 raise InvalidValueError(name, value, f"must be a multiple of {self.multiple} (nearest: {near})")
         height, width = arguments.get("height"), arguments.get("width")
-        if height and width and height * width > self._config.max_image_pixels:
-            raise InvalidValueError(
-                "height x width", f"{height}x{width}", f"must be at most {self._config.max_image_pixels} pixels"
-            )
+        if height and width and height * width > (most := self._config.max_image_pixels):
+            raise InvalidValueError("height x width", f"{height}x{width}", f"must be at most {most} pixels")
 
 
 def refusal(error: Exception, arguments: Mapping[str, Any]) -> Exception:

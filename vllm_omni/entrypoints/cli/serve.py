@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import gc
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from vllm_omni.engine.supervisor import Launch
 from vllm_omni.entrypoints.cli.serve_flags import build_parser, described, refuse_early, serve_config
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.logger import JsonLines, init_logger
+from vllm_omni.logger import JsonLines, init_logger, log_as_json
 from vllm_omni.model_folder import resolve_model
 
 logger = init_logger(__name__)
@@ -44,12 +45,19 @@ def run(args: argparse.Namespace) -> int:
     hide_keys(words)
     _vllm_compat.require()
     early = refuse_early(words)
-    launch = launch_engine(early.engine_args, warmup=early.warmup, log_json=early.log_json) if early else None
+    launch = None
+    if early:
+        logs = {"log_json": early.log_json, "log_prompts": early.log_prompts}
+        launch = launch_engine(early.engine_args, warmup=early.warmup, **logs)
+        if early.log_json:
+            log_as_json()
     try:  # vLLM is imported from here on, and the engine loads meanwhile
         parsed = build_parser().parse_args(words)
         config = serve_config(parsed)
+        if config.log_json and not early:
+            log_as_json()
         resolve_model(str(config.engine_args["model"]))
-        return asyncio.run(_serve(config, uvicorn_options(parsed), launch))
+        return asyncio.run(_serve(config, uvicorn_options(parsed, config.trusted_proxies), launch))
     finally:
         if launch is not None:
             launch.discard()
@@ -74,13 +82,15 @@ def hide_keys(words: Sequence[str]) -> None:
     setproctitle(" ".join([*sys.orig_argv[: sys.orig_argv.index("serve") + 1], *shown]))
 
 
-def uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
+def uvicorn_options(args: argparse.Namespace, proxies: Sequence[str]) -> dict[str, Any]:
     """The options of uvicorn, as vLLM sets them."""
     options = {name: value for name, value in vars(args).items() if name in UVICORN}
     if args.ssl_ciphers:
         options["ssl_ciphers"] = args.ssl_ciphers
     return options | {
         "log_level": args.uvicorn_log_level,
+        "proxy_headers": bool(proxies),  # a client may send any: they count if the operator trusts who passes them on
+        "forwarded_allow_ips": list(proxies),
         "access_log": not args.disable_uvicorn_access_log,
         "timeout_keep_alive": 5,
         "timeout_graceful_shutdown": 5,  # replies are already sent; don't wait for clients that stopped reading
@@ -91,6 +101,7 @@ def uvicorn_options(args: argparse.Namespace) -> dict[str, Any]:
 
 async def _serve(config: ServeConfig, options: dict[str, Any], launch: Launch | None) -> int:
     from vllm_omni.entrypoints.openai.app import build_app
+    from vllm_omni.entrypoints.openai.connections import Accepting, guarded, room
 
     http = config.http
     try:
@@ -105,8 +116,16 @@ async def _serve(config: ServeConfig, options: dict[str, Any], launch: Launch | 
         max_queued_requests=config.limits.max_queued_requests,
         warmup=config.warmup,
         log_json=config.log_json,
+        log_prompts=config.log_prompts,
         launch=launch,
     )
+
+    connections, backlog = room(config.limits.max_connections)
+    options |= {"http": guarded(connections, config.limits.client_timeout_s), "backlog": backlog}
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(Accepting())
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
+        loop.add_signal_handler(signal.SIGHUP, signal.raise_signal, signal.SIGTERM)
 
     async def stop() -> None:
         await engine.drain(config.shutdown_timeout_s)

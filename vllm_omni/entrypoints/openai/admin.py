@@ -159,7 +159,7 @@ async def _read(http: Request, kind: type[B]) -> B:
     data, media = await http.body(), http.headers.get("content-type", "")
     if media.partition(";")[0].strip().lower() != "application/json" and (data or media or "origin" in http.headers):
         raise ApiError(400, "the body must be application/json", "invalid_request")
-    fields: dict[str, Any] = parse_json(data) if data else {}
+    fields: dict[str, Any] = parse_json(data, http.app.state.omni.config.limits.max_json_bytes) if data else {}
     if issubclass(kind, SleepBody) and (level := http.query_params.get("level")) is not None:
         fields.setdefault("level", int(level) if level in ("1", "2") else level)
     return validate(kind, fields, strict=True)

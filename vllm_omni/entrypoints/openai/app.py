@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, closing
+
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
@@ -11,12 +14,14 @@ from starlette.responses import Response
 from vllm_omni import _vllm_compat
 from vllm_omni.engine.interface import EngineClient
 from vllm_omni.entrypoints.openai import admin, chat, images, info, metrics, page, videos
+from vllm_omni.entrypoints.openai.decoding import Decoder
 from vllm_omni.entrypoints.openai.jobs import Jobs
 from vllm_omni.entrypoints.openai.middleware import OPEN_PATHS, add_middleware
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, as_api_error, invalid
 from vllm_omni.entrypoints.openai.protocol.replies import ERRORS
 from vllm_omni.entrypoints.openai.state import AppState
 from vllm_omni.entrypoints.serve_config import ServeConfig
+from vllm_omni.errors import forget_locals
 from vllm_omni.version import __version__
 
 
@@ -29,11 +34,13 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
         root_path=config.http.root_path,
         redirect_slashes=False,
         responses=ERRORS,
+        lifespan=_lifespan,
         **{"docs_url": None, "redoc_url": None, "openapi_url": None, **docs},  # type: ignore[arg-type]
     )
     if config.otlp_traces_endpoint:
         _vllm_compat.start_tracing(config.otlp_traces_endpoint)
-    jobs = Jobs(engine)
+    places, keys = config.engine_config().max_num_seqs + config.limits.max_queued_requests, len(config.http.api_key)
+    jobs = Jobs(engine, Decoder(config.limits.max_input_pixels), max(1, places // keys) if keys > 1 else None)
     state = app.state.omni = AppState(engine, config, jobs, videos.open_jobs(jobs, config))
     for router in (images.router, videos.router, chat.router, info.router, metrics.router, admin.router):
         app.include_router(router)
@@ -47,8 +54,16 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
     return app
 
 
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: AppState = app.state.omni
+    with closing(state.jobs.decoder):
+        yield
+
+
 async def _error_reply(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):  # of a path or a query
         first = error.errors()[0]
         error = invalid(".".join(str(part) for part in first["loc"][1:]) or None, str(first["msg"]))
+    forget_locals(error)  # they hold the client's pictures
     return as_api_error(error, request.scope["state"].get("names")).response()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
@@ -18,7 +17,7 @@ from vllm_omni.entrypoints.openai.protocol import replies
 from vllm_omni.entrypoints.openai.protocol.bodies import Source, body_schema, check_request, read_json, validate
 from vllm_omni.entrypoints.openai.protocol.errors import invalid
 from vllm_omni.entrypoints.openai.protocol.requests import ChatRequest, ImageRequest
-from vllm_omni.entrypoints.openai.protocol.streams import Event
+from vllm_omni.entrypoints.openai.protocol.streams import Event, unless_gone
 from vllm_omni.entrypoints.openai.state import AppState, State, salt_of
 
 router = APIRouter(prefix="/v1/chat", tags=["chat"])
@@ -33,7 +32,7 @@ router = APIRouter(prefix="/v1/chat", tags=["chat"])
 async def completions(http: Request, state: State) -> Any:
     """A message whose content is pictures, as data URLs."""
     check_makes(state.info, "image")
-    body = await read_json(http)
+    body = await read_json(http, state.config.limits, curl=True)
     given = body.fields
     if "prompt" in given:
         raise invalid("prompt", "the prompt is the last user message", "unknown_parameter")
@@ -43,7 +42,8 @@ async def completions(http: Request, state: State) -> Any:
     body = replace(body, fields={"prompt": prompt, **given})
     request = check_request(ImageRequest, body, state.config, state.adapters)
     matched = match_pictures(replace(body, sources=sources), state.info, "messages")
-    pictures = await asyncio.to_thread(media.load, matched, state.config)
+    loading = media.load(matched, state.config, state.jobs.decoder, request.n or 1)
+    pictures = await unless_gone(http.receive, loading)
     generation = replace(plan_images(request, state.info, state.config.limits, pictures), salt=salt_of(http, request))
     made = await respond(http, state, generation, _chunks(http, state, generation))
     return _completion(made, generation) if isinstance(made, replies.ImagesReply) else made

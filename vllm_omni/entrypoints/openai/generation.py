@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from PIL import Image, ImageOps
 
 from vllm_omni.engine.interface import ModelInfo
-from vllm_omni.engine.wire import MAX_FRAME_BYTES
+from vllm_omni.engine.wire import MAX_FRAME_BYTES, PackedPicture
 from vllm_omni.entrypoints.openai.protocol.bodies import Body, Source
 from vllm_omni.entrypoints.openai.protocol.errors import invalid
 from vllm_omni.entrypoints.openai.protocol.requests import (
@@ -39,7 +40,7 @@ _MEANT = {
     "image_reference": "image",
     "mask_image": "mask",
 }
-Pictures = dict[str, tuple[Image.Image, ...]]  # by the pipeline's argument
+Pictures = Mapping[str, tuple[Image.Image | PackedPicture, ...]]  # by the pipeline's argument
 R = TypeVar("R", bound=BaseRequest)
 
 
@@ -116,7 +117,7 @@ def plan_video(
     common = _parameters(request, info, limits, width, height) | {"boundary_ratio": request.boundary_ratio}
     fps = request.fps or info.fps
     params = OmniDiffusionSamplingParams(**common, num_frames=frames, fps=fps, guidance_scale_2=second)
-    pictures = {name: tuple(ImageOps.fit(one, (width, height)) for one in found) for name, found in pictures.items()}
+    pictures = {name: tuple(_fitted(one, (width, height)) for one in found) for name, found in pictures.items()}
     return GenerationRequest(request, pictures, (params,), width, height, request.timeout_s)
 
 
@@ -157,6 +158,8 @@ def _parameters(request: BaseRequest, info: ModelInfo, limits: Limits, width: in
     """The sampling parameters that pictures and videos share."""
     _at_most(limits.max_steps, num_inference_steps=request.num_inference_steps)
     _at_most(limits.request_timeout_s, timeout_s=request.timeout_s)
+    if abs(request.priority or 0) > limits.most_priority:
+        raise invalid("priority", f"priority must be between -{limits.most_priority} and {limits.most_priority}")
     return {
         **_supported(
             info,
@@ -225,12 +228,16 @@ def _size(request: BaseRequest, info: ModelInfo, limits: Limits, own: tuple[int,
     return width, height
 
 
+def _fitted(picture: Image.Image | PackedPicture, size: tuple[int, int]) -> Image.Image:
+    return ImageOps.fit(picture.image() if isinstance(picture, PackedPicture) else picture, size)
+
+
 def _area(info: ModelInfo) -> int:
     """Pixels that the model is made for."""
     return int(info.defaults.get("width") or 1024) * int(info.defaults.get("height") or 1024)
 
 
-def _size_like(picture: Image.Image, info: ModelInfo) -> tuple[int, int]:
+def _size_like(picture: Image.Image | PackedPicture, info: ModelInfo) -> tuple[int, int]:
     """The picture's own size, rounded down; scaled if it has more pixels than the model is made for."""
     if picture.width * picture.height > _area(info):
         return _same_shape(picture, info)
@@ -238,7 +245,7 @@ def _size_like(picture: Image.Image, info: ModelInfo) -> tuple[int, int]:
     return max(step, picture.width // step * step), max(step, picture.height // step * step)
 
 
-def _same_shape(picture: Image.Image, info: ModelInfo) -> tuple[int, int]:
+def _same_shape(picture: Image.Image | PackedPicture, info: ModelInfo) -> tuple[int, int]:
     """The picture's shape, with as many pixels as the model is made for."""
     scale, step = math.sqrt(_area(info) / (picture.width * picture.height)), info.size_multiple
     return max(step, round(picture.width * scale / step) * step), max(step, round(picture.height * scale / step) * step)

@@ -39,10 +39,7 @@ PICTURES = ("image", "url", "mask", "mask_image", "control_image")
 async def generations(http: Request, state: State) -> Any:
     """Pictures of a prompt: an ImagesReply, or with `stream` its events."""
     check_makes(state.info, "image")
-    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(400, "the body must be application/json", "invalid_request")
-    body = await read_json(http)
+    body = await read_json(http, state.config.limits)
     request = check_request(ImageRequest, body, state.config, state.adapters)
     match_pictures(body, state.info, "image")
     generation = replace(plan_images(request, state.info, state.config.limits), salt=salt_of(http, request))
@@ -60,15 +57,17 @@ async def generations(http: Request, state: State) -> Any:
 async def edits(http: Request, state: State) -> Any:
     """Pictures of a prompt and of pictures given."""
     check_makes(state.info, "image")
-    body = await read_form(http, state.config.limits.max_input_images, PICTURES)
+    limits = state.config.limits
+    body = await read_form(http, limits, limits.max_input_images, PICTURES)
     request = check_request(ImageRequest, body, state.config, state.adapters)
     if not state.info.pictures:
         raise invalid("image", "this model takes no picture; it has /v1/images/generations", "unsupported_parameter")
     if not body.sources:
         raise invalid("image", "at least one picture is needed")
     sources = match_pictures(body, state.info, "image")
-    pictures = await asyncio.to_thread(media.load, sources, state.config)
-    generation = replace(plan_images(request, state.info, state.config.limits, pictures), salt=salt_of(http, request))
+    loading = media.load(sources, state.config, state.jobs.decoder, request.n or 1)
+    pictures = await unless_gone(http.receive, loading)
+    generation = replace(plan_images(request, state.info, limits, pictures), salt=salt_of(http, request))
     return await respond(http, state, generation, _events(http, state, generation, "image_edit"))
 
 

@@ -7,6 +7,7 @@ the name. Redirects are not followed; no proxy and no cookie is used. Knows no r
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import io
@@ -17,17 +18,20 @@ import socket
 import ssl
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from PIL import Image, PngImagePlugin
 
+from vllm_omni.engine.wire import MAX_FRAME_BYTES, PackedPicture
+from vllm_omni.entrypoints.openai.decoding import Decoder, Given, Refusal
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.serve_config import ServeConfig
-from vllm_omni.errors import InvalidValueError
-from vllm_omni.outputs.media import open_image, open_mask
 
 PORT = 443
+_FETCHERS = ThreadPoolExecutor(16, "vllm-omni-fetch")  # of their own: a slow host delays no decoding and no encoding
 SECONDS = 10.0  # for one picture, from resolving its host to its last byte
 _URL = re.compile(r"https://([a-z0-9.-]{1,253})(?::443)?(/[!$&-;=?-Z_a-z~%]{0,2000})", re.ASCII)
 _IPV6_INTERNET = ipaddress.ip_network("2000::/3")
@@ -63,31 +67,31 @@ def _as_text(parameters: dict[str, Any]) -> str:
     return "\n".join([parameters["prompt"], *([f"Negative prompt: {negative}"] if negative else []), facts])
 
 
-def decode(data: bytes, field: str, max_pixels: int, mask: bool = False) -> Image.Image:
-    """An upright RGB picture; a 400 that names the field for everything else. Its size is read before its pixels.
+async def load(
+    sources: dict[str, list[tuple[str, Any]]], config: ServeConfig, decoder: Decoder, copies: int = 1
+) -> dict[str, tuple[PackedPicture, ...]]:
+    """The pictures of (the client's name, bytes or URL), by the pipeline's argument: upright RGB pictures.
 
-    A mask is white where the picture is to be repainted: in shades of gray, or where it is transparent.
+    A mask is white where the picture is to be repainted: in shades of gray, or where it is transparent. ApiError 400
+    that names the field for everything else. `copies`: how many requests carry them to the engine.
     """
-    try:
-        picture = open_mask(data, field, max_pixels) if mask else open_image(data, field, max_pixels)
-    except InvalidValueError as error:
-        raise invalid(field, str(error), "invalid_image") from None
-    if min(picture.size) < 2:
-        raise invalid(field, "a picture must have at least 2x2 pixels", "invalid_image")
-    return picture
-
-
-def load(sources: dict[str, list[tuple[str, Any]]], config: ServeConfig) -> dict[str, tuple[Image.Image, ...]]:
-    """The pictures of (the client's name, bytes or URL), by the pipeline's argument; blocks while one is fetched."""
-    limits, given = config.limits, [source for found in sources.values() for source in found]
-    if len(given) > limits.max_input_images:
-        raise invalid(given[0][0], f"at most {limits.max_input_images} pictures are taken")
-    pictures: dict[str, tuple[Image.Image, ...]] = {}
+    limits, names = config.limits, [name for found in sources.values() for name, _ in found]
+    if len(names) > limits.max_input_images:
+        raise invalid(names[0], f"at most {limits.max_input_images} pictures are taken")
+    if not names:
+        return {}
+    given, room = [], limits.max_body_bytes
     for argument, found in sources.items():
-        mask = "mask" in argument
-        pictures[argument] = tuple(
-            decode(_read(source, name, config), name, limits.max_input_pixels, mask) for name, source in found
-        )
+        for name, source in found:
+            data = await _read(source, name, config, room)
+            given.append(Given(name, "mask" in argument, data))
+            room -= len(data)
+    crossing = MAX_FRAME_BYTES // 3 // min(copies, limits.max_n)
+    decoded = await decoder.decode(given, min(limits.max_input_pixels, crossing))
+    if isinstance(decoded, Refusal):
+        raise invalid(decoded.field, decoded.text, "invalid_image")
+    rest = iter(decoded)
+    pictures = {argument: tuple(islice(rest, len(found))) for argument, found in sources.items()}
     for argument, found in sources.items():
         size, own = next(iter(pictures.values()))[0].size, pictures[argument][0].size
         if "mask" in argument and own != size:
@@ -95,14 +99,15 @@ def load(sources: dict[str, list[tuple[str, Any]]], config: ServeConfig) -> dict
     return pictures
 
 
-def _read(source: Any, field: str, config: ServeConfig) -> bytes:
+async def _read(source: Any, field: str, config: ServeConfig, max_bytes: int) -> bytes:
     """What was sent, or is in a `data:` URL, or behind an address if the operator allows its host."""
     if isinstance(source, bytes):
         return source
     if not isinstance(source, str) or not (source.startswith("data:") or config.allowed_media_domains):
         raise invalid(field, "must be a data: URL; this server opens no addresses", "invalid_image")
     if not source.startswith("data:"):
-        return fetch(source, field, config.allowed_media_domains, config.limits.max_body_bytes)
+        hosts, loop = config.allowed_media_domains, asyncio.get_running_loop()
+        return await loop.run_in_executor(_FETCHERS, fetch, source, field, hosts, max_bytes)
     head, _, body = source.partition(",")
     try:
         if not head.endswith(";base64"):

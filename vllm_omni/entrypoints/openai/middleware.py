@@ -23,11 +23,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm_omni import _vllm_compat
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, as_api_error
 from vllm_omni.entrypoints.openai.state import AppState
+from vllm_omni.errors import forget_locals
 from vllm_omni.logger import init_logger
+from vllm_omni.logger import told as traces
 
 logger = init_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping"})  # probes carry no key
+LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_LABEL = re.compile(r"[\w-]+", re.ASCII)  # a name without a dot is nobody's to register, hence of this network
 LINGER_S = 2.0  # for the rest of a body that is refused: closing at once would reset the connection, answer and all
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
@@ -59,6 +63,9 @@ class Gatekeeper:
 
     def __init__(self, app: ASGIApp, state: AppState, open_paths: frozenset[str]) -> None:
         self.app, self.statuses, self.open_paths = app, state.statuses, open_paths
+        http, hosts = state.config.http, frozenset(state.config.allowed_hosts)
+        self.hosts = hosts or (LOOPBACK if http.host in LOOPBACK and not http.uds else hosts)
+        self.origins = frozenset(http.allowed_origins)
         self.max_body = state.config.limits.max_body_bytes
         self.traced = bool(state.config.otlp_traces_endpoint)
         self.keys = [sha256(key.encode()).digest() for key in state.config.http.api_key]
@@ -90,7 +97,8 @@ class Gatekeeper:
         except Exception as error:  # whatever it was, the client gets the envelope and the server lives
             told = as_api_error(error, scope["state"].get("names"))
             if told.status == 500:  # a client's mistake, a full queue or a server that ends is no fault of ours
-                logger.exception("request %s failed", request_id)
+                logger.error("request %s failed:\n%s", request_id, traces(error, scope["state"].get("private", ())))
+            forget_locals(error)
             if status:
                 raise  # the reply had begun: closing the connection is all that is left
             if isinstance(error, ApiError):
@@ -108,9 +116,14 @@ class Gatekeeper:
                 _vllm_compat.record_span(f"{scope['method']} {path}", began_ns, headers, facts)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
-        if self.keys and get_route_path(scope) not in self.open_paths and not self._known(headers):
+        owner = self._owner(headers) if self.keys else None
+        if len(self.keys) > 1 and owner is not None:
+            scope["state"]["facts"]["key"] = owner
+        if self.keys and get_route_path(scope) not in self.open_paths and owner is None:
             raise ApiError(401, "a valid API key is needed: Authorization: Bearer KEY", "invalid_api_key", None,
                            "authentication_error", {"WWW-Authenticate": "Bearer"})  # fmt: skip
+        if get_route_path(scope) not in self.open_paths:
+            self._check_browser(scope["method"], headers)
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit()):
             raise ApiError(400, "Content-Length must be a number", "invalid_request")
@@ -119,13 +132,31 @@ class Gatekeeper:
         if headers.get("content-encoding", "identity") != "identity":
             raise ApiError(400, "compressed request bodies are not taken", "invalid_request")
 
-    def _known(self, headers: Headers) -> bool:
+    def _check_browser(self, method: str, headers: Headers) -> None:
+        """Refuse what a foreign page makes a browser send: under a name of its own that leads here, or across sites."""
+        host = _host_of(headers.get("host", ""))
+        known = host in self.hosts or (self.hosts is LOOPBACK and _LABEL.fullmatch(host))
+        if self.hosts and not known and "host" in headers:
+            text = f"the Host header names {host[:100]!r}, which is not served; --allowed-hosts adds names"
+            raise ApiError(400, text, "invalid_host")
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        if method in ("GET", "HEAD", "OPTIONS") or (origin is None and site is None):
+            return  # nothing changes, or no browser asks
+        if origin in self.origins or "*" in self.origins or site in ("same-origin", "none"):
+            return
+        if site is None and origin is not None and origin.partition("://")[2] == headers.get("host"):
+            return
+        text = "a page of another origin may not ask for this; --allowed-origins names those that may"
+        raise ApiError(403, text, "cross_origin")
+
+    def _owner(self, headers: Headers) -> int | None:
+        """Which of the keys the client has sent."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
         given = sha256(token.encode("utf-8", "surrogateescape")).digest()
-        found = False
-        for key in self.keys:  # all of them, always: how long it takes reveals nothing
-            found |= hmac.compare_digest(given, key)
-        return found and scheme.lower() == "bearer"
+        found = None
+        for number, key in enumerate(self.keys):  # all of them, always: how long it takes reveals nothing
+            found = number if hmac.compare_digest(given, key) else found
+        return found if scheme.lower() == "bearer" else None
 
     def _counted(self, receive: Receive) -> Receive:
         taken = 0
@@ -143,6 +174,13 @@ class Gatekeeper:
     def _too_large(self) -> ApiError:
         return ApiError(413, f"the body may have at most {self.max_body} bytes", "request_too_large",
                         headers={"Connection": "close"})  # fmt: skip
+
+
+def _host_of(host: str) -> str:
+    """The name or address in a Host header, without its port."""
+    if host.startswith("["):
+        return host[1:].partition("]")[0]
+    return host.rpartition(":")[0].lower() if ":" in host else host.lower()
 
 
 async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:

@@ -57,6 +57,9 @@ class AppState:
 
     def accept(self, http: Request, generation: GenerationRequest[Any], **more: str) -> None:
         """Write one log line; prompts only if the operator wants them."""
+        asked = generation.request
+        if not self.config.log_prompts:
+            http.state.private = [text for text in (asked.prompt, asked.negative_prompt) if text]
         facts = {"model": generation.model, "size": generation.size, "n": len(generation.params)}
         http.state.facts |= facts
         user = generation.request.safety_identifier or generation.request.user

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, FastAPI, Query, Request
 from PIL import Image
 from starlette.responses import FileResponse, Response
+from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, match_pictures, plan_video
@@ -23,7 +26,7 @@ from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest
 from vllm_omni.entrypoints.openai.protocol.streams import unless_gone
 from vllm_omni.entrypoints.openai.state import AppState, State, salt_of
-from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore
+from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore, usable
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.outputs.media import encode_video
 
@@ -58,7 +61,7 @@ router = APIRouter(prefix="/v1/videos", tags=["videos"], lifespan=_lifespan)
 async def create(http: Request, response: Response, state: State) -> replies.VideoReply:
     """Queue a video, from a form or a JSON object; 503 if the queue is full."""
     jobs, generation = _jobs(state), await _read(http, state)
-    job = await jobs.create(generation)
+    job = await jobs.create(generation, dict(http.state.facts))
     state.accept(http, generation, video_id=job.id)
     reply = _reply(job, jobs, response)
     reply.omni["warnings"] = http.state.warnings
@@ -81,7 +84,8 @@ async def _film(http: Request, state: AppState, generation: GenerationRequest[Vi
     async with aclosing(state.jobs.run(generation, http.state.request_id, http.state.facts)) as items:
         output = [output async for _, output in items][-1]
     frames, fps = output.videos[0], output.fps or state.info.fps
-    data = await asyncio.to_thread(encode_video, frames, "mp4", fps)
+    with usable():
+        data = await asyncio.to_thread(encode_video, frames, "mp4", fps)
     seconds = {name: round(value, 4) for name, value in output.stage_durations.items()}
     omni = {"seed": output.seed, "num_frames": len(frames), "fps": fps, "warnings": http.state.warnings}
     headers = {
@@ -97,13 +101,14 @@ async def _film(http: Request, state: AppState, generation: GenerationRequest[Vi
 async def _read(http: Request, state: AppState) -> GenerationRequest[VideoRequest]:
     check_makes(state.info, "video")
     if http.headers.get("content-type", "").startswith("application/json"):
-        body = await read_json(http, _PICTURES)
+        body = await read_json(http, state.config.limits, _PICTURES)
     else:
-        body = await read_form(http, 1, _PICTURES)
+        body = await read_form(http, state.config.limits, 1, _PICTURES)
     request = check_request(VideoRequest, body, state.config, state.adapters)
     sources = match_pictures(body, state.info, INPUT_REFERENCE)
-    pictures = await asyncio.to_thread(media.load, sources, state.config)
-    return replace(plan_video(request, state.info, state.config.limits, pictures), salt=salt_of(http, request))
+    pictures = await unless_gone(http.receive, media.load(sources, state.config, state.jobs.decoder))
+    planned = await asyncio.to_thread(plan_video, request, state.info, state.config.limits, pictures)
+    return replace(planned, salt=salt_of(http, request))
 
 
 @router.get("")
@@ -144,7 +149,10 @@ async def content(
     if job.status != "completed":
         raise ApiError(404, f"the video is {job.status.replace('_', ' ')}: it has no content", "video_not_ready")
     name = f"{job.id}.{FILES[variant].rpartition('.')[2]}"
-    return FileResponse(jobs.store.file(job, variant), media_type=_MEDIA[variant], filename=name)
+    try:
+        return _Opened(jobs.store.file(job, variant), _MEDIA[variant], name)
+    except OSError:
+        raise ApiError(404, "the video's file is gone", "video_gone", "video_id") from None
 
 
 @router.delete("/{video_id}")
@@ -153,6 +161,20 @@ async def delete(video_id: str, state: State) -> replies.Deleted:
     jobs = _jobs(state)
     jobs.delete(_found(video_id, jobs).id)
     return replies.Deleted(id=video_id, object="video.deleted")
+
+
+class _Opened(FileResponse):
+    """A file that is sent whole, also if it is deleted meanwhile: it is opened now."""
+
+    def __init__(self, path: Path, media_type: str, name: str) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY)
+        super().__init__(f"/dev/fd/{self._descriptor}", media_type=media_type, filename=name)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            os.close(self._descriptor)
 
 
 def _jobs(state: AppState) -> VideoJobs:
@@ -172,4 +194,4 @@ def _reply(job: VideoJob, jobs: VideoJobs, response: Response | None = None) -> 
     if response is not None and job.status in ("queued", "in_progress"):
         response.headers["openai-poll-after-ms"] = str(POLL_AFTER_MS)
     record = job.model_dump(exclude={"fields", "facts"})
-    return replies.VideoReply(**record, progress=jobs.progress(job), omni={"seed": job.fields["seed"], **job.facts})
+    return replies.VideoReply(**record, progress=jobs.progress(job), omni={"seed": job.fields.get("seed"), **job.facts})

@@ -15,11 +15,12 @@ from starlette.requests import Request
 
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.protocol.requests import BaseRequest
-from vllm_omni.entrypoints.serve_config import ServeConfig
-from vllm_omni.errors import UnknownKeyError
+from vllm_omni.entrypoints.serve_config import Limits, ServeConfig
+from vllm_omni.errors import StoreError, UnknownKeyError
 
 MAX_FIELDS = 200
 MAX_FIELD_BYTES = 8 * 2**20
+_MAX_QUOTES = 100_000  # of a JSON text that is larger than one without pictures may be
 ALIASES = {
     "steps": "num_inference_steps",
     "cfg_scale": "guidance_scale",
@@ -80,18 +81,27 @@ def body_schema(
     return {"requestBody": {"required": needed, "content": {media: {"schema": schema}}}}
 
 
-async def read_json(http: Request, pictures: tuple[str, ...] = ()) -> Body:
-    """ApiError for a body that is no JSON object. `pictures`: names of fields that hold URLs of pictures."""
-    return _body(http, parse_json(await http.body()), [], pictures, strict=True)
+async def read_json(http: Request, limits: Limits, pictures: tuple[str, ...] = (), *, curl: bool = False) -> Body:
+    """ApiError for a body that is no JSON object. `pictures`: names of fields that hold URLs of pictures.
+
+    `curl`: JSON may also be called a form, as `curl -d` calls whatever it sends.
+    """
+    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (curl and kind == _FORMS[1]):
+        raise ApiError(400, "the body must be application/json", "invalid_request")
+    return _body(http, parse_json(await http.body(), limits.max_json_bytes), [], pictures, strict=True)
 
 
-async def read_form(http: Request, max_pictures: int, pictures: tuple[str, ...]) -> Body:
+async def read_form(http: Request, limits: Limits, max_pictures: int, pictures: tuple[str, ...]) -> Body:
     """ApiError for a body that is no form, or has too many parts. No part's name ever names a file.
 
     `pictures`: the names that parts with pictures, or with URLs of them, may have.
     """
-    if not http.headers.get("content-type", "").startswith(_FORMS):
+    kind = http.headers.get("content-type", "")
+    if not kind.startswith(_FORMS):
         raise ApiError(400, "the body must be multipart/form-data", "invalid_request")
+    if kind.startswith(_FORMS[1]) and len(await http.body()) > limits.max_json_bytes:
+        raise _too_large("this form", limits.max_json_bytes, "send pictures as multipart/form-data")
     fields: dict[str, Any] = {}
     sources: list[Source] = []
     try:
@@ -106,9 +116,11 @@ async def read_form(http: Request, max_pictures: int, pictures: tuple[str, ...])
                         key[:100], f"{key[:100]!r} is no name of a picture; send {names}", "unknown_parameter"
                     )
                 else:
-                    _set(fields, key, value)
+                    _set(fields, key, value, limits.max_json_bytes)
     except HTTPException as error:
         raise ApiError(400, f"the form cannot be read: {error.detail}", "invalid_request") from None
+    except OSError as error:  # large parts are kept in files while they come
+        raise StoreError(f"uploads cannot be kept ({error.strerror})") from None
     except (KeyError, ValueError):
         raise ApiError(400, "the form cannot be read", "invalid_request") from None
     return _body(http, fields, sources, pictures, strict=False)
@@ -196,10 +208,10 @@ def check_model(name: str | None, config: ServeConfig, adapters: Collection[str]
         raise ApiError(404, text, "model_not_found", "model")
 
 
-def parse_json(body: bytes) -> dict[str, Any]:
-    """A JSON object; no NaN, no key twice, no depth that breaks a parser."""
+def parse_json(body: bytes, max_bytes: int) -> dict[str, Any]:
+    """A JSON object; no NaN, no key twice, no depth that breaks a parser, no more than is parsed in a moment."""
     try:
-        value = load_json(body)
+        value = load_json(body, max_bytes)
     except (ValueError, RecursionError):
         raise ApiError(400, "the body must be a JSON object in UTF-8", "invalid_json") from None
     if not isinstance(value, dict):
@@ -207,9 +219,21 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
-def load_json(text: bytes | str) -> Any:
-    """ApiError that names the key for a key that is there twice, or is NaN or Infinity; ValueError, RecursionError."""
+def load_json(text: bytes, max_bytes: int) -> Any:
+    """ApiError that names the key for a key that is there twice, or is NaN or Infinity; ValueError, RecursionError.
+
+    Parsing holds the interpreter, in whatever thread: all but the pictures, which are strings that begin with `data:`,
+    may have `max_bytes`.
+    """
+    if len(text) > max_bytes:
+        quotes = text.count(b'"')
+        if quotes > _MAX_QUOTES or sum(len(x) for x in text.split(b'"') if not x.startswith(b"data:")) > max_bytes:
+            raise _too_large("JSON", max_bytes, "besides pictures as data: URLs")
     return json.loads(text, parse_constant=_Constant, object_pairs_hook=_checked)
+
+
+def _too_large(what: str, most: int, more: str) -> ApiError:
+    return ApiError(413, f"{what} may have at most {most} bytes; {more}", "request_too_large")
 
 
 class _Constant(str):
@@ -227,7 +251,7 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return seen
 
 
-def _set(fields: dict[str, Any], key: str, value: str) -> None:
+def _set(fields: dict[str, Any], key: str, value: str, max_json: int) -> None:
     """`a` -> a, `a[b]` -> {"a": {"b": …}}, `a[]` -> list; `a[][b]` -> list of dicts, a new one if b is there."""
     if not (match := _KEY.fullmatch(key)):
         raise invalid(key[:100], "a name is a word, with [keys] after it", "unknown_parameter")
@@ -235,7 +259,7 @@ def _set(fields: dict[str, Any], key: str, value: str) -> None:
     if len(path) == 1:
         if path[0] in fields:
             raise invalid(path[0], "is given twice")
-        fields[path[0]] = _json(path[0], value) if path[0] in _AS_JSON else value
+        fields[path[0]] = _json(path[0], value, max_json) if path[0] in _AS_JSON else value
         return
     here: Any = fields
     for name, following in zip(path, [*path[1:], None], strict=True):
@@ -266,10 +290,10 @@ def _scalar(text: str) -> Any:
     return text
 
 
-def _json(name: str, text: str) -> Any:
+def _json(name: str, text: str, max_bytes: int) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return text
     try:
-        return load_json(text)
+        return load_json(text.encode(), max_bytes)
     except (ValueError, RecursionError):
         raise invalid(name, f"{name} looks like JSON and is none") from None

@@ -27,6 +27,7 @@ _OURS: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.ConflictError, 409, "conflict"),
     (errors.RequestAbortedError, 499, "request_cancelled"),
     (errors.NumericalError, 500, "numerical_error"),
+    (errors.StoreError, 503, "store_failed"),
     (errors.QueueFullError, 503, "queue_full"),
     (errors.EngineAsleepError, 503, "asleep"),
     (errors.EngineDrainingError, 503, "draining"),

@@ -85,7 +85,7 @@ class BaseRequest(BaseModel):
     lora: Annotated[str | dict[str, Any] | list[Any] | None, AfterValidator(_few), Plain] = Field(
         default=None, description="Names of adapters that are loaded."
     )
-    priority: int | None = Field(default=None, ge=-1000, le=1000)
+    priority: int | None = None
     timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
 

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, as_api_error
 from vllm_omni.logger import init_logger
+from vllm_omni.logger import told as traces
 
 logger = init_logger(__name__)
 
@@ -79,7 +80,7 @@ def _outcome(following: asyncio.Future[Event], scope: Scope) -> Event | ApiError
         return None
     told = as_api_error(error, scope.get("state", {}).get("names"))
     if told.status == 500:
-        logger.error("a stream failed", exc_info=error)
+        logger.error("a stream failed:\n%s", traces(error, scope.get("state", {}).get("private", ())))
     return told
 
 

@@ -1,0 +1,125 @@
+"""Pictures that cost more than they weigh: what they take of the front end, and of a neighbour's time."""
+
+from __future__ import annotations
+
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+from hostile import progressive, raw_png, saved
+from http_replies import told
+from http_server import EDITS, PROCESS_KEY, Command, command, repaint_folder
+from PIL import Image
+from watching import NEIGHBOUR, watched
+
+pytestmark = pytest.mark.slow
+AUTH = {"Authorization": f"Bearer {PROCESS_KEY}"}
+MEMORY = 1.5 * 2**30  # of the front end, for two bodies at once; half a gigabyte of it is vLLM
+DECODERS = 0.8 * 2**30  # of all decoders
+DELAY_S, LIVE_S = 0.5, 1.0
+MOST = 5792  # pixels of a side: 32 megapixels
+
+
+def post(server: Command, pictures: list[bytes], **fields: str) -> httpx.Response:
+    files = [("image[]", ("a", picture, "image/png")) for picture in pictures]
+    return httpx.post(server.url + EDITS, data=NEIGHBOUR | fields, files=files, headers=AUTH, timeout=120)
+
+
+def decoders(server: Command) -> list[psutil.Process]:
+    alive = [one for one in psutil.Process(server.process.pid).children() if one.status() != psutil.STATUS_ZOMBIE]
+    return [one for one in alive if "decoder_process" in " ".join(one.cmdline())]
+
+
+def peak(number: int) -> int:
+    """Bytes that a process held at most."""
+    lines = Path(f"/proc/{number}/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+
+def rows(side: int, bytes_per_pixel: int) -> bytes:
+    return bytes(side * (side * bytes_per_pixel + 1))
+
+
+BOMBS = {
+    "16 pictures of 64 megapixels": ([raw_png(8192, 8192, rows(8192, 3))] * 16, {}, 400),
+    "16 bits of grey": ([raw_png(8192, 8192, rows(8192, 2), depth=16, color=0)] * 16, {}, 400),
+    "as large as one may be": ([raw_png(MOST, MOST, rows(MOST, 3))], {}, 200),
+    "16 bits of RGBA": ([raw_png(MOST, MOST, rows(MOST, 8), depth=16, color=6)], {}, 200),
+    "sent with every picture": ([raw_png(MOST, MOST, rows(MOST, 3))], {"n": "10"}, 400),
+    "1,000 scans": ([progressive(4096, 1000)], {}, 400),
+    "98 scans": ([progressive(5792, 97)], {}, 200),
+    "WebP": ([saved(Image.new("RGB", (MOST, MOST)), "WEBP", lossless=True, method=0, quality=0)], {}, 200),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_two_bombs_take_little_memory_and_no_neighbours_time(editor: Command, name: str) -> None:
+    pictures, fields, status = BOMBS[name]
+    for number in (editor.process.pid, *(one.pid for one in decoders(editor))):
+        Path(f"/proc/{number}/clear_refs").write_text("5")  # the peak is now
+    with watched(editor, PROCESS_KEY) as watch, ThreadPoolExecutor(2) as pool:
+        replies = list(pool.map(lambda _: post(editor, pictures, **fields), range(2)))
+    assert [reply.status_code for reply in replies] == [status, status], replies[0].text[:300]
+    if status == 400:
+        assert told(replies[0])["param"] in ("image[]", "image")
+    front, apart = peak(editor.process.pid), sum(peak(one.pid) for one in decoders(editor))
+    print(f"{name}: front end {front / 2**20:.0f} MiB, decoders {apart / 2**20:.0f} MiB,")
+    print(f"an edit at most {max(watch.edits):.2f} s, /health/live {max(watch.probes):.2f} s")
+    assert front < MEMORY and apart < DECODERS
+    delay = max(watch.edits) if status == 400 else sorted(watch.edits)[len(watch.edits) // 2]  # what is served is work
+    assert watch.statuses == {200} and delay < DELAY_S and max(watch.probes) < LIVE_S
+
+
+def leave(server: Command, body: bytes, kind: str, after_s: float) -> None:
+    """Send a whole request, and hang up."""
+    place = urlsplit(server.url)
+    head = f"POST {EDITS} HTTP/1.1\r\nHost: {place.netloc}\r\nAuthorization: Bearer {PROCESS_KEY}\r\n"
+    head += f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    with socket.create_connection((place.hostname or "", place.port or 0)) as connection:
+        connection.sendall(head.encode() + body)
+        time.sleep(after_s)
+
+
+def test_a_picture_whose_sender_has_left_is_decoded_no_further(editor: Command) -> None:
+    made = httpx.Request("POST", editor.url, data=NEIGHBOUR, files={"image": progressive(5792, 97)})
+    body, kind = made.read(), made.headers["content-type"]
+    with ThreadPoolExecutor(6) as pool, watched(editor, PROCESS_KEY) as watch:
+        list(pool.map(lambda _: leave(editor, body, kind, 0.5), range(6)))
+        time.sleep(1)
+        before = sum(sum(one.cpu_times()[:2]) for one in decoders(editor))
+        time.sleep(1)
+        busy = sum(sum(one.cpu_times()[:2]) for one in decoders(editor)) - before
+    print(f"edit {max(watch.edits):.2f} s, decoders busy for {busy:.2f} s of one")
+    assert sorted(watch.edits)[len(watch.edits) // 2] < DELAY_S and max(watch.probes) < LIVE_S and busy < 0.5
+    large = post(editor, [saved(Image.new("RGB", (2100, 2100)))])
+    assert large.status_code == 200, "the lane of large pictures still works"
+
+
+def test_nothing_large_stays(editor: Command) -> None:
+    """Also not in an exception; glibc may keep a little."""
+    post(editor, [raw_png(MOST, MOST, rows(MOST, 3))])
+    before = editor.status("VmRSS")
+    for _ in range(3):
+        assert post(editor, [raw_png(8192, 8192, rows(8192, 3))] * 2).status_code == 400
+        assert post(editor, [b"x" * 2**25]).status_code == 400
+    time.sleep(1)
+    assert editor.status("VmRSS") - before < 100 * 2**10, "KiB"
+    assert editor.status("VmRSS") < 700 * 2**10, "KiB"
+
+
+def test_a_signal_does_not_wait_for_decoding(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    model = repaint_folder(tmp_path_factory.mktemp("models"))
+    made = httpx.Request("POST", "http://x", data=NEIGHBOUR, files={"image": progressive(5792, 97)})
+    with command(tmp_path, model, "--api-key", PROCESS_KEY) as server:
+        with ThreadPoolExecutor(6) as pool:
+            list(pool.map(lambda _: leave(server, made.read(), made.headers["content-type"], 0.5), range(6)))
+        children = decoders(server)
+        began = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(30) == 0 and time.monotonic() - began < 10
+        assert children and not any(one.is_running() and one.status() != "zombie" for one in children)

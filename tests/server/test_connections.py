@@ -1,0 +1,146 @@
+"""Connections that send nothing, send slowly, or do not read: they end, and others are served meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import uvicorn
+from http_server import GENERATIONS, PROCESS_KEY, Command, command
+from paths import ROOT
+
+from vllm_omni.entrypoints.openai.connections import guarded
+
+pytestmark = pytest.mark.slow
+TIMEOUT_S = 3
+AUTH = {"Authorization": f"Bearer {PROCESS_KEY}"}
+HEAD = f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+HEAD += f"Authorization: Bearer {PROCESS_KEY}\r\n"
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
+    """The command with 128 descriptors, which it may not raise."""
+    limited = ("sh", "-c", 'ulimit -n 128; exec "$@"', "sh")
+    words = ("demo", "--api-key", PROCESS_KEY, "--client-timeout", str(TIMEOUT_S))
+    with command(tmp_path_factory.mktemp("few"), *words, through=limited) as started:
+        yield started
+
+
+def connect(server: Command, sent: bytes = b"") -> socket.socket:
+    place = urlsplit(server.url)
+    connection = socket.create_connection((place.hostname or "", place.port or 0), timeout=5)
+    connection.sendall(sent)
+    return connection
+
+
+def closed(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+
+
+def test_silent_connections_keep_nobody_out(few: Command) -> None:
+    log, slowest = few.log.stat().st_size, 0.0
+    with ExitStack() as stack:
+        idle = [stack.enter_context(connect(few, [b"", b"GET /v1/models HT"][i % 2])) for i in range(140)]
+        for _ in range(20):
+            began = time.monotonic()
+            assert httpx.get(few.url + "/health/live", timeout=5).status_code == 200
+            slowest = max(slowest, time.monotonic() - began)
+        assert httpx.post(few.url + GENERATIONS, json={"prompt": "x", "steps": 1}, headers=AUTH).status_code == 200
+        time.sleep(TIMEOUT_S + 1.5)
+        assert all(map(closed, idle)), "silent for longer than the time-out"
+    print(f"slowest {slowest:.2f} s, {few.log.stat().st_size - log} bytes of log")
+    assert slowest < 1 and few.log.stat().st_size - log < 20_000
+
+
+@pytest.mark.parametrize("sent", [HEAD, HEAD + "Content-Length: 1000\r\n\r\n{", HEAD + "X: " + "x" * 100, "\r\n" * 9])
+def test_a_request_that_never_ends_is_dropped(few: Command, sent: str) -> None:
+    with connect(few, sent.encode()) as connection:
+        began = time.monotonic()
+        connection.settimeout(TIMEOUT_S + 3)
+        with suppress(ConnectionResetError):
+            assert connection.recv(100) == b""
+        assert time.monotonic() - began > TIMEOUT_S / 2
+
+
+def test_a_head_that_drips_is_dropped(few: Command) -> None:
+    with connect(few, b"GET / HTTP/1.1\r\n") as connection, pytest.raises(OSError):
+        for _ in range(10 * (TIMEOUT_S + 3)):
+            connection.sendall(b"X")
+            time.sleep(0.1)
+
+
+REPLY = bytes(32 * 2**20)  # more than the kernel takes
+
+
+@pytest.fixture
+def replying() -> Iterator[tuple[int, set[Any]]]:
+    """The port of a server behind this protocol that answers anything with REPLY, and its connections."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        length = str(len(REPLY)).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", length)]})
+        for start in range(0, len(REPLY), 2**20):
+            await send({"type": "http.response.body", "body": REPLY[start : start + 2**20], "more_body": True})
+        await send({"type": "http.response.body"})
+
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, http=guarded(16, TIMEOUT_S), lifespan="off", log_level="warning"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
+    thread.start()
+    yield sock.getsockname()[1], server.server_state.connections
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_a_reply_that_is_not_read_is_dropped(replying: tuple[int, set[Any]]) -> None:
+    port, connections = replying
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        time.sleep(TIMEOUT_S - 1)
+        assert len(connections) == 1
+        time.sleep(3)
+        assert not connections
+
+
+def test_a_slow_reader_gets_its_reply(replying: tuple[int, set[Any]]) -> None:
+    with socket.create_connection(("127.0.0.1", replying[0])) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        got, began = 0, time.monotonic()
+        while data := connection.recv(2**19):
+            got += len(data)
+            time.sleep(0.1)
+    assert got > len(REPLY) and time.monotonic() - began > 2 * TIMEOUT_S
+
+
+def test_the_limit_of_descriptors_is_raised_and_respected() -> None:
+    code = """
+import resource
+from vllm_omni.entrypoints.openai.connections import room
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+print(*room(1024), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+print(*room(1024), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+"""
+    told = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    (most, backlog, soft), (few, small, low) = (map(int, line.split()) for line in told.splitlines())
+    assert (most, backlog) == (1024, 128) and soft > 1024 + 2 * 128 and low == 128
+    assert 8 <= few < 128 - 2 * small - 32

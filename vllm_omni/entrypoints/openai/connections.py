@@ -1,0 +1,126 @@
+"""Connections that cost nobody else anything: time-outs, and a cap below the limit of file descriptors.
+
+uvicorn has a time-out between two requests alone. This protocol, which it is given as its `http`, also ends a
+connection that does not finish its request's head, stops in the middle of a body, or does not read its reply. At the
+cap, the connection that has been without a request for longest makes room for the new one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import time
+from typing import Any
+
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
+
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+
+HEAD_S = 10.0  # for the head of a request, from its connection or the reply before; less, if clients have less
+LEAST_BYTES = 64 * 2**10  # of its reply that a client must take within the time-out
+_SPARE = 32  # descriptors for files, pictures' decoders and the engine
+_SWEEP_S = 0.5
+_BUSY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+
+
+def room(wanted: int) -> tuple[int, int]:
+    """(connections, backlog) below this process's limit of descriptors, which is raised as far as it may be."""
+    backlog, (soft, hard) = 128, resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/dev/fd")) + _SPARE
+    needed = wanted + 2 * backlog + used
+    if soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    backlog = min(backlog, soft // 8)  # as many are accepted in one turn of the loop, before any of them is counted
+    return max(8, min(wanted, soft - used - 2 * backlog)), backlog
+
+
+class Accepting:
+    """The loop's handler of errors: it repeats that it cannot accept a connection, which is said once a second."""
+
+    said = 0.0
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if "accept" not in context["message"]:
+            loop.default_exception_handler(context)
+        elif time.monotonic() - self.said >= 1.0:
+            self.said = time.monotonic()
+            logger.error("%s: %s", context["message"], context.get("exception"))
+
+
+class _Counted:
+    """A transport that counts what is written to it."""
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self.transport, self.written = transport, 0
+
+    def write(self, data: bytes) -> None:
+        self.written += len(data)
+        self.transport.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.transport, name)
+
+
+def guarded(most: int, timeout_s: float) -> type[asyncio.Protocol]:
+    """The protocol with that cap and that time-out."""
+
+    class Guarded(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        """A connection that is watched; `since` is when it last did what it has to do next."""
+
+        sweeping = False
+
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(_Counted(transport))
+            self.since, self.taken = time.monotonic(), 0
+            if len(self.connections) > most:
+                unasked = [one for one in self.connections if one is not self and one.owes]
+                if not unasked:
+                    self.transport.write(_BUSY)
+                    return self.transport.close()
+                min(unasked, key=lambda one: one.since).transport.abort()
+            if not Guarded.sweeping:
+                Guarded.sweeping = True
+                self.loop.call_later(_SWEEP_S, Guarded.sweep, self.loop, self.connections)
+
+        def data_received(self, data: bytes) -> None:
+            if not self.idle:  # bytes of a head that never ends are no progress
+                self.since = time.monotonic()
+            super().data_received(data)
+
+        def on_response_complete(self) -> None:
+            self.since = time.monotonic()
+            super().on_response_complete()
+
+        @property
+        def idle(self) -> bool:
+            """No request has begun, or the last one has been answered."""
+            return self.cycle is None or self.cycle.response_complete
+
+        @property
+        def owes(self) -> bool:
+            """The client has not sent its whole request."""
+            return self.idle or (self.cycle.more_body and not self.flow.read_paused)
+
+        def check(self, now: float) -> None:
+            unsent = self.transport.get_write_buffer_size()
+            taken = self.transport.written - unsent
+            reads = taken >= self.taken + LEAST_BYTES or (taken > self.taken and not unsent)
+            if reads or not (unsent or self.owes):  # it reads its reply, or waits for one
+                self.since, self.taken = now, taken
+            limit = HEAD_S if self.idle and not unsent else timeout_s
+            if now - self.since > min(limit, timeout_s):
+                self.transport.abort()
+
+        @staticmethod
+        def sweep(loop: asyncio.AbstractEventLoop, connections: set[Guarded]) -> None:
+            for one in [*connections]:
+                one.check(time.monotonic())
+            Guarded.sweeping = bool(connections)
+            if connections:
+                loop.call_later(_SWEEP_S, Guarded.sweep, loop, connections)
+
+    return Guarded

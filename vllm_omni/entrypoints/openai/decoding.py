@@ -1,0 +1,148 @@
+"""Decodes pictures of strangers in processes of their own, each with a limit of memory and of processor time.
+
+Headers are read first: the pixels that all pictures of a request announce together are limited before one is decoded.
+A request of few pixels goes through a lane of its own, so that it never waits behind large ones; a large one whose
+client has left is killed. `decoder_process.py` is the other end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from io import BufferedReader
+from typing import NamedTuple
+
+from vllm_omni.engine.wire import PackedPicture
+from vllm_omni.entrypoints.openai import decoder_process
+from vllm_omni.entrypoints.openai.decoder_process import LARGE, SMALL_PIXELS
+
+_MEMORY = 320 * 2**20  # address space of such a process, besides what pixels take:
+_BYTES_PER_PIXEL = 8  # reserved by opening a WebP of any lane; and again by turning a picture and laying it on white
+
+
+class Given(NamedTuple):
+    """A picture as it came."""
+
+    field: str
+    mask: bool
+    data: bytes
+
+
+class Refusal(NamedTuple):
+    """Why pictures are not taken; `field` is the client's name of one."""
+
+    field: str
+    text: str
+
+
+class Decoder:
+    """Two lanes of processes, which start when they are needed. `close` ends what runs."""
+
+    def __init__(self, max_pixels: int) -> None:
+        self._lanes = (_Lane(2, min(SMALL_PIXELS, max_pixels), 3, max_pixels), _Lane(1, max_pixels, 15, max_pixels))
+
+    async def decode(self, pictures: Sequence[Given], max_pixels: int) -> list[PackedPicture] | Refusal:
+        """Upright RGB pictures, masks in shades of gray.
+
+        `max_pixels`: how many all may have together. Cancelling it kills the process that decodes large pictures.
+        """
+        small, large = self._lanes
+        answer = await small.run(pictures, max_pixels)
+        return await large.run(pictures, max_pixels) if isinstance(answer, Refusal) and answer.text == LARGE else answer
+
+    def close(self) -> None:
+        for lane in self._lanes:
+            lane.close()
+
+
+@dataclass
+class _Job:
+    pictures: Sequence[Given]
+    max_pixels: int
+    gone: bool = False
+    process: subprocess.Popen[bytes] | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def kill(self) -> None:
+        """End the process that decodes it; nobody wants the result any more."""
+        with self.lock:
+            self.gone = True
+            if self.process is not None:
+                self.process.kill()
+
+
+class _Lane:
+    """Threads, each with a process that decodes one request at a time."""
+
+    def __init__(self, workers: int, pixels: int, seconds: int, max_pixels: int) -> None:
+        self._limits = pixels, seconds, _MEMORY + _BYTES_PER_PIXEL * (pixels + max_pixels)
+        self._kill = pixels > SMALL_PIXELS  # a small one has ended before a new process would have started
+        self._threads = ThreadPoolExecutor(workers, "vllm-omni-decode")
+        self._own = threading.local()
+        self._processes: set[subprocess.Popen[bytes]] = set()
+
+    async def run(self, pictures: Sequence[Given], max_pixels: int) -> list[PackedPicture] | Refusal:
+        job = _Job(pictures, max_pixels)
+        try:
+            return await asyncio.wrap_future(self._threads.submit(self._decode, job))
+        finally:
+            if self._kill:
+                job.kill()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in [*self._processes]:
+            process.kill()
+
+    def _decode(self, job: _Job) -> list[PackedPicture] | Refusal:
+        """In a thread. What went wrong is returned: an exception would keep its frames, and they the pictures."""
+        process = self._process()
+        with job.lock:
+            if job.gone:
+                return Refusal("", "")
+            job.process = process
+        try:
+            answer = _ask(process, job)
+        except (OSError, ValueError):  # it has died: by its limits, or because the client has left
+            answer = Refusal(job.pictures[0].field, "cannot be decoded within this server's limits")
+            process.kill()
+        with job.lock:
+            job.process = None
+        return answer
+
+    def _process(self) -> subprocess.Popen[bytes]:
+        process: subprocess.Popen[bytes] | None = vars(self._own).get("process")
+        if process is None or process.poll() is not None:
+            self._processes.discard(process)  # type: ignore[arg-type]
+            line = [sys.executable, "-m", decoder_process.__name__, *map(str, self._limits)]
+            environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+            process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            self._own.process = process
+            self._processes.add(process)
+        return process
+
+
+def _ask(process: subprocess.Popen[bytes], job: _Job) -> list[PackedPicture] | Refusal:
+    """Send a job and read the answer: a line of JSON, then bytes, both ways. ValueError if there is none."""
+    into, out = process.stdin, process.stdout
+    assert into is not None and isinstance(out, BufferedReader)
+    job_line = [job.max_pixels, [(*given[:2], len(given.data)) for given in job.pictures]]
+    into.write(json.dumps(job_line).encode() + b"\n")
+    for given in job.pictures:
+        into.write(given.data)
+    into.flush()
+    refused, sizes = json.loads(out.readline())
+    if refused:
+        return Refusal(*refused)
+    pictures = [PackedPicture(mode, (width, height)) for mode, width, height in sizes]
+    for picture in pictures:
+        if out.readinto(picture.pixels) != len(picture.pixels):
+            raise ValueError("the process has died")
+    return pictures
