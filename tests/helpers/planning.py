@@ -35,6 +35,4 @@ def planned_cost(costs: np.ndarray, plan: Sequence[bool]) -> float:
     """What `best_plan` minimises, of any plan that computes step 0."""
     computed = [step for step, compute in enumerate(plan) if compute]
     onward = [*computed[1:], len(plan)]
-    if costs.ndim == 2:
-        return float(costs[computed, onward].sum())
     return float(costs[[0, *computed[:-1]], computed, onward].sum())

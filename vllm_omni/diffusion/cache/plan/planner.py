@@ -1,8 +1,7 @@
 """The best plan for a number of full forwards: exact dynamic programming over expected errors. Pure.
 
-Where a forecast builds on the last computed step alone, a cost table C[s, j] says what it costs to skip every step
-between the computed steps s and j, and planning takes full forwards x steps^2; where it builds on two, C[p, s, j] with
-p the computed step before s (p = s = 0 while there is but one), and steps times that. j = steps is the end of the run.
+A cost table C[p, s, j] says what it costs to skip every step between the computed steps s and j, with p the computed
+step before s (p = s = 0 while there is but one); j = steps is the end of the run. Planning takes forwards x steps^3.
 Every skipped step t pays the square of e_t |sigma_t - sigma_(t+1)| g_t: the expected error of its forecast, times how
 far a wrong velocity moves the latents, times the gain, which says what has become of that displacement at the end of
 the run. A model that has learnt its pictures by heart forgets early errors (its gains rise from 0.02 to 0.4), one that
@@ -37,19 +36,13 @@ def gram_costs(
     weigh, order = PREDICTORS[predictor]
     steps = len(sigmas)
     step = np.arange(steps)
-    weight = step_weights(sigmas, gains)
-    if order == 1:
-        last, target = np.nonzero(step[:, None] < step[None, :])
-        errors = np.zeros((steps, steps))
-        errors[last, target] = forecast_error(gram, [last], target, weigh([last], target, sigmas, gram))
-        return _accumulate(errors, weight)
     errors = np.zeros((steps, steps, steps))
     first, later = np.zeros(steps - 1, dtype=int), step[1:]
     errors[0, 0, 1:] = forecast_error(gram, [first], later, weigh([first], later, sigmas, gram))
     before, last, target = np.nonzero((step[:, None, None] < step[:, None]) & (step[:, None] < step))
-    weights = weigh([before, last], target, sigmas, gram)
-    errors[before, last, target] = forecast_error(gram, [before, last], target, weights)
-    return _accumulate(errors, weight)
+    anchors = [before, last][-order:]
+    errors[before, last, target] = forecast_error(gram, anchors, target, weigh(anchors, target, sigmas, gram))
+    return _accumulate(errors, step_weights(sigmas, gains))
 
 
 def forecast_error(
@@ -68,35 +61,15 @@ def best_plan(costs: np.ndarray, nfe: int, compute_last_step: bool = True) -> Pl
 
     The first step computes, and with `compute_last_step` the last. ValueError where no such plan exists.
     """
-    steps = costs.shape[1] if costs.ndim == 3 else costs.shape[0]
+    steps = len(costs)
     least = len(forced_steps(steps, compute_last_step))
     if not least <= nfe <= steps:
         raise ValueError(f"no plan of {steps} steps has {nfe} full forwards: from {least} to {steps}")
-    solve = _best_by_pairs if costs.ndim == 3 else _best_by_steps
-    computed = solve(costs, nfe, steps, compute_last_step)
+    computed = _computed_steps(costs, nfe, steps, compute_last_step)
     return tuple(bool(flag) for flag in np.isin(np.arange(steps), computed))
 
 
-def _best_by_steps(costs: np.ndarray, nfe: int, steps: int, compute_last_step: bool) -> list[int]:
-    """Bellman over (number of computed steps, the last of them): D_n+1[j] = min_s D_n[s] + C[s, j]."""
-    step = np.arange(steps)
-    source = step - np.arange(1, steps + 1)[:, None]  # (length of the run, the step it ends before)
-    onward = np.where(source >= 0, costs[np.maximum(source, 0), step], np.inf)
-    least = np.full(steps, np.inf)
-    least[0] = 0.0
-    came_from = []
-    for _ in range(nfe - 1):
-        paths = least[source] + onward
-        length = np.argmin(paths, axis=0)
-        came_from.append(step - 1 - length)
-        least = paths[length, step]
-    computed = [steps - 1 if compute_last_step else int(np.argmin(least + costs[:, steps]))]
-    for earlier in reversed(came_from):
-        computed.append(int(earlier[computed[-1]]))
-    return computed
-
-
-def _best_by_pairs(costs: np.ndarray, nfe: int, steps: int, compute_last_step: bool) -> list[int]:
+def _computed_steps(costs: np.ndarray, nfe: int, steps: int, compute_last_step: bool) -> list[int]:
     """Bellman over (number of computed steps, the last two): D_n+1[s, j] = min_p D_n[p, s] + C[p, s, j]."""
     step = np.arange(steps)
     onward = np.where(step[:, None] < step, costs[..., :steps], np.inf)
@@ -148,11 +121,9 @@ def _accumulate(errors: np.ndarray, weight: np.ndarray) -> np.ndarray:
 def confine(costs: np.ndarray, switches: Switches, anew: Callable[[int], np.ndarray]) -> np.ndarray:
     """A cost table with every run of skips over a switch at infinite cost.
 
-    `anew(step)` is the table of the schedule from `step` on: if forecasts build on two steps, the one at a switch has
-    no other before it.
+    `anew(step)` is the table of the schedule from `step` on: the step at a switch has no other before it.
     """
     for switch in switches:
-        if costs.ndim == 3:
-            costs[:switch, switch, switch:] = anew(switch)[0, 0]
+        costs[:switch, switch, switch:] = anew(switch)[0, 0]
         costs[..., :switch, switch + 1 :] = np.inf
     return costs
