@@ -32,7 +32,7 @@ def test_each_limit_is_a_flag_with_its_help_and_default(name: str) -> None:
     field, told = Limits.model_fields[name], " ".join(parser.format_help().split())
     default = f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
     assert f"{field.description} (default: {default})" in told
-    assert getattr(serve_config(parsed(f"{flag_of(name)} 3")).limits, name) == 3
+    assert getattr(serve_config(parsed(f"{flag_of(name)} 9")).limits, name) == 9
     assert getattr(serve_config(parsed("")).limits, name) == field.default
 
 
