@@ -70,7 +70,8 @@ def test_an_id_is_free_as_soon_as_its_client_has_left(server: Running) -> None:
 
 
 def test_an_id_in_use_is_refused(server: Running) -> None:
-    fields, headers = {"prompt": "x", "size": "128x128", "steps": 200, "cache": "off", "stream": True}, AUTH | {"X-Request-Id": "used"}
+    fields = {"prompt": "x", "size": "128x128", "steps": 200, "cache": "off", "stream": True}
+    headers = AUTH | {"X-Request-Id": "used"}
     with httpx.stream("POST", server.url + GENERATIONS, json=fields, headers=headers, timeout=60):
         again = httpx.post(server.url + GENERATIONS, json={"prompt": "x"}, headers=headers, timeout=60)
     envelope(again, 400, "invalid_value", "X-Request-Id")
