@@ -11,7 +11,9 @@ OmniError
 ├── NumericalError                      a result that holds NaN; that request alone fails
 ├── QueueFullError                      no room to wait; with the time to retry
 ├── EngineDrainingError                 the engine is shutting down and takes nothing new
+├── DeviceMemoryError                   the device has no room for the request even alone; with what would fit
 ├── EngineDeadError                     the engine died, hangs, or stayed in the process this one was forked from
+│   └── DeviceLostError                 its device fails in every call; only another process can use it again
 └── EngineClosedError (RuntimeError)    a call after close()
 """
 
@@ -124,6 +126,14 @@ class EngineDeadError(OmniError):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(message)
+
+
+class DeviceLostError(EngineDeadError):
+    """The device reports an error after which every call fails, such as an illegal memory access."""
+
+
+class DeviceMemoryError(OmniError):
+    """The request does not fit on the device, although everything else made room for it."""
 
 
 class EngineClosedError(OmniError, RuntimeError):

@@ -1,0 +1,111 @@
+"""How long work takes on an idle machine: moving averages of what the same work took when it ran alone.
+
+In seconds of the device. Nothing is guessed: what was not measured is not known.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+WEIGHT = 0.2
+KEPT_SIZES = 64
+
+
+@dataclass
+class Average:
+    """An exponential moving average in seconds, that begins as the plain mean."""
+
+    seconds: float = 0.0
+    count: int = 0
+
+    def note(self, seconds: float) -> None:
+        self.count += 1
+        self.seconds += max(WEIGHT, 1 / self.count) * (seconds - self.seconds)
+
+
+@dataclass
+class SizeClass:
+    """Requests of one kind: the same denoiser, latents and guidance."""
+
+    computed: Average = field(default_factory=Average)  # a step whose blocks ran, with all that belongs to it
+    skipped: Average = field(default_factory=Average)
+    coding: Average = field(default_factory=Average)  # encoding and decoding
+
+
+@dataclass
+class StepTime:
+    """A step of one request: its seconds, and whether it ran alone and without its blocks."""
+
+    step: int = -1
+    seconds: float = 0.0
+    alone: bool = True
+    skipped: bool = True
+
+
+@dataclass
+class Timings:
+    """One request's own times, in seconds; of work that was shared, its share."""
+
+    started: float = field(default_factory=time.perf_counter)
+    denoised: float | None = None  # when its last denoiser call ended
+    ended: float | None = None
+    encode_s: float = 0.0  # work until the first denoiser call
+    decode_s: float = 0.0  # and from the last denoiser call's result to the end
+    coded_alone: bool = True  # none of that was shared
+    step: StepTime = field(default_factory=StepTime)
+
+    def note_coding(self, seconds: float, encoding: bool, alone: bool) -> None:
+        """Add work of encoders, or of the decoder; `alone` if nobody shared it."""
+        self.coded_alone = self.coded_alone and alone
+        if encoding:
+            self.encode_s += seconds
+        else:
+            self.decode_s += seconds
+
+    @property
+    def coding_s(self) -> float:
+        return self.encode_s + self.decode_s
+
+    @property
+    def encode_and_denoise_s(self) -> float:
+        return self.denoised - self.started if self.denoised is not None else 0.0
+
+
+class Pace:
+    """Of one runner: `note` after every call of a request, `finish` at its end."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[Hashable, SizeClass] = {}
+
+    def known(self, size: Hashable) -> SizeClass | None:
+        """What was measured of a size; None unless all of it was."""
+        known = self._sizes.get(size, SizeClass())
+        return known if known.computed.count and known.skipped.count and known.coding.count else None
+
+    def note(self, size: Hashable, times: Timings, step: int, seconds: float, alone: bool, skipped: bool) -> None:
+        """A denoiser call of `step` that took `seconds` until the request parked again; branches of a step add up."""
+        if step != times.step.step:
+            self._close(size, times.step)
+            times.step = StepTime(step)
+        times.step.seconds += seconds
+        times.step.alone = times.step.alone and alone
+        times.step.skipped = times.step.skipped and skipped
+
+    def finish(self, size: Hashable, times: Timings) -> None:
+        """The end of a request that has its picture."""
+        self._close(size, times.step)
+        if times.coded_alone:
+            self._of(size).coding.note(times.coding_s)
+
+    def _close(self, size: Hashable, step: StepTime) -> None:
+        if step.step > 0 and step.alone:  # the first step also sets things up
+            known = self._of(size)
+            (known.skipped if step.skipped else known.computed).note(step.seconds)
+
+    def _of(self, size: Hashable) -> SizeClass:
+        known = self._sizes.setdefault(size, SizeClass())
+        while len(self._sizes) > KEPT_SIZES:  # sizes are the clients' choice
+            del self._sizes[next(iter(self._sizes))]
+        return known
