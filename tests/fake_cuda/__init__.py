@@ -24,6 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+
 from fake_cuda.build import CannotBuildError, library
 from fake_cuda.clock import Event
 from fake_cuda.dispatch import Device, Wait, register

@@ -1,4 +1,4 @@
-"""Compiles device.cpp once per source, torch and compiler: about half a minute, then it is found in the user's cache."""
+"""Compiles device.cpp once per source, torch and compiler: some ten seconds; then it is found in the user's cache."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ def library() -> Path:
     if compiler is None:
         raise CannotBuildError(f"no C++ compiler: none of {', '.join(COMPILERS)} is on the path")
     packages = Path(torch.__file__).parent
-    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    flags = ["-std=c++20", "-O1", "-shared", "-fPIC", "-w"]
+    flags += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     flags += [f"-isystem{packages / part}" for part in ("include", "include/torch/csrc/api/include")]
     identity = "\0".join([SOURCE.read_text(encoding="utf-8"), torch.__version__, compiler, *flags])
     place = _cache() / hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -80,9 +80,9 @@ void free_block(void* context) {
   delete block;
 }
 
-// Behind a host view's storage: the device's storage, so that it lives as long as the view.
+// Behind a host view's storage: the device's tensor, so that its memory lives as long as the view.
 struct Loan {
-  c10::Storage lender;
+  at::Tensor lender;
 };
 
 void end_loan(void* context) { delete static_cast<Loan*>(context); }
@@ -99,21 +99,30 @@ c10::Storage device_storage(const at::Tensor& host, c10::Device device) {
   return c10::Storage(c10::Storage::use_byte_size_t(), size, std::move(pointer), c10::GetCPUAllocator(), true);
 }
 
-at::Tensor over(c10::Storage storage, c10::DispatchKey key, const at::Tensor& like) {
-  auto made = at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), like.dtype());
+at::Tensor shaped(at::Tensor made, const at::Tensor& like) {
   auto* implementation = made.unsafeGetTensorImpl();
   implementation->set_sizes_and_strides(like.sizes(), like.strides(), like.storage_offset());
   if (like.unsafeGetTensorImpl()->is_wrapped_number()) implementation->set_wrapped_number(true);
-  if (like.is_complex() && like.is_conj()) made._set_conj(true);
-  if (like.is_neg()) made._set_neg(true);
+  if (made.is_complex()) made._set_conj(like.is_conj());
+  made._set_neg(like.is_neg());
   return made;
+}
+
+at::Tensor over(c10::Storage storage, c10::DispatchKey key, const at::Tensor& like) {
+  return shaped(at::detail::make_tensor<c10::TensorImpl>(std::move(storage), c10::DispatchKeySet(key), like.dtype()), like);
+}
+
+// A view is what its base is, also in inference mode: with a version of its own, or without.
+at::Tensor view_of(const at::Tensor& base, const at::Tensor& like) {
+  c10::Storage storage = base.storage();
+  return shaped(at::detail::make_tensor<c10::TensorImpl>(c10::TensorImpl::VIEW, std::move(storage), base.key_set(), like.dtype()), like);
 }
 
 // A CPU tensor over the memory of a device's.
 at::Tensor host_view(const at::Tensor& tensor) {
-  const c10::Storage& lender = tensor.storage();
-  c10::DataPtr pointer(lender.mutable_data(), new Loan{lender}, &end_loan, c10::Device(c10::kCPU));
-  c10::Storage storage(c10::Storage::use_byte_size_t(), lender.nbytes(), std::move(pointer), c10::GetCPUAllocator(), true);
+  const c10::Storage& lent = tensor.storage();
+  c10::DataPtr pointer(lent.mutable_data(), new Loan{tensor}, &end_loan, c10::Device(c10::kCPU));
+  c10::Storage storage(c10::Storage::use_byte_size_t(), lent.nbytes(), std::move(pointer), c10::GetCPUAllocator(), true);
   return over(std::move(storage), c10::DispatchKey::CPU, tensor);
 }
 
@@ -121,7 +130,7 @@ at::Tensor host_view(const at::Tensor& tensor) {
 at::Tensor to_device(const at::Tensor& host, int64_t index) {
   const c10::DataPtr& pointer = host.storage().data_ptr();
   if (pointer.get_deleter() == &end_loan)
-    return over(static_cast<Loan*>(pointer.get_context())->lender, c10::DispatchKey::CUDA, host);
+    return view_of(static_cast<Loan*>(pointer.get_context())->lender, host);
   const c10::Device device(c10::kCUDA, index < 0 ? device_now : static_cast<DeviceIndex>(index));
   return over(device_storage(host, device), c10::DispatchKey::CUDA, host);
 }

@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from fake_cuda.clock import Clock
 from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from fake_cuda.clock import Clock
 
 OURS, THEIRS = "vllm_omni", ("diffusers", "transformers", "accelerate")
 # Take operands of several devices: copies by their nature, indexing as documented.
@@ -133,7 +134,8 @@ class Device:
         strangers = [x for x in tensors if not x.is_cuda and (x.ndim or name in NO_HOST_SCALARS)]
         if name not in ACROSS_DEVICES and (len(there) > 1 or (there and strangers)):
             places = sorted({str(x.device) for x in tensors})
-            raise RuntimeError(f"Expected all tensors to be on the same device, but found {' and '.join(places)} in {name}")
+            found = " and ".join(places)
+            raise RuntimeError(f"Expected all tensors to be on the same device, but found {found} in {name}")
         if name.startswith(("index", "_index")) and tensors and not tensors[0].is_cuda and name in ACROSS_DEVICES:
             raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor (cpu)")
         if asked:

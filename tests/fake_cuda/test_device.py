@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import time
 
-import fake_cuda
 import pytest
 import torch
+
+import fake_cuda
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -89,5 +90,5 @@ def test_the_device_runs_behind_the_host() -> None:
         assert time.perf_counter() - began < 0.05 and not last.query()
         torch.cuda.synchronize()
         assert last.query() and time.perf_counter() - began >= 0.09
-        assert first.elapsed_time(last) == pytest.approx(100, rel=0.1)
+        assert 99 <= first.elapsed_time(last) <= 1e3 * (time.perf_counter() - began)
         assert clock.busy_s == pytest.approx(0.1, rel=0.1)

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import fake_cuda
 import pytest
 import torch
 from families import FAMILIES, Family
 
+import fake_cuda
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.outputs import OmniRequestOutput
@@ -73,9 +73,11 @@ def test_a_gated_batch_waits_once() -> None:
     pipeline = family.build().to("cuda")
     steps, n = 8, 3
     asked = [Params(num_inference_steps=steps, seed=i, output_type="latent") for i in range(n)]
-    with Omni.from_pipe(pipeline, cache_backend="easycache", defaults=family.settings) as omni:
-        with fake_cuda.device.watched() as waits:
-            outputs = omni.generate([family.prompt(i) for i in range(n)], asked, use_tqdm=False)
+    with (
+        Omni.from_pipe(pipeline, cache_backend="easycache", defaults=family.settings) as omni,
+        fake_cuda.device.watched() as waits,
+    ):
+        outputs = omni.generate([family.prompt(i) for i in range(n)], asked, use_tqdm=False)
     assert all(output.error is None for output in outputs)
     read = [wait for wait in waits if wait.ours and wait.callers[0].startswith("vllm_omni/diffusion/cache/forward.py")]
     assert 0 < len(read) <= steps

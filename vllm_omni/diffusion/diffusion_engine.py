@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -26,10 +27,11 @@ from vllm_omni.errors import (
     NumericalError,
     RequestAbortedError,
 )
-from vllm_omni.kernels.device import DeviceClock, is_lost, refuse_lost
+from vllm_omni.kernels.device import DeviceClock, is_lost, lost_by, refuse_lost
 from vllm_omni.outputs import OmniRequestOutput
 
 T = TypeVar("T")
+KEPT_REPORTS = 1024  # of steps, until somebody asks
 GUESSED_STEPS = 50  # of a request that names none, until its schedule is known: what most pipelines take
 
 
@@ -94,7 +96,7 @@ class DiffusionEngine:
         self._entries: dict[str, _Entry] = {}
         self._ended: list[OmniRequestOutput] = []
         self._closed = False
-        self._reports: list[StepReport] = []
+        self._reports: deque[StepReport] = deque(maxlen=KEPT_REPORTS)
         self._lost: DeviceLostError | None = None
 
     def add_request(self, request: OmniDiffusionRequest, priority: int = 0, arrived: float | None = None) -> None:
@@ -122,9 +124,11 @@ class DiffusionEngine:
             with torch.inference_mode():
                 self._step()
         except Exception as error:
-            if is_lost(error):
-                self._lost = DeviceLostError(str(error))
-            raise
+            if not is_lost(error):
+                raise
+            self._lost = lost_by(error)
+            self.worker.runner.clock.abandon()
+            raise self._lost from None
         return self.collect()
 
     def _step(self) -> None:
@@ -177,7 +181,8 @@ class DiffusionEngine:
     def reports(self) -> list[StepReport]:
         """The steps that the device has done since they were last asked for."""
         self.worker.runner.clock.poll()
-        reports, self._reports = self._reports, []
+        reports = list(self._reports)
+        self._reports.clear()
         return reports
 
     def collect(self) -> list[OmniRequestOutput]:
@@ -312,7 +317,7 @@ def _output(entry: _Entry, event: Finished | Failed, clock: DeviceClock) -> Omni
         output.error = event.error if output.step else refusal(event.error, entry.arguments)
     else:
         _fill(output, entry, event.output)
-    clock.poll()  # a result that was looked at is there, and so are all times before it
+        clock.poll()  # a result that was looked at is there, and so are all times before it
     output.metrics = {"total_s": time.perf_counter() - entry.arrived, "text_tokens": 0}
     if running is not None:
         output.metrics["text_tokens"] = running.text_tokens

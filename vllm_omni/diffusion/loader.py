@@ -15,8 +15,10 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     import torch  # only here: that a folder is wrong shows before seconds of imports
     from diffusers import DiffusionPipeline
 
+    from vllm_omni.kernels.placement import device_for, put_on
+
     where = resolve_model(config.model)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(config.device)
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
     dtype: torch.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
     if config.enable_cpu_offload and device == "cpu":
@@ -33,13 +35,7 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
         pipeline.vae.enable_slicing()
     if config.vae_use_tiling:
         pipeline.vae.enable_tiling()
-    try:
-        if config.enable_cpu_offload:
-            pipeline.enable_model_cpu_offload(device=device)
-        else:
-            pipeline.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch's own words: the build has no CUDA, there is no cuda:7
-        raise InvalidValueError("device", device, f"cannot be used ({str(error).splitlines()[0]})") from error
+    put_on(pipeline, device, config.enable_cpu_offload)
     if not config.enforce_eager:
         pipeline.transformer.compile_repeated_blocks(dynamic=True)
     return pipeline

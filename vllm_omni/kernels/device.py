@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from vllm_omni.errors import DeviceLostError, forget_locals
+from vllm_omni.errors import DeviceLostError, DeviceMemoryError, forget_locals
 
 Mark = Any  # a float of the host's clock, or a CUDA event
+Span = tuple[Mark, Mark]
 
 # What cuBLAS and cuDNN report as plain RuntimeErrors after the context has gone; a lack of memory or of an
 # implementation is not among it.
@@ -35,14 +36,21 @@ def is_lost(error: BaseException | None) -> bool:
     """Whether every further call on the device will fail in this process, as after an illegal memory access."""
     if error is None or is_out_of_memory(error):
         return False
-    lost = isinstance(error, torch.AcceleratorError | RuntimeError) and _LOST.search(str(error)) is not None
-    return isinstance(error, torch.AcceleratorError) or lost or is_lost(error.__cause__)
+    told = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    return told or isinstance(error, torch.AcceleratorError | DeviceLostError) or is_lost(error.__cause__)
+
+
+def lost_by(error: BaseException) -> DeviceLostError:
+    """The error as the device's end; its tensors are let go."""
+    if isinstance(without_tensors(error), DeviceLostError):
+        return error
+    return DeviceLostError(f"the device is lost: {str(error).splitlines()[0]}")
 
 
 def refuse_lost(error: BaseException | None) -> None:
     """Raise DeviceLostError for an error after which the device is of no use to this process."""
     if error is not None and is_lost(error):
-        raise DeviceLostError(f"the device is lost: {str(error).splitlines()[0]}") from without_tensors(error)
+        raise lost_by(error) from error
 
 
 def without_tensors(error: Exception | BaseException) -> Any:
@@ -84,6 +92,20 @@ class Memory:
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return max(0, int(free + kept - (1.0 - share) * total))
 
+    def too_large(self, error: Exception, decoding: bool, wanted: int, largest: int) -> DeviceMemoryError:
+        """What to say of a request that met `error` alone: of `wanted` latent elements, where `largest` have run."""
+        free = self.free()
+        room = "" if free is None else f", with {free >> 20} MiB free beside the model"
+        if decoding:
+            fix = "set vae_use_tiling and vae_use_slicing, or ask for a smaller size, or fewer frames or pictures"
+        elif 0 < largest < wanted:
+            fix = f"ask for at most {largest / wanted:.0%} of its pixels, frames and pictures: so much has run here"
+        else:
+            fix = "ask for a smaller size, or fewer frames or pictures, or set enable_cpu_offload"
+        failure = DeviceMemoryError(f"the request does not fit on {self} even alone{room}; {fix}")
+        failure.__cause__ = without_tensors(error)
+        return failure
+
     def __str__(self) -> str:
         return str(self._device or "cpu")
 
@@ -106,7 +128,7 @@ class DeviceClock:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self._device))
-        if self._base is None or not self._pending and event.query():  # idle: both clocks show the same moment
+        if self._base is None or (not self._pending and event.query()):  # idle: both clocks show the same moment
             self._base = event, time.perf_counter()
         return event
 
@@ -126,6 +148,10 @@ class DeviceClock:
             act()
         else:
             self._pending.append((mark, act))
+
+    def abandon(self) -> None:
+        """Forget what was left for later: the device is lost."""
+        self._pending.clear()
 
     def poll(self) -> None:
         """Do what was left for now; never waits."""

@@ -9,6 +9,8 @@ import time
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
+from vllm_omni.kernels.device import DeviceClock, Span
+
 WEIGHT = 0.2
 KEPT_SIZES = 64
 
@@ -83,6 +85,51 @@ class Pace:
         """What was measured of a size; None unless all of it was."""
         known = self._sizes.get(size, SizeClass())
         return known if known.computed.count and known.skipped.count and known.coding.count else None
+
+    def step_done(
+        self,
+        clock: DeviceClock,
+        size: Hashable,
+        times: Timings,
+        step: int,
+        forward: Span,
+        own: Span,
+        goes_on: bool,
+        alone: bool,
+        skipped: bool,
+    ) -> None:
+        """Note a denoiser call of `step`, as soon as the device has done it, with its request's `own` work after it.
+
+        What comes after the last one is not of the step.
+        """
+
+        def note() -> None:
+            times.denoised = clock.when(forward[1])
+            seconds = clock.seconds(*forward) + (clock.seconds(*own) if goes_on else 0.0)
+            self.note(size, times, step, seconds, alone, skipped)
+
+        clock.later(own[1], note)
+
+    def coding_done(
+        self,
+        clock: DeviceClock,
+        size: Hashable,
+        times: Timings,
+        own: Span,
+        joint: Span | None,
+        sharing: int,
+        encoding: bool,
+        ends: bool,
+    ) -> None:
+        """Note work of encoders or of the decoder, as soon as the device has done it; it may end its request."""
+
+        def note() -> None:
+            seconds = clock.seconds(*own) + (clock.seconds(*joint) / sharing if joint is not None else 0.0)
+            times.note_coding(seconds, encoding, sharing == 1)
+            if ends and not encoding:
+                self.finish(size, times)
+
+        clock.later(own[1], note)
 
     def note(self, size: Hashable, times: Timings, step: int, seconds: float, alone: bool, skipped: bool) -> None:
         """A denoiser call of `step` that took `seconds` until the request parked again; branches of a step add up."""

@@ -1,4 +1,4 @@
-"""A batch that the device has no room for: residuals of others go first, then it is split; what helped is remembered."""
+"""A batch that the device has no room for: residuals go first, then it is split, and what helped is remembered."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall
 from vllm_omni.diffusion.worker.request import Request
-from vllm_omni.errors import DeviceMemoryError
 from vllm_omni.kernels.device import Memory, is_out_of_memory, refuse_lost, without_tensors
 from vllm_omni.logger import init_logger
 
@@ -51,9 +50,10 @@ class Retries:
             return results
         if is_out_of_memory(failure):
             if len(batch) == 1:
-                return [self._too_large(batch[0], failure)]
+                decoding, wanted = not isinstance(batch[0].call, DenoiserCall), _elements(batch[0])
+                return [self.memory.too_large(failure, decoding, wanted, self._largest)]
             self._most[_size(batch[0])] = half = (len(batch) + 1) // 2
-            logger.warning("%s has no room for %d requests of a size at once; from now on %d", self.memory, len(batch), half)
+            logger.warning("%s has no room for %d such requests at once; from now on %d", self.memory, len(batch), half)
             return self.each_or_errors(batch, act)
         if len(batch) == 1:
             return [failure]
@@ -64,9 +64,9 @@ class Retries:
         stores = {id(r.backend.store): r.backend.store for r in self.running if r.backend is not None}
         before = sum(store.used for store in stores.values())
         for other in self.running:
-            if other.ended is None and not any(other is request for request in batch):
-                if other.parked is None or other.parked.forecast is None:  # else its next forward is made of them
-                    other.cache.drop()
+            used_next = other.parked is not None and other.parked.forecast is not None
+            if not used_next and not any(other is request for request in batch):
+                other.cache.drop()
         if before == sum(store.used for store in stores.values()) and len(batch) == 1:
             request = batch[0]
             request.cache.drop()
@@ -80,19 +80,6 @@ class Retries:
             store = request.backend.store
             store.budget = min(kept // 2, store.budget if store.budget is not None else kept)
             logger.warning("%s: residuals are kept in %d MiB from now on", self.memory, store.budget >> 20)
-
-    def _too_large(self, request: Request, error: Exception) -> Exception:
-        free = self.memory.free()
-        room = "" if free is None else f", with {free >> 20} MiB free beside the model"
-        if not isinstance(request.call, DenoiserCall):
-            fix = "set vae_use_tiling and vae_use_slicing, or ask for a smaller size, or fewer frames or pictures"
-        elif 0 < self._largest < (wanted := _elements(request)):
-            fix = f"ask for at most {self._largest / wanted:.0%} of its pixels, frames and pictures: so much has run here"
-        else:
-            fix = "ask for a smaller size, or fewer frames or pictures, or set enable_cpu_offload"
-        failure = DeviceMemoryError(f"the request does not fit on {self.memory} even alone{room}; {fix}")
-        failure.__cause__ = without_tensors(error)
-        return failure
 
 
 def _tried(batch: Sequence[Request], act: Act) -> tuple[list[Any], Exception | None]:

@@ -46,7 +46,7 @@ from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.diffusion.worker.request import ParkedCall, Previews, Request
 from vllm_omni.diffusion.worker.shared_modules import SharedModules
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.kernels.device import DeviceClock, Mark, Memory, moved, refuse_lost
+from vllm_omni.kernels.device import DeviceClock, Memory, Span, moved, refuse_lost
 from vllm_omni.kernels.timing import Pace
 from vllm_omni.logger import init_logger
 
@@ -99,7 +99,7 @@ class ModelRunner:
         self._retries.add(request)
         self.adapters.use(adapters)  # text encoders can have adapters too
         began = self.clock.mark()
-        self._ran_component(request, self._advance(request), [(began, self.clock.mark())], alone=True)
+        self._ran_component(request, self._advance(request), (began, self.clock.mark()))
         return request
 
     def _check_denoisers(self) -> None:
@@ -130,29 +130,16 @@ class ModelRunner:
         results = self._retries.each_or_errors(batch, self._forward)
         done = self.clock.mark()
         for request, result in zip(batch, results, strict=True):
-            self.clock.later(done, partial(self._denoised, request, done))
             step, resumed = request.step, self.clock.mark()
             event = self._advance(request, result)
             own, forward = (resumed, self.clock.mark()), (began, done)
             goes_on = isinstance(event, DenoiserCall)
-            spans = [forward, own] if goes_on else [forward]
-            self.clock.later(own[1], partial(self._note_step, request, step, spans, alone, skips))
+            self.pace.step_done(self.clock, request.size, request.times, step, forward, own, goes_on, alone, skips)
             if goes_on:
                 self._arrive(request, event)
             else:
-                self._ran_component(request, event, [own], alone=True)
+                self._ran_component(request, event, own)
             self._preview(request)
-
-    def _denoised(self, request: Request, mark: Mark) -> None:
-        request.times.denoised = self.clock.when(mark)
-
-    def _note_step(
-        self, request: Request, step: int, spans: Sequence[tuple[Mark, Mark]], alone: bool, skips: bool
-    ) -> None:
-        self.pace.note(request.size, request.times, step, self._seconds(spans), alone, skips)
-
-    def _seconds(self, spans: Sequence[tuple[Mark, Mark]]) -> float:
-        return sum(self.clock.seconds(begin, end) for begin, end in spans)
 
     def _run_components(self, batch: Sequence[Request]) -> None:
         """Text encoders or decoders: as few calls as their size allows, then each request goes on."""
@@ -164,8 +151,7 @@ class ModelRunner:
             for request, result in zip(sharing, results, strict=True):
                 resumed = self.clock.mark()
                 event = self._advance(request, result)
-                spans = [(resumed, self.clock.mark()), (began, done)]
-                self._ran_component(request, event, spans, alone=len(sharing) == 1, share=1 / len(sharing))
+                self._ran_component(request, event, (resumed, self.clock.mark()), (began, done), len(sharing))
 
     def _look(self, batch: Sequence[Request], signal: Signal) -> None:
         """Let the gates of parked calls see them; each waits again, for a full forward or for one without blocks."""
@@ -219,19 +205,10 @@ class ModelRunner:
         refuse_lost(event.error if isinstance(event, Failed) else None)
         return event
 
-    def _ran_component(
-        self, request: Request, event: Event, spans: Sequence[tuple[Mark, Mark]], alone: bool, share: float = 1.0
-    ) -> None:
-        """Take in work before the first or after the last denoiser call; of the second span, its `share`."""
-        encoding, ended = request.schedule is None, isinstance(event, Finished)
-
-        def note() -> None:
-            seconds = self._seconds(spans[:1]) + share * self._seconds(spans[1:])
-            request.times.note_coding(seconds, encoding, alone)
-            if ended and not encoding:
-                self.pace.finish(request.size, request.times)
-
-        self.clock.later(spans[0][1], note)
+    def _ran_component(self, request: Request, event: Event, own: Span, joint: Span | None = None, n: int = 1) -> None:
+        """Take in work before the first or after the last denoiser call: its own, and that of a call that `n` share."""
+        encoding, ends = request.schedule is None, isinstance(event, Finished)
+        self.pace.coding_done(self.clock, request.size, request.times, own, joint, n, encoding, ends)
         self._arrive(request, event)
 
     def _preview(self, request: Request) -> None:

@@ -34,8 +34,6 @@ REFUSED: dict[str, str] = {
     "--diffusion-offload-config": _FROM_PIPE,
     "--cpu-offload-gb": "is not done by size; --enable-cpu-offload keeps idle parts of the model in main memory",
     "--attention-backend": _FROM_PIPE,
-    "--gpu-memory-utilization": "has no meaning: memory is taken as it is needed; --cache-config "
-    '\'{"memory_budget_mb": N}\' bounds what the cache keeps',
     "--enable-sleep-mode": "is not done: a server keeps its weights until it ends",
     "--enable-lora": "is not needed: --lora-modules NAME=PATH names adapters, and requests choose among them",
     "--lora-path": "is --lora-modules NAME=PATH here, and requests choose by name",
