@@ -94,13 +94,14 @@ def _answers(counters: ctypes.CDLL) -> dict[str, Any]:
     def total(index: Any = None) -> int:
         return _limits[_index(index)] or TOTAL_BYTES
 
-    def nothing(*arguments: Any, **named: Any) -> None: ...
+    def quiet() -> Any:
+        return lambda *arguments, **named: None  # one for each name: torch's compiler tells them apart by identity
 
     class Stream:
         def __init__(self, *arguments: Any, **named: Any) -> None:
             self.device = torch.device("cuda", counters.fake_cuda_current())
 
-        wait_event = wait_stream = synchronize = nothing
+        wait_event = wait_stream = synchronize = quiet()
 
         def record_event(self, event: Any = None) -> Any:
             return event or Event(device.clock)
@@ -128,15 +129,15 @@ def _answers(counters: ctypes.CDLL) -> dict[str, Any]:
         "get_device_capability": lambda index=None: (9, 0),
         "synchronize": lambda index=None: device.wait("synchronize", f"device {_index(index)}"),
         "memory_allocated": used,
-        "memory_reserved": used,
+        "memory_reserved": lambda index=None: used(index),
         "max_memory_allocated": peak,
         "reset_peak_memory_stats": reset_peak,
         "mem_get_info": lambda index=None: (total(index) - used(index), total(index)),
-        "empty_cache": nothing,
-        "ipc_collect": nothing,
-        "manual_seed": nothing,
-        "manual_seed_all": nothing,
-        "_lazy_init": nothing,
+        "empty_cache": quiet(),
+        "ipc_collect": quiet(),
+        "manual_seed": quiet(),
+        "manual_seed_all": quiet(),
+        "_lazy_init": quiet(),
         "_is_in_bad_fork": lambda: False,
         "Stream": Stream,
         "Event": CudaEvent,

@@ -1,4 +1,4 @@
-"""A device that fails in every call ends its process within one step, and every request once; another one takes over."""
+"""A device that fails in every call ends its process within one step, and every request once; another takes over."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-import fake_cuda
 import pytest
 import torch
 from pipelines import DEFAULTS, embeds, tiny_flux
 
+import fake_cuda
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.engine.client import ProcessEngineClient
