@@ -56,22 +56,27 @@ def test_a_cache_costs_no_request_its_picture(omni: Omni, share: float) -> None:
     before, most = peak_of(omni, "off")
     _, alone = peak_of(omni, "off", 1)
     limit = max(before + int(share * (most - before)), int(alone * 1.02))
+    failed = []
     for cache in ("off", None):
         with fake_cuda.limit(limit):
             outputs = run(omni, cache)
-        assert [output.error for output in outputs] == [None] * N
+        failed.append(sum(output.error is not None for output in outputs))
         if cache == "off":
             assert all(
-                torch.allclose(output.latents.cpu(), other, rtol=1e-3, atol=1e-3)
+                output.error is not None or torch.allclose(output.latents.cpu(), other, rtol=1e-3, atol=1e-3)
                 for output, other in zip(outputs, plain, strict=True)
             )
+        del outputs
+        gc.collect()
+    assert failed[1] <= failed[0] and (failed[0] == 0 or share < 0.25), failed
 
 
 def test_what_helped_is_remembered(omni: Omni) -> None:
     before, most = peak_of(omni, "off")
     runner = omni.engine.worker.runner
     with fake_cuda.limit(before + (most - before) // 3):
-        assert not any(output.error for output in run(omni, "off"))
+        assert [output.error for output in run(omni, "off")] == [None] * N
+        gc.collect()
         fake_cuda.device.kernels.clear()
         computed = runner.forwards["computed"]
         assert not any(output.error for output in run(omni, "off"))
@@ -116,7 +121,7 @@ def test_a_peak_is_the_requests_own(tmp_path: Path) -> None:
             assert not any(output.error for output in outputs)
             return outputs[0].peak_memory_mb
 
-        small, large, again = peak(1, 32), peak(4, 128), peak(1, 32)
+        small, large, again = peak(1, 32), peak(8, 128), peak(1, 32)
         assert large > 1.2 * small and again == pytest.approx(small, rel=0.05)
         gc.collect()
         assert fake_cuda.used(0) == 0 and omni.engine.worker.pipeline.device == torch.device("cuda:1")

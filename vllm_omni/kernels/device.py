@@ -5,6 +5,7 @@ Nothing here makes the host wait for it.
 
 from __future__ import annotations
 
+import gc
 import re
 import resource
 import time
@@ -22,7 +23,7 @@ Span = tuple[Mark, Mark]
 # What cuBLAS and cuDNN report as plain RuntimeErrors after the context has gone; a lack of memory or of an
 # implementation is not among it.
 _LOST = re.compile(r"CUDA error:|CU(BLAS|DNN|SOLVER|SPARSE|FFT)_\w*(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)")
-_SHORT = re.compile(r"out of memory|CU(BLAS|DNN)_\w*ALLOC_FAILED")
+_SHORT = re.compile(r"CUDA (error: )?out of memory|CU(BLAS|DNN)_\w*ALLOC_FAILED")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -92,6 +93,15 @@ class Memory:
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return max(0, int(free + kept - (1.0 - share) * total))
 
+    def collect(self) -> int:
+        """Let go of what only a garbage collection finds, and of what torch keeps for later; returns the bytes."""
+        if self._device is None:
+            return 0
+        before = torch.cuda.memory_allocated(self._device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return max(0, before - torch.cuda.memory_allocated(self._device))
+
     def too_large(self, error: Exception, decoding: bool, wanted: int, largest: int) -> DeviceMemoryError:
         """What to say of a request that met `error` alone: of `wanted` latent elements, where `largest` have run."""
         free = self.free()
@@ -103,7 +113,7 @@ class Memory:
         else:
             fix = "ask for a smaller size, or fewer frames or pictures, or set enable_cpu_offload"
         failure = DeviceMemoryError(f"the request does not fit on {self} even alone{room}; {fix}")
-        failure.__cause__ = without_tensors(error)
+        failure.__cause__ = error.with_traceback(None)  # its last frames hold the request
         return failure
 
     def __str__(self) -> str:

@@ -40,10 +40,12 @@ class Retries:
         if len(batch) > most:
             parts = [batch[first : first + most] for first in range(0, len(batch), most)]
             return [result for part in parts for result in self.each_or_errors(part, act)]
-        results, failure = _tried(batch, act)
-        if failure is not None and is_out_of_memory(failure) and (kept := self._make_room(batch)):
-            results, failure = _tried(batch, act)
-            if failure is None:  # residuals were the reason: from now on there are fewer
+        results, failure = tried(batch, act)
+        if failure is not None and is_out_of_memory(failure):
+            kept, freed = self._drop_residuals(batch), self.memory.collect()
+            if kept or freed:
+                results, failure = tried(batch, act)
+            if kept and failure is None:  # residuals were the reason: from now on there are fewer
                 self._keep_less(batch[0], kept)
         if failure is None:
             self._largest = max(self._largest, _elements(batch[0]))
@@ -59,7 +61,7 @@ class Retries:
             return [failure]
         return [self.each_or_errors([request], act)[0] for request in batch]
 
-    def _make_room(self, batch: Sequence[Request]) -> int:
+    def _drop_residuals(self, batch: Sequence[Request]) -> int:
         """Drop what others keep for later steps, which then compute; one alone drops its own too. Returns the bytes."""
         stores = {id(r.backend.store): r.backend.store for r in self.running if r.backend is not None}
         before = sum(store.used for store in stores.values())
@@ -82,7 +84,8 @@ class Retries:
             logger.warning("%s: residuals are kept in %d MiB from now on", self.memory, store.budget >> 20)
 
 
-def _tried(batch: Sequence[Request], act: Act) -> tuple[list[Any], Exception | None]:
+def tried(batch: Sequence[Request], act: Act) -> tuple[list[Any], Exception | None]:
+    """The results, or what was raised; DeviceLostError if the device is lost."""
     try:
         return act(batch), None
     except Exception as error:  # out of memory or a bad input of one must not end the others

@@ -40,7 +40,7 @@ from vllm_omni.diffusion.worker.coroutine import (
     Finished,
     PipelineTask,
 )
-from vllm_omni.diffusion.worker.memory import Retries
+from vllm_omni.diffusion.worker.memory import Retries, tried
 from vllm_omni.diffusion.worker.pace import settle, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.diffusion.worker.request import ParkedCall, Previews, Request
@@ -227,11 +227,11 @@ class ModelRunner:
         elif isinstance(event, ComponentCall):  # nothing of the last denoiser call is held: a decode needs the room
             request.parked = ParkedCall(event, component_key(event) or request.request_id, StepKind.COMPONENT)
         else:
-            (parked,) = self._retries.each_or_errors([request], lambda _: [self._park(request, event)])
-            if isinstance(parked, Exception):  # the request's own arguments or schedule: it alone ends
-                request.end(_ended(self._advance(request, parked)))
+            parked, error = tried([request], lambda _: [self._park(request, event)])
+            if error is not None:  # the request's own arguments or schedule: it alone ends
+                request.end(_ended(self._advance(request, error)))
             else:
-                request.parked = parked
+                (request.parked,) = parked
 
     def _park(self, request: Request, call: DenoiserCall) -> ParkedCall:
         binder = self.binders[call.denoiser]
