@@ -28,6 +28,7 @@ from vllm_omni.errors import (
     RequestAbortedError,
 )
 from vllm_omni.kernels.device import DeviceClock, is_lost, lost_by, refuse_lost
+from vllm_omni.kernels.timing import RemainingWork, StepReport
 from vllm_omni.outputs import OmniRequestOutput
 
 T = TypeVar("T")
@@ -54,33 +55,6 @@ class _Entry:
     def pixels(self) -> int:
         """Of one picture; 0 if only the pipeline knows."""
         return (self.arguments.get("height") or 0) * (self.arguments.get("width") or 0)
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What a `step` did: one forward of `rows` (0: text encoders or decoders ran) and its seconds.
-
-    `ended` requests got their picture in it; these have spent `coding_s` seconds in encoding and decoding, all in all.
-    """
-
-    pixels: int = 0
-    rows: int = 0
-    skipped: bool = False
-    forward_s: float = 0.0
-    ended: int = 0
-    coding_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class RemainingWork:
-    """What a request still needs: rows of a forward that compute, and that skip; exact once its plan is made."""
-
-    request_id: str
-    pixels: int
-    begun: bool
-    cached: bool
-    computed: float
-    skipped: float
 
 
 class DiffusionEngine:

@@ -43,7 +43,8 @@ def is_lost(error: BaseException | None) -> bool:
 
 def lost_by(error: BaseException) -> DeviceLostError:
     """The error as the device's end; its tensors are let go."""
-    if isinstance(without_tensors(error), DeviceLostError):
+    without_tensors(error)
+    if isinstance(error, DeviceLostError):
         return error
     return DeviceLostError(f"the device is lost: {str(error).splitlines()[0]}")
 

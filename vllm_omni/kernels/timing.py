@@ -75,6 +75,33 @@ class Timings:
         return self.denoised - self.started if self.denoised is not None else 0.0
 
 
+@dataclass(frozen=True)
+class StepReport:
+    """What a `step` did: one forward of `rows` (0: text encoders or decoders ran) and its seconds.
+
+    `ended` requests got their picture in it; these have spent `coding_s` seconds in encoding and decoding, all in all.
+    """
+
+    pixels: int = 0
+    rows: int = 0
+    skipped: bool = False
+    forward_s: float = 0.0
+    ended: int = 0
+    coding_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class RemainingWork:
+    """What a request still needs: rows of a forward that compute, and that skip; exact once its plan is made."""
+
+    request_id: str
+    pixels: int
+    begun: bool
+    cached: bool
+    computed: float
+    skipped: float
+
+
 class Pace:
     """Of one runner: `note` after every call of a request, `finish` at its end."""
 
