@@ -55,7 +55,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     ),
     (("vllm_omni.diffusion.cache.settings",),),
     (("vllm_omni.settings",), ("vllm_omni.model_folder",)),
-    (("vllm_omni.errors", "vllm_omni.logger", "vllm_omni.envs", "vllm_omni.version"),),
+    (("vllm_omni.errors", "vllm_omni.logger", "vllm_omni.envs", "vllm_omni.version", "vllm_omni.driver"),),
 )
 BOTTOM = len(LAYERS) - 1
 # These two stand for a file, not for everything under it: a new module must be given a layer.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 import sys
@@ -13,9 +12,9 @@ from pathlib import Path
 
 from vllm_omni import packages
 from vllm_omni._vllm_compat import INSTALL_HINT, TRIED, installed
+from vllm_omni.driver import device_problem, dotted, driver_cuda
 
 LISTED = ("torch", "diffusers", "transformers", "greenlet", "pydantic", "msgspec", "imageio", "peft", "cache-dit")
-DRIVER = "libcuda.so.1"
 CGROUP = Path("/sys/fs/cgroup/cpu.max")
 
 
@@ -73,7 +72,7 @@ def _torch(found: Report) -> None:
         return
     built, driver, cuda = torch.version.cuda, driver_cuda(), torch.cuda.is_available()
     found.facts["torch build"] = f"for CUDA {built}" if built else "for the CPU"
-    found.facts["CUDA driver"] = f"for CUDA {_dotted(driver)} and older" if driver else "none"
+    found.facts["CUDA driver"] = f"for CUDA {dotted(driver)} and older" if driver else "none"
     found.facts["device"] = torch.cuda.get_device_name() if cuda else f"cpu, {platform.machine()}"
     if (problem := device_problem(built, driver, cuda)) is not None:
         found.problems.append(problem)
@@ -97,41 +96,6 @@ def usable_cores(quota: Path = CGROUP) -> int:
     cores = len(os.sched_getaffinity(0))
     limit, _, period = (quota.read_text() if quota.is_file() else "max 1").partition(" ")
     return cores if limit == "max" else max(1, min(cores, int(limit) // int(period)))
-
-
-def driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that the installed driver runs, as (major, minor); None without a driver."""
-    number = ctypes.c_int()
-    try:
-        failed = ctypes.CDLL(DRIVER).cuDriverGetVersion(ctypes.byref(number))
-    except OSError:
-        return None
-    return None if failed else (number.value // 1000, number.value % 1000 // 10)
-
-
-def device_problem(built: str | None, driver: tuple[int, int] | None, available: bool) -> str | None:
-    """Why an accelerator is not used although there is one, and what to do; None if nothing is wrong.
-
-    `built`: the CUDA that torch was built for, as "13.0"; None for a CPU build. A driver runs every CUDA up to its own
-    and, within a major version, newer ones.
-    """
-    if available or driver is None:
-        return None if available or built is None else _NO_DRIVER.format(built)
-    if built is None:
-        return f"there is a driver for CUDA {_dotted(driver)}, but torch is a CPU build; install torch for CUDA"
-    if int(built.partition(".")[0]) > driver[0]:
-        return (
-            f"torch is built for CUDA {built}, but the driver runs {_dotted(driver)} and older, so that everything "
-            f"would run on the CPU; update the driver, or install torch for CUDA {driver[0]}"
-        )
-    return f"torch for CUDA {built} finds no device behind the driver for {_dotted(driver)}; see `nvidia-smi`"
-
-
-_NO_DRIVER = "torch is built for CUDA {}, but there is no driver, so that everything runs on the CPU; install a driver"
-
-
-def _dotted(number: tuple[int, int]) -> str:
-    return f"{number[0]}.{number[1]}"
 
 
 def main() -> int:

@@ -14,7 +14,9 @@ OmniError
 ├── ConflictError                       what is asked does not fit the state that the engine is in
 ├── EngineAsleepError                   the engine sleeps, or is about to, and takes no requests
 ├── EngineDrainingError                 the engine is shutting down and takes nothing new
+├── DeviceMemoryError                   the device has no room for the request even alone; with what would fit
 ├── EngineDeadError                     the engine died, hangs, or stayed in the process this one was forked from
+│   └── DeviceLostError                 its device fails in every call; only another process can use it again
 └── EngineClosedError (RuntimeError)    a call after close()
 """
 
@@ -148,6 +150,14 @@ class EngineDeadError(OmniError):
     def __init__(self, message: str, retry_after_s: float | None = None) -> None:
         self.retry_after_s = retry_after_s
         super().__init__(message)
+
+
+class DeviceLostError(EngineDeadError):
+    """The device reports an error after which every call fails, such as an illegal memory access."""
+
+
+class DeviceMemoryError(OmniError):
+    """The request does not fit on the device, although everything else made room for it."""
 
 
 class EngineClosedError(OmniError, RuntimeError):

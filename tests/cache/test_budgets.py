@@ -21,8 +21,9 @@ from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import fingerprint
 from vllm_omni.diffusion.cache.settings import Budget, override, parse
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.diffusion.worker.pace import Pace, Timings
+from vllm_omni.diffusion.worker.pace import settle
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.kernels.timing import Pace, Timings
 
 STEPS = 12
 
@@ -285,7 +286,7 @@ def test_seconds_are_refused_before_a_measurement_and_kept_after_it(profile: str
 def settled(pace: Pace, seconds: float) -> Any:
     """The budget that so many seconds become, for ten steps of a size."""
     schedule = Schedule(10, tuple(1 - i / 10 for i in range(10)))
-    return pace.settle(parse("magcache", DiffusionCacheConfig(seconds=seconds)), "size", schedule).plan
+    return settle(pace, parse("magcache", DiffusionCacheConfig(seconds=seconds)), "size", schedule).plan
 
 
 def test_seconds_allow_as_many_forwards_as_fit() -> None:

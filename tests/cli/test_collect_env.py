@@ -9,7 +9,8 @@ import pytest
 from commands import run
 
 from vllm_omni import packages
-from vllm_omni.collect_env import device_problem, report, usable_cores
+from vllm_omni.collect_env import report, usable_cores
+from vllm_omni.driver import device_problem
 
 
 def _fake(folder: Path, name: str, cuda: str) -> None:

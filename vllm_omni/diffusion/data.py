@@ -33,6 +33,9 @@ class OmniDiffusionConfig(Settings):
     max_image_pixels: int = Field(default=4096 * 4096, ge=1)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(default="auto", description="type of the weights")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    gpu_memory_utilization: float = Field(
+        default=0.9, gt=0, le=1, description="share of the device's memory to plan with: half of what it leaves free"
+    )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     enforce_eager: bool = Field(default=True, description="do not compile the model")
     enable_cpu_offload: bool = Field(default=False, description="keep idle parts of the model in main memory")

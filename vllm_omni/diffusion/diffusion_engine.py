@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import resource
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,15 +21,19 @@ from vllm_omni.diffusion.worker.coroutine import Failed, Finished
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.diffusion.worker.worker import DiffusionWorker
 from vllm_omni.errors import (
+    DeviceLostError,
     EngineAsleepError,
     EngineClosedError,
     InvalidValueError,
     NumericalError,
     RequestAbortedError,
 )
+from vllm_omni.kernels.device import DeviceClock, is_lost, lost_by, refuse_lost
+from vllm_omni.kernels.timing import RemainingWork, StepReport
 from vllm_omni.outputs import OmniRequestOutput
 
 T = TypeVar("T")
+KEPT_REPORTS = 1024  # of steps, until somebody asks
 GUESSED_STEPS = 50  # of a request that names none, until its schedule is known: what most pipelines take
 
 
@@ -45,39 +49,13 @@ class _Entry:
     arrived: float = field(default_factory=time.perf_counter)
     running: Request | None = None
     seed: int | None = None
+    peak: int = 0  # the most bytes of the device in use while it ran
     calls: int = 0  # denoiser calls made for it; more than its steps if guidance needs two
 
     @property
     def pixels(self) -> int:
         """Of one picture; 0 if only the pipeline knows."""
         return (self.arguments.get("height") or 0) * (self.arguments.get("width") or 0)
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What the last `step` did: one forward of `rows` (0: text encoders or decoders ran) and its seconds.
-
-    `ended` requests got their picture in it; these have spent `coding_s` seconds in encoding and decoding, all in all.
-    """
-
-    pixels: int = 0
-    rows: int = 0
-    skipped: bool = False
-    forward_s: float = 0.0
-    ended: int = 0
-    coding_s: float = 0.0
-
-
-@dataclass(frozen=True)
-class RemainingWork:
-    """What a request still needs: rows of a forward that compute, and that skip; exact once its plan is made."""
-
-    request_id: str
-    pixels: int
-    begun: bool
-    cached: bool
-    computed: float
-    skipped: float
 
 
 class DiffusionEngine:
@@ -94,7 +72,9 @@ class DiffusionEngine:
         self._ended: list[OmniRequestOutput] = []
         self._closed = False
         self.asleep = False
-        self.last = StepReport()
+        self.worked = False  # something ran in the last step
+        self._reports: deque[StepReport] = deque(maxlen=KEPT_REPORTS)
+        self._lost: DeviceLostError | None = None
 
     def add_request(self, request: OmniDiffusionRequest, priority: int = 0, arrived: float | None = None) -> None:
         """Queue a request. Everything that can be refused is refused here, and costs nobody else anything.
@@ -105,6 +85,8 @@ class DiffusionEngine:
             raise EngineClosedError("the engine is closed")
         if self.asleep:
             raise EngineAsleepError
+        if self._lost is not None:
+            raise DeviceLostError(f"{self._lost}; make a new engine in another process")
         if not request.request_id or request.request_id in self._entries:
             raise InvalidValueError("request_id", request.request_id, "must be new and not empty")
         arguments, settings = self.worker.check(request)
@@ -113,17 +95,35 @@ class DiffusionEngine:
         self.scheduler.add(request.request_id, priority, time.monotonic() if arrived is None else arrived)
 
     def step(self) -> list[OmniRequestOutput]:
-        """Admit, run one batch, and return the requests that ended."""
-        with torch.inference_mode():
-            for request_id in self.scheduler.admit():
-                self._start(self._entries[request_id])
-            entries = [self._entries[request_id] for request_id in self.scheduler.schedule()]
-            batch = [entry.running for entry in entries if entry.running is not None]
-            self.last = self._run(entries[0].pixels, batch) if batch else StepReport()
-            for entry, request in zip(entries, batch, strict=True):
-                entry.calls += self.last.rows > 0
-                self._settle(request)
+        """Admit, run one batch, and return the requests that ended.
+
+        DeviceLostError if the device is of no use any more: no request can be run, and those in flight only be aborted.
+        """
+        try:
+            with torch.inference_mode():
+                self._step()
+        except Exception as error:
+            if not is_lost(error):
+                raise
+            self._lost = lost_by(error)
+            self.worker.runner.clock.abandon()
+            raise self._lost from None
         return self.collect()
+
+    def _step(self) -> None:
+        for request_id in self.scheduler.admit():
+            self._start(self._entries[request_id])
+        entries = [self._entries[request_id] for request_id in self.scheduler.schedule()]
+        batch = [entry.running for entry in entries if entry.running is not None]
+        self.worked = bool(batch)
+        rows = self._run(entries[0].pixels, batch) if batch else 0
+        peak = self.worker.runner.memory.peak()
+        for entry in self._entries.values():
+            if entry.running is not None:
+                entry.peak = max(entry.peak, peak)
+        for entry, request in zip(entries, batch, strict=True):
+            entry.calls += rows > 0
+            self._settle(request)
 
     def _start(self, entry: _Entry) -> None:
         """Begin a request, whose own fault is whatever goes wrong in it."""
@@ -136,18 +136,34 @@ class DiffusionEngine:
     def _begin(self, entry: _Entry) -> None:
         entry.running, entry.seed = self.worker.start(entry.request, entry.arguments, entry.settings)
 
-    def _run(self, pixels: int, batch: Sequence[Request]) -> StepReport:
-        """Run one batch; what no single request's call has raised ends all of the batch, and nobody else."""
+    def _run(self, pixels: int, batch: Sequence[Request]) -> int:
+        """Run one batch; what no single request's call has raised ends all of the batch, and nobody else.
+
+        Returns the rows of its forward.
+        """
         kind, rows = batch[0].parked, sum(request.parked.rows for request in batch if request.parked is not None)
-        skipped = kind is not None and kind.kind is StepKind.SKIP
-        began, decoded = time.perf_counter(), sum(request.times.decode_s for request in batch)
+        skipped, clock = kind is not None and kind.kind is StepKind.SKIP, self.worker.runner.clock
+        began, decoded = clock.mark(), [request.times.decode_s for request in batch]
         if (error := _failure_of(self.worker.runner.run, batch)) is not None:
             for request in batch:
                 if request.ended is None:
                     self.worker.runner.abort(request, error)
-        seconds = time.perf_counter() - began + decoded - sum(request.times.decode_s for request in batch)
-        coding = [request.times.coding_s for request in batch if isinstance(request.ended, Finished)]
-        return StepReport(pixels, rows, skipped, seconds, len(coding), sum(coding))
+        ended = clock.mark()
+
+        def report() -> None:
+            seconds = clock.seconds(began, ended) + sum(decoded) - sum(request.times.decode_s for request in batch)
+            coding = [request.times.coding_s for request in batch if isinstance(request.ended, Finished)]
+            self._reports.append(StepReport(pixels, rows, skipped, seconds, len(coding), sum(coding)))
+
+        clock.later(ended, report)
+        return rows
+
+    def reports(self) -> list[StepReport]:
+        """The steps that the device has done since they were last asked for."""
+        self.worker.runner.clock.poll()
+        reports = list(self._reports)
+        self._reports.clear()
+        return reports
 
     def collect(self) -> list[OmniRequestOutput]:
         """The requests that ended since they were last asked for; aborted ones end without a step."""
@@ -163,8 +179,8 @@ class DiffusionEngine:
             entry = self._entries.get(request_id)
             if entry is None:
                 continue
-            error = reason or RequestAbortedError(f"request {request_id} was aborted")
-            if entry.running is None:
+            error = self._lost or reason or RequestAbortedError(f"request {request_id} was aborted")
+            if entry.running is None or self._lost is not None:
                 self._end(entry, Failed(error))
             else:
                 with torch.inference_mode():
@@ -237,7 +253,7 @@ class DiffusionEngine:
     def _end(self, entry: _Entry, event: Finished | Failed) -> None:
         del self._entries[entry.request.request_id]
         self.scheduler.remove(entry.request.request_id)
-        self._ended.append(_output(entry, event))
+        self._ended.append(_output(entry, event, self.worker.runner.clock))
 
 
 def _failure_of(act: Callable[[T], None], on: T) -> Exception | None:
@@ -245,6 +261,7 @@ def _failure_of(act: Callable[[T], None], on: T) -> Exception | None:
     try:
         act(on)
     except Exception as error:
+        refuse_lost(error)
         return error
     return None
 
@@ -270,27 +287,29 @@ def _remaining_work(entry: _Entry) -> RemainingWork:
     return RemainingWork(*ours, computed * rows, (left - computed) * rows)
 
 
-def _output(entry: _Entry, event: Finished | Failed) -> OmniRequestOutput:
-    now = time.perf_counter()
+def _output(entry: _Entry, event: Finished | Failed, clock: DeviceClock) -> OmniRequestOutput:
     output = OmniRequestOutput(entry.request.request_id, entry.request.prompt, seed=entry.seed)
-    output.metrics = {"total_s": now - entry.arrived, "text_tokens": 0}
-    if (running := entry.running) is not None:
-        output.metrics["text_tokens"] = running.text_tokens
+    running = entry.running
+    if running is not None:
         output.num_inference_steps = running.schedule.steps if running.schedule is not None else None
         output.step = (output.num_inference_steps or 0) if isinstance(event, Finished) else running.step
         output.computed_steps, output.skipped_steps = running.cache.computed_steps, running.cache.skipped_steps
         output.plan = running.plan
         output.cache_settings = dict(running.cache.settings) if running.cache.settings is not None else None
+    output.peak_memory_mb = entry.peak / 2**20
+    if isinstance(event, Failed):
+        output.error = event.error if output.step else refusal(event.error, entry.arguments)
+    else:
+        _fill(output, entry, event.output)
+        clock.poll()  # a result that was looked at is there, and so are all times before it
+    output.metrics = {"total_s": time.perf_counter() - entry.arrived, "text_tokens": 0}
+    if running is not None:
+        output.metrics["text_tokens"] = running.text_tokens
         output.stage_durations = {
             "queue_s": running.times.started - entry.arrived,
             "encode_and_denoise_s": running.times.encode_and_denoise_s,
             "decode_s": running.times.decode_s,
         }
-    output.peak_memory_mb = _peak_memory_mb()
-    if isinstance(event, Failed):
-        output.error = event.error if output.step else refusal(event.error, entry.arguments)
-        return output
-    _fill(output, entry, event.output)
     return output
 
 
@@ -314,9 +333,3 @@ def _fill(output: OmniRequestOutput, entry: _Entry, result: Mapping[str, Any]) -
 
 def _has_nan(value: Any) -> bool:
     return isinstance(value, torch.Tensor | numpy.ndarray) and not torch.as_tensor(value).isfinite().all()
-
-
-def _peak_memory_mb() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -15,8 +15,10 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     import torch  # only here: that a folder is wrong shows before seconds of imports
     from diffusers import DiffusionPipeline
 
+    from vllm_omni.kernels.placement import device_for
+
     where = resolve_model(config.model)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_for(config.device)
     name = config.dtype if config.dtype != "auto" else ("bfloat16" if device.startswith("cuda") else "float32")
     dtype: torch.dtype = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}[name]
     for offload in ("enable_cpu_offload", "enable_layerwise_offload"):
@@ -45,6 +47,7 @@ def prepare(pipeline: Any, config: OmniDiffusionConfig, device: str, dtype: Any)
     import torch
 
     from vllm_omni.diffusion.denoiser.specs import denoisers_of
+    from vllm_omni.kernels.placement import put_on
 
     for denoiser in denoisers_of(pipeline).values():
         if config.quantization == "fp8":
@@ -55,12 +58,7 @@ def prepare(pipeline: Any, config: OmniDiffusionConfig, device: str, dtype: Any)
             except (ValueError, RuntimeError, ImportError, OSError) as error:
                 fix = f"cannot be used: {error}"
                 raise InvalidValueError("attention_backend", config.attention_backend, fix) from None
-    try:
-        if config.enable_layerwise_offload:
-            pipeline.enable_group_offload(torch.device(device), offload_type="block_level", num_blocks_per_group=1)
-        elif config.enable_cpu_offload:
-            pipeline.enable_model_cpu_offload(device=device)
-        else:
-            pipeline.to(device)
-    except (RuntimeError, AssertionError) as error:  # torch's own words: the build has no CUDA, there is no cuda:7
-        raise InvalidValueError("device", device, f"cannot be used ({str(error).splitlines()[0]})") from error
+    if config.enable_layerwise_offload:
+        pipeline.enable_group_offload(torch.device(device), offload_type="block_level", num_blocks_per_group=1)
+    else:
+        put_on(pipeline, device, config.enable_cpu_offload)

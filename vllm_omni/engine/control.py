@@ -89,7 +89,7 @@ class EngineControl:
         if self._leaving:
             for name in self._leaving - self._engine.adapters_in_use():
                 self._remove(name)
-        if self._profile is None or not (self._engine.last.rows or self._engine.last.ended):
+        if self._profile is None or not self._engine.worked:
             return False
         self._steps_left -= 1
         if self._steps_left:

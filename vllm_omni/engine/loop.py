@@ -194,14 +194,14 @@ class EngineLoop:
         )
 
     def _measure(self) -> None:
-        done = self.engine.last
-        if done.rows:
-            self._batches[done.rows] += 1
-            self._seconds["denoise"] += done.forward_s
-            table = self.costs.skipped if done.skipped else self.costs.computed
-            cost.note_rows(table, done.pixels, done.forward_s, done.rows)
-        if done.ended:
-            cost.note(self.costs.ends, done.pixels, done.coding_s / done.ended)
+        for done in self.engine.reports():
+            if done.rows:
+                self._batches[done.rows] += 1
+                self._seconds["denoise"] += done.forward_s
+                table = self.costs.skipped if done.skipped else self.costs.computed
+                cost.note_rows(table, done.pixels, done.forward_s, done.rows)
+            if done.ended:
+                cost.note(self.costs.ends, done.pixels, done.coding_s / done.ended)
 
     def _report(self) -> None:
         """Send counters and gauges as they stand."""
@@ -269,10 +269,11 @@ def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[
             for output in engine.step():
                 if output.error is not None:
                     logger.warning("warm-up did not work: %s", output.error)
-            if engine.last.rows:  # the last forward's time stands: the first ones paid for what is loaded once
-                costs.computed[engine.last.pixels] = engine.last.forward_s / engine.last.rows
-            if engine.last.ended:
-                costs.ends[engine.last.pixels] = engine.last.coding_s
+            for done in engine.reports():
+                if done.rows:  # the last forward's time stands: the first ones paid for what is loaded once
+                    costs.computed[done.pixels] = done.forward_s / done.rows
+                if done.ended:
+                    costs.ends[done.pixels] = done.coding_s
     except OmniError as error:
         logger.warning("no warm-up: %s", error)
     finally:

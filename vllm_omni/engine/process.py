@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from vllm_omni.engine.wire import (
+    DEVICE_LOST,
     HEADER,
     MAX_FRAME_BYTES,
     Close,
@@ -35,7 +36,7 @@ from vllm_omni.engine.wire import (
     encode,
     request_id_of,
 )
-from vllm_omni.errors import InvalidValueError, OmniError
+from vllm_omni.errors import DeviceLostError, InvalidValueError, OmniError
 from vllm_omni.logger import init_logger, log_as_json
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -192,7 +193,12 @@ def main() -> int:
         link.close()
         return 1
     link.send(loaded)
-    loop.run()
+    try:
+        loop.run()
+    except DeviceLostError as error:  # another process can use the device again; whoever waits hears of this one's end
+        logger.critical("the engine ends: %s", error)
+        link.close()
+        return DEVICE_LOST
     link.close()
     return 0
 

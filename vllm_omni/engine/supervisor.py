@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_omni.engine.wire import (
+    DEVICE_LOST,
     HEADER,
     MAX_FRAME_BYTES,
     Close,
@@ -155,7 +156,7 @@ class EngineProcess:
         code = self.process.poll()
         if code is not None and code < 0:
             return f"ended by {signal.Signals(-code).name}"
-        return f"ended with exit code {code}"
+        return "lost its device" if code == DEVICE_LOST else f"ended with exit code {code}"
 
     async def _ended(self, timeout_s: float) -> None:
         until = time.monotonic() + timeout_s

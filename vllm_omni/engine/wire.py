@@ -20,6 +20,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
 
 HEADER = struct.Struct("!I")
+DEVICE_LOST = 3  # the exit code of an engine process whose device fails in every call
 MAX_FRAME_BYTES = 512 * 2**20
 _MAX_DIMENSIONS = 16
 _PICTURE, _ARRAY, _TENSOR = 1, 2, 3

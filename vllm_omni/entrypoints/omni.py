@@ -6,7 +6,7 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
@@ -19,7 +19,14 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine.control import EngineControl
 from vllm_omni.engine.in_flight import refuse_after_fork
 from vllm_omni.engine.wire import Action, LoadAdapter, Sleep, UnloadAdapter, UpdateWeights, Wake
-from vllm_omni.errors import EngineClosedError, EngineDeadError, InvalidValueError, OmniError, forget_locals
+from vllm_omni.errors import (
+    DeviceLostError,
+    EngineClosedError,
+    EngineDeadError,
+    InvalidValueError,
+    OmniError,
+    forget_locals,
+)
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt, own
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -98,7 +105,7 @@ class Omni:
             while len(outputs) < len(requests):
                 if self._closing:
                     raise EngineClosedError("the engine was closed by another thread")
-                for output in self.engine.step():
+                for output in self._step(requests.keys() - outputs.keys()):
                     forget_locals(output.error)
                     if output.request_id in requests:
                         outputs[output.request_id] = output
@@ -106,6 +113,13 @@ class Omni:
                 bar.show(self.engine)
                 interrupt()
         return outputs
+
+    def _step(self, waiting: Collection[str]) -> list[OmniRequestOutput]:
+        """What the engine's step ends; if its device is lost, all that wait."""
+        try:
+            return self.engine.step()
+        except DeviceLostError as error:
+            return [OmniRequestOutput(request_id, error=error) for request_id in waiting]
 
     def _add(self, request_id: str, prompt: Any, params: SamplingParams) -> None:
         if isinstance(params, dict):

@@ -260,7 +260,8 @@ def fingerprint(module: torch.nn.Module) -> str:
         if ".lora_" in name:
             continue
         digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode())
-        if type(weight.data) is torch.Tensor:  # a quantised weight's class may not let single values be read
+        # A quantised weight's class may not let single values be read, and offloading leaves a shape without values.
+        if type(weight.data) is torch.Tensor and not weight.is_meta:
             few = weight.detach().flatten()[:4].to(device="cpu", dtype=torch.bfloat16).float()
             digest.update(few.numpy().tobytes())
     return digest.hexdigest()[:32]

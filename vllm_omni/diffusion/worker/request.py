@@ -14,9 +14,9 @@ from vllm_omni.diffusion.cache.state import CacheState, Forecast, Signal
 from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, StepTracker
 from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Failed, Finished, PipelineTask
-from vllm_omni.diffusion.worker.pace import Timings
 from vllm_omni.diffusion.worker.shared_modules import OwnChanges
 from vllm_omni.inputs.lora import Adapters
+from vllm_omni.kernels.timing import Timings
 
 
 @dataclass(frozen=True)

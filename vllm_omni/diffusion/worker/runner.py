@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -41,12 +40,15 @@ from vllm_omni.diffusion.worker.coroutine import (
     Finished,
     PipelineTask,
 )
-from vllm_omni.diffusion.worker.pace import Pace, size_of
+from vllm_omni.diffusion.worker.memory import Retries, tried
+from vllm_omni.diffusion.worker.pace import settle, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.diffusion.worker.request import ParkedCall, Previews, Request
 from vllm_omni.diffusion.worker.shared_modules import SharedModules
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.prompt_cache import PromptCache
+from vllm_omni.kernels.device import DeviceClock, Memory, Span, moved, refuse_lost
+from vllm_omni.kernels.timing import Pace
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -65,7 +67,8 @@ class ModelRunner:
         parts = [vars(pipeline).get(name) for name in TEXT_ENCODERS]
         self._encoders = [module for module in parts if isinstance(module, torch.nn.Module)]
         self._shared = SharedModules(self.modules.values)
-        self.pace = Pace()
+        self.pace, self.clock, self.memory = Pace(), DeviceClock(self._device), Memory(self._device)
+        self._retries = Retries(self.memory)
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, lora_modules or {})
         unknown = {type(unwrapped(self.modules[n])).__name__ for n, b in self.binders.items() if b.spec is None}
@@ -87,6 +90,7 @@ class ModelRunner:
 
         self._check_denoisers()
         self._shared.scan()
+        arguments = {name: moved(value, self._device) for name, value in arguments.items()}
         task = PipelineTask(self.pipeline, arguments, self._device, prelude=prelude)
         if (boundary := asked.params.boundary_ratio) is not None:
             task.pipeline.register_to_config(boundary_ratio=boundary)  # of the request's own copy
@@ -101,8 +105,10 @@ class ModelRunner:
         request = Request(
             asked.request_id, task, backend, settings, StepTracker(task.pipeline), adapters, previews=previews
         )
+        self._retries.add(request)
         self.adapters.use(adapters)  # text encoders can have adapters too
-        self._ran_component(request, self._advance(request), time.perf_counter() - request.times.started, alone=True)
+        began = self.clock.mark()
+        self._ran_component(request, self._advance(request), (began, self.clock.mark()))
         return request
 
     def _check_denoisers(self) -> None:
@@ -128,42 +134,37 @@ class ModelRunner:
     # ------------------------------------------------------------------------------------------ three kinds of call
 
     def _run_denoiser(self, batch: Sequence[Request]) -> None:
-        skips = _parked(batch[0]).kind is StepKind.SKIP
-        timed = len(batch) == 1 and self.pace.times(batch[0].size, skips)
-        began = time.perf_counter()
-        results = _each_or_errors(batch, self._forward)
-        if timed:
-            self.pace.wait()
-        now = time.perf_counter()
+        skips, alone = _parked(batch[0]).kind is StepKind.SKIP, len(batch) == 1
+        began = self.clock.mark()
+        results = self._retries.each_or_errors(batch, self._forward)
+        done = self.clock.mark()
         for request, result in zip(batch, results, strict=True):
-            request.times.denoised = now
-            step, resumed = request.step, time.perf_counter()
+            step, resumed = request.step, self.clock.mark()
             event = self._advance(request, result)
+            own, forward = (resumed, self.clock.mark()), (began, done)
             goes_on = isinstance(event, DenoiserCall)
-            took = time.perf_counter() - resumed
-            seconds = now - began + (took if goes_on else 0.0)
-            self.pace.note(request.size, request.times, step, seconds, timed, skips)
+            self.pace.step_done(self.clock, request.size, request.times, step, forward, own, goes_on, alone, skips)
             if goes_on:
                 self._arrive(request, event)
             else:
-                self._ran_component(request, event, took, alone=True)
+                self._ran_component(request, event, own)
             self._preview(request)
 
     def _run_components(self, batch: Sequence[Request]) -> None:
         """Text encoders or decoders: as few calls as their size allows, then each request goes on."""
         for chunk in component_chunks([_component_call(request) for request in batch]):
             sharing = batch[chunk]
-            began = time.perf_counter()
-            results = _each_or_errors(sharing, self._call_component)
-            share = (time.perf_counter() - began) / len(sharing)
+            began = self.clock.mark()
+            results = self._retries.each_or_errors(sharing, self._call_component)
+            done = self.clock.mark()
             for request, result in zip(sharing, results, strict=True):
-                resumed = time.perf_counter()
+                resumed = self.clock.mark()
                 event = self._advance(request, result)
-                self._ran_component(request, event, share + time.perf_counter() - resumed, alone=len(sharing) == 1)
+                self._ran_component(request, event, (resumed, self.clock.mark()), (began, done), len(sharing))
 
     def _look(self, batch: Sequence[Request], signal: Signal) -> None:
         """Let the gates of parked calls see them; each waits again, for a full forward or for one without blocks."""
-        results = _each_or_errors(batch, partial(self._show, signal))
+        results = self._retries.each_or_errors(batch, partial(self._show, signal))
         for request, result in zip(batch, results, strict=True):
             if isinstance(result, Exception):
                 self._arrive(request, self._advance(request, result))
@@ -211,18 +212,14 @@ class ModelRunner:
     def _advance(self, request: Request, result: Any = None) -> Event:
         """Let the request go on with what its call returned, or raised."""
         with self._shared.lent_to(request.changes), scales_kept(self._encoders):
-            return request.task.throw(result) if isinstance(result, Exception) else request.task.resume(result)
+            event = request.task.throw(result) if isinstance(result, Exception) else request.task.resume(result)
+        refuse_lost(event.error if isinstance(event, Failed) else None)
+        return event
 
-    def _ran_component(self, request: Request, event: Event, seconds: float, alone: bool) -> None:
-        """Take in that work before the first or after the last denoiser call has taken `seconds` more."""
-        times = request.times
-        times.coded_alone = times.coded_alone and alone
-        if request.schedule is None:
-            times.encode_s += seconds
-        else:
-            times.decode_s += seconds
-            if isinstance(event, Finished):
-                self.pace.finish(request.size, times)
+    def _ran_component(self, request: Request, event: Event, own: Span, joint: Span | None = None, n: int = 1) -> None:
+        """Take in work before the first or after the last denoiser call: its own, and that of a call that `n` share."""
+        encoding, ends = request.schedule is None, isinstance(event, Finished)
+        self.pace.coding_done(self.clock, request.size, request.times, own, joint, n, encoding, ends)
         self._arrive(request, event)
 
     def _preview(self, request: Request) -> None:
@@ -243,11 +240,11 @@ class ModelRunner:
             own = request.adapters if event.component in TEXT_ENCODERS else ()
             request.parked = ParkedCall(event, (key, own), StepKind.COMPONENT)
         else:
-            (parked,) = _each_or_errors([request], lambda _: [self._park(request, event)])
-            if isinstance(parked, Exception):  # the request's own arguments or schedule: it alone ends
-                request.end(_ended(self._advance(request, parked)))
+            parked, error = tried([request], lambda _: [self._park(request, event)])
+            if error is not None:  # the request's own arguments or schedule: it alone ends
+                request.end(_ended(self._advance(request, error)))
             else:
-                request.parked = parked
+                (request.parked,) = parked
 
     def _park(self, request: Request, call: DenoiserCall) -> ParkedCall:
         binder = self.binders[call.denoiser]
@@ -293,25 +290,12 @@ class ModelRunner:
         request.cache.drop()
         request.size = size_of(denoiser, arguments, request.task.arguments)
         if request.backend is not None and request.settings is not None:
-            settings = self.pace.settle(request.settings, request.size, request.schedule)
+            settings = settle(self.pace, request.settings, request.size, request.schedule)
             state = request.backend.refresh(
                 request.task.pipeline, request.schedule.steps, request_id=request.request_id, settings=settings
             )
             assert state is not None
             request.cache = state
-
-
-def _each_or_errors(batch: Sequence[Request], act: Callable[[Sequence[Request]], list[Any]]) -> list[Any]:
-    """Each request's result, or the exception its own call raises: a joint failure is looked for one by one.
-
-    `act` changes a request's state after everything that can fail, so that a retry starts from untouched state.
-    """
-    try:
-        return act(batch)
-    except Exception as error:  # out of memory or a bad input of one must not end the others
-        if len(batch) == 1:
-            return [error]
-    return [_each_or_errors([request], act)[0] for request in batch]
 
 
 def _scales_kept(module: torch.nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:

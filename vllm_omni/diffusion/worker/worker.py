@@ -115,6 +115,9 @@ class DiffusionWorker:
             backend = get_cache_backend(name, settings.config)
             assert isinstance(backend, StackBackend)  # `engine_backend` let no other through
             backend.enable(self.pipeline, standalone=False)
+            if backend.store.budget is None:  # the other half is for forwards
+                room = self.runner.memory.free(self.config.gpu_memory_utilization)
+                backend.store.budget = None if room is None else room // 2
             for other in self._backends.values():  # one budget for all
                 backend.store = other.store
             self._backends[name] = backend

@@ -31,8 +31,6 @@ REFUSED: dict[str, str] = {
     "--headless": _SEVERAL,
     "--diffusion-offload-config": _FROM_PIPE,
     "--cpu-offload-gb": "is not done by size; --enable-cpu-offload keeps idle parts of the model in main memory",
-    "--gpu-memory-utilization": "has no meaning: memory is taken as it is needed; --cache-config "
-    '\'{"memory_budget_mb": N}\' bounds what the cache keeps',
     "--enable-sleep-mode": "is not needed: POST /sleep and /wake_up are always there",
     "--enable-lora": "is not needed: --lora-modules NAME=PATH names adapters; --allowed-model-folders lets more come",
     "--lora-path": "is --lora-modules NAME=PATH here, and requests choose by name",

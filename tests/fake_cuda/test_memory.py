@@ -1,0 +1,155 @@
+"""A device that is short of memory: what is dropped, what is split, what fails, and what the error says."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pipelines import CURVE, DEFAULTS, embeds, save_tiny_flux, tiny_flux
+
+import fake_cuda
+from vllm_omni import Omni
+from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.errors import DeviceMemoryError, InvalidValueError, ModelLoadError
+from vllm_omni.kernels import placement
+
+pytestmark = pytest.mark.usefixtures("cuda")
+N, STEPS = 12, 8
+
+
+@pytest.fixture
+def omni(cuda: None) -> Iterator[Omni]:
+    config = {"mag_ratios": CURVE, "predictor": "linear"}
+    pipeline = tiny_flux().to("cuda")
+    with Omni.from_pipe(
+        pipeline, defaults=DEFAULTS, cache_backend="magcache", cache_config=config, max_num_seqs=N
+    ) as engine:
+        yield engine
+
+
+def run(omni: Omni, cache: Any, n: int = N, side: int = 64) -> list[Any]:
+    asked = [
+        Params(num_inference_steps=STEPS, seed=i, height=side, width=side, output_type="latent", cache=cache)
+        for i in range(n)
+    ]
+    return omni.generate([embeds(i) for i in range(n)], asked, use_tqdm=False)
+
+
+def peak_of(omni: Omni, cache: Any, n: int = N) -> tuple[int, int]:
+    """Bytes before a run, and the most during it."""
+    gc.collect()
+    fake_cuda.reset_peak(0)
+    before, most = fake_cuda.used(0), 0
+    for output in run(omni, cache, n):
+        assert output.error is None
+        most = max(most, int(output.peak_memory_mb * 2**20))
+    return before, most
+
+
+@pytest.mark.parametrize("share", [0.15, 0.2, 0.25])
+def test_a_cache_costs_no_request_its_picture(omni: Omni, share: float) -> None:
+    plain = [output.latents.cpu() for output in run(omni, "off")]
+    before, most = peak_of(omni, "off")
+    _, alone = peak_of(omni, "off", 1)
+    limit = max(before + int(share * (most - before)), int(alone * 1.02))
+    failed = []
+    for cache in ("off", None):
+        with fake_cuda.limit(limit):
+            outputs = run(omni, cache)
+        failed.append(sum(output.error is not None for output in outputs))
+        if cache == "off":
+            assert all(
+                output.error is not None or torch.allclose(output.latents.cpu(), other, rtol=1e-3, atol=1e-3)
+                for output, other in zip(outputs, plain, strict=True)
+            )
+        del outputs
+        gc.collect()
+    assert failed[1] <= failed[0] and (failed[0] == 0 or share < 0.25), failed
+
+
+def test_what_helped_is_remembered(omni: Omni) -> None:
+    before, most = peak_of(omni, "off")
+    runner = omni.engine.worker.runner
+    with fake_cuda.limit(before + (most - before) // 3):
+        assert [output.error for output in run(omni, "off")] == [None] * N
+        gc.collect()
+        fake_cuda.device.kernels.clear()
+        computed = runner.forwards["computed"]
+        assert not any(output.error for output in run(omni, "off"))
+    assert STEPS < runner.forwards["computed"] - computed <= STEPS * 6  # not one by one
+
+
+def test_one_that_does_not_fit_alone_says_what_would(omni: Omni) -> None:
+    assert not any(output.error for output in run(omni, "off", 1, 32))
+    gc.collect()
+    before = fake_cuda.used(0)
+    _, small = peak_of(omni, "off", 1)
+    with fake_cuda.limit(int(small * 1.02)):
+        large, = run(omni, "off", 1, 256)  # fmt: skip
+        assert isinstance(large.error, DeviceMemoryError)
+        assert "does not fit on cuda:0 even alone" in str(large.error) and "% of its pixels" in str(large.error)
+        assert not any(output.error for output in run(omni, "off", 1, 32))
+    gc.collect()
+    assert fake_cuda.used(0) <= before  # with `large` and its traceback still held
+
+
+def test_residuals_have_a_budget_from_what_is_free(omni: Omni) -> None:
+    store = omni.engine.worker._backends["magcache"].store
+    assert store.budget == pytest.approx(0.45 * fake_cuda.TOTAL_BYTES, rel=0.01)
+    config = {"mag_ratios": CURVE, "memory_budget_mb": 3.0}
+    with Omni.from_pipe(tiny_flux().to("cuda"), cache_backend="magcache", cache_config=config) as other:
+        assert other.engine.worker._backends["magcache"].store.budget == 3 * 2**20
+    with fake_cuda.limit(2**30), Omni.from_pipe(
+        tiny_flux().to("cuda"), cache_backend="magcache", cache_config={"mag_ratios": CURVE}, gpu_memory_utilization=0.5
+    ) as half:
+        assert half.engine.worker._backends["magcache"].store.budget == pytest.approx(2**28, rel=0.01)
+    with pytest.raises(InvalidValueError, match="gpu_memory_utilization"):
+        Omni.from_pipe(tiny_flux(), gpu_memory_utilization=1.5)
+
+
+def test_a_peak_is_the_requests_own(tmp_path: Path) -> None:
+    folder = str(save_tiny_flux(tmp_path / "model"))
+    with Omni(folder, device="cuda:1", dtype="float32") as omni:
+
+        def peak(n: int, side: int) -> float:
+            asked = Params(num_inference_steps=2, height=side, width=side)
+            outputs = omni.generate(["red apple"] * n, asked, use_tqdm=False)
+            assert not any(output.error for output in outputs)
+            return outputs[0].peak_memory_mb
+
+        small, large, again = peak(1, 32), peak(8, 128), peak(1, 32)
+        assert large > 1.2 * small and again == pytest.approx(small, rel=0.05)
+        gc.collect()
+        assert fake_cuda.used(0) == 0 and omni.engine.worker.pipeline.device == torch.device("cuda:1")
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    folder = str(save_tiny_flux(tmp_path / "model"))
+    with fake_cuda.limit(300_000), pytest.raises(ModelLoadError, match=r"do not fit on cuda.*enable_cpu_offload"):
+        Omni(folder, device="cuda")
+    gc.collect()
+    assert fake_cuda.used(0) == 0
+
+
+def test_a_driver_that_torch_cannot_use_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(placement, "driver_cuda", lambda: (12, 4))
+    with pytest.raises(InvalidValueError, match="update the driver"):
+        placement.device_for(None)
+    assert placement.device_for("cpu") == "cpu"
+    monkeypatch.setattr(placement, "driver_cuda", lambda: None)
+    assert placement.device_for(None) == "cpu"
+
+
+def test_weights_without_values_have_a_fingerprint() -> None:
+    from vllm_omni.diffusion.cache.profile import fingerprint
+
+    transformer = tiny_flux().transformer
+    known = fingerprint(transformer)
+    assert fingerprint(transformer.to("cuda")) == known
+    assert len(fingerprint(transformer.to("meta"))) == len(known)

@@ -1,0 +1,170 @@
+"""The device that a model runs on: its memory, its time, and the errors after which it is of no use.
+
+Nothing here makes the host wait for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+import resource
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from vllm_omni.errors import DeviceLostError, DeviceMemoryError, forget_locals
+
+Mark = Any  # a float of the host's clock, or a CUDA event
+Span = tuple[Mark, Mark]
+
+# What cuBLAS and cuDNN report as plain RuntimeErrors after the context has gone; a lack of memory or of an
+# implementation is not among it.
+_LOST = re.compile(r"CUDA error:|CU(BLAS|DNN|SOLVER|SPARSE|FFT)_\w*(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)")
+_SHORT = re.compile(r"CUDA (error: )?out of memory|CU(BLAS|DNN)_\w*ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device had no room; it goes on as before."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and _SHORT.search(str(error)) is not None
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether every further call on the device will fail in this process, as after an illegal memory access."""
+    if error is None or is_out_of_memory(error):
+        return False
+    told = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    return told or isinstance(error, torch.AcceleratorError | DeviceLostError) or is_lost(error.__cause__)
+
+
+def lost_by(error: BaseException) -> DeviceLostError:
+    """The error as the device's end; its tensors are let go."""
+    without_tensors(error)
+    if isinstance(error, DeviceLostError):
+        return error
+    return DeviceLostError(f"the device is lost: {str(error).splitlines()[0]}")
+
+
+def refuse_lost(error: BaseException | None) -> None:
+    """Raise DeviceLostError for an error after which the device is of no use to this process."""
+    if error is not None and is_lost(error):
+        raise lost_by(error) from error
+
+
+def without_tensors(error: Exception | BaseException) -> Any:
+    """The error, whose traceback holds the locals of no frame: tensors of a failed forward would stay in memory."""
+    forget_locals(error)
+    return error
+
+
+def moved(value: Any, device: torch.device | None) -> Any:
+    """A request's argument with every tensor in it on `device`; what came over a socket came to the CPU."""
+    if isinstance(value, torch.Tensor):
+        return value if device is None or value.device == device else value.to(device)
+    if isinstance(value, Mapping):
+        return {name: moved(entry, device) for name, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(moved(entry, device) for entry in value)
+    return value
+
+
+class Memory:
+    """Bytes of one device; of the CPU, those of the process."""
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device if device is not None and device.type == "cuda" else None
+
+    def peak(self) -> int:
+        """The most bytes that were in use since the last time it was asked; on a CPU, ever."""
+        if self._device is None:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        most = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return most
+
+    def free(self, share: float = 1.0) -> int | None:
+        """Bytes that this process may still take of `share` of the device; None on a CPU."""
+        if self._device is None:
+            return None
+        free, total = torch.cuda.mem_get_info(self._device)
+        kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
+        return max(0, int(free + kept - (1.0 - share) * total))
+
+    def collect(self) -> int:
+        """Let go of what only a garbage collection finds, and of what torch keeps for later; returns the bytes."""
+        if self._device is None:
+            return 0
+        before = torch.cuda.memory_allocated(self._device)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return max(0, before - torch.cuda.memory_allocated(self._device))
+
+    def too_large(self, error: Exception, decoding: bool, wanted: int, largest: int) -> DeviceMemoryError:
+        """What to say of a request that met `error` alone: of `wanted` latent elements, where `largest` have run."""
+        free = self.free()
+        room = "" if free is None else f", with {free >> 20} MiB free beside the model"
+        if decoding:
+            fix = "set vae_use_tiling and vae_use_slicing, or ask for a smaller size, or fewer frames or pictures"
+        elif 0 < largest < wanted:
+            fix = f"ask for at most {largest / wanted:.0%} of its pixels, frames and pictures: so much has run here"
+        else:
+            fix = "ask for a smaller size, or fewer frames or pictures, or set enable_cpu_offload"
+        failure = DeviceMemoryError(f"the request does not fit on {self} even alone{room}; {fix}")
+        failure.__cause__ = error.with_traceback(None)  # its last frames hold the request
+        return failure
+
+    def __str__(self) -> str:
+        return str(self._device or "cpu")
+
+
+class DeviceClock:
+    """When the device has done what it was given, in the seconds of the host's `time.perf_counter`.
+
+    A CUDA device runs behind the host: there a mark is an event, and what depends on it is done by a later `poll`, once
+    the event has come by itself. On a CPU everything is done at once.
+    """
+
+    def __init__(self, device: torch.device | None) -> None:
+        self._device = device if device is not None and device.type == "cuda" else None
+        self._pending: deque[tuple[Any, Callable[[], None]]] = deque()
+        self._base: tuple[Any, float] | None = None  # an event, and when it was on the host's clock
+
+    def mark(self) -> Mark:
+        """Now, in the order of the device's work."""
+        if self._device is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        if self._base is None or (not self._pending and event.query()):  # idle: both clocks show the same moment
+            self._base = event, time.perf_counter()
+        return event
+
+    def seconds(self, begin: Mark, end: Mark) -> float:
+        """Between two marks that the device has passed."""
+        return end - begin if self._device is None else float(begin.elapsed_time(end)) / 1e3
+
+    def when(self, mark: Mark) -> float:
+        """The moment of a mark that the device has passed."""
+        if self._base is None:
+            return float(mark)
+        return self._base[1] + self.seconds(self._base[0], mark)
+
+    def later(self, mark: Mark, act: Callable[[], None]) -> None:
+        """Call `act` as soon as the device has passed `mark`, in the order of the marks."""
+        if self._device is None:
+            act()
+        else:
+            self._pending.append((mark, act))
+
+    def abandon(self) -> None:
+        """Forget what was left for later: the device is lost."""
+        self._pending.clear()
+
+    def poll(self) -> None:
+        """Do what was left for now; never waits."""
+        while self._pending and self._pending[0][0].query():
+            self._pending.popleft()[1]()

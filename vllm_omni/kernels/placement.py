@@ -1,0 +1,59 @@
+"""Which device a model goes to, and putting it there. Knows no cache and no request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_omni.driver import device_problem, driver_cuda
+from vllm_omni.errors import InvalidValueError, ModelLoadError
+from vllm_omni.kernels.device import is_out_of_memory
+
+
+def device_for(asked: str | None) -> str:
+    """The device as asked, or CUDA if there is one.
+
+    InvalidValueError if there is a driver that torch cannot use: a server would run on the CPU, and nobody know why.
+    """
+    available = torch.cuda.is_available()
+    if asked is not None:
+        return asked
+    driver = driver_cuda()
+    problem = device_problem(torch.version.cuda, driver, available)
+    if problem is not None and driver is not None:
+        raise InvalidValueError("device", None, f"must be given, e.g. 'cpu', or this mended: {problem}")
+    return "cuda" if available else "cpu"
+
+
+def put_on(pipeline: Any, device: str, offload: bool) -> None:
+    """Move the pipeline's parts to the device, or let them come when they are needed.
+
+    ModelLoadError if they do not fit; InvalidValueError, with torch's own words, if there is no such device.
+    """
+    try:
+        if offload:
+            pipeline.enable_model_cpu_offload(device=device)
+        else:
+            pipeline.to(device)
+    except (RuntimeError, AssertionError) as error:
+        if not is_out_of_memory(error):
+            raise InvalidValueError("device", device, f"cannot be used ({str(error).splitlines()[0]})") from error
+    else:
+        return
+    pipeline.to("cpu")  # what went there would stay as long as somebody holds the pipeline
+    parts = {name: _nbytes(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    largest, whole = max(parts, key=lambda name: parts[name]), sum(parts.values())
+    free, total = torch.cuda.mem_get_info(torch.device(device))
+    raise ModelLoadError(
+        f"the weights do not fit on {device}: they take {_shown(whole)} ({largest} {_shown(parts[largest])}), "
+        f"and {_shown(free)} of {_shown(total)} are free; set enable_cpu_offload, a shorter dtype, or another device"
+    )
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def _shown(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 2**30 else f"{nbytes / 2**20:.1f} MiB"
