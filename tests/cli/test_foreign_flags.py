@@ -25,7 +25,8 @@ ACCEPTED = (  # by the names that vLLM and the reference have for them, with a v
     "--served-model-name x", "--max-num-seqs 4", "--max-num-queued-reqs 9", "--dtype bfloat16", "--revision main",
     "--enforce-eager", "--no-enforce-eager", "--cache-backend mag_cache", "--cache-config {}", "--enable-cpu-offload",
     "--vae-use-slicing", "--vae-use-tiling", "--lora-modules ink=ink.safetensors", "--shutdown-timeout 5",
-    "--gpu-memory-utilization 0.8", "--sse-keep-alive-interval 5", "--allowed-media-domains example.org", "--otlp-traces-endpoint http://127.0.0.1:1",
+    "--gpu-memory-utilization 0.8",
+    "--sse-keep-alive-interval 5", "--allowed-media-domains example.org", "--otlp-traces-endpoint http://127.0.0.1:1",
 )  # fmt: skip
 
 
