@@ -50,7 +50,9 @@ def peak_of(omni: Omni, cache: Any, n: int = N) -> tuple[int, int]:
     return before, most
 
 
-@pytest.mark.parametrize("share", [0.15, 0.2, 0.25])
+@pytest.mark.parametrize(
+    "share", [*(pytest.param(share, marks=pytest.mark.slow) for share in (0.15, 0.2)), 0.25]
+)
 def test_a_cache_costs_no_request_its_picture(omni: Omni, share: float) -> None:
     plain = [output.latents.cpu() for output in run(omni, "off")]
     before, most = peak_of(omni, "off")
