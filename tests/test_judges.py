@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vllm_omni import Omni
+from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.model_folder import ASSETS, check_folder
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -90,14 +91,14 @@ def test_folders_are_whole_small_and_say_where_they_come_from(name: str) -> None
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 15_000_000
     assert "Apache" in (folder / "NOTICE").read_text()
     captions = (folder / "captions.txt").read_text().splitlines()
-    assert len(captions) == len(set(captions)) > 200
+    assert len(captions) == len(set(captions)) >= 160
 
 
 @trained("video")
 def test_the_video_in_the_box_follows_its_defaults() -> None:
     defaults = json.loads((ASSETS / "demo-video" / "generation_config.json").read_text())
     with Omni("demo-video") as omni:
-        output = omni.generate(["a red circle moving left"], num_inference_steps=4, seed=3)[0]
+        output = omni.generate("a red circle moving left", Params(num_inference_steps=4, seed=3), use_tqdm=False)[0]
     assert output.ok
     (clip,) = output.videos
     assert len(clip) == defaults["num_frames"] == 17
