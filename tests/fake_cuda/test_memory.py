@@ -50,9 +50,7 @@ def peak_of(omni: Omni, cache: Any, n: int = N) -> tuple[int, int]:
     return before, most
 
 
-@pytest.mark.parametrize(
-    "share", [*(pytest.param(share, marks=pytest.mark.slow) for share in (0.15, 0.2)), 0.25]
-)
+@pytest.mark.parametrize("share", [*(pytest.param(share, marks=pytest.mark.slow) for share in (0.15, 0.2)), 0.25])
 def test_a_cache_costs_no_request_its_picture(omni: Omni, share: float) -> None:
     plain = [output.latents.cpu() for output in run(omni, "off")]
     before, most = peak_of(omni, "off")
@@ -105,17 +103,30 @@ def test_residuals_have_a_budget_from_what_is_free(omni: Omni) -> None:
     config = {"mag_ratios": CURVE, "memory_budget_mb": 3.0}
     with Omni.from_pipe(tiny_flux().to("cuda"), cache_backend="magcache", cache_config=config) as other:
         assert other.engine.worker._backends["magcache"].store.budget == 3 * 2**20
-    with fake_cuda.limit(2**30), Omni.from_pipe(
-        tiny_flux().to("cuda"), cache_backend="magcache", cache_config={"mag_ratios": CURVE}, gpu_memory_utilization=0.5
-    ) as half:
-        assert half.engine.worker._backends["magcache"].store.budget == pytest.approx(2**28, rel=0.01)
+    with (
+        fake_cuda.limit(2**30),
+        Omni.from_pipe(
+            tiny_flux().to("cuda"),
+            cache_backend="magcache",
+            cache_config={"mag_ratios": CURVE},
+            gpu_memory_utilization=0.5,
+        ) as half,
+    ):
+        free = 0.5 * 2**30 - fake_cuda.used(0)  # whatever else lives in this process counts
+        assert half.engine.worker._backends["magcache"].store.budget == pytest.approx(free / 2, rel=0.01)
     with pytest.raises(InvalidValueError, match="gpu_memory_utilization"):
         Omni.from_pipe(tiny_flux(), gpu_memory_utilization=1.5)
 
 
+def used_now() -> int:
+    """Bytes of device 0 that are really held."""
+    gc.collect()
+    return fake_cuda.used(0)
+
+
 def test_a_peak_is_the_requests_own(tmp_path: Path) -> None:
-    folder = str(save_tiny_flux(tmp_path / "model"))
-    with Omni(folder, device="cuda:1", dtype="float32") as omni:
+    folder, before = str(save_tiny_flux(tmp_path / "model")), used_now()
+    with Omni(folder, device="cuda:1", dtype="float32", prompt_cache_mb=0) as omni:
 
         def peak(n: int, side: int) -> float:
             asked = Params(num_inference_steps=2, height=side, width=side)
@@ -125,16 +136,17 @@ def test_a_peak_is_the_requests_own(tmp_path: Path) -> None:
 
         small, large, again = peak(1, 32), peak(8, 128), peak(1, 32)
         assert large > 1.2 * small and again == pytest.approx(small, rel=0.05)
-        gc.collect()
-        assert fake_cuda.used(0) == 0 and omni.engine.worker.pipeline.device == torch.device("cuda:1")
+        assert used_now() <= before and omni.engine.worker.pipeline.device == torch.device("cuda:1")
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    folder = str(save_tiny_flux(tmp_path / "model"))
-    with fake_cuda.limit(300_000), pytest.raises(ModelLoadError, match=r"do not fit on cuda.*enable_cpu_offload"):
+    folder, before = str(save_tiny_flux(tmp_path / "model")), used_now()
+    with (
+        fake_cuda.limit(before + 300_000),
+        pytest.raises(ModelLoadError, match=r"do not fit on cuda.*enable_cpu_offload"),
+    ):
         Omni(folder, device="cuda")
-    gc.collect()
-    assert fake_cuda.used(0) == 0
+    assert used_now() <= before
 
 
 def test_a_driver_that_torch_cannot_use_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

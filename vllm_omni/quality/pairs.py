@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.data import check_text
-from vllm_omni.model_folder import resolve_model
+from vllm_omni.model_folder import ASSETS, shipped_models
 
 HELD_OUT_SEED = 900_000
 TUNING_SEED = 990_000  # peers' thresholds are chosen on these, by speed alone
@@ -27,7 +27,8 @@ class Pair:
 
 def captions(model: str, calibration: bool) -> list[str]:
     """The captions in a model's folder, for calibration (even lines) or for reports (odd lines)."""
-    file = Path(resolve_model(model)) / "captions.txt"
+    folder = ASSETS / model if model in shipped_models() else Path(model).expanduser()
+    file = folder / "captions.txt"
     if not file.is_file():
         raise InvalidValueError("--prompts", None, f"must be given: no captions come with {model!r}; one prompt a line")
     return file.read_text().splitlines()[0 if calibration else 1 :: 2]
