@@ -81,6 +81,7 @@ def test_an_id_in_use_is_refused(server: Running) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
 def test_a_hangup_drains_like_the_other_signal(tmp_path: Path, number: signal.Signals) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup a server ignores it, as it should
     with command(tmp_path, "demo", "--api-key", KEY) as server:
         place = urlsplit(server.url)
         connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
