@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from pipelines import TEXT_TOKENS, embeds, tiny_flux
+from planning import plan_cost
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.plan.planner import plan_cost
 from vllm_omni.diffusion.cache.profile import fingerprint, load_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.loader import load_pipeline

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from vllm_omni.diffusion.cache.plan.compose import CachePlan, budgeted_forwards, compose
+from vllm_omni.diffusion.cache.plan.planner import step_weights
+from vllm_omni.diffusion.cache.plan.predictors import forecasts
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, parse
@@ -36,3 +38,17 @@ def planned_cost(costs: np.ndarray, plan: Sequence[bool]) -> float:
     computed = [step for step, compute in enumerate(plan) if compute]
     onward = [*computed[1:], len(plan)]
     return float(costs[[0, *computed[:-1]], computed, onward].sum())
+
+
+def plan_cost(
+    plan: Sequence[bool], sigmas: Sequence[float], predictor: str, gram: np.ndarray, gains: np.ndarray
+) -> float:
+    """How far a plan's forecasts are expected to move the final latents, in the root mean square over elements."""
+    weight, total = step_weights(sigmas, gains), 0.0
+    for step, terms in forecasts(tuple(plan), sigmas, predictor, gram).items():
+        mix = np.zeros(len(plan))
+        mix[step] = -1.0
+        for anchor, factor in terms:
+            mix[anchor] = factor
+        total += weight[step] ** 2 * max(float(mix @ gram @ mix), 0.0)
+    return float(np.sqrt(total))

@@ -142,10 +142,10 @@ class CacheProfile(Settings):
         speedup = len(self.ratios) / (forwards or len(self.ratios))
         return min(self.budgets, key=lambda budget: abs(math.log(budget.speedup / speedup)), default=None)
 
-    def reachable(self) -> tuple[float, float] | None:
-        """The lowest and the highest PSNR that a quality budget can ask for, in dB; None without figures."""
-        known = [budget.psnr for budget in self.budgets if budget.psnr is not None]
-        return (min(known), max(known)) if known else None
+    @property
+    def has_figures(self) -> bool:
+        """Whether a quality budget can be asked for."""
+        return any(budget.psnr is not None for budget in self.budgets)
 
     def speedup_for(self, psnr: float) -> float | None:
         """The largest measured speed-up that kept so many decibels on every pair; None if none did, or is known."""
@@ -155,8 +155,8 @@ class CacheProfile(Settings):
     @property
     def lacks(self) -> list[str]:
         """What a profile made today has and this one has not."""
-        missing = {"matrix": self.gram, "gains": self.gains, "figures": self.reachable()}
-        return [name for name, found in missing.items() if found is None]
+        has = {"matrix": self.gram is not None, "gains": self.gains is not None, "figures": self.has_figures}
+        return [name for name, found in has.items() if not found]
 
     def __hash__(self) -> int:
         return hash((self.name, self.fingerprint, self.ratios))

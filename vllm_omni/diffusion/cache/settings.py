@@ -40,8 +40,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class Budget:
-    """What a request may cost: so many full forwards, so many times less block work, or so many seconds; or what it
-    is to keep, a PSNR to the uncached output in dB."""
+    """What a request may cost, in full forwards, times less block work or seconds; or is to keep, in dB of PSNR."""
 
     nfe: int | None = None
     speedup: float | None = None

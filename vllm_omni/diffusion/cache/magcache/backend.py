@@ -106,9 +106,8 @@ class MagCacheBackend(StackBackend):
         own = next((profile for profile in self.profiles if profile.name == name), None)
         profile = own or named_profile(name)
         if profile.transformer_class != self._class:
-            raise InvalidValueError(
-                "profile", name, f"must be of a {self._class}, not of a {profile.transformer_class}"
-            )
+            fix = f"must be of a {self._class}, not of a {profile.transformer_class}"
+            raise InvalidValueError("profile", name, fix)
         if not insist and profile.fingerprint not in (None, self._fingerprint):
             raise InvalidValueError(
                 "profile",

@@ -89,16 +89,12 @@ def _compute_steps(
 
     if (nfe := full_forwards(settings, profile, schedule.steps, schedule.switches)) is None:
         return _by_rule(curves, rule_of(settings), schedule, guarded)
-    if gram is None or schedule.steps > MAX_PAIR_STEPS or _rule_was_best(profile, nfe / schedule.steps):
+    # Measured with the same share of the steps computed: the rule's mask may have been nearer than the planner's.
+    best = profile.budget_at(max(1, round(nfe / schedule.steps * len(profile.ratios)))) if profile is not None else None
+    if gram is None or schedule.steps > MAX_PAIR_STEPS or (best is not None and best.mask == "rule"):
         return rule_with(plan_at, schedule.steps, nfe)
-    costs = _costs(gram, _gains_at(profile, schedule.sigmas), schedule, choose_predictor(settings, profile, nfe))
+    costs = _costs(gram, profile, schedule, choose_predictor(settings, profile, nfe))
     return best_plan(costs, nfe, guarded)
-
-
-def _rule_was_best(profile: CacheProfile | None, share: float) -> bool:
-    """Whether the rule's mask was measured to be nearer than the planner's with this share of the steps computed."""
-    best = profile.budget_at(max(1, round(share * len(profile.ratios)))) if profile is not None else None
-    return best is not None and best.mask == "rule"
 
 
 def rule_of(settings: CacheSettings) -> Rule:
@@ -118,11 +114,13 @@ def _by_rule(curves: Sequence[tuple[float, ...]], rule: Rule, schedule: Schedule
     return plan
 
 
-def _costs(gram: np.ndarray, gains: np.ndarray | None, schedule: Schedule, predictor: str) -> np.ndarray:
+def _costs(gram: np.ndarray, profile: CacheProfile | None, schedule: Schedule, predictor: str) -> np.ndarray:
+    gains = np.ones(schedule.steps)
+    if profile is not None and profile.gains is not None and profile.sigmas is not None:
+        gains = resample_gains(profile.gains, profile.sigmas, schedule.sigmas)
+
     def from_step(step: int) -> np.ndarray:
-        return gram_costs(
-            gram[step:, step:], schedule.sigmas[step:], predictor, None if gains is None else gains[step:]
-        )
+        return gram_costs(gram[step:, step:], schedule.sigmas[step:], predictor, gains[step:])
 
     return confine(from_step(0), schedule.switches, from_step)
 
@@ -137,9 +135,8 @@ def choose_predictor(settings: CacheSettings, profile: CacheProfile | None, forw
     asked = settings.config.predictor
     if asked == "auto":
         best = profile.budget_at(forwards) if profile is not None else None
-        if best is not None:
-            return best.predictor
-        return "affine" if profile is not None and profile.gram is not None else "reuse"
+        unmeasured = "affine" if profile is not None and profile.gram is not None else "reuse"
+        return best.predictor if best is not None else unmeasured
     if asked in NEED_GRAM and (profile is None or profile.gram is None):
         raise InvalidValueError(
             "predictor", asked, "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"
@@ -181,7 +178,7 @@ def budgeted_forwards(
             raise InvalidValueError("nfe", budget.nfe, fix)
         return budget.nfe
     if budget.psnr is not None:
-        if profile is None or profile.reachable() is None:
+        if profile is None or not profile.has_figures:
             fix = "needs a profile with figures of this checkpoint: vllm-omni calibrate MODEL --prompts FILE"
             raise InvalidValueError("psnr", budget.psnr, fix)
         return _forwards_keeping(budget.psnr, profile, steps, least)
@@ -200,7 +197,7 @@ def _preset_forwards(
     if not preset.planned or profile is None or profile.gram is None or steps > MAX_PLANNED_STEPS:
         return None
     least = len(forced_steps(steps, settings.config.compute_last_step, switches))
-    if profile.reachable() is not None:
+    if profile.has_figures:
         return _forwards_keeping(preset.psnr, profile, steps, least)
     return min(max(round(steps / preset.speedup), least), steps)
 
@@ -223,12 +220,6 @@ def expected_forwards(settings: CacheSettings, steps: int) -> int:
         return steps
     share = budget.nfe / steps if budget.nfe is not None else 1 / (budget.speedup or 1.0)
     return round(steps * min(1.0, share))
-
-
-def _gains_at(profile: CacheProfile | None, sigmas: Sequence[float]) -> np.ndarray | None:
-    if profile is None or profile.gains is None or profile.sigmas is None:
-        return None
-    return resample_gains(profile.gains, profile.sigmas, sigmas)
 
 
 def _gram_at(profile: CacheProfile | None, sigmas: Sequence[float]) -> np.ndarray | None:

@@ -14,12 +14,11 @@ a closed-form expected error meets a measured gain, hence costs for any step cou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS, forecasts
+from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
 from vllm_omni.diffusion.cache.plan.rule import Plan
 from vllm_omni.diffusion.cache.plan.schedule import Switches, forced_steps
 
@@ -93,22 +92,6 @@ def step_weights(sigmas: Sequence[float], gains: np.ndarray | None = None) -> np
     """g_t |sigma_t - sigma_(t+1)|: what an error of one in step t's residual moves the final latents by."""
     moved = np.abs(np.diff([*sigmas, 0.0]))
     return moved if gains is None else moved * gains
-
-
-def plan_cost(
-    plan: Plan, sigmas: Sequence[float], predictor: str, gram: np.ndarray, gains: np.ndarray | None = None
-) -> float:
-    """The root of what `plan` costs with this predictor's own forecasts, of as many anchors as it looks at.
-
-    With measured gains it is in the unit of the latents: the expected distance to those of the uncached run, in the
-    root mean square over their elements, if the errors of different steps have nothing to do with each other.
-    """
-    weight, total = step_weights(sigmas, gains), 0.0
-    for step, terms in forecasts(plan, sigmas, predictor, gram).items():
-        anchors, weights = zip(*(terms or ((step, 0.0),)), strict=True)  # without terms the blocks count for nothing
-        error = forecast_error(gram, [np.array(anchor) for anchor in anchors], np.array(step), np.array(weights))
-        total += float(weight[step] * error) ** 2
-    return math.sqrt(total)
 
 
 def _accumulate(errors: np.ndarray, weight: np.ndarray) -> np.ndarray:
