@@ -119,9 +119,9 @@ class RecordingState(CacheState):
 
         In units of the root of their number, so that products of sketches are means over elements.
         """
-        flat, width = residual.flatten() / math.sqrt(residual.numel()), self._calibration.width
+        flat, width = residual.flatten(), self._calibration.width
         if len(flat) <= width:
-            return flat
+            return flat / math.sqrt(len(flat))
         if residual.shape not in self._signs:
             coins = torch.randint(2, flat.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
             self._signs[residual.shape] = (2 * coins - 1).to(flat.device)
@@ -129,7 +129,7 @@ class RecordingState(CacheState):
         whole = len(flat) // width * width
         sketch = signed[:whole].view(-1, width).sum(dim=0)
         sketch[: len(flat) - whole] += signed[whole:]
-        return sketch
+        return sketch / math.sqrt(len(flat))
 
     def commit(self, key: Key, step: int, kept: Kept | None) -> None:
         """Keep the step's sketch; a branch that is complete goes into the calibration, with its only device read."""
