@@ -21,7 +21,7 @@ from greenlet import greenlet
 
 from vllm_omni.diffusion.denoiser.lora_scales import has_adapters
 from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES
-from vllm_omni.diffusion.denoiser.step_tracker import own_scheduler
+from vllm_omni.diffusion.denoiser.step_tracker import own_schedulers
 from vllm_omni.errors import NumericalError
 
 
@@ -158,7 +158,7 @@ def _cast(types: _Types) -> None:
 
 
 class PipelineTask:
-    """One run of `pipeline(**arguments)`: its own shallow copy, its own scheduler, shared weights."""
+    """One run of `pipeline(**arguments)`: its own shallow copy, its own schedulers, shared weights."""
 
     def __init__(
         self,
@@ -174,7 +174,7 @@ class PipelineTask:
         self._vae: DecoderProxy | None = None
         self.pipeline: Any = copy.copy(pipeline)
         own = vars(self.pipeline)
-        own["scheduler"] = own_scheduler(pipeline.scheduler)
+        own |= own_schedulers(pipeline)
         own["_progress_bar_config"] = {"disable": True}
         own["maybe_free_model_hooks"] = _nothing  # the model outlives the request
         own.pop("_num_timesteps", None)
