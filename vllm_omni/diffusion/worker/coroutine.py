@@ -8,6 +8,7 @@ thread-local and greenlets share the thread, so a pipeline's own `no_grad` would
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy
 import torch
-from greenlet import greenlet
+from greenlet import GreenletExit, greenlet
 
 from vllm_omni.diffusion.denoiser.lora_scales import has_adapters
 from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES
@@ -57,6 +58,8 @@ class Failed:
 
 Event = DenoiserCall | ComponentCall | Finished | Failed
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# Of a pipeline's own machinery. What a signal's handler raises (KeyboardInterrupt, SystemExit) is the caller's.
+_CONTROL_FLOW = (asyncio.CancelledError, GeneratorExit, GreenletExit)
 
 
 class _Proxy:
@@ -225,6 +228,8 @@ class PipelineTask:
                 return Finished(self.pipeline(**self.arguments))
         except Exception as error:  # whatever a pipeline raises ends this request alone
             return Failed(error)
+        except _CONTROL_FLOW as error:
+            return Failed(RuntimeError(f"the model's pipeline raised {type(error).__name__}"))
         finally:
             if self._vae is not None:
                 self._vae.leave()
