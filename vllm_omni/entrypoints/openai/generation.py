@@ -177,11 +177,11 @@ def _parameters(request: BaseRequest, info: ModelInfo, limits: Limits, width: in
 
 
 def _supported(info: ModelInfo, **values: Any) -> dict[str, Any]:
-    """`values`; one that the model's pipeline does not have is refused, not dropped."""
+    """`values`; one that the model's pipeline does not have is refused, not dropped, unless it asks for nothing."""
     for name, value in values.items():
-        if value is not None and name not in info.parameters:
+        if value is not None and name not in info.parameters and (name, value) != ("true_cfg_scale", 1):
             raise invalid(name, f"this model has no {name}", "unsupported_parameter")
-    return values
+    return {name: value for name, value in values.items() if value is None or name in info.parameters}
 
 
 def _at_most(limit: float, **values: float | None) -> None:
@@ -256,8 +256,6 @@ def _frames(request: VideoRequest, info: ModelInfo, limits: Limits) -> int:
     multiple, name = info.frame_multiple, "num_frames"
     if request.num_frames is not None:
         frames = request.num_frames
-        if request.seconds is not None:
-            raise invalid("num_frames", "seconds and num_frames say the same; give one of them")
         if (frames - 1) % multiple:
             nearest = _nearest(frames, multiple)
             raise invalid("num_frames", f"num_frames must be a multiple of {multiple} plus 1, e.g. {nearest}")
