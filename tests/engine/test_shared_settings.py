@@ -1,4 +1,4 @@
-"""Plain settings that a pipeline changes on parts beside its denoiser, as LTX's long videos do with the VAE's tiling."""
+"""Plain settings that a pipeline changes on other parts than its denoiser: LTX's long videos tile their VAE."""
 
 from __future__ import annotations
 

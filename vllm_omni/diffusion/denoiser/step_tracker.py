@@ -13,8 +13,7 @@ import functools
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -52,7 +51,7 @@ class StepTracker:
     def attach(self) -> None:
         """Watch the pipeline's scheduler, if it is not watched already."""
         scheduler = self._pipeline.scheduler
-        if scheduler is self._scheduler and self in (_watchers.of(scheduler) or ()):
+        if scheduler is self._scheduler and self in _watchers.get(id(scheduler), ()):
             return
         self.stop()
         self._scheduler = scheduler
@@ -171,44 +170,16 @@ def _switches(pipeline: Any, timesteps: torch.Tensor) -> Switches:
 _METHODS = ("set_timesteps", "step")
 
 
-class _Watchers:
-    """Who watches which scheduler; by identity, since a scheduler may be equal to another one, or have no hash."""
-
-    def __init__(self) -> None:
-        self._found: dict[int, tuple[weakref.ref[Any], WeakSet[StepTracker]]] = {}
-        self._within: set[int] = set()  # schedulers in a reported call: what it calls in turn is part of it
-
-    def of(self, scheduler: Any) -> WeakSet[StepTracker] | None:
-        entry = self._found.get(id(scheduler))
-        return None if entry is None else entry[1]
-
-    def begin(self, scheduler: Any) -> None:
-        key = id(scheduler)
-        self._found[key] = weakref.ref(scheduler, lambda _: self._found.pop(key, None)), WeakSet()
-
-    def end(self, scheduler: Any) -> None:
-        del self._found[id(scheduler)]
-
-    def is_within(self, scheduler: Any) -> bool:
-        return id(scheduler) in self._within
-
-    @contextmanager
-    def within(self, scheduler: Any) -> Iterator[None]:
-        self._within.add(id(scheduler))
-        try:
-            yield
-        finally:
-            self._within.discard(id(scheduler))
-
-
-_watchers = _Watchers()
+# By identity: a scheduler may be equal to another one, or have no hash.
+_watchers: dict[int, WeakSet[StepTracker]] = {}
+_within: set[int] = set()  # schedulers in a call that is reported: what it calls in turn is part of it
 
 
 def watch(scheduler: Any, tracker: StepTracker) -> None:
     """Report the scheduler's runs and steps to `tracker` until `unwatch`."""
-    watchers = _watchers.of(scheduler)
-    if watchers is None:
-        _watchers.begin(scheduler)
+    if id(scheduler) not in _watchers:
+        _watchers[id(scheduler)] = WeakSet()
+        weakref.finalize(scheduler, _watchers.pop, id(scheduler), None).atexit = False
         scheduler_class = type(scheduler)
         for name in _METHODS:  # the class's own method is out of reach, or there is none
             if name in vars(scheduler):
@@ -216,19 +187,17 @@ def watch(scheduler: Any, tracker: StepTracker) -> None:
             elif not hasattr(scheduler_class, name):
                 vars(scheduler)[name] = _PatchedMethod(scheduler, name, getattr(scheduler, name), delegated=True)
         scheduler.__class__ = _watched_class(scheduler_class)  # type: ignore[arg-type]
-        watchers = _watchers.of(scheduler)
-    assert watchers is not None
-    watchers.add(tracker)
+    _watchers[id(scheduler)].add(tracker)
 
 
 def unwatch(scheduler: Any, tracker: StepTracker) -> None:
     """Stop reporting; after the last tracker the scheduler is of its own class again."""
-    watchers = _watchers.of(scheduler)
+    watchers = _watchers.get(id(scheduler))
     if watchers is None:
         return
     watchers.discard(tracker)
     if not watchers:
-        _watchers.end(scheduler)
+        del _watchers[id(scheduler)]
         scheduler.__class__ = type(scheduler).__mro__[1]
         for name, method in list(vars(scheduler).items()):
             if isinstance(method, _PatchedMethod):
@@ -240,16 +209,19 @@ def unwatch(scheduler: Any, tracker: StepTracker) -> None:
 
 def _reported(scheduler: Any, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
     """Call `method`, the scheduler's own or one in its place, and report it once, however it gets there."""
-    if _watchers.is_within(scheduler):
+    if id(scheduler) in _within:
         return method(*args, **kwargs)
-    with _watchers.within(scheduler):
+    _within.add(id(scheduler))
+    try:
         if name == "set_timesteps":
-            for tracker in list(_watchers.of(scheduler) or ()):
+            for tracker in list(_watchers.get(id(scheduler), ())):
                 tracker.begins()
         result = method(*args, **kwargs)
+    finally:
+        _within.discard(id(scheduler))
     if name == "step":
         given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
-        for tracker in list(_watchers.of(scheduler) or ()):
+        for tracker in list(_watchers.get(id(scheduler), ())):
             tracker.ended_step(given.get("model_output"), given.get("sample"))
     return result
 
@@ -336,22 +308,16 @@ def own_scheduler(scheduler: Any) -> Any:
     own = vars(scheduler).items()
     patches = {name: v for name, v in own if isinstance(v, _FUNCTIONS) or (callable(v) and name in methods)}
     shared = {id(patch): patch for patch in patches.values()}
-    try:
-        twin = copy.deepcopy(scheduler, dict(shared))
-    except TypeError:
-        shared |= {id(value): value for value in vars(scheduler).values() if not _can_be_copied(value)}
-        twin = copy.deepcopy(scheduler, shared)
+    for value in vars(scheduler).values():
+        if not isinstance(value, torch.Tensor | int | str | None):
+            try:
+                copy.deepcopy(value)
+            except TypeError:
+                shared[id(value)] = value
+    twin = copy.deepcopy(scheduler, shared)
     for name, patch in patches.items():
         vars(twin)[name] = _LentMethod(scheduler, twin, patch.method if isinstance(patch, _PatchedMethod) else patch)
     return twin
-
-
-def _can_be_copied(value: Any) -> bool:
-    try:
-        copy.deepcopy(value)
-    except TypeError:
-        return False
-    return True
 
 
 _FUNCTIONS = (types.FunctionType, types.MethodType, functools.partial)
