@@ -29,7 +29,7 @@ _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 _SECONDS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?")
 # Names that clients give to a picture, and the pipeline's arguments for it; the first that the model has is meant.
 _ARGUMENTS = {
-    "image": ("image", "control_image"),
+    "image": ("image", "images", "cond_image", "control_image"),
     "mask": ("mask_image", "mask", "control_mask"),
     "control_image": ("control_image",),
 }
@@ -64,7 +64,8 @@ class GenerationRequest(Generic[R]):
     def prompt(self) -> Any:
         if not self.pictures:
             return self.request.prompt
-        media = {name: found[0] if len(found) == 1 else list(found) for name, found in self.pictures.items()}
+        one = {name for name, found in self.pictures.items() if len(found) == 1} - {"images"}
+        media = {name: found[0] if name in one else list(found) for name, found in self.pictures.items()}
         return {"prompt": self.request.prompt, "multi_modal_data": media}
 
     @property
