@@ -209,14 +209,17 @@ def check_request(
 
 def _named_adapters(value: Any, key: str, body: Body) -> Any:
     """Adapters without what upstream's clients send beside their names, which alone choose an adapter here."""
-    if isinstance(value, list):
-        return [_named_adapters(entry, key, body) for entry in value]
-    if not isinstance(value, dict) or not value.get("name"):
-        return value
-    for extra in sorted(_BESIDE_A_NAME & value.keys()):
-        if value[extra] not in (None, 0):
-            body.warnings.append(f"{key}.{extra} was ignored: an adapter that is loaded is chosen by its name")
-    return {name: entry for name, entry in value.items() if name not in _BESIDE_A_NAME}
+    listed = value if isinstance(value, list) else [value]
+    named = [entry for entry in listed if isinstance(entry, dict) and entry.get("name")]
+    for extra in sorted({name for entry in named for name in _BESIDE_A_NAME & entry.keys() if entry[name]}):
+        body.warnings.append(f"{key}.{extra} was ignored: an adapter that is loaded is chosen by its name")
+    plain = [
+        {name: part for name, part in entry.items() if name not in _BESIDE_A_NAME}
+        if isinstance(entry, dict) and entry.get("name")
+        else entry
+        for entry in listed
+    ]
+    return plain if isinstance(value, list) else plain[0]
 
 
 def validate(kind: type[M], values: dict[str, Any], *, strict: bool) -> M:
