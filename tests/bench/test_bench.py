@@ -262,3 +262,14 @@ def test_the_command_against_our_server(capsys: pytest.CaptureFixture[str]) -> N
     assert made[0]["succeeded"] == 8 and made[0]["pictures_per_s"] > 0
     assert made[1]["errors"] == {"503 queue_full": 8 - made[1]["succeeded"]} and made[1]["succeeded"] >= 5
     assert chat[0]["succeeded"] == 2
+
+
+@pytest.mark.slow
+def test_the_command_against_our_server_of_videos(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from http_server import serve, video_folder
+
+    with serve({"model": str(video_folder(tmp_path)), "max_num_seqs": 4}) as server:
+        words = ["bench", server.url, "--api", "videos", "--clients", "2", "--requests", "4", "--steps", "2"]
+        assert main([*words, "--size", "32x32", "--extra", '{"num_frames": 5}', "--warmup", "0"]) == 0
+    load = last_line(capsys)["loads"][0]
+    assert (load["succeeded"], load["errors"]) == (4, {})

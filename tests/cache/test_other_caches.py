@@ -54,6 +54,12 @@ def block_range(pipe: Any) -> Any:
     )
 
 
+def unhook(pipe: Any, *names: str) -> None:
+    registry = d.hooks.HookRegistry.check_if_exists_or_initialize(pipe.transformer)
+    for name in names:
+        registry.remove_hook(name, recurse=True)
+
+
 THEIRS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
     "first block": (
         lambda pipe: pipe.transformer.enable_cache(d.FirstBlockCacheConfig(threshold=0.2)),
@@ -71,6 +77,26 @@ THEIRS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], str]] = {
         lambda pipe: pipe.transformer.enable_cache(block_range(pipe)),
         lambda pipe: pipe.transformer.disable_cache(),
         "disable_cache()",
+    ),
+    "a hook by itself": (
+        lambda pipe: d.hooks.apply_first_block_cache(pipe.transformer, d.FirstBlockCacheConfig(threshold=0.2)),
+        lambda pipe: unhook(pipe, "fbc_leader_block_hook", "fbc_block_hook"),
+        "remove_hook(its name, recurse=True)",
+    ),
+    "broadcast by itself": (
+        lambda pipe: d.hooks.apply_pyramid_attention_broadcast(pipe.transformer, block_range(pipe)),
+        lambda pipe: unhook(pipe, "pyramid_attention_broadcast"),
+        "'pyramid_attention_broadcast'",
+    ),
+    "a published script": (
+        lambda pipe: vars(pipe.transformer).update(enable_teacache=True, cnt=0, num_steps=28),
+        lambda pipe: [vars(pipe.transformer).pop(name) for name in ("enable_teacache", "cnt", "num_steps")],
+        "counts its own steps (cnt, enable_teacache)",
+    ),
+    "a published script, on the class": (
+        lambda pipe: setattr(pipe.transformer, "__class__", type("T", (type(pipe.transformer),), {"cnt": 0})),
+        lambda pipe: setattr(pipe.transformer, "__class__", type(pipe.transformer).__mro__[1]),
+        "runs no such script",
     ),
     "cache-dit": (
         lambda pipe: pytest.importorskip("cache_dit").enable_cache(pipe),

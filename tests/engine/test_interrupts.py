@@ -16,7 +16,9 @@ import pytest
 import pytest_asyncio
 import torch
 from calls import CACHED, final, latents
-from pipelines import embeds, tiny_flux
+from diffusers import FluxPipeline
+from greenlet import GreenletExit
+from pipelines import DEFAULTS, embeds, tiny_flux
 
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -235,3 +237,33 @@ async def test_a_forked_child_is_told_so_and_its_parent_goes_on(omni: Omni, asyn
     assert in_a_forked_child(omni.close) == in_a_forked_child(async_omni.close) == "done"
     untouched(omni, expected)
     assert torch.equal((await final(async_omni)).latents, expected)
+
+
+class Machinery(FluxPipeline):
+    """Raises, in its third step, what its own machinery may raise: no `Exception`."""
+
+    raises: BaseException = GeneratorExit()
+
+    def __call__(self, *args: Any, num_inference_steps: int = 4, **kwargs: Any) -> Any:
+        def ended(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step == 2 and num_inference_steps == 5:
+                raise self.raises
+            return tensors
+
+        more = {"num_inference_steps": num_inference_steps, "callback_on_step_end": ended}
+        return super().__call__(*args, **kwargs | more)
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, GreenletExit])
+def test_what_ends_coroutines_ends_one_request_alone(
+    kind: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Machinery, "raises", kind("of the pipeline's own"))
+    pipe = tiny_flux()
+    pipe.__class__ = Machinery
+    with Omni.from_pipe(pipe, defaults=DEFAULTS) as omni:
+        params = [Params(num_inference_steps=n, seed=n, output_type="latent") for n in (4, 5, 6)]
+        outputs = omni.generate([embeds(i) for i in range(3)], params, use_tqdm=False)
+        assert [output.ok for output in outputs] == [True, False, True]
+        assert kind.__name__ in str(outputs[1].error)
+        assert omni.generate(embeds(0), params[0], use_tqdm=False)[0].ok

@@ -12,7 +12,7 @@ from closeness import assert_close, assert_differs
 from diffusers import DiffusionPipeline
 from errors_raised import assert_matches
 from paths import DEMO
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from pipelines import CURVE, DEFAULTS, count_blocks, embeds, run_latents, tiny_flux
 from stepping import add, drain
 
@@ -169,3 +169,25 @@ def test_a_request_that_waits_for_its_encoder_is_not_changed_by_an_adapter_that_
         assert_close(outputs["with"].latents, alone[0].latents)
         omni.unload_lora_adapter("text")
         assert torch.equal(omni.generate("penguin", params, use_tqdm=False)[0].latents, bare)
+
+
+def test_a_denoiser_inside_pefts_own_wrapper_is_cached_and_shared() -> None:
+    """What `get_peft_model` returns; others train with it and put it into the pipeline."""
+
+    def wrapped() -> Any:
+        pipe = tiny_flux()
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, init_lora_weights=False, target_modules=["to_q"])
+        pipe.transformer = get_peft_model(pipe.transformer, config).eval()
+        return pipe
+
+    steps = (6, 8)
+    wanted = [run_latents(wrapped(), i=i, seed=i, num_inference_steps=n) for i, n in enumerate(steps)]
+    for cache in ({}, {"cache_backend": "magcache", "cache_config": {"mag_ratios": CURVE}}):
+        with Omni.from_pipe(wrapped(), defaults=DEFAULTS, **cache) as omni:
+            params = [Params(num_inference_steps=n, seed=i, output_type="latent") for i, n in enumerate(steps)]
+            outputs = omni.generate([embeds(i) for i in range(2)], params, use_tqdm=False)
+            assert sum(omni.engine.worker.runner.forwards.values()) < sum(steps)
+        for output, latents in zip(outputs, wanted, strict=True):
+            assert output.ok and bool(output.skipped_steps) == bool(cache), output.error
+            assert float((output.latents - latents).norm() / latents.norm()) < (0.1 if cache else 1e-5)

@@ -146,6 +146,14 @@ def test_it_keeps_within_its_bytes_and_the_least_recently_used_goes() -> None:
     assert computed(off, "a") and computed(off, "a") and (off.hits, off.misses) == (0, 0)
 
 
+def painted(shade: int, **info: int) -> Image.Image:
+    """One index everywhere, of a palette in which it is `shade`."""
+    image = Image.new("P", (4, 4), 0)
+    image.putpalette([shade] * 3)
+    image.info |= info
+    return image
+
+
 DIFFERENT: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     (("a",), {}), (("a", "b"), {}), (("ab",), {}), ((["a", "b"],), {}), ((["a"], "b"), {}), (("a", None), {}),
     ((), {"prompt": "a"}), ((), {"prompt": "a", "prompt_2": "b"}), ((), {"prompt": "a", "negative_prompt": "b"}),
@@ -153,6 +161,7 @@ DIFFERENT: list[tuple[tuple[Any, ...], dict[str, Any]]] = [
     (("a", torch.zeros(2)), {}), (("a", torch.zeros(2, 1)), {}), (("a", torch.ones(2)), {}),
     (("a", torch.zeros(2, dtype=torch.bfloat16)), {}), (("a", np.zeros(2)), {}), (("a", torch.float32), {}),
     (("a", gray(1)), {}), (("a", gray(2)), {}), (("a", [gray(1), gray(2)]), {}), (("a", torch.device("cpu")), {}),
+    (("a", painted(1)), {}), (("a", painted(2)), {}), (("a", painted(1, transparency=0)), {}),
 ]  # fmt: skip
 
 

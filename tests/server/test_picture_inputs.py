@@ -171,6 +171,8 @@ TAKES = {
     "FluxControlPipeline": {"control_image": "needed"}, "FluxControlNetPipeline": {"control_image": "needed"},
     "StableDiffusion3ControlNetInpaintingPipeline": {"control_image": "needed", "control_mask": "needed"},
     "WanPipeline": {}, "WanImageToVideoPipeline": {"image": "needed"}, "LTXConditionPipeline": {"image": "optional"},
+    "JoyImageEditPlusPipeline": {"images": "optional, several"}, "WanVACEPipeline": {},
+    "LTXI2VLongMultiPromptPipeline": {"cond_image": "optional"}, "StableAudio3InpaintPipeline": {},
     "LTXImageToVideoPipeline": {"image": "needed"}, "Kandinsky5I2VPipeline": {"image": "needed"},
 }  # fmt: skip
 
@@ -187,6 +189,15 @@ def test_what_a_pipeline_takes_is_read_from_its_call(name: str) -> None:
 
 def info_of(**pictures: PictureInput) -> ModelInfo:
     return ModelInfo("m", "P", {}, {}, (), 16, 1 / 256, {}, False, pictures)
+
+
+def test_a_picture_may_have_another_name_in_the_pipeline() -> None:
+    one = ("image", b"")
+    for argument, several in (("images", True), ("cond_image", False)):
+        info = info_of(**{argument: PictureInput(False, several)})
+        assert match_pictures(Body({}, sources=[one]), info, "image") == {argument: [one]}
+        planned = plan_images(ImageRequest(prompt="x"), info, Limits(), {argument: (Image.new("RGB", (32, 32)),)})
+        assert isinstance(planned.prompt["multi_modal_data"][argument], list) == several
 
 
 def test_a_control_picture_may_be_sent_as_the_picture() -> None:

@@ -79,3 +79,16 @@ def test_it_can_be_off() -> None:
         running.idle()
         time.sleep(0.6)
         assert asker._counts() == (0, 0) and asker.metric("vllm_omni:prompt_cache_bytes") == 0
+
+
+def test_a_full_cache_drops_the_oldest_and_no_picture_is_wrong() -> None:
+    """Room for some four of the demo's prompts, of which ten are asked for in turn, twice."""
+    with serve(ENGINE_ARGS | {"prompt_cache_mb": 0.02}) as running:
+        asker = Asker(running, "any")
+        prompts = [f"a red apple {i}" for i in range(10)]
+        first = [asker.hit(**FEW | {"prompt": prompt}) for prompt in prompts]
+        again = [asker.hit(**FEW | {"prompt": prompt}) for prompt in prompts]
+        assert not any(hit for hit, _ in first + again)  # each was pushed out before its turn came
+        assert [made for _, made in first] == [made for _, made in again] and len({made for _, made in first}) == 10
+        assert asker.hit(**FEW | {"prompt": prompts[-1]}) == (True, again[-1][1])
+        assert 0 < asker.metric("vllm_omni:prompt_cache_bytes") <= 0.02 * 2**20

@@ -27,11 +27,14 @@ _DEFAULTS = (
 # Arguments that take a picture; a class whose name has one of the words does not work without it.
 _PICTURES = {
     "image": ("Edit", "Fill", "Inpaint", "Img2Img", "ImageToVideo", "Layered", "Refiner"),
+    "images": (),
+    "cond_image": (),
     "control_image": ("Control",),
     "mask_image": ("Fill", "Inpaint"),
     "mask": (),
     "control_mask": ("Inpaint",),
 }
+_MASKS = {"mask_image", "mask", "control_mask"}
 _OPTIONAL = ("LTXConditionPipeline",)  # although its type does not say so
 _SEVERAL = ("EditPlus", "QwenImage21")  # likewise
 # What families call the factors of their VAE.
@@ -66,10 +69,10 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
 
 def picture_inputs(pipeline: type) -> dict[str, PictureInput]:
     """The arguments that take a picture; whether one is needed shows in its default, its type, or the class's name."""
-    name, inputs = pipeline.__name__, {}
+    name, inputs, taken = pipeline.__name__, {}, inspect.signature(pipeline.__call__).parameters
     for argument, words in _PICTURES.items():
-        if (parameter := inspect.signature(pipeline.__call__).parameters.get(argument)) is None:
-            continue
+        if (parameter := taken.get(argument)) is None or ("mask" in argument and not {*_PICTURES} & {*taken} - _MASKS):
+            continue  # a mask alone is one of a video or of a sound
         kind = str(parameter.annotation)
         optional = "None" in kind or "Optional" in kind or name in _OPTIONAL
         needed = parameter.default is parameter.empty or not optional or any(word in name for word in words)

@@ -6,7 +6,7 @@ import asyncio
 import copy
 import os
 import threading
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from itertools import count
 from typing import Any
@@ -70,13 +70,18 @@ class InFlight:
         return iter(list(self._requests))
 
     @property
+    def ids(self) -> list[str]:
+        """The names of all that somebody waits for."""
+        return list(self._awaited)
+
+    @property
     def sizes(self) -> list[RequestSize]:
         """The size of every request, oldest first."""
         return [request.size for request in list(self._requests.values())]
 
     async def stream(
         self, request_id: str, prompt: Any, begin: Callable[[InFlightRequest], None]
-    ) -> AsyncIterator[OmniRequestOutput]:
+    ) -> AsyncGenerator[OmniRequestOutput, None]:
         """The outputs of a new request, the finished one last; leaving the iterator aborts it.
 
         `begin` hands it to the engine, or raises.

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.lora import Adapters, as_adapters
@@ -25,7 +25,9 @@ class OmniDiffusionSamplingParams(Settings):
     or a dict of overrides. `lora_request` names adapters that are loaded: ``"style"``,
     ``{"name": "style", "scale": 0.8}``, or a list of them. `preview_every` steps, a progress report carries the images
     as they stand (flow matching). `fps`: frames per second of a video's file (default: the model's own).
-    `boundary_ratio`: of the noise schedule, where a model's second expert takes over (Wan 2.2).
+    `boundary_ratio`: of the noise schedule, where a model's second expert takes over (Wan 2.2). `generator_device` is
+    where random numbers are drawn (default: the CPU, which gives the same ones everywhere). `lora_scale` multiplies the
+    scales of `lora_request`. `resolution` and `eta` are for pipelines that have such arguments.
     """
 
     num_inference_steps: int | None = Field(default=None, ge=1)
@@ -48,6 +50,10 @@ class OmniDiffusionSamplingParams(Settings):
     max_sequence_length: int | None = Field(default=None, ge=1)
     output_type: str | None = None
     lora_request: Adapters | None = None
+    lora_scale: float | None = Field(default=None, ge=-10, le=10, allow_inf_nan=False)
+    generator_device: str | None = None
+    resolution: int | None = Field(default=None, ge=1)
+    eta: float | None = Field(default=None, ge=0, le=1)
     extra_args: dict[str, Any] = Field(default_factory=dict)
     cache: Any = None
     preview_every: int | None = Field(default=None, ge=1)
@@ -56,6 +62,29 @@ class OmniDiffusionSamplingParams(Settings):
     @classmethod
     def _adapters(cls, value: Any) -> Any:
         return None if value is None else as_adapters(value)
+
+    @model_validator(mode="after")
+    def _scaled(self) -> OmniDiffusionSamplingParams:
+        """The scale becomes a part of the adapters: whoever reads these need not know of it."""
+        if self.lora_scale not in (None, 1) and self.lora_request:
+            scaled = tuple((name, scale * float(self.lora_scale or 0)) for name, scale in self.lora_request)
+            vars(self).update(lora_request=as_adapters(scaled))
+        vars(self).update(lora_scale=None)
+        return self
+
+    @classmethod
+    def from_params(cls, params: Any) -> Self:
+        """Parameters of any kind as ours: a mapping of names, or vLLM's, which hold a `seed` and `extra_args`."""
+        if isinstance(params, cls):
+            return params
+        if isinstance(params, Mapping):
+            return cls.from_dict(params)
+        return cls(seed=params.seed, **(params.extra_args or {}))
+
+    def clone(self) -> Self:
+        """A copy that shares nothing with this one but its generator."""
+        copied: Self = own(self)
+        return copied
 
 
 PROMPT_KEYS_DOC = "prompt, negative_prompt, prompt_embeds, pooled_prompt_embeds, multi_modal_data"

@@ -78,7 +78,8 @@ def _feed(digest: blake2b, value: Any) -> None:
     elif isinstance(value, numpy.ndarray) and value.dtype != object:
         head, data = (value.dtype, value.shape), value.tobytes()
     elif isinstance(value, Image.Image):
-        head, data = (value.mode, value.size), value.tobytes()
+        head = value.mode, value.size, value.getpalette("RGBA") if value.mode in ("P", "PA") else None, _keyed(value)
+        data = value.tobytes()
     elif isinstance(value, list | tuple):
         head = len(value)
     elif isinstance(value, dict):
@@ -91,6 +92,11 @@ def _feed(digest: blake2b, value: Any) -> None:
     digest.update(b"%d %d " % (len(text), len(data)) + text + data)
     for entry in value if isinstance(value, list | tuple) else value.values() if isinstance(value, dict) else ():
         _feed(digest, entry)
+
+
+def _keyed(picture: Image.Image) -> object:
+    """The colour that a picture's file declares to be transparent."""
+    return picture.info.get("transparency")
 
 
 def _bytes_of(value: Any) -> int:

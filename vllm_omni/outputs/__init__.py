@@ -44,6 +44,27 @@ class OmniRequestOutput:
         """True if the request ended with its images."""
         return self.finished and self.error is None
 
+    @property
+    def num_images(self) -> int:
+        return len(self.images)
+
+    @property
+    def final_output_type(self) -> str:
+        """What the request made: "image", "video", "audio", "latents", or "none" if it failed or is not finished."""
+        made = {"video": self.videos, "image": self.images, "audio": self.audio}
+        found = next((name for name, values in made.items() if len(values)), None)
+        return found or ("none" if self.latents is None else "latents")
+
+    @property
+    def error_type(self) -> str | None:
+        """The class of the error."""
+        return None if self.error is None else type(self.error).__name__
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field, and what is read from them; the error as its text."""
+        told = vars(self) | {"error": None if self.error is None else str(self.error), "error_type": self.error_type}
+        return told | {"num_images": self.num_images, "final_output_type": self.final_output_type}
+
     def __getstate__(self) -> dict[str, Any]:
         """Everything, for a copy or a pickle; an error that may not survive either as the text that it shows."""
         return vars(self) | {"error": _that_copies(self.error)}

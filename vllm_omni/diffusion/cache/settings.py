@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
+from vllm_omni.cache_names import in_our_names
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 from vllm_omni.settings import Settings
 
@@ -133,8 +134,11 @@ class DiffusionCacheConfig(Settings):
     matrix, and the threshold rule otherwise. `profile_insist` takes a profile that was measured on other
     weights. `residual_dtype` is what residuals are kept in, for all requests of an engine: "bfloat16" is half the
     memory of a model that runs in fp32; "float8" (e4m3, a scale per token) is half of that, for some fidelity
-    (docs/performance.md).
+    (docs/performance.md). cache-dit's and SeaCache's settings are taken by their own names, too.
     """
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(**in_our_names(values))
 
     mag_ratios: tuple[float, ...] | None = None
     num_inference_steps: int | None = Field(default=None, ge=1, le=10_000)

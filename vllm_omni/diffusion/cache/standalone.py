@@ -75,6 +75,7 @@ class StandaloneHook(ModelHook):
             state.drop()  # with other adapters it is another model: what was kept is not its own
         rows = len(latents_of(arguments))
         row = BatchRows(state, (self.name, position.branch), position.step, slice(0, rows), arguments)
+        state.follow(row.key, latents_of(arguments))
         forecast, stack = None, None
         if not self.spec.adds_between_blocks(arguments):
             stack = self.stack
@@ -145,3 +146,25 @@ def refuse_other_caches(module: torch.nn.Module) -> None:
         raise InvalidValueError(name, "cached", "has diffusers' own cache enabled; call its disable_cache() first")
     if vars(inner).get("_is_cached"):  # cache-dit's mark
         raise InvalidValueError(name, "cached", "has cache-dit enabled; call cache_dit.disable_cache(pipeline) first")
+    if (hook := _stateful_hook(inner)) is not None:
+        how = f"has diffusers' hook {hook!r}, which keeps state between steps; load the denoiser without it, or remove "
+        how += "it: HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(its name, recurse=True)"
+        raise InvalidValueError(name, "cached", how)
+    known = {attribute for owner in (inner, *type(inner).__mro__) for attribute in vars(owner)}
+    if (counts := sorted(known & _COUNTS)):
+        how = f"counts its own steps ({', '.join(counts)}), as published TeaCache and MagCache scripts make it; "
+        raise InvalidValueError(name, "cached", how + "load it in a process that runs no such script")
+
+
+# What such scripts set on a denoiser or on its class, beside a forward of their own.
+_COUNTS = {"cnt", "enable_teacache", "accumulated_rel_l1_distance", "previous_modulated_input", "residual_cache"}
+
+
+def _stateful_hook(module: torch.nn.Module) -> str | None:
+    """The name of a hook of diffusers' that keeps state, as every cache does that its `apply_…` functions put on."""
+    for part in module.modules():
+        if (registry := vars(part).get("_diffusers_hook")) is not None:
+            for name, hook in registry.hooks.items():
+                if type(hook)._is_stateful:
+                    return name
+    return None

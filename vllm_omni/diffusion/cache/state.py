@@ -1,7 +1,7 @@
 """One request's cache: what it keeps, and what it has done. Made at its first step, dropped when it ends.
 
-A state changes in `decide` and `commit` alone, both host-side bookkeeping that cannot fail, and both called after
-everything that can fail has succeeded: a forward that raises leaves every request as it was.
+A state changes in `decide` and `commit`, both host-side bookkeeping that cannot fail, and both called after everything
+that can fail has succeeded: a forward that raises leaves every request as it was. `follow` forgets before a forward.
 """
 
 from __future__ import annotations
@@ -78,8 +78,16 @@ class CacheState:
         self._store = store or CacheStore()
         self._residuals: dict[Key, Buffer[int, ops.Residual]] = {}
         self._memory: dict[Key, Buffer[str, torch.Tensor]] = {}
+        self._shapes: dict[Key, object] = {}  # of each branch's latents
         self._computed: set[int] = set()
         self._skipped: set[int] = set()
+
+    def follow(self, key: Key, latents: Any) -> None:
+        """Forget what was kept of latents of another shape: FLUX.2 klein sends its reference tokens once."""
+        shape = latents.shape if isinstance(latents, torch.Tensor) else [entry.shape for entry in latents]
+        if self._shapes.setdefault(key, shape) != shape:
+            self._shapes[key] = shape
+            self._residuals_of(key).clear()
 
     def signal(self, key: Key, step: int) -> Signal | None:
         """What must be seen of this call before its step can be decided; None: nothing."""

@@ -180,12 +180,18 @@ DENOISERS: dict[str, DenoiserSpec] = {
 
 
 def unwrapped(module: Any) -> Any:
-    """The module inside a `torch.compile` wrapper; any other module as it is."""
-    return module._modules.get("_orig_mod", module)
+    """The module inside wrappers of `torch.compile` and PEFT; any other module as it is."""
+    children = module._modules
+    if (compiled := children.get("_orig_mod")) is not None:
+        return unwrapped(compiled)
+    tuner = children.get("base_model")  # of a PeftModel: it holds the model whose layers it has changed
+    if tuner is not None and "peft_config" in vars(module) | vars(tuner) and "model" in tuner._modules:
+        return unwrapped(tuner._modules["model"])
+    return module
 
 
 def spec_of(module: Any) -> DenoiserSpec | None:
-    """The spec of a denoiser, of the module inside a `torch.compile` wrapper, or of the class it derives from."""
+    """The spec of a denoiser, of the module inside a wrapper, or of the class it derives from."""
     return next((DENOISERS[c.__name__] for c in type(unwrapped(module)).__mro__ if c.__name__ in DENOISERS), None)
 
 

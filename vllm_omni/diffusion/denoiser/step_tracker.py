@@ -15,9 +15,10 @@ import types
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakSet
 
 import torch
+from diffusers import SchedulerMixin
 
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
 
@@ -50,7 +51,7 @@ class StepTracker:
     def attach(self) -> None:
         """Watch the pipeline's scheduler, if it is not watched already."""
         scheduler = self._pipeline.scheduler
-        if scheduler is self._scheduler and self in _watchers.get(scheduler, ()):
+        if scheduler is self._scheduler and self in _watchers.get(id(scheduler), ()):
             return
         self.stop()
         self._scheduler = scheduler
@@ -133,7 +134,7 @@ def schedule_of(pipeline: Any) -> Schedule:
     timesteps = scheduler.timesteps
     steps = _steps_to_run(pipeline, len(timesteps))
     switches = _switches(pipeline, timesteps[-steps:])
-    sigmas = vars(scheduler).get("sigmas")
+    sigmas = getattr(scheduler, "sigmas", None)  # of a wrapper, those of the scheduler inside
     if sigmas is not None and len(sigmas) > steps:
         return Schedule(steps, tuple(float(s) for s in sigmas.tolist()[-steps - 1 : -1]), switches)
     span = float(scheduler.config.num_train_timesteps)
@@ -148,7 +149,7 @@ def _steps_to_run(pipeline: Any, timesteps: int) -> int:
     count = vars(pipeline).get("_num_timesteps")
     if count and not isinstance(count, _EarlierCount):
         return count
-    return timesteps - (vars(pipeline.scheduler).get("_begin_index") or 0)
+    return timesteps - (getattr(pipeline.scheduler, "_begin_index", None) or 0)
 
 
 def _switches(pipeline: Any, timesteps: torch.Tensor) -> Switches:
@@ -166,51 +167,61 @@ def _switches(pipeline: Any, timesteps: torch.Tensor) -> Switches:
 
 # ------------------------------------------------------------------------------------------------- watching a scheduler
 
-_watchers: WeakKeyDictionary[Any, WeakSet[StepTracker]] = WeakKeyDictionary()
-_within: WeakSet[Any] = WeakSet()  # schedulers in a call that is reported: what it calls in turn is part of it
 _METHODS = ("set_timesteps", "step")
+
+
+# By identity: a scheduler may be equal to another one, or have no hash.
+_watchers: dict[int, WeakSet[StepTracker]] = {}
+_within: set[int] = set()  # schedulers in a call that is reported: what it calls in turn is part of it
 
 
 def watch(scheduler: Any, tracker: StepTracker) -> None:
     """Report the scheduler's runs and steps to `tracker` until `unwatch`."""
-    if scheduler not in _watchers:
-        _watchers[scheduler] = WeakSet()
-        scheduler.__class__ = _watched_class(type(scheduler))  # type: ignore[arg-type]
-        for name in _METHODS:
-            if name in vars(scheduler):  # set on the instance: the class's own method is out of reach
+    if id(scheduler) not in _watchers:
+        _watchers[id(scheduler)] = WeakSet()
+        weakref.finalize(scheduler, _watchers.pop, id(scheduler), None).atexit = False
+        scheduler_class = type(scheduler)
+        for name in _METHODS:  # the class's own method is out of reach, or there is none
+            if name in vars(scheduler):
                 vars(scheduler)[name] = _PatchedMethod(scheduler, name, vars(scheduler)[name])
-    _watchers[scheduler].add(tracker)
+            elif not hasattr(scheduler_class, name):
+                vars(scheduler)[name] = _PatchedMethod(scheduler, name, getattr(scheduler, name), delegated=True)
+        scheduler.__class__ = _watched_class(scheduler_class)  # type: ignore[arg-type]
+    _watchers[id(scheduler)].add(tracker)
 
 
 def unwatch(scheduler: Any, tracker: StepTracker) -> None:
     """Stop reporting; after the last tracker the scheduler is of its own class again."""
-    watchers = _watchers.get(scheduler)
+    watchers = _watchers.get(id(scheduler))
     if watchers is None:
         return
     watchers.discard(tracker)
     if not watchers:
-        del _watchers[scheduler]
+        del _watchers[id(scheduler)]
         scheduler.__class__ = type(scheduler).__mro__[1]
         for name, method in list(vars(scheduler).items()):
             if isinstance(method, _PatchedMethod):
-                vars(scheduler)[name] = method.method
+                if method.delegated:
+                    del vars(scheduler)[name]
+                else:
+                    vars(scheduler)[name] = method.method
 
 
 def _reported(scheduler: Any, name: str, method: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> Any:
     """Call `method`, the scheduler's own or one in its place, and report it once, however it gets there."""
-    if scheduler in _within:
+    if id(scheduler) in _within:
         return method(*args, **kwargs)
-    _within.add(scheduler)
+    _within.add(id(scheduler))
     try:
         if name == "set_timesteps":
-            for tracker in list(_watchers.get(scheduler, ())):
+            for tracker in list(_watchers.get(id(scheduler), ())):
                 tracker.begins()
         result = method(*args, **kwargs)
     finally:
-        _within.discard(scheduler)
+        _within.discard(id(scheduler))
     if name == "step":
         given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
-        for tracker in list(_watchers.get(scheduler, ())):
+        for tracker in list(_watchers.get(id(scheduler), ())):
             tracker.ended_step(given.get("model_output"), given.get("sample"))
     return result
 
@@ -238,9 +249,9 @@ def _watched_class(scheduler_class: type) -> type:
     def reduce(self: Any, protocol: Any) -> Any:
         return copyreg._reconstructor, (scheduler_class, object, None), vars(self)  # type: ignore[attr-defined]
 
+    reporting = {f.__name__: f for f in (set_timesteps, step) if hasattr(scheduler_class, f.__name__)}
     methods = {
-        "set_timesteps": functools.wraps(scheduler_class.set_timesteps)(set_timesteps),  # type: ignore[attr-defined]
-        "step": functools.wraps(scheduler_class.step)(step),  # type: ignore[attr-defined]
+        **{name: functools.wraps(getattr(scheduler_class, name))(f) for name, f in reporting.items()},
         "__new__": new,
         "__setattr__": setattribute,
         "__reduce_ex__": reduce,
@@ -251,10 +262,13 @@ def _watched_class(scheduler_class: type) -> type:
 
 
 class _PatchedMethod:
-    """A method that somebody has set on a scheduler's instance, with its calls reported."""
+    """A method that somebody has set on a scheduler's instance, with its calls reported.
 
-    def __init__(self, scheduler: Any, name: str, method: Callable[..., Any]) -> None:
-        self.scheduler, self.name, self.method = scheduler, name, method
+    `delegated`: it was not set; the scheduler is a wrapper that finds the method elsewhere (`__getattr__`).
+    """
+
+    def __init__(self, scheduler: Any, name: str, method: Callable[..., Any], delegated: bool = False) -> None:
+        self.scheduler, self.name, self.method, self.delegated = scheduler, name, method, delegated
         functools.update_wrapper(self, method, updated=())  # pipelines ask for the signature
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -277,12 +291,30 @@ def itself(value: Any) -> Any:
 _lending = threading.RLock()
 
 
+def own_schedulers(pipeline: Any) -> dict[str, Any]:
+    """Copies for one request of all schedulers that a pipeline has: some step a second one, as LTX-2 does for sound."""
+    found = {name: v for name, v in vars(pipeline).items() if isinstance(v, SchedulerMixin)}
+    found["scheduler"] = pipeline.scheduler
+    twins = {id(scheduler): own_scheduler(scheduler) for scheduler in found.values()}
+    return {name: twins[id(scheduler)] for name, scheduler in found.items()}
+
+
 def own_scheduler(scheduler: Any) -> Any:
-    """A copy of a pipeline's scheduler for one request, with everything that was set or patched on the instance."""
+    """A copy of a pipeline's scheduler for one request, with everything that was set or patched on the instance.
+
+    What cannot be copied, such as a lock or a file, is shared.
+    """
     methods = dir(type(scheduler))
     own = vars(scheduler).items()
     patches = {name: v for name, v in own if isinstance(v, _FUNCTIONS) or (callable(v) and name in methods)}
-    twin = copy.deepcopy(scheduler, {id(patch): patch for patch in patches.values()})
+    shared = {id(patch): patch for patch in patches.values()}
+    for value in vars(scheduler).values():
+        if not isinstance(value, torch.Tensor | int | str | None):
+            try:
+                copy.deepcopy(value)
+            except TypeError:
+                shared[id(value)] = value
+    twin = copy.deepcopy(scheduler, shared)
     for name, patch in patches.items():
         vars(twin)[name] = _LentMethod(scheduler, twin, patch.method if isinstance(patch, _PatchedMethod) else patch)
     return twin

@@ -18,7 +18,7 @@ from vllm_omni.errors import InvalidValueError, OmniError, RefusedError, check_k
 
 _RENAMED = {"num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt")}
 _OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
-_OURS |= {"boundary_ratio"}
+_OURS |= {"boundary_ratio", "generator_device", "lora_scale"}
 # The frame rate that a family was trained at, by the beginning of its pipeline's name (the models' own cards).
 _FRAME_RATES = {"CogVideoX": 8, "HunyuanVideo": 24, "Kandinsky5": 24, "LTX": 25, "Mochi": 30, "SkyReels": 24, "Wan": 16}
 MAX_DRAWN_SEED = 2**32  # ten digits: somebody will read it out or type it
@@ -53,6 +53,8 @@ class ArgumentBuilder:
         given = {k: v for k, v in request.params if v is not None and k not in _OURS}
         if given.get("num_outputs_per_prompt") == 1:
             del given["num_outputs_per_prompt"]
+        if given.get("eta") == 0 and "eta" not in self._accepted:  # upstream's default, which asks for nothing
+            del given["eta"]
         given |= request.conditioning
         for name, value in given.items():
             target = next((n for n in _RENAMED.get(name, (name,)) if n in self._accepted), None)
@@ -133,9 +135,13 @@ def _audio_rate(pipeline: Any) -> int | None:
 
 
 def generator_of(request: OmniDiffusionRequest) -> tuple[Any, int | None]:
-    """(generator, seed): the caller's own, or a CPU generator of the seed, which is drawn if none is given."""
+    """(generator, seed): the caller's own, or one of the seed (on the CPU unless asked), drawn if none is given."""
     params = request.params
     if params.generator is not None:
         return params.generator, None
     seed = params.seed if params.seed is not None else int(torch.randint(MAX_DRAWN_SEED, ()).item())
-    return torch.Generator("cpu").manual_seed(seed), seed
+    try:
+        return torch.Generator(params.generator_device or "cpu").manual_seed(seed), seed
+    except (RuntimeError, AssertionError):
+        where = params.generator_device
+        raise InvalidValueError("generator_device", where, "must be a device that is here; leave it out") from None

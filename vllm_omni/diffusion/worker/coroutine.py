@@ -8,6 +8,7 @@ thread-local and greenlets share the thread, so a pipeline's own `no_grad` would
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import functools
 from collections.abc import Callable, Iterator
@@ -17,11 +18,11 @@ from typing import Any
 
 import numpy
 import torch
-from greenlet import greenlet
+from greenlet import GreenletExit, greenlet
 
 from vllm_omni.diffusion.denoiser.lora_scales import has_adapters
 from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES
-from vllm_omni.diffusion.denoiser.step_tracker import own_scheduler
+from vllm_omni.diffusion.denoiser.step_tracker import own_schedulers
 from vllm_omni.errors import NumericalError
 
 
@@ -57,6 +58,8 @@ class Failed:
 
 Event = DenoiserCall | ComponentCall | Finished | Failed
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+# Of a pipeline's own machinery. What a signal's handler raises (KeyboardInterrupt, SystemExit) is the caller's.
+_CONTROL_FLOW = (asyncio.CancelledError, GeneratorExit, GreenletExit)
 
 
 class _Proxy:
@@ -158,7 +161,7 @@ def _cast(types: _Types) -> None:
 
 
 class PipelineTask:
-    """One run of `pipeline(**arguments)`: its own shallow copy, its own scheduler, shared weights."""
+    """One run of `pipeline(**arguments)`: its own shallow copy, its own schedulers, shared weights."""
 
     def __init__(
         self,
@@ -174,7 +177,7 @@ class PipelineTask:
         self._vae: DecoderProxy | None = None
         self.pipeline: Any = copy.copy(pipeline)
         own = vars(self.pipeline)
-        own["scheduler"] = own_scheduler(pipeline.scheduler)
+        own |= own_schedulers(pipeline)
         own["_progress_bar_config"] = {"disable": True}
         own["maybe_free_model_hooks"] = _nothing  # the model outlives the request
         own.pop("_num_timesteps", None)
@@ -225,6 +228,8 @@ class PipelineTask:
                 return Finished(self.pipeline(**self.arguments))
         except Exception as error:  # whatever a pipeline raises ends this request alone
             return Failed(error)
+        except _CONTROL_FLOW as error:
+            return Failed(RuntimeError(f"the model's pipeline raised {type(error).__name__}"))
         finally:
             if self._vae is not None:
                 self._vae.leave()

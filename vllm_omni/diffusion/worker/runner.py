@@ -66,7 +66,7 @@ class ModelRunner:
         self.binders = {name: CallBinder(name, module) for name, module in self.modules.items()}
         parts = [vars(pipeline).get(name) for name in TEXT_ENCODERS]
         self._encoders = [module for module in parts if isinstance(module, torch.nn.Module)]
-        self._shared = SharedModules(self.modules.values)
+        self._shared = SharedModules(self.modules.values, self._other_parts)
         self.pace, self.clock, self.memory = Pace(), DeviceClock(self._device), Memory(self._device)
         self._retries = Retries(self.memory)
         self.forwards = {"computed": 0, "skipped": 0}
@@ -110,6 +110,10 @@ class ModelRunner:
         began = self.clock.mark()
         self._ran_component(request, self._advance(request), (began, self.clock.mark()))
         return request
+
+    def _other_parts(self) -> list[torch.nn.Module]:
+        parts = {name: part for name, part in vars(self.pipeline).items() if name not in self.modules}
+        return [part for part in parts.values() if isinstance(part, torch.nn.Module)]
 
     def _check_denoisers(self) -> None:
         now = denoisers_of(self.pipeline)
@@ -205,7 +209,8 @@ class ModelRunner:
         calls = [_component_call(request) for request in batch]
         if calls[0].component in TEXT_ENCODERS:  # one that had no adapters when the request began may have some now
             self.adapters.use(batch[0].adapters)
-        return call_component(getattr(self.pipeline, calls[0].component), calls)
+        with batch[0].changes.installed():
+            return call_component(getattr(self.pipeline, calls[0].component), calls)
 
     # --------------------------------------------------------------------------------------------------- between calls
 
@@ -236,7 +241,7 @@ class ModelRunner:
         if isinstance(event, Finished | Failed):
             request.end(event)
         elif isinstance(event, ComponentCall):  # nothing of the last denoiser call is held: a decode needs the room
-            key = component_key(event) or request.request_id
+            key = request.request_id if request.changes else component_key(event) or request.request_id
             own = request.adapters if event.component in TEXT_ENCODERS else ()
             request.parked = ParkedCall(event, (key, own), StepKind.COMPONENT)
         else:
@@ -253,8 +258,9 @@ class ModelRunner:
         if request.position is None or position.run != request.position.run:
             self._begin_schedule(request, call.denoiser, arguments)
         request.position = position
-        rows = len(latents_of(arguments))
-        parked = ParkedCall(call, None, StepKind.COMPUTE, arguments, rows)
+        latents = latents_of(arguments)
+        request.cache.follow((call.denoiser, position.branch), latents)
+        parked = ParkedCall(call, None, StepKind.COMPUTE, arguments, len(latents))
         if self._cached(request, parked):
             signal = request.cache.signal((call.denoiser, position.branch), position.step)
             if signal is not None:

@@ -1,8 +1,9 @@
-"""What a pipeline changes on the shared denoiser for the time of its call: attention processors, as PAG's pipelines do,
-or settings on the module itself, as SkyReels' do.
+"""What a pipeline changes on shared modules for the time of its call: attention processors of its denoiser, as PAG's
+pipelines do, settings on the denoiser itself, as SkyReels' do, or plain settings of another part, as LTX's long videos
+switch on the VAE's tiling.
 
 Such changes are there while the pipeline's own code runs and in its own forwards, and nowhere else: neighbours, and
-whoever comes after a request that was aborted, find the denoiser as it was. Such a request shares no forward.
+whoever comes after a request that was aborted, find the modules as they were. Such a request shares no forward.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from vllm_omni.diffusion.denoiser.specs import unwrapped
 
 _PROCESSOR = "processor"  # what diffusers' attention modules call it
 _TORCHS_OWN = frozenset(vars(torch.nn.Module()))
-_ABSENT = object()
+_PLAIN = (bool, int, float, str, type(None))  # of a setting; lists and tensors are what a part works with (Wan's VAE)
+_ABSENT, _NO_SETTING = object(), object()
 
 _Entry = tuple[dict[str, Any], str, Any]  # a module's attributes, a name, and what it is to be
 
@@ -43,10 +45,14 @@ class OwnChanges:
 
 
 class SharedModules:
-    """The denoisers of a pipeline, as they are between the turns of its requests."""
+    """The denoisers of a pipeline and its other parts, as they are between the turns of its requests."""
 
-    def __init__(self, denoisers: Callable[[], Iterable[torch.nn.Module]]) -> None:
-        self._denoisers = denoisers
+    def __init__(
+        self,
+        denoisers: Callable[[], Iterable[torch.nn.Module]],
+        others: Callable[[], Iterable[torch.nn.Module]] = tuple,
+    ) -> None:
+        self._denoisers, self._others = denoisers, others
         self.scan()
 
     def scan(self) -> None:
@@ -55,11 +61,13 @@ class SharedModules:
         self._tops = [vars(denoiser) for denoiser in denoisers]
         modules = [vars(module) for denoiser in denoisers for module in denoiser.modules()]
         self._attentions = [attributes for attributes in modules if _PROCESSOR in attributes]
+        self._parts = [vars(part) for part in self._others()]
 
     @contextmanager
     def lent_to(self, changes: OwnChanges) -> Iterator[None]:
         """Within, a request's pipeline runs: it finds what it has changed, and may change more."""
         tops = [(attributes, dict(attributes)) for attributes in self._tops]
+        tops += [(attributes, _settings(attributes)) for attributes in self._parts]
         processors = [(attributes, attributes[_PROCESSOR]) for attributes in self._attentions]
         try:
             _put(changes.entries)
@@ -68,11 +76,22 @@ class SharedModules:
             changed = [a for a in processors if a[0][_PROCESSOR] is not a[1]]
             changes.entries = [(attributes, _PROCESSOR, attributes[_PROCESSOR]) for attributes, _ in changed]
             _put([(attributes, _PROCESSOR, processor) for attributes, processor in changed])
-            for attributes, before in tops:
-                names = [n for n in attributes.keys() | before.keys() if n not in _TORCHS_OWN]
-                names = [n for n in names if attributes.get(n, _ABSENT) is not before.get(n, _ABSENT)]
-                changes.entries += [(attributes, name, attributes.get(name, _ABSENT)) for name in names]
+            for i, (attributes, before) in enumerate(tops):
+                now = attributes if i < len(self._tops) else _settings(attributes)
+                names = [n for n in now.keys() | before.keys() if n not in _TORCHS_OWN]
+                names = [n for n in names if _differ(now.get(n, _ABSENT), before.get(n, _ABSENT))]
+                changes.entries += [(attributes, name, now.get(name, _ABSENT)) for name in names]
                 _put([(attributes, name, before.get(name, _ABSENT)) for name in names])
+
+
+def _settings(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value if isinstance(value, _PLAIN) else _NO_SETTING for name, value in attributes.items()}
+
+
+def _differ(one: Any, other: Any) -> bool:
+    if one is other or one is _NO_SETTING or other is _NO_SETTING:
+        return False
+    return not (type(one) is type(other) and isinstance(one, _PLAIN) and one == other)
 
 
 def _put(entries: Iterable[_Entry]) -> None:

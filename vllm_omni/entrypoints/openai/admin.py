@@ -6,6 +6,7 @@ Folders are named by whoever calls, and read only inside those that the operator
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -30,37 +31,40 @@ from vllm_omni.entrypoints.openai.state import AppState, State
 
 router = APIRouter(tags=["admin"])
 B = TypeVar("B", bound=BaseModel)
+ADAPTER_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}")
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class LoadAdapterBody(_Body):
+class LoadAdapterBody(Body):
     """`load_inplace` is vLLM's: an adapter is not replaced, it is unloaded first."""
 
-    lora_name: str = Field(pattern=r"^[A-Za-z0-9_-]{1,128}$", description="A new name, for `lora` or `model`.")
+    lora_name: str = Field(pattern=f"^{ADAPTER_NAME.pattern}$", description="A new name, for `lora` or `model`.")
     lora_path: str = Field(min_length=1, max_length=4096, description="A folder or file inside an allowed folder.")
     load_inplace: Literal[False] = False
 
 
-class UnloadAdapterBody(_Body):
+class UnloadAdapterBody(Body):
     lora_name: str = Field(max_length=128)
     lora_int_id: int | None = None
 
 
-class SleepBody(_Body):
+class SleepBody(Body):
     level: Literal[1, 2] = Field(default=1, description="1: weights to main memory; 2: dropped, and read again later.")
     tags: list[str] | None = Field(default=None, description="Without effect: all sleeps, and all wakes.")
+    stage_ids: list[int] | None = Field(default=None, description="Without effect, likewise.")
 
 
-class UpdateWeightsBody(_Body):
+class UpdateWeightsBody(Body):
     model_path: str = Field(min_length=1, max_length=4096, description="A model's folder inside an allowed folder.")
     target_modules: list[str] | None = Field(default=None, min_length=1, max_length=16, description="Default: all.")
     flush_cache: bool = Field(default=True, description="Without effect: caches live with their requests.")
+    load_format: Literal["auto", "safetensors"] | None = Field(default=None, description="Only safetensors are read.")
 
 
-class ProfileBody(_Body):
+class ProfileBody(Body):
     num_steps: int = Field(default=100, ge=1, le=10_000, description="Steps of the engine; the trace then ends itself.")
 
 
@@ -68,7 +72,7 @@ class ProfileBody(_Body):
 @router.post("/load_lora_adapter", include_in_schema=False)
 async def load_lora_adapter(http: Request, state: State) -> replies.Condition:
     """One more adapter; requests name it as `lora` or as their `model`. 409 if all places are in use."""
-    body = await _read(http, LoadAdapterBody)
+    body = await read(http, LoadAdapterBody)
     if body.lora_name in state.config.model_names:
         raise invalid("lora_name", "is the name of the model")
     path = await asyncio.to_thread(allowed, "lora_path", body.lora_path, state.config.allowed_model_folders)
@@ -79,7 +83,7 @@ async def load_lora_adapter(http: Request, state: State) -> replies.Condition:
 @router.post("/unload_lora_adapter", include_in_schema=False)
 async def unload_lora_adapter(http: Request, state: State) -> replies.Condition:
     """No new request gets the adapter; those that have it keep it, and with the last of them it goes."""
-    return await _do(state, UnloadAdapter((await _read(http, UnloadAdapterBody)).lora_name))
+    return await _do(state, UnloadAdapter((await read(http, UnloadAdapterBody)).lora_name))
 
 
 @router.post("/sleep", openapi_extra=body_schema(SleepBody, "application/json", needed=False))
@@ -87,7 +91,7 @@ async def unload_lora_adapter(http: Request, state: State) -> replies.Condition:
 @router.post("/release_memory_occupation", include_in_schema=False)
 async def sleep(http: Request, state: State) -> replies.Condition:
     """Accepted requests end, new ones get a 503; then the device's memory is free, until `/wake_up`."""
-    return await _do(state, Sleep((await _read(http, SleepBody)).level))
+    return await _do(state, Sleep((await read(http, SleepBody)).level))
 
 
 @router.post("/wake_up", openapi_extra=body_schema(SleepBody, "application/json", needed=False))
@@ -96,7 +100,7 @@ async def sleep(http: Request, state: State) -> replies.Condition:
 @router.post("/resume_memory_occupation", include_in_schema=False)
 async def wake_up(http: Request, state: State) -> replies.Condition:
     """Weights are where they were; 200 also if nothing slept, 409 if they cannot be read."""
-    await _read(http, SleepBody)
+    await read(http, SleepBody)
     return await _do(state, Wake())
 
 
@@ -110,7 +114,7 @@ async def is_sleeping(state: State) -> replies.Sleeping:
 @router.post("/update_weights_from_disk", openapi_extra=body_schema(UpdateWeightsBody, "application/json"))
 async def update_weights_from_disk(http: Request, state: State) -> replies.Condition:
     """Running requests end with the weights that they began with; those that wait get the new ones."""
-    body = await _read(http, UpdateWeightsBody)
+    body = await read(http, UpdateWeightsBody)
     path = await asyncio.to_thread(allowed, "model_path", body.model_path, state.config.allowed_model_folders)
     return await _do(state, UpdateWeights(str(path), body.target_modules))
 
@@ -118,7 +122,7 @@ async def update_weights_from_disk(http: Request, state: State) -> replies.Condi
 @router.post("/start_profile", openapi_extra=body_schema(ProfileBody, "application/json", needed=False))
 async def start_profile(http: Request, state: State) -> replies.Condition:
     """A trace of the next steps (torch.profiler), for chrome://tracing or Perfetto; 409 if one is being made."""
-    body, folder = await _read(http, ProfileBody), state.config.profiler_dir
+    body, folder = await read(http, ProfileBody), state.config.profiler_dir
     if folder is None:
         raise ApiError(400, "traces have no folder; start the server with --profiler-dir FOLDER", "not_enabled")
     return await _do(state, StartProfile(str(folder.expanduser().absolute()), body.num_steps))
@@ -127,7 +131,7 @@ async def start_profile(http: Request, state: State) -> replies.Condition:
 @router.post("/stop_profile")
 async def stop_profile(http: Request, state: State) -> replies.Condition:
     """The trace is written; 409 if none is being made."""
-    await _read(http, _Body)
+    await read(http, Body)
     return await _do(state, StopProfile())
 
 
@@ -154,7 +158,7 @@ def allowed(field: str, given: str, folders: Sequence[Path]) -> Path:
     return found
 
 
-async def _read(http: Request, kind: type[B]) -> B:
+async def read(http: Request, kind: type[B]) -> B:
     """The body as JSON, the query's `level` beside it; a page of another site cannot send what this takes."""
     data, media = await http.body(), http.headers.get("content-type", "")
     if media.partition(";")[0].strip().lower() != "application/json" and (data or media or "origin" in http.headers):

@@ -40,7 +40,7 @@ async def completions(http: Request, state: State) -> Any:
     messages = validate(ChatRequest, own, strict=True).messages
     prompt, sources = read_messages(messages)
     body = replace(body, fields={"prompt": prompt, **given})
-    request = check_request(ImageRequest, body, state.config, state.adapters)
+    request = check_request(ImageRequest, body, state.config, state.adapters, state.server_adapters)
     matched = match_pictures(replace(body, sources=sources), state.info, "messages")
     loading = media.load(matched, state.config, state.jobs.decoder, request.n or 1)
     pictures = await unless_gone(http.receive, loading)

@@ -29,7 +29,7 @@ _SIZE = re.compile(r"([0-9]{1,6})x([0-9]{1,6})")
 _SECONDS = re.compile(r"[0-9]{1,4}(\.[0-9]{1,3})?")
 # Names that clients give to a picture, and the pipeline's arguments for it; the first that the model has is meant.
 _ARGUMENTS = {
-    "image": ("image", "control_image"),
+    "image": ("image", "images", "cond_image", "control_image"),
     "mask": ("mask_image", "mask", "control_mask"),
     "control_image": ("control_image",),
 }
@@ -64,7 +64,8 @@ class GenerationRequest(Generic[R]):
     def prompt(self) -> Any:
         if not self.pictures:
             return self.request.prompt
-        media = {name: found[0] if len(found) == 1 else list(found) for name, found in self.pictures.items()}
+        one = {name for name, found in self.pictures.items() if len(found) == 1} - {"images"}
+        media = {name: found[0] if name in one else list(found) for name, found in self.pictures.items()}
         return {"prompt": self.request.prompt, "multi_modal_data": media}
 
     @property
@@ -177,11 +178,11 @@ def _parameters(request: BaseRequest, info: ModelInfo, limits: Limits, width: in
 
 
 def _supported(info: ModelInfo, **values: Any) -> dict[str, Any]:
-    """`values`; one that the model's pipeline does not have is refused, not dropped."""
+    """`values`; one that the model's pipeline does not have is refused, not dropped, unless it asks for nothing."""
     for name, value in values.items():
-        if value is not None and name not in info.parameters:
+        if value is not None and name not in info.parameters and (name, value) != ("true_cfg_scale", 1):
             raise invalid(name, f"this model has no {name}", "unsupported_parameter")
-    return values
+    return {name: value for name, value in values.items() if value is None or name in info.parameters}
 
 
 def _at_most(limit: float, **values: float | None) -> None:
@@ -256,8 +257,6 @@ def _frames(request: VideoRequest, info: ModelInfo, limits: Limits) -> int:
     multiple, name = info.frame_multiple, "num_frames"
     if request.num_frames is not None:
         frames = request.num_frames
-        if request.seconds is not None:
-            raise invalid("num_frames", "seconds and num_frames say the same; give one of them")
         if (frames - 1) % multiple:
             nearest = _nearest(frames, multiple)
             raise invalid("num_frames", f"num_frames must be a multiple of {multiple} plus 1, e.g. {nearest}")

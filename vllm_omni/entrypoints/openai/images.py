@@ -40,7 +40,7 @@ async def generations(http: Request, state: State) -> Any:
     """Pictures of a prompt: an ImagesReply, or with `stream` its events."""
     check_makes(state.info, "image")
     body = await read_json(http, state.config.limits)
-    request = check_request(ImageRequest, body, state.config, state.adapters)
+    request = check_request(ImageRequest, body, state.config, state.adapters, state.server_adapters)
     match_pictures(body, state.info, "image")
     generation = replace(plan_images(request, state.info, state.config.limits), salt=salt_of(http, request))
     return await respond(http, state, generation, _events(http, state, generation, "image_generation"))
@@ -59,7 +59,7 @@ async def edits(http: Request, state: State) -> Any:
     check_makes(state.info, "image")
     limits = state.config.limits
     body = await read_form(http, limits, limits.max_input_images, PICTURES)
-    request = check_request(ImageRequest, body, state.config, state.adapters)
+    request = check_request(ImageRequest, body, state.config, state.adapters, state.server_adapters)
     if not state.info.pictures:
         raise invalid("image", "this model takes no picture; it has /v1/images/generations", "unsupported_parameter")
     if not body.sources:

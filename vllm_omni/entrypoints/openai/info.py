@@ -26,6 +26,17 @@ async def models(state: State) -> replies.Models:
     return replies.Models(data=[_model(name, state) for name in names])
 
 
+@router.get("/models")
+@router.get("/v1/model_info", include_in_schema=False)
+async def model_info(state: State) -> replies.ModelInfo:
+    """The model as SGLang's clients ask for it."""
+    info = state.info
+    letter, picture = "V" if info.video_output else "I", info.pictures.get("image")
+    task = f"T2{letter}" if picture is None else f"I2{letter}" if picture.needed else f"TI2{letter}"
+    name = state.config.model_names[0]
+    return replies.ModelInfo(model_path=name, task_type=task, pipeline_name=info.pipeline, pipeline_class=info.pipeline)
+
+
 @router.get("/v1/models/{model_id:path}")
 async def model(model_id: str, state: State) -> replies.Model:
     """A model with what it can do, its defaults and the server's limits."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from hashlib import sha256
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
@@ -36,6 +37,8 @@ class AppState:
     statuses: Counter[int] = field(default_factory=Counter)
     latencies: Counter[float] = field(default_factory=Counter)  # upper bound -> replies
     latency_sum: float = 0.0
+    set_adapters: tuple[tuple[str, float], ...] = ()  # the last that were set for the whole server, with their scales
+    merged: bool = False  # whether they still are
 
     @property
     def info(self) -> ModelInfo:
@@ -45,6 +48,15 @@ class AppState:
     def adapters(self) -> Mapping[str, str]:
         """Those that requests may use: name -> where it came from."""
         return self.engine.condition.adapters
+
+    @property
+    def server_adapters(self) -> tuple[tuple[str, float], ...]:
+        """Those, with scales, of requests that name none."""
+        return tuple(one for one in self.set_adapters if one[0] in self.adapters) if self.merged else ()
+
+    def folder_of(self, adapter: str) -> str:
+        """The last part of where an adapter came from: the rest is nobody's business."""
+        return Path(self.adapters[adapter]).name
 
     @contextmanager
     def timed(self) -> Iterator[None]:

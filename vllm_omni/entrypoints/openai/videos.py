@@ -104,7 +104,7 @@ async def _read(http: Request, state: AppState) -> GenerationRequest[VideoReques
         body = await read_json(http, state.config.limits, _PICTURES)
     else:
         body = await read_form(http, state.config.limits, 1, _PICTURES)
-    request = check_request(VideoRequest, body, state.config, state.adapters)
+    request = check_request(VideoRequest, body, state.config, state.adapters, state.server_adapters)
     sources = match_pictures(body, state.info, INPUT_REFERENCE)
     pictures = await unless_gone(http.receive, media.load(sources, state.config, state.jobs.decoder))
     planned = await asyncio.to_thread(plan_video, request, state.info, state.config.limits, pictures)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,6 +26,7 @@ ALIASES = {
     "cfg_scale": "guidance_scale",
     "lora_request": "lora",
     "num_outputs_per_prompt": "n",
+    "num_images_per_prompt": "n",
     "return_stage_metrics": "include_timings",
 }
 NOT_HERE = ("complexity", "frame_count", "frame_duration_ms", "svg", "markup", "input_fidelity")
@@ -35,14 +36,19 @@ NO_MEANING = {
     "bot_task": "it is for another family of models",
     "enable_teacache": "the field cache chooses the cache",
     "flow_shift": "the scheduler is the model's own",
+    "fps": "this model makes pictures",
     "generator_device": "random numbers are drawn on the CPU",
+    "num_frames": "this model makes pictures",
     "output_path": "files are written where the operator says",
     "return_stage_metrics": "timings are told of pictures",
     "style": "it has no meaning for this model",
     "sys_type": "it is for another family of models",
     "system_prompt": "it is for another family of models",
+    "vae_use_slicing": "it is a flag of the server",
+    "vae_use_tiling": "it is a flag of the server",
     "use_system_prompt": "it is for another family of models",
 }
+_BESIDE_A_NAME = {"local_path", "lora_path", "path", "int_id", "lora_int_id"}  # in an object of `lora`
 _NOTHING = (None, False, "", "false", "False", "cpu")
 _KEY = re.compile(r"([A-Za-z_]\w{0,63})((?:\[\w{0,64}\]){0,4})")
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
@@ -151,10 +157,17 @@ def _body(
     return body
 
 
-def check_request(kind: type[R], body: Body, config: ServeConfig, adapters: Collection[str]) -> R:
+def check_request(
+    kind: type[R],
+    body: Body,
+    config: ServeConfig,
+    adapters: Collection[str],
+    unless_named: Sequence[tuple[str, float]] = (),
+) -> R:
     """Fields as given, as a request of that kind; ApiError for the first that is wrong.
 
-    One of the `adapters` that are loaded may be named as the model.
+    One of the `adapters` that are loaded may be named as the model; those of a request that names none are
+    `unless_named`, with their scales.
     """
     values: dict[str, Any] = {}
     for key, value in body.fields.items():
@@ -164,17 +177,19 @@ def check_request(kind: type[R], body: Body, config: ServeConfig, adapters: Coll
         if key in NO_MEANING and (key == "style" or name not in kind.model_fields) and value not in _NOTHING:
             body.warnings.append(f"{key} was ignored: {NO_MEANING[key]}")
         if name not in kind.model_fields:
-            if key in NO_MEANING or config.allow_unknown_fields:
+            if key in NO_MEANING or config.allow_unknown_fields or (name == "n" and value in (None, 1, "1")):
                 continue
             known = [*kind.model_fields, *ALIASES]
             raise invalid(key[:100], str(UnknownKeyError("the request", key[:100], known)), "unknown_parameter")
         if name in values and values[name] != value:
             raise invalid(key, f"{key} and {name} mean the same and differ; give one")
-        values[name] = value
+        values[name] = _named_adapters(value, key, body) if name == "lora" else value
         if name != key:
             body.names[name] = key
         if name == "lora":
             body.names["lora_request"] = key  # the engine's name
+    if values.get("num_frames") is not None and values.get("seconds") is not None:
+        body.warnings.append("seconds was ignored: num_frames says how long")
     if values.get("model") is None:
         values["model"] = config.model_names[0]
     request = validate(kind, values, strict=body.strict)
@@ -187,7 +202,24 @@ def check_request(kind: type[R], body: Body, config: ServeConfig, adapters: Coll
         if request.lora not in (None, request.model):
             raise invalid("lora", "the model named is an adapter already; name the model, and all adapters as lora")
         request = request.model_copy(update={"lora": request.model})
+    elif request.lora is None and unless_named:
+        request = request.model_copy(update={"lora": [{"name": name, "scale": scale} for name, scale in unless_named]})
     return request
+
+
+def _named_adapters(value: Any, key: str, body: Body) -> Any:
+    """Adapters without what upstream's clients send beside their names, which alone choose an adapter here."""
+    listed = value if isinstance(value, list) else [value]
+    named = [entry for entry in listed if isinstance(entry, dict) and entry.get("name")]
+    for extra in sorted({name for entry in named for name in _BESIDE_A_NAME & entry.keys() if entry[name]}):
+        body.warnings.append(f"{key}.{extra} was ignored: an adapter that is loaded is chosen by its name")
+    plain = [
+        {name: part for name, part in entry.items() if name not in _BESIDE_A_NAME}
+        if isinstance(entry, dict) and entry.get("name")
+        else entry
+        for entry in listed
+    ]
+    return plain if isinstance(value, list) else plain[0]
 
 
 def validate(kind: type[M], values: dict[str, Any], *, strict: bool) -> M:

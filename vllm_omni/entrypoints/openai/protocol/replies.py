@@ -206,5 +206,28 @@ class Condition(Sleeping):
     profiling: bool
 
 
+class ModelInfo(Reply):
+    """What is served, in SGLang's words."""
+
+    model_path: str
+    task_type: str = Field(description="T2I, I2I, TI2I, T2V, …: from text, a picture or either, to pictures or videos.")
+    pipeline_name: str
+    pipeline_class: str
+    num_gpus: int = 1
+
+
+class ServerAdapters(Reply):
+    """The adapters that requests run with which name none."""
+
+    status: Literal["ok"] = "ok"
+    message: str
+    active: list[dict[str, Any]]
+
+
+class ListedAdapters(Reply):
+    loaded_adapters: list[dict[str, str]]
+    active: dict[str, list[dict[str, Any]]]
+
+
 class Version(Reply):
     version: str

@@ -1,0 +1,67 @@
+"""Settings of other caches by the names that their users type: cache-dit's (DBCache) and SeaCache's. Knows no cache.
+
+What means the same here is renamed; what our rules do in one way only may say so; anything else is refused with what
+to give instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_omni.errors import InvalidValueError
+
+_RENAMED = {
+    "residual_diff_threshold": "rel_l1_thresh",
+    "max_continuous_cached_steps": "mag_max_skip_steps",
+    "sea_threshold": "rel_l1_thresh",
+    "sea_max_consecutive_cached": "mag_max_skip_steps",
+}
+# name -> (the one value that is what is done here, what to give for another)
+_FIXED: dict[str, tuple[Any, str]] = {
+    "Fn_compute_blocks": (1, "must be 1: the first block decides, and the others are skipped together"),
+    "Bn_compute_blocks": (0, "must be 0: all blocks but the first are skipped together"),
+    "max_cached_steps": (-1, "must be -1; mag_max_skip_steps bounds the steps in a row, steps_mask says which"),
+    "taylorseer_order": (1, "must be 1, which is predictor='linear'"),
+    "scm_steps_mask_policy": (None, "is steps_mask here: {'compute': [...], 'skip': [...]} in turns"),
+    "scm_steps_policy": ("dynamic", "must be 'dynamic': every skip adds a forecast"),
+    "force_refresh_step_hint": (None, "is not needed: each request begins with an empty cache"),
+    "force_refresh_step_policy": ("once", "is not needed: each request begins with an empty cache"),
+    "sea_power_exp": (None, "is the published filter's: 2 for pictures and 3 for videos; leave it out"),
+}
+_PREDICTORS: dict[str, dict[Any, str]] = {
+    "enable_taylorseer": {False: "reuse", True: "linear"},
+    "sea_residual_order": {0: "reuse", 1: "linear"},
+}
+OTHER_NAMES = frozenset({*_RENAMED, *_FIXED, *_PREDICTORS, "max_warmup_steps"})
+
+
+def in_our_names(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` under the names of `DiffusionCacheConfig`; InvalidValueError for what is not done here."""
+    own = {name: value for name, value in values.items() if name not in OTHER_NAMES}
+    for name in values.keys() & OTHER_NAMES:
+        value = values[name]
+        if name in _FIXED:
+            only, fix = _FIXED[name]
+            if value != only:
+                raise InvalidValueError(name, value, fix)
+            continue
+        target, meant = _meaning(name, value, values)
+        if own.setdefault(target, meant) != meant:
+            raise InvalidValueError(name, value, f"says what {target} says, and another value; give one of them")
+    return own
+
+
+def _meaning(name: str, value: Any, values: Mapping[str, Any]) -> tuple[str, Any]:
+    if name in _RENAMED:
+        return _RENAMED[name], value
+    if name in _PREDICTORS:
+        choices = _PREDICTORS[name]
+        if value not in choices:
+            raise InvalidValueError(name, value, f"must be one of {', '.join(map(str, choices))}")
+        return "predictor", choices[value]
+    steps = values.get("num_inference_steps")
+    if not isinstance(steps, int) or not isinstance(value, int) or not 0 <= value < steps:
+        fix = "is a number of steps: give a larger num_inference_steps with it, or mag_retention_ratio, a share of them"
+        raise InvalidValueError(name, value, fix)
+    return "mag_retention_ratio", value / steps
