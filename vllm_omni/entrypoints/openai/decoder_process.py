@@ -1,6 +1,7 @@
-"""A process that decodes pictures: `python -m vllm_omni.entrypoints.openai.decoder_process PIXELS SECONDS BYTES`.
+"""A process that decodes pictures: `python -m …decoder_process PIXELS SECONDS BYTES NICENESS`.
 
-Started by `decoding.py` alone: jobs come on standard input, a line of JSON and then bytes, and answers go out likewise.
+Started by `decoding.py` alone: jobs come on standard input, a line of JSON and then bytes, and answers go out likewise,
+or the pixels go into a file of shared memory that the job names.
 It imports nothing of the server, so that it starts in a moment.
 """
 
@@ -11,7 +12,7 @@ import os
 import resource
 import signal
 import sys
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, PngImagePlugin
 
@@ -23,7 +24,7 @@ LARGE = "more than the lane of small pictures takes"
 
 
 def _work(job: list[Any], data: list[bytes], lane_pixels: int) -> tuple[tuple[str, str] | None, list[Image.Image]]:
-    most, given = job
+    most, given, _ = job
     pixels = cost = 0
     try:
         for (name, _, _), content in zip(given, data, strict=True):
@@ -45,15 +46,21 @@ def _work(job: list[Any], data: list[bytes], lane_pixels: int) -> tuple[tuple[st
         return (name, str(error)), []
 
 
+def _put(pictures: list[Image.Image], into: BinaryIO) -> None:
+    """Write the pixels, and forget them."""
+    while pictures:
+        into.write(pictures.pop(0).tobytes())
+
+
 def main() -> None:
     """Decode what comes on standard input until it ends."""
-    lane_pixels, seconds, memory = map(int, sys.argv[1:])
+    lane_pixels, seconds, memory, niceness = map(int, sys.argv[1:])
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the server decides when it ends
         signal.signal(number, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     PngImagePlugin.MAX_TEXT_MEMORY = 4 * 2**20
-    os.nice(5)
+    os.nice(niceness)
     into, out = sys.stdin.buffer, sys.stdout.buffer
     while line := into.readline():
         job = json.loads(line)
@@ -61,9 +68,12 @@ def main() -> None:
         used = int(usage.ru_utime + usage.ru_stime)
         resource.setrlimit(resource.RLIMIT_CPU, (used + seconds, resource.RLIM_INFINITY))
         refusal, pictures = _work(job, [into.read(given[2]) for given in job[1]], lane_pixels)
-        out.write(json.dumps([refusal, [(picture.mode, *picture.size) for picture in pictures]]).encode() + b"\n")
-        while pictures:
-            out.write(pictures.pop(0).tobytes())
+        answer = json.dumps([refusal, [(picture.mode, *picture.size) for picture in pictures]]).encode() + b"\n"
+        if shared := job[2]:
+            with open(shared, "r+b") as pixels:
+                _put(pictures, pixels)
+        out.write(answer)
+        _put(pictures, out)
         out.flush()
 
 
