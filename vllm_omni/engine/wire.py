@@ -15,7 +15,7 @@ from msgspec import Struct
 
 import vllm_omni.errors as errors
 from vllm_omni.engine.interface import EngineCondition, EngineStats, ModelInfo
-from vllm_omni.engine.pictures import CHANNELS, PackedPicture, SharedPicture, shared_image
+from vllm_omni.engine.pictures import CHANNELS, PackedPicture, Place, SharedPicture
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
@@ -271,7 +271,7 @@ def _decode_ext(code: int, data: memoryview) -> Any:
         mode, size, pixels = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, int], bytes])
         return _as_picture(mode, size, pixels)
     if code == _SHARED:
-        return shared_image(*msgspec.msgpack.decode(data, type=tuple[str, tuple[int, int], int, int, int, int]))
+        return msgspec.msgpack.decode(data, type=Place)
     if code in (_ARRAY, _TENSOR):
         name, shape, content = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, ...], bytes])
         return _as_array(name, shape, content, torch_too=code == _TENSOR)

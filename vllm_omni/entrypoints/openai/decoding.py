@@ -45,7 +45,7 @@ class Refusal(NamedTuple):
 
 
 class Decoder:
-    """Two lanes of processes, which start when they are needed. `close` ends what runs."""
+    """Two lanes of processes; those for small pictures start at once. `close` ends what runs."""
 
     def __init__(self, max_pixels: int) -> None:
         self._lanes = (_Lane(2, min(SMALL_PIXELS, max_pixels), 3, max_pixels), _Lane(1, max_pixels, 15, max_pixels))
@@ -92,6 +92,10 @@ class _Lane:
         self._threads = ThreadPoolExecutor(workers, "vllm-omni-decode")
         self._own = threading.local()
         self._processes: set[subprocess.Popen[bytes]] = set()
+        if not self._large:
+            starting = threading.Barrier(workers)  # else one thread would take all of these
+            for _ in range(workers):
+                self._threads.submit(self._start, starting)
 
     async def run(self, pictures: Sequence[Given], max_pixels: int) -> list[Sent] | Refusal:
         job = _Job(pictures, max_pixels)
@@ -121,6 +125,10 @@ class _Lane:
         with job.lock:
             job.process = None
         return answer
+
+    def _start(self, together: threading.Barrier) -> None:
+        self._process()
+        together.wait()
 
     def _process(self) -> subprocess.Popen[bytes]:
         process: subprocess.Popen[bytes] | None = vars(self._own).get("process")
