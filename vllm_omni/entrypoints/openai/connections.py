@@ -2,7 +2,8 @@
 
 uvicorn has a time-out between two requests alone. This protocol, which it is given as its `http`, also ends a
 connection that does not finish its request's head, stops in the middle of a body, or does not read its reply. At the
-cap, the connection that has been without a request for longest makes room for the new one.
+cap, the connection that has been without a request for longest makes room for the new one. With `Loop`, all of this
+also holds for a connection whose TLS handshake has not ended.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import asyncio
 import os
 import resource
 import time
-from typing import Any
+from asyncio.sslproto import SSLProtocol
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
@@ -51,6 +54,36 @@ class Accepting:
             logger.error("%s: %s", context["message"], context.get("exception"))
 
 
+class Loop(asyncio.SelectorEventLoop):
+    """The loop of a server whose protocols are `guarded`: it makes their TLS connections."""
+
+    async def create_server(self, protocol_factory: Callable[[], Any], *places: Any, **options: Any) -> asyncio.Server:  # type: ignore[override]
+        """As the standard loop's, but for `ssl`."""
+        context = options.pop("ssl", None)
+
+        def greeting() -> asyncio.BaseProtocol:
+            return _Greeting(self, protocol_factory(), context)
+
+        return await super().create_server(protocol_factory if context is None else greeting, *places, **options)
+
+
+class _Greeting(SSLProtocol):
+    """TLS under a guarded protocol, which counts it from its first byte and learns of the end of its handshake."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, guarded: Any, context: Any) -> None:
+        self.guarded, most = guarded, guarded.handshake_s
+        waiter: Any = None  # nobody waits for the handshake
+        super().__init__(loop, guarded, context, waiter, True, ssl_handshake_timeout=most, ssl_shutdown_timeout=most)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.guarded.greet(transport)
+        super().connection_made(transport)
+
+    def connection_lost(self, error: BaseException | None) -> None:
+        self.guarded.greeted()
+        super().connection_lost(error)
+
+
 class _Counted:
     """A transport that counts what is written to it."""
 
@@ -71,17 +104,42 @@ def guarded(most: int, timeout_s: float) -> type[asyncio.Protocol]:
     class Guarded(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         """A connection that is watched; `since` is when it last did what it has to do next."""
 
-        sweeping = False
+        sweeping = leaving = False
+        greeting: ClassVar[dict[Guarded, tuple[float, asyncio.Transport]]] = {}  # in their TLS handshakes, since when
+        handshake_s = min(HEAD_S, timeout_s)
+
+        def greet(self, transport: asyncio.Transport) -> None:
+            """A TLS handshake begins."""
+            if self.find_room():
+                self.greeting[self] = time.monotonic(), transport
+            else:
+                transport.abort()
+
+        def greeted(self) -> None:
+            self.greeting.pop(self, None)
+
+        def find_room(self) -> bool:
+            """Whether one more may stay: the one that has been without a request for longest goes for it."""
+            staying = [one for one in self.connections if not one.leaving]
+            if len(staying) + len(self.greeting) < most:
+                return True
+            unasked = {one: one.since for one in staying if one.owes} | {k: v[0] for k, v in self.greeting.items()}
+            if not unasked:
+                return False
+            oldest = min(unasked, key=lambda one: unasked[one])
+            transport = self.greeting.pop(oldest)[1] if oldest in self.greeting else oldest.transport
+            oldest.leaving = True  # within this turn of the loop it is still there
+            transport.abort()
+            return True
 
         def connection_made(self, transport: asyncio.Transport) -> None:
+            self.greeted()
+            room = self.find_room()
             super().connection_made(_Counted(transport))
             self.since, self.taken = time.monotonic(), 0
-            if len(self.connections) > most:
-                unasked = [one for one in self.connections if one is not self and one.owes]
-                if not unasked:
-                    self.transport.write(_BUSY)
-                    return self.transport.close()
-                min(unasked, key=lambda one: one.since).transport.abort()
+            if not room:
+                self.transport.write(_BUSY)
+                return self.transport.close()
             if not Guarded.sweeping:
                 Guarded.sweeping = True
                 self.loop.call_later(_SWEEP_S, Guarded.sweep, self.loop, self.connections)
