@@ -98,87 +98,91 @@ class _Counted:
         return getattr(self.transport, name)
 
 
-def guarded(most: int, timeout_s: float) -> type[asyncio.Protocol]:
-    """The protocol with that cap and that time-out."""
+class Guarded(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    """A connection that is watched; `since` is when it last did what it has to do next."""
 
-    class Guarded(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-        """A connection that is watched; `since` is when it last did what it has to do next."""
+    most: ClassVar[int]
+    timeout_s: ClassVar[float]
+    handshake_s: ClassVar[float]
+    greeting: ClassVar[dict[Guarded, tuple[float, asyncio.Transport]]]  # in their TLS handshakes, since when
+    sweeping: ClassVar[bool] = False
+    leaving = False
 
-        sweeping = leaving = False
-        greeting: ClassVar[dict[Guarded, tuple[float, asyncio.Transport]]] = {}  # in their TLS handshakes, since when
-        handshake_s = min(HEAD_S, timeout_s)
-
-        def greet(self, transport: asyncio.Transport) -> None:
-            """A TLS handshake begins."""
-            if self.find_room():
-                self.greeting[self] = time.monotonic(), transport
-            else:
-                transport.abort()
-
-        def greeted(self) -> None:
-            self.greeting.pop(self, None)
-
-        def find_room(self) -> bool:
-            """Whether one more may stay: the one that has been without a request for longest goes for it."""
-            staying = [one for one in self.connections if not one.leaving]
-            if len(staying) + len(self.greeting) < most:
-                return True
-            unasked = {one: one.since for one in staying if one.owes} | {k: v[0] for k, v in self.greeting.items()}
-            if not unasked:
-                return False
-            oldest = min(unasked, key=lambda one: unasked[one])
-            transport = self.greeting.pop(oldest)[1] if oldest in self.greeting else oldest.transport
-            oldest.leaving = True  # within this turn of the loop it is still there
+    def greet(self, transport: asyncio.Transport) -> None:
+        """A TLS handshake begins."""
+        if self.find_room():
+            self.greeting[self] = time.monotonic(), transport
+        else:
             transport.abort()
+
+    def greeted(self) -> None:
+        self.greeting.pop(self, None)
+
+    def find_room(self) -> bool:
+        """Whether one more may stay: the one that has been without a request for longest goes for it."""
+        staying = [one for one in self.connections if not one.leaving]
+        if len(staying) + len(self.greeting) < self.most:
             return True
+        unasked = {one: one.since for one in staying if one.owes} | {k: v[0] for k, v in self.greeting.items()}
+        if not unasked:
+            return False
+        oldest = min(unasked, key=lambda one: unasked[one])
+        transport = self.greeting.pop(oldest)[1] if oldest in self.greeting else oldest.transport
+        oldest.leaving = True  # within this turn of the loop it is still there
+        transport.abort()
+        return True
 
-        def connection_made(self, transport: asyncio.Transport) -> None:
-            self.greeted()
-            room = self.find_room()
-            super().connection_made(_Counted(transport))
-            self.since, self.taken = time.monotonic(), 0
-            if not room:
-                self.transport.write(_BUSY)
-                return self.transport.close()
-            if not Guarded.sweeping:
-                Guarded.sweeping = True
-                self.loop.call_later(_SWEEP_S, Guarded.sweep, self.loop, self.connections)
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        self.greeted()
+        room = self.find_room()
+        super().connection_made(_Counted(transport))
+        self.since, self.taken = time.monotonic(), 0
+        if not room:
+            self.transport.write(_BUSY)
+            return self.transport.close()
+        if not self.sweeping:
+            type(self).sweeping = True
+            self.loop.call_later(_SWEEP_S, self.sweep, self.loop, self.connections)
 
-        def data_received(self, data: bytes) -> None:
-            if not self.idle:  # bytes of a head that never ends are no progress
-                self.since = time.monotonic()
-            super().data_received(data)
-
-        def on_response_complete(self) -> None:
+    def data_received(self, data: bytes) -> None:
+        if not self.idle:  # bytes of a head that never ends are no progress
             self.since = time.monotonic()
-            super().on_response_complete()
+        super().data_received(data)
 
-        @property
-        def idle(self) -> bool:
-            """No request has begun, or the last one has been answered."""
-            return self.cycle is None or self.cycle.response_complete
+    def on_response_complete(self) -> None:
+        self.since = time.monotonic()
+        super().on_response_complete()
 
-        @property
-        def owes(self) -> bool:
-            """The client has not sent its whole request."""
-            return self.idle or (self.cycle.more_body and not self.flow.read_paused)
+    @property
+    def idle(self) -> bool:
+        """No request has begun, or the last one has been answered."""
+        return self.cycle is None or self.cycle.response_complete
 
-        def check(self, now: float) -> None:
-            unsent = self.transport.get_write_buffer_size()
-            taken = self.transport.written - unsent
-            reads = taken >= self.taken + LEAST_BYTES or (taken > self.taken and not unsent)
-            if reads or not (unsent or self.owes):  # it reads its reply, or waits for one
-                self.since, self.taken = now, taken
-            limit = HEAD_S if self.idle and not unsent else timeout_s
-            if now - self.since > min(limit, timeout_s):
-                self.transport.abort()
+    @property
+    def owes(self) -> bool:
+        """The client has not sent its whole request."""
+        return self.idle or (self.cycle.more_body and not self.flow.read_paused)
 
-        @staticmethod
-        def sweep(loop: asyncio.AbstractEventLoop, connections: set[Guarded]) -> None:
-            for one in [*connections]:
-                one.check(time.monotonic())
-            Guarded.sweeping = bool(connections)
-            if connections:
-                loop.call_later(_SWEEP_S, Guarded.sweep, loop, connections)
+    def check(self, now: float) -> None:
+        unsent = self.transport.get_write_buffer_size()
+        taken = self.transport.written - unsent
+        reads = taken >= self.taken + LEAST_BYTES or (taken > self.taken and not unsent)
+        if reads or not (unsent or self.owes):  # it reads its reply, or waits for one
+            self.since, self.taken = now, taken
+        limit = HEAD_S if self.idle and not unsent else self.timeout_s
+        if now - self.since > min(limit, self.timeout_s):
+            self.transport.abort()
 
-    return Guarded
+    @classmethod
+    def sweep(cls, loop: asyncio.AbstractEventLoop, connections: set[Guarded]) -> None:
+        for one in [*connections]:
+            one.check(time.monotonic())
+        cls.sweeping = bool(connections)
+        if connections:
+            loop.call_later(_SWEEP_S, cls.sweep, loop, connections)
+
+
+def guarded(most: int, timeout_s: float) -> type[Guarded]:
+    """The protocol with that cap and that time-out."""
+    limits = {"most": most, "timeout_s": timeout_s, "handshake_s": min(HEAD_S, timeout_s), "greeting": {}}
+    return type("Limited", (Guarded,), limits)
