@@ -159,16 +159,16 @@ class Soak(Clients):
     def run(self) -> dict[str, Any]:
         for number in range(len(ASKED)):  # what is right
             self.edit(number)
+        others, urls = get_context("spawn"), [self.editor.url, self.filmer.url]
+        ready, over, self.probes, counted = others.Barrier(3), others.Event(), others.Queue(), others.Queue()
+        apart = [others.Process(target=attack, args=(self.editor.url, ready, over, counted)),
+                 others.Process(target=probe, args=(urls, ready, over, self.probes))]  # fmt: skip
+        for process in apart:
+            process.start()
+        ready.wait(120)
         self.began, self.edits, every = time.monotonic(), [], min(5.0, self.seconds / 120)
         threads = [self.loop(work, pause_s, ordinary=True) for work, pause_s in (
             (self.edit, 0.5), (self.edit, 1.0), (self.chat, 1.0), (self.film, 1.0))]  # fmt: skip
-        others = get_context("spawn")
-        over, self.probes, counted = others.Event(), others.Queue(), others.Queue()
-        urls = [self.editor.url, self.filmer.url]
-        apart = [others.Process(target=attack, args=(self.editor.url, over, counted)),
-                 others.Process(target=probe, args=(urls, over, self.began, self.probes))]  # fmt: skip
-        for process in apart:
-            process.start()
         todo = [(share * self.seconds, self.kill if "kill" in name else self.fill) for name, share in EVENTS.items()]
         for turn in count():
             if self.now() > self.seconds:
@@ -191,7 +191,7 @@ class Soak(Clients):
     def take_probes(self) -> None:
         while True:
             try:
-                self.live += self.probes.get(timeout=0.05)
+                self.live += [(at - self.began, taken) for at, taken in self.probes.get(timeout=0.05)]
             except Empty:
                 return
 

@@ -119,9 +119,10 @@ class Hostile(Clients):
             (self.flood, 4.0), (self.idle, 2.0))]  # fmt: skip
 
 
-def attack(url: str, over: Any, counts: Any) -> None:
+def attack(url: str, ready: Any, over: Any, counts: Any) -> None:
     """In a process of its own."""
     clients = Hostile(url)
+    ready.wait()
     threads = clients.start()
     over.wait()
     clients.over.set()
@@ -130,15 +131,16 @@ def attack(url: str, over: Any, counts: Any) -> None:
     counts.put((clients.counts, [thread.name for thread in threads if thread.is_alive()]))
 
 
-def probe(urls: list[str], over: Any, began: float, found: Any) -> None:
-    """In a process of its own: when, and how long `/health/live` took."""
+def probe(urls: list[str], ready: Any, over: Any, found: Any) -> None:
+    """In a process of its own: when (monotonic), and how long `/health/live` took."""
     taken: list[tuple[float, float]] = []
+    ready.wait()
     with httpx.Client(timeout=30) as client:
         while not over.wait(0.1):
             for url in urls:
                 start = time.monotonic()
                 client.get(url + "/health/live").raise_for_status()
-                taken.append((start - began, time.monotonic() - start))
-            if len(taken) % 100 == 0:
-                found.put(taken[-100:])
-    found.put(taken[len(taken) // 100 * 100 :])
+                taken.append((start, time.monotonic() - start))
+            if len(taken) % 20 == 0:
+                found.put(taken[-20:])
+    found.put(taken[len(taken) // 20 * 20 :])

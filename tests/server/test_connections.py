@@ -89,6 +89,50 @@ def test_a_head_that_drips_is_dropped(few: Command) -> None:
             time.sleep(0.1)
 
 
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(("begin", "more"), [
+    (b"GET / HTTP/1.1\r\nX: ", b"y" * 1024), (b"GET / HTTP/1.1\r\n", b"X: y\r\n" * 200), (b"GET /", b"y" * 1024),
+    (CHUNKED + b"0\r\n", b"X: y\r\n" * 200), (CHUNKED + b"2;", b"y" * 1024), (CHUNKED, b"00000000" * 128),
+])  # fmt: skip
+def test_what_is_no_body_has_a_limit(reading: tuple[str, int], begin: bytes, more: bytes) -> None:
+    """A parser keeps heads, trailers and extensions of chunks, for as long as they come."""
+    sent = 0
+    with socket.create_connection(reading, timeout=5) as connection:
+        connection.sendall(begin)
+        with suppress(OSError):
+            while sent < 64 * 1024:
+                connection.sendall(more)
+                sent += 1
+    assert sent < 16 * 1024, "KiB: the limit, and what the kernel takes"
+
+
+def test_a_body_may_come_in_the_smallest_chunks(reading: tuple[str, int]) -> None:
+    with socket.create_connection(reading, timeout=30) as connection:
+        connection.sendall(CHUNKED + b"000001\r\n \r\n" * 300_000 + b"0\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.fixture
+def reading() -> Iterator[tuple[str, int]]:
+    """The address of a server behind this protocol that reads the whole body before it answers."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, http=guarded(16, 30.0), lifespan="off", log_level="error"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
+    thread.start()
+    yield sock.getsockname()
+    server.should_exit = True
+    thread.join(10)
+
+
 REPLY = bytes(32 * 2**20)  # more than the kernel takes
 
 

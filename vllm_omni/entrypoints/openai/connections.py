@@ -23,7 +23,10 @@ from vllm_omni.logger import init_logger
 logger = init_logger(__name__)
 
 HEAD_S = 10.0  # for the head of a request, from its connection or the reply before; less, if clients have less
+MAX_HEAD = 2**20  # bytes that are no body, in one request: its head, its trailers, what is beside its chunks
+_PER_BODY_BYTE = 16  # so many more for each byte of its body, which may come in chunks of one
 LEAST_BYTES = 64 * 2**10  # of its reply that a client must take within the time-out
+_CALLS_BACK = "on_body" in vars(AutoHTTPProtocol)  # httptools; h11 has limits of its own
 _SPARE = 32  # descriptors for files, pictures' decoders and the engine
 _SWEEP_S = 0.5
 _BUSY = b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
@@ -136,7 +139,7 @@ class Guarded(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         self.greeted()
         room = self.find_room()
         super().connection_made(_Counted(transport))
-        self.since, self.taken = time.monotonic(), 0
+        self.since, self.taken, self.beside = time.monotonic(), 0, 0
         if not room:
             self.transport.write(_BUSY)
             return self.transport.close()
@@ -147,7 +150,18 @@ class Guarded(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
     def data_received(self, data: bytes) -> None:
         if not self.idle:  # bytes of a head that never ends are no progress
             self.since = time.monotonic()
+        self.beside += len(data)
         super().data_received(data)
+        if self.beside > MAX_HEAD and _CALLS_BACK:
+            self.transport.abort()  # the parser keeps all of it
+
+    def on_message_begin(self) -> None:
+        self.beside = 0
+        super().on_message_begin()
+
+    def on_body(self, body: bytes) -> None:
+        self.beside -= (1 + _PER_BODY_BYTE) * len(body)
+        super().on_body(body)
 
     def on_response_complete(self) -> None:
         self.since = time.monotonic()

@@ -26,7 +26,7 @@ from vllm_omni.entrypoints.openai.decoder_process import LARGE, SMALL_PIXELS
 SMALL_BYTES = 8 * 2**20  # of all files of a request: more go straight to the lane of large ones
 _MEMORY = 320 * 2**20  # address space of such a process, besides what pixels take:
 _BYTES_PER_PIXEL = 8  # reserved by opening a WebP of any lane; and again by turning a picture and laying it on white
-_NICENESS = 10  # of the process for large pictures
+_NICENESS = 5  # of the process for large pictures
 
 
 class Given(NamedTuple):

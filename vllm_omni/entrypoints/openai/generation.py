@@ -209,7 +209,7 @@ def _size(request: BaseRequest, info: ModelInfo, limits: Limits, own: tuple[int,
     """(width, height) in pixels: as asked, else `own` (that of a picture given), else the model's."""
     width, height, field = request.width, request.height, None
     if request.size not in (None, "auto"):
-        if not (match := _SIZE.fullmatch(request.size or "")):
+        if not (match := _SIZE.fullmatch(request.size or "")) or 0 in map(int, match.groups()):
             raise invalid("size", "size must be auto, or WIDTHxHEIGHT in pixels, e.g. 1024x1024")
         named = int(match[1]), int(match[2])
         if (width or named[0], height or named[1]) != named:
