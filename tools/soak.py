@@ -57,7 +57,7 @@ class Soak(Clients):
         super().__init__()
         self.editor, self.filmer, self.store, self.seconds, self.full = editor, filmer, store, seconds, False
         self.edits: list[tuple[float, float]] = []  # when, and how long
-        self.live: list[tuple[float, float]] = []
+        self.live: list[tuple[float, float, str]] = []
         self.samples: list[dict[str, float]] = []
         self.pictures: dict[int, list[np.ndarray]] = {}
 
@@ -152,14 +152,14 @@ class Soak(Clients):
         self.take_probes()
         if len(self.samples) % 12 == 1:
             shown = " ".join(f"{name}={value:.0f}" for name, value in found.items() if "MiB" in name)
-            slow = max((taken for at, taken in self.live if at > found["at"] - 60), default=0.0)
+            slow = max((taken for at, taken, _ in self.live if at > found["at"] - 60), default=0.0)
             counted = f"served {len(self.edits)} lost {len(self.lost)} live<={slow:.2f}"
             print(f"{found['at']:6.0f} s  {counted} {shown}", flush=True)
 
     def run(self) -> dict[str, Any]:
         for number in range(len(ASKED)):  # what is right
             self.edit(number)
-        others, urls = get_context("spawn"), [self.editor.url, self.filmer.url]
+        others, urls = get_context("spawn"), {"editor": self.editor.url, "filmer": self.filmer.url}
         ready, over, self.probes, counted = others.Barrier(3), others.Event(), others.Queue(), others.Queue()
         apart = [others.Process(target=attack, args=(self.editor.url, ready, over, counted)),
                  others.Process(target=probe, args=(urls, ready, over, self.probes))]  # fmt: skip
@@ -191,12 +191,13 @@ class Soak(Clients):
     def take_probes(self) -> None:
         while True:
             try:
-                self.live += [(at - self.began, taken) for at, taken in self.probes.get(timeout=0.05)]
+                self.live += [(at - self.began, taken, name) for at, taken, name in self.probes.get(timeout=0.05)]
             except Empty:
                 return
 
     def told(self, hanging: list[str]) -> dict[str, Any]:
-        taken, live = sorted(taken for _, taken in self.edits), sorted(taken for _, taken in self.live)
+        taken = sorted(taken for _, taken in self.edits)
+        live = {name: sorted(taken for _, taken, of in self.live if of == name) for name in ("editor", "filmer")}
         names = sorted({name for one in self.samples for name in one} - {"at"})
         windows = [(1 / 6, 1 / 3), (5 / 6, 1.0)]
         level = {name: [self.median(name, *window) for window in windows] for name in names}
@@ -206,13 +207,15 @@ class Soak(Clients):
         told = {
             "seconds": round(self.now()), "counts": dict(sorted(self.counts.items())), "lost": self.lost,
             "edit_s": {"median": at_share(taken, 0.5), "p99": at_share(taken, 0.99), "max": at_share(taken, 1.0)},
-            "live_s": {"median": at_share(live, 0.5), "p99": at_share(live, 0.99), "max": at_share(live, 1.0)},
+            "live_s": {name: {"median": at_share(one, 0.5), "p99": at_share(one, 0.99), "max": at_share(one, 1.0),
+                              "late": sum(taken > LIVE_S for taken in one), "all": len(one)}
+                       for name, one in live.items()},
             "level": level, "grown": grown, "hanging": hanging, "log_bytes": [len(log) for log in logs],
             "prompt_in_a_log": any("marker of a private" in log.lower() for log in logs),
             "tracebacks": sum(log.count("Traceback (most recent") for log in logs),
         }  # fmt: skip
         bad = bool(self.lost or grown or hanging or told["prompt_in_a_log"] or told["tracebacks"])
-        return told | {"holds": not bad and live[-1] <= LIVE_S and self.counts["kills"] == 4}
+        return told | {"holds": not bad and max(map(max, live.values())) <= LIVE_S and self.counts["kills"] == 4}
 
     def median(self, name: str, begin: float, end: float) -> float:
         """Of the samples between two shares of the time."""
@@ -227,7 +230,9 @@ class Soak(Clients):
             points = [(one["at"] / 60, one[name]) for one in self.samples if name in one]
             (handles if "fds" in name else memory).plot(*zip(*points, strict=True), label=name, linewidth=1)
         for label, points in (("edits and chats", self.edits), ("/health/live", self.live)):
-            delay.plot([at / 60 for at, _ in points], [taken for _, taken in points], ".", markersize=2, label=label)
+            delay.plot(
+                [point[0] / 60 for point in points], [point[1] for point in points], ".", markersize=2, label=label
+            )
         delay.set(yscale="log", ylabel="seconds", xlabel="minutes")
         memory.set_ylabel("resident MiB")
         handles.set_ylabel("descriptors")

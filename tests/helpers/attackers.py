@@ -131,16 +131,16 @@ def attack(url: str, ready: Any, over: Any, counts: Any) -> None:
     counts.put((clients.counts, [thread.name for thread in threads if thread.is_alive()]))
 
 
-def probe(urls: list[str], ready: Any, over: Any, found: Any) -> None:
-    """In a process of its own: when (monotonic), and how long `/health/live` took."""
-    taken: list[tuple[float, float]] = []
+def probe(urls: dict[str, str], ready: Any, over: Any, found: Any) -> None:
+    """In a process of its own: when (monotonic), how long `/health/live` took, and of whom."""
+    taken: list[tuple[float, float, str]] = []
     ready.wait()
     with httpx.Client(timeout=30) as client:
         while not over.wait(0.1):
-            for url in urls:
+            for name, url in urls.items():
                 start = time.monotonic()
                 client.get(url + "/health/live").raise_for_status()
-                taken.append((start, time.monotonic() - start))
+                taken.append((start, time.monotonic() - start, name))
             if len(taken) % 20 == 0:
                 found.put(taken[-20:])
     found.put(taken[len(taken) // 20 * 20 :])
