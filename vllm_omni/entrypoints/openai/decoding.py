@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from io import BufferedReader
 from typing import NamedTuple
@@ -22,6 +23,9 @@ from typing import NamedTuple
 from vllm_omni.engine.pictures import PackedPicture, Sent, SharedMemory, SharedPicture
 from vllm_omni.entrypoints.openai import decoder_process
 from vllm_omni.entrypoints.openai.decoder_process import LARGE, SMALL_PIXELS
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
 
 SMALL_BYTES = 8 * 2**20  # of all files of a request: more go straight to the lane of large ones
 _MEMORY = 320 * 2**20  # address space of such a process, besides what pixels take:
@@ -92,10 +96,9 @@ class _Lane:
         self._threads = ThreadPoolExecutor(workers, "vllm-omni-decode")
         self._own = threading.local()
         self._processes: set[subprocess.Popen[bytes]] = set()
-        if not self._large:
-            starting = threading.Barrier(workers)  # else one thread would take all of these
-            for _ in range(workers):
-                self._threads.submit(self._start, starting)
+        self._together = threading.Barrier(workers, timeout=10.0)
+        for _ in range(0 if self._large else workers):
+            self._threads.submit(self._start)
 
     async def run(self, pictures: Sequence[Given], max_pixels: int) -> list[Sent] | Refusal:
         job = _Job(pictures, max_pixels)
@@ -107,6 +110,7 @@ class _Lane:
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._together.abort()
         for process in [*self._processes]:
             process.kill()
 
@@ -122,13 +126,17 @@ class _Lane:
         except (OSError, ValueError):  # it has died: by its limits, or because the client has left
             answer = Refusal(job.pictures[0].field, "cannot be decoded within this server's limits")
             process.kill()
+            if not job.gone:
+                logger.warning("a decoder of pictures ended with %d; another one takes its place", process.wait())
         with job.lock:
             job.process = None
         return answer
 
-    def _start(self, together: threading.Barrier) -> None:
+    def _start(self) -> None:
+        """Start this thread's process; the first thread must not take the turn of the others."""
         self._process()
-        together.wait()
+        with suppress(threading.BrokenBarrierError):
+            self._together.wait()
 
     def _process(self) -> subprocess.Popen[bytes]:
         process: subprocess.Popen[bytes] | None = vars(self._own).get("process")
@@ -136,7 +144,9 @@ class _Lane:
             self._processes.discard(process)  # type: ignore[arg-type]
             line = [sys.executable, "-m", decoder_process.__name__, *map(str, self._settings)]
             environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-            process = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            process = subprocess.Popen(
+                line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+            )
             self._own.process = process
             self._processes.add(process)
         return process
