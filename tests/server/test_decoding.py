@@ -13,7 +13,8 @@ from hostile import chunk, raw_png, saved, scene
 from PIL import Image
 
 from vllm_omni.engine.pictures import PackedPicture, SharedPicture
-from vllm_omni.entrypoints.openai.decoding import Decoder, Given, Refusal
+from vllm_omni.entrypoints.openai.decoding import WAITING, Decoder, Given, Refusal
+from vllm_omni.entrypoints.openai.protocol.errors import ApiError
 
 MOST = 32 * 2**20
 
@@ -53,6 +54,19 @@ async def test_pixels_of_large_pictures_are_shared(decoder: Decoder) -> None:
     assert isinstance(small, list) and isinstance(small[0], PackedPicture)
     assert small[0].image().tobytes() == scene().tobytes()
     assert all(isinstance(one, SharedPicture) == (sys.platform == "linux") for one in got)
+
+
+async def test_large_pictures_have_so_much_memory_together() -> None:
+    decoder, held = Decoder(5 * 2**20), []
+    data = given(saved(Image.new("RGB", (2200, 2200))))
+    with pytest.raises(ApiError) as full:
+        for _ in range(2 * WAITING):
+            held.append(await decoder.decode(data, 5 * 2**20))
+    assert full.value.status == 503 and full.value.headers and len(held) >= WAITING
+    assert not isinstance(await decoder.decode(given(saved(scene())), MOST), Refusal), "small ones go on"
+    del held[2:]
+    assert isinstance(await decoder.decode(data, 5 * 2**20), list)
+    decoder.close()
 
 
 async def test_decoders_write_nothing_into_the_log(capfd: pytest.CaptureFixture[str], decoder: Decoder) -> None:

@@ -10,6 +10,7 @@ import mmap
 import os
 import struct
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import msgspec
 
@@ -34,6 +35,14 @@ class PackedPicture:
         return Image.frombytes(self.mode, self.size, self.pixels)
 
 
+_MEMORIES: WeakSet[SharedMemory] = WeakSet()
+
+
+def shared_bytes() -> int:
+    """What this process's pictures take of shared memory."""
+    return sum(os.fstat(memory.descriptor).st_size for memory in list(_MEMORIES))
+
+
 class SharedMemory:
     """Memory without a name, which lasts as long as this object; processes of the same user open it at `path`. Linux.
 
@@ -44,6 +53,7 @@ class SharedMemory:
         self.descriptor = os.memfd_create("vllm-omni-pictures")
         self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
         self.inode = os.fstat(self.descriptor).st_ino
+        _MEMORIES.add(self)
 
     def __del__(self) -> None:
         os.close(self.descriptor)

@@ -20,9 +20,10 @@ from dataclasses import dataclass, field
 from io import BufferedReader
 from typing import NamedTuple
 
-from vllm_omni.engine.pictures import PackedPicture, Sent, SharedMemory, SharedPicture
+from vllm_omni.engine.pictures import PackedPicture, Sent, SharedMemory, SharedPicture, shared_bytes
 from vllm_omni.entrypoints.openai import decoder_process
 from vllm_omni.entrypoints.openai.decoder_process import LARGE, SMALL_PIXELS
+from vllm_omni.entrypoints.openai.protocol.errors import unavailable
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -30,6 +31,8 @@ logger = init_logger(__name__)
 SMALL_BYTES = 8 * 2**20  # of all files of a request: more go straight to the lane of large ones
 _MEMORY = 320 * 2**20  # address space of such a process, besides what pixels take:
 _BYTES_PER_PIXEL = 8  # reserved by opening a WebP of any lane; and again by turning a picture and laying it on white
+WAITING = 8  # requests with as many pixels as one may have, whose pictures may be in memory at a time
+_FULL, _RETRY_S = "no room", 5.0
 _NICENESS = 5  # of the process for large pictures
 
 
@@ -58,12 +61,18 @@ class Decoder:
         """Upright RGB pictures, masks in shades of gray.
 
         `max_pixels`: how many all may have together. Cancelling it kills the process that decodes large pictures.
+        ApiError 503 while too many large ones are in memory.
         """
         small, large = self._lanes
-        if sum(len(given.data) for given in pictures) > SMALL_BYTES:
-            return await large.run(pictures, max_pixels)
-        answer = await small.run(pictures, max_pixels)
-        return await large.run(pictures, max_pixels) if isinstance(answer, Refusal) and answer.text == LARGE else answer
+        answer: list[Sent] | Refusal = Refusal("", LARGE)
+        if sum(len(given.data) for given in pictures) <= SMALL_BYTES:
+            answer = await small.run(pictures, max_pixels)
+        if isinstance(answer, Refusal) and answer.text == LARGE:
+            answer = await large.run(pictures, max_pixels)
+        if isinstance(answer, Refusal) and answer.text == _FULL:
+            text = "large pictures of requests that run or wait fill the memory that is meant for them"
+            raise unavailable(text, "queue_full", _RETRY_S)
+        return answer
 
     def close(self) -> None:
         for lane in self._lanes:
@@ -92,6 +101,7 @@ class _Lane:
     def __init__(self, workers: int, pixels: int, seconds: int, max_pixels: int) -> None:
         self._large = pixels > SMALL_PIXELS  # a small one has ended before a new process would have started
         memory = _MEMORY + _BYTES_PER_PIXEL * (pixels + max_pixels)
+        self._room = WAITING * 3 * max_pixels
         self._settings = pixels, seconds, memory, _NICENESS if self._large else 0
         self._threads = ThreadPoolExecutor(workers, "vllm-omni-decode")
         self._own = threading.local()
@@ -116,6 +126,8 @@ class _Lane:
 
     def _decode(self, job: _Job) -> list[Sent] | Refusal:
         """In a thread. What went wrong is returned: an exception would keep its frames, and they the pictures."""
+        if self._large and shared_bytes() > self._room:
+            return Refusal("", _FULL)
         process = self._process()
         with job.lock:
             if job.gone:
