@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-from hostile import progressive, raw_png, saved
+from hostile import chunk, progressive, raw_png, saved
 from http_replies import told
 from http_server import EDITS, PROCESS_KEY, Command, command, repaint_folder
 from PIL import Image
@@ -45,6 +45,7 @@ def rows(side: int, bytes_per_pixel: int) -> bytes:
     return bytes(side * (side * bytes_per_pixel + 1))
 
 
+GRAY = saved(Image.new("L", (64, 64)), "JPEG")
 BOMBS = {
     "16 pictures of 64 megapixels": ([raw_png(8192, 8192, rows(8192, 3))] * 16, {}, 400),
     "16 bits of grey": ([raw_png(8192, 8192, rows(8192, 2), depth=16, color=0)] * 16, {}, 400),
@@ -53,6 +54,8 @@ BOMBS = {
     "sent with every picture": ([raw_png(MOST, MOST, rows(MOST, 3))], {"n": "10"}, 400),
     "1,000 scans": ([progressive(4096, 1000)], {}, 400),
     "98 scans": ([progressive(5792, 97)], {}, 200),
+    "600,000 chunks": ([raw_png(64, 64, rows(64, 3), more=chunk(b"prVt", b"") * 600_000)], {}, 200),
+    "1.8 million markers": ([GRAY[:2] + b"\xff\xfe\0\2" * (7 * 2**18) + GRAY[2:]], {}, 200),
     "WebP": ([saved(Image.new("RGB", (MOST, MOST)), "WEBP", lossless=True, method=0, quality=0)], {}, 200),
 }
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 import uvicorn
+from certificates import make_certificate
 from http_server import GENERATIONS, PROCESS_KEY, Command, command
 from paths import ROOT
 
-from vllm_omni.entrypoints.openai.connections import guarded
+from vllm_omni.entrypoints.openai.connections import Loop, guarded
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 TIMEOUT_S = 3
@@ -86,6 +89,50 @@ def test_a_head_that_drips_is_dropped(few: Command) -> None:
             time.sleep(0.1)
 
 
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(("begin", "more"), [
+    (b"GET / HTTP/1.1\r\nX: ", b"y" * 1024), (b"GET / HTTP/1.1\r\n", b"X: y\r\n" * 200), (b"GET /", b"y" * 1024),
+    (CHUNKED + b"0\r\n", b"X: y\r\n" * 200), (CHUNKED + b"2;", b"y" * 1024), (CHUNKED, b"00000000" * 128),
+])  # fmt: skip
+def test_what_is_no_body_has_a_limit(reading: tuple[str, int], begin: bytes, more: bytes) -> None:
+    """A parser keeps heads, trailers and extensions of chunks, for as long as they come."""
+    sent = 0
+    with socket.create_connection(reading, timeout=5) as connection:
+        connection.sendall(begin)
+        with suppress(OSError):
+            while sent < 64 * 1024:
+                connection.sendall(more)
+                sent += 1
+    assert sent < 16 * 1024, "KiB: the limit, and what the kernel takes"
+
+
+def test_a_body_may_come_in_the_smallest_chunks(reading: tuple[str, int]) -> None:
+    with socket.create_connection(reading, timeout=30) as connection:
+        connection.sendall(CHUNKED + b"000001\r\n \r\n" * 300_000 + b"0\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
+@pytest.fixture
+def reading() -> Iterator[tuple[str, int]]:
+    """The address of a server behind this protocol that reads the whole body before it answers."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    sock = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, http=guarded(16, 30.0), lifespan="off", log_level="error"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
+    thread.start()
+    yield sock.getsockname()
+    server.should_exit = True
+    thread.join(10)
+
+
 REPLY = bytes(32 * 2**20)  # more than the kernel takes
 
 
@@ -144,3 +191,67 @@ print(*room(1024), resource.getrlimit(resource.RLIMIT_NOFILE)[0])
     (most, backlog, soft), (few, small, low) = (map(int, line.split()) for line in told.splitlines())
     assert (most, backlog) == (1024, 128) and soft > 1024 + 2 * 128 and low == 128
     assert 8 <= few < 128 - 2 * small - 32
+
+
+@pytest.fixture
+def secure(tmp_path: Path) -> Iterator[tuple[tuple[str, int], set[Any]]]:
+    """The address of a server behind this protocol and TLS, for 16 connections, and those it has."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": scope["scheme"][:2].encode()})
+
+    certificate, key = make_certificate(tmp_path, "localhost")
+    sock = socket.create_server(("127.0.0.1", 0))
+    options = {"ssl_certfile": certificate, "ssl_keyfile": key, "lifespan": "off", "log_level": "warning"}
+    server = uvicorn.Server(uvicorn.Config(app, http=guarded(16, 1.0), **options))
+
+    def run() -> None:
+        with asyncio.Runner(loop_factory=Loop) as runner:
+            runner.run(server.serve(sockets=[sock]))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    yield sock.getsockname(), server.server_state.connections
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def over_tls(place: tuple[str, int]) -> bytes:
+    """The reply to a request."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection(place, timeout=5) as plain, context.wrap_socket(plain) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+def test_a_tls_handshake_that_never_ends_is_dropped_and_keeps_nobody_out(
+    secure: tuple[tuple[str, int], set[Any]],
+) -> None:
+    place, connections = secure
+    assert over_tls(place).endswith(b"\r\n\r\nht")
+    hello = b"\x16\x03\x01\x02\x00\x01\x00"  # the first bytes of a greeting, and no more
+    with ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(place)) for _ in range(64)]
+        for one in silent[::2]:
+            one.sendall(hello)
+        began = time.monotonic()
+        assert over_tls(place).endswith(b"\r\n\r\nht") and time.monotonic() - began < 0.5
+        assert sum(map(closed, silent)) >= 64 - 16, "the oldest made room"
+        time.sleep(2.0)
+        assert all(map(closed, silent)) and not connections
+
+
+def test_a_tls_client_that_never_asks_or_never_reads_is_dropped(secure: tuple[tuple[str, int], set[Any]]) -> None:
+    place, connections = secure
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    with socket.create_connection(place) as plain, context.wrap_socket(plain) as connection:
+        time.sleep(0.3)
+        assert len(connections) == 1
+        time.sleep(2.0)
+        assert not connections
+        with suppress(OSError):
+            assert connection.recv(1) == b""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import ipaddress
 import socket
 import ssl
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import make_certificate
 
 from vllm_omni.entrypoints.openai import media as module
 from vllm_omni.entrypoints.openai.media import fetch, is_public
@@ -27,7 +27,7 @@ class Trap:
 
     def __init__(self, folder: Path) -> None:
         self.met, self.reply, self.asked = 0, b"", b""
-        self.certificate, key = _certificate(folder)
+        self.certificate, key = make_certificate(folder, HOST)
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self.certificate, key)
         self.socket, self.context = socket.create_server(("127.0.0.1", 0)), context
@@ -49,24 +49,6 @@ class Trap:
                         secure.sendall(b".")
             except OSError:
                 pass
-
-
-def _certificate(folder: Path) -> tuple[str, str]:
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([])
-    now = datetime.datetime.now(datetime.UTC)
-    built = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now + datetime.timedelta(days=1))
-    built = built.add_extension(x509.SubjectAlternativeName([x509.DNSName(HOST)]), critical=True)
-    pem = built.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-    secret = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    (folder / "crt.pem").write_bytes(pem)
-    (folder / "key.pem").write_bytes(secret)
-    return str(folder / "crt.pem"), str(folder / "key.pem")
 
 
 @pytest.fixture(scope="module")

@@ -45,6 +45,7 @@ from http_server import (
         ({"size": "63x64"}, "size", "invalid_value"),
         ({"size": "99999x99999"}, "size", "invalid_value"),
         ({"size": "big"}, "size", "invalid_value"),
+        ({"size": "0x64"}, "size", "invalid_value"),
         ({"steps": 201}, "steps", "invalid_value"),
         ({"guidance_scale": -1}, "guidance_scale", "invalid_value"),
         ({"seed": 2**64}, "seed", "invalid_value"),

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -151,6 +152,35 @@ def test_videos_are_listed_in_pages(server: Server) -> None:
     assert not {video.id for video in client.videos.list()} & set(made)
     assert server.http("GET", f"/v1/videos?after={made[0]}").status_code == 400
     assert server.http("GET", "/v1/videos?limit=101").json()["error"]["param"] == "limit"
+
+
+def test_files_removed_behind_the_stores_back_cost_one_video_alone(server: Server) -> None:
+    """What is left of it is served, what is gone is a 404, and it can be deleted; other jobs are as they were."""
+    gone, kept = (make(server) for _ in range(2))
+    folder = server.store / gone
+    (folder / "video.mp4").unlink()
+    reply = server.http("GET", f"/v1/videos/{gone}/content")
+    assert reply.status_code == 404 and reply.json()["error"]["code"] == "video_gone"
+    assert server.http("GET", f"/v1/videos/{gone}/content?variant=thumbnail").status_code == 200
+    shutil.rmtree(folder)
+    for variant in ("video", "thumbnail", "spritesheet"):
+        reply = server.http("GET", f"/v1/videos/{gone}/content?variant={variant}")
+        assert reply.status_code == 404 and reply.json()["error"]["code"] == "video_gone"
+    folder.mkdir()
+    (folder / "video.mp4").mkdir()  # nor is a folder a file
+    assert server.http("GET", f"/v1/videos/{gone}/content").json()["error"]["code"] == "video_gone"
+    assert server.http("GET", f"/v1/videos/{gone}").json()["status"] == "completed"
+    assert server.http("DELETE", f"/v1/videos/{gone}").status_code == 200
+    assert server.http("GET", f"/v1/videos/{gone}").json()["error"]["code"] == "not_found"
+    assert server.http("GET", f"/v1/videos/{kept}/content").status_code == 200
+    server.http("DELETE", f"/v1/videos/{kept}")
+
+
+def make(server: Server) -> str:
+    """The id of a video that is there."""
+    made = server.http("POST", "/v1/videos", json={"prompt": "x", "num_inference_steps": 2, "cache": "off"}).json()
+    wait(lambda: server.http("GET", f"/v1/videos/{made['id']}").json()["status"] == "completed")
+    return str(made["id"])
 
 
 def test_delete_ends_a_running_video(server: Server) -> None:

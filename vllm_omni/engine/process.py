@@ -19,12 +19,16 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vllm_omni.engine.pictures import fetch, places_in
 from vllm_omni.engine.wire import (
     DEVICE_LOST,
     HEADER,
     MAX_FRAME_BYTES,
+    Abort,
+    Add,
     Close,
     Command,
+    Control,
     EngineEvent,
     Heartbeat,
     Loaded,
@@ -57,10 +61,14 @@ class Link:
         """`lost` is called in a thread of the link when the other side is gone."""
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._end, self._lost = end, lost
+        self._fetching: queue.SimpleQueue[Add] = queue.SimpleQueue()
+        self._overtaken: dict[str, list[Command]] = {}  # requests whose pictures are fetched, what comes after each
+        self._lock = threading.Lock()
         self._events: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="vllm-omni-write", daemon=True)
         self._writer.start()
         threading.Thread(target=self._read, name="vllm-omni-read", daemon=True).start()
+        threading.Thread(target=self._fetch, name="vllm-omni-fetch", daemon=True).start()
 
     def send(self, event: EngineEvent) -> None:
         """Encode and queue; never waits for the other side."""
@@ -105,12 +113,46 @@ class Link:
             if (body := self._exactly(length)) is None:
                 return
             try:
-                self.commands.put(decode_command(body))
+                self._take(decode_command(body))
             except (ValueError, MemoryError) as error:
                 logger.error("a frame of %d bytes is dropped: %s", length, error)
                 if request_id := request_id_of(body):  # somebody waits for it
-                    refused = InvalidValueError("request", f"{length} bytes", "could not be read by the engine")
-                    self.send(Refused(request_id, refused))
+                    self._refuse(request_id, f"{length} bytes")
+
+    def _refuse(self, request_id: str, what: str) -> None:
+        self.send(Refused(request_id, InvalidValueError("request", what, "could not be read by the engine")))
+
+    def _take(self, command: Command) -> None:
+        """Queue a command; one with pictures in shared memory comes when they are here, and what is about it then."""
+        with self._lock:
+            if isinstance(command, Add) and places_in(command.prompt):
+                self._overtaken[command.request_id] = []
+                return self._fetching.put(command)
+            if isinstance(command, Abort):
+                for request_id in self._overtaken.keys() & set(command.request_ids):
+                    self._overtaken[request_id].append(Abort([request_id]))
+            if isinstance(command, Control) and self._overtaken:  # an adapter goes after the requests that have it
+                return [*self._overtaken.values()][-1].append(command)
+            self.commands.put(command)
+
+    def _fetch(self) -> None:
+        """In a thread of its own: neither a step nor another command waits for large pictures."""
+        try:
+            while True:
+                add, refused = self._fetching.get(), False
+                try:
+                    if not any(isinstance(one, Abort) for one in self._overtaken[add.request_id]):
+                        fetch(add.prompt, add.params)
+                except (ValueError, MemoryError) as error:
+                    logger.error("the pictures of a request are dropped: %s", error)
+                    self._refuse(add.request_id, "its pictures")
+                    refused = True
+                with self._lock:
+                    for command in [*([] if refused else [add]), *self._overtaken.pop(add.request_id)]:
+                        self.commands.put(command)
+                del add
+        finally:  # by an error of ours
+            self._lost()
 
     def _exactly(self, length: int) -> bytearray | None:
         body = bytearray(length)

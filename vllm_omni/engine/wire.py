@@ -15,6 +15,7 @@ from msgspec import Struct
 
 import vllm_omni.errors as errors
 from vllm_omni.engine.interface import EngineCondition, EngineStats, ModelInfo
+from vllm_omni.engine.pictures import CHANNELS, PackedPicture, Place, SharedPicture
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
@@ -23,8 +24,7 @@ HEADER = struct.Struct("!I")
 DEVICE_LOST = 3  # the exit code of an engine process whose device fails in every call
 MAX_FRAME_BYTES = 512 * 2**20
 _MAX_DIMENSIONS = 16
-_PICTURE, _ARRAY, _TENSOR = 1, 2, 3
-_CHANNELS = {"L": 1, "RGB": 3, "RGBA": 4}
+_PICTURE, _ARRAY, _TENSOR, _SHARED = 1, 2, 3, 4
 _DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8, "int32": 4, "int64": 8, "uint8": 1, "bool": 1}
 _ATTRIBUTES = ("field", "value", "waiting", "retry_after_s")  # of our errors, beside the text
 
@@ -163,24 +163,6 @@ class Heartbeat(Struct, tag=True):
     turn_s: float | None
 
 
-class PackedPicture:
-    """A picture as it crosses: its `pixels` are written into the buffer that is sent, so that nobody copies them."""
-
-    def __init__(self, mode: str, size: tuple[int, int]) -> None:
-        self.mode, self.size, (self.width, self.height) = mode, size, size
-        length = self.width * self.height * _CHANNELS[mode]
-        head = msgspec.msgpack.encode((mode, size, b""))[:-2] + struct.pack("!BI", 0xC6, length)  # msgpack's bin 32
-        self.packed = bytearray(len(head) + length)
-        self.packed[: len(head)] = head
-        self.pixels = memoryview(self.packed)[len(head) :]
-
-    def image(self) -> Any:
-        """The same as Pillow has it."""
-        from PIL import Image
-
-        return Image.frombytes(self.mode, self.size, self.pixels)
-
-
 class _Named(Struct):
     """What every message about one request has."""
 
@@ -243,6 +225,8 @@ def _encode_other(value: Any) -> Any:
         return _error_as_dict(value)
     if isinstance(value, PackedPicture):
         return msgspec.msgpack.Ext(_PICTURE, value.packed)
+    if isinstance(value, SharedPicture):
+        return msgspec.msgpack.Ext(_SHARED, msgspec.msgpack.encode(value.place))
     for module, name, as_ext in (
         ("PIL.Image", "Image", _picture),
         ("torch", "Tensor", _tensor),
@@ -254,7 +238,7 @@ def _encode_other(value: Any) -> Any:
 
 
 def _picture(image: Any) -> msgspec.msgpack.Ext:
-    if image.mode not in _CHANNELS:
+    if image.mode not in CHANNELS:
         image = image.convert("RGBA" if "transparency" in image.info or image.mode in ("LA", "PA") else "RGB")
     if min(image.size) < 1:
         raise TypeError("an empty picture cannot be sent to the engine")
@@ -286,6 +270,8 @@ def _decode_ext(code: int, data: memoryview) -> Any:
     if code == _PICTURE:
         mode, size, pixels = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, int], bytes])
         return _as_picture(mode, size, pixels)
+    if code == _SHARED:
+        return msgspec.msgpack.decode(data, type=Place)
     if code in (_ARRAY, _TENSOR):
         name, shape, content = msgspec.msgpack.decode(data, type=tuple[str, tuple[int, ...], bytes])
         return _as_array(name, shape, content, torch_too=code == _TENSOR)
@@ -295,7 +281,7 @@ def _decode_ext(code: int, data: memoryview) -> Any:
 def _as_picture(mode: str, size: tuple[int, int], pixels: bytes) -> Any:
     from PIL import Image
 
-    if mode not in _CHANNELS or min(size) < 1 or size[0] * size[1] * _CHANNELS[mode] != len(pixels):
+    if mode not in CHANNELS or min(size) < 1 or size[0] * size[1] * CHANNELS[mode] != len(pixels):
         raise ValueError(f"a picture of {mode} {size} does not have {len(pixels)} bytes")
     return Image.frombytes(mode, size, pixels)
 

@@ -57,7 +57,10 @@ def run(args: argparse.Namespace) -> int:
         if config.log_json and not early:
             log_as_json()
         resolve_model(str(config.engine_args["model"]))
-        return asyncio.run(_serve(config, uvicorn_options(parsed, config.trusted_proxies), launch))
+        from vllm_omni.entrypoints.openai.connections import Loop
+
+        with asyncio.Runner(loop_factory=Loop) as runner:
+            return runner.run(_serve(config, uvicorn_options(parsed, config.trusted_proxies), launch))
     finally:
         if launch is not None:
             launch.discard()

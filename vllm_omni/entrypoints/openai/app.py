@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
 from vllm_omni import _vllm_compat
 from vllm_omni.engine.interface import EngineClient
@@ -44,6 +44,8 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
     state = app.state.omni = AppState(engine, config, jobs, videos.open_jobs(jobs, config))
     for part in (images, videos, chat, info, metrics, admin, server_adapters):
         app.include_router(part.router)
+    if not config.http.disable_fastapi_docs:
+        _describe_once(app)
     open_paths = OPEN_PATHS
     if config.ui:
         app.include_router(page.router)
@@ -52,6 +54,20 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
         app.add_exception_handler(kind, _error_reply)
     add_middleware(app, state, open_paths)
     return app
+
+
+def _describe_once(app: FastAPI) -> None:
+    """Keep the description as it is sent: FastAPI would encode it for each of those who ask."""
+    rendered: dict[str, bytes] = {}  # by the proxy's path
+    app.router.routes[:] = [route for route in app.router.routes if "openapi.json" not in str(vars(route).get("path"))]
+
+    async def description(request: Request) -> Response:
+        root = request.scope.get("root_path", "").rstrip("/")
+        if root not in rendered:
+            rendered[root] = bytes(JSONResponse(app.openapi() | ({"servers": [{"url": root}]} if root else {})).body)
+        return Response(rendered[root], media_type="application/json")
+
+    app.add_route("/openapi.json", description, include_in_schema=False)
 
 
 @asynccontextmanager

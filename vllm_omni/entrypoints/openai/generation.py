@@ -12,7 +12,8 @@ from typing import Any, Generic, Literal, TypeVar
 from PIL import Image, ImageOps
 
 from vllm_omni.engine.interface import ModelInfo
-from vllm_omni.engine.wire import MAX_FRAME_BYTES, PackedPicture
+from vllm_omni.engine.pictures import Sent
+from vllm_omni.engine.wire import MAX_FRAME_BYTES
 from vllm_omni.entrypoints.openai.protocol.bodies import Body, Source
 from vllm_omni.entrypoints.openai.protocol.errors import invalid
 from vllm_omni.entrypoints.openai.protocol.requests import (
@@ -40,7 +41,7 @@ _MEANT = {
     "image_reference": "image",
     "mask_image": "mask",
 }
-Pictures = Mapping[str, tuple[Image.Image | PackedPicture, ...]]  # by the pipeline's argument
+Pictures = Mapping[str, tuple[Image.Image | Sent, ...]]  # by the pipeline's argument
 R = TypeVar("R", bound=BaseRequest)
 
 
@@ -209,7 +210,7 @@ def _size(request: BaseRequest, info: ModelInfo, limits: Limits, own: tuple[int,
     """(width, height) in pixels: as asked, else `own` (that of a picture given), else the model's."""
     width, height, field = request.width, request.height, None
     if request.size not in (None, "auto"):
-        if not (match := _SIZE.fullmatch(request.size or "")):
+        if not (match := _SIZE.fullmatch(request.size or "")) or 0 in map(int, match.groups()):
             raise invalid("size", "size must be auto, or WIDTHxHEIGHT in pixels, e.g. 1024x1024")
         named = int(match[1]), int(match[2])
         if (width or named[0], height or named[1]) != named:
@@ -229,8 +230,8 @@ def _size(request: BaseRequest, info: ModelInfo, limits: Limits, own: tuple[int,
     return width, height
 
 
-def _fitted(picture: Image.Image | PackedPicture, size: tuple[int, int]) -> Image.Image:
-    return ImageOps.fit(picture.image() if isinstance(picture, PackedPicture) else picture, size)
+def _fitted(picture: Image.Image | Sent, size: tuple[int, int]) -> Image.Image:
+    return ImageOps.fit(picture.image() if not isinstance(picture, Image.Image) else picture, size)
 
 
 def _area(info: ModelInfo) -> int:
@@ -238,7 +239,7 @@ def _area(info: ModelInfo) -> int:
     return int(info.defaults.get("width") or 1024) * int(info.defaults.get("height") or 1024)
 
 
-def _size_like(picture: Image.Image | PackedPicture, info: ModelInfo) -> tuple[int, int]:
+def _size_like(picture: Image.Image | Sent, info: ModelInfo) -> tuple[int, int]:
     """The picture's own size, rounded down; scaled if it has more pixels than the model is made for."""
     if picture.width * picture.height > _area(info):
         return _same_shape(picture, info)
@@ -246,7 +247,7 @@ def _size_like(picture: Image.Image | PackedPicture, info: ModelInfo) -> tuple[i
     return max(step, picture.width // step * step), max(step, picture.height // step * step)
 
 
-def _same_shape(picture: Image.Image | PackedPicture, info: ModelInfo) -> tuple[int, int]:
+def _same_shape(picture: Image.Image | Sent, info: ModelInfo) -> tuple[int, int]:
     """The picture's shape, with as many pixels as the model is made for."""
     scale, step = math.sqrt(_area(info) / (picture.width * picture.height)), info.size_multiple
     return max(step, round(picture.width * scale / step) * step), max(step, round(picture.height * scale / step) * step)

@@ -25,13 +25,15 @@ from typing import Any
 
 from PIL import Image, PngImagePlugin
 
-from vllm_omni.engine.wire import MAX_FRAME_BYTES, PackedPicture
+from vllm_omni.engine.pictures import Sent
+from vllm_omni.engine.wire import MAX_FRAME_BYTES
 from vllm_omni.entrypoints.openai.decoding import Decoder, Given, Refusal
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.serve_config import ServeConfig
 
 PORT = 443
 _FETCHERS = ThreadPoolExecutor(16, "vllm-omni-fetch")  # of their own: a slow host delays no decoding and no encoding
+_PART = 2**20  # characters of base64 that are decoded at a time; whole groups of four
 SECONDS = 10.0  # for one picture, from resolving its host to its last byte
 _URL = re.compile(r"https://([a-z0-9.-]{1,253})(?::443)?(/[!$&-;=?-Z_a-z~%]{0,2000})", re.ASCII)
 _IPV6_INTERNET = ipaddress.ip_network("2000::/3")
@@ -69,7 +71,7 @@ def _as_text(parameters: dict[str, Any]) -> str:
 
 async def load(
     sources: dict[str, list[tuple[str, Any]]], config: ServeConfig, decoder: Decoder, copies: int = 1
-) -> dict[str, tuple[PackedPicture, ...]]:
+) -> dict[str, tuple[Sent, ...]]:
     """The pictures of (the client's name, bytes or URL), by the pipeline's argument: upright RGB pictures.
 
     A mask is white where the picture is to be repainted: in shades of gray, or where it is transparent. ApiError 400
@@ -112,9 +114,21 @@ async def _read(source: Any, field: str, config: ServeConfig, max_bytes: int) ->
     try:
         if not head.endswith(";base64"):
             raise ValueError
-        return base64.b64decode(body, validate=True)
+        return await _from_base64(body)
     except ValueError:
         raise invalid(field, "must be a data: URL in base64", "invalid_image") from None
+
+
+async def _from_base64(text: str) -> bytes:
+    """The bytes, a part in each turn of the loop, which it holds up; ValueError for other text."""
+    parts = []
+    for start in range(0, len(text), _PART):
+        part = text[start : start + _PART]
+        if len(text) > start + _PART and part.endswith("="):
+            raise ValueError
+        parts.append(base64.b64decode(part, validate=True))
+        await asyncio.sleep(0)
+    return b"".join(parts)
 
 
 def fetch(url: str, field: str, hosts: Sequence[str], max_bytes: int) -> bytes:

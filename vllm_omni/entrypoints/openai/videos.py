@@ -167,6 +167,8 @@ class _Opened(FileResponse):
     """A file that is sent whole, also if it is deleted meanwhile: it is opened now."""
 
     def __init__(self, path: Path, media_type: str, name: str) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(path)
         self._descriptor = os.open(path, os.O_RDONLY)
         super().__init__(f"/dev/fd/{self._descriptor}", media_type=media_type, filename=name)
 

@@ -20,6 +20,7 @@ from vllm_omni.errors import StoreError, UnknownKeyError
 
 MAX_FIELDS = 200
 MAX_FIELD_BYTES = 8 * 2**20
+_PICTURE, _METERED = b"data:", 2**16
 _MAX_QUOTES = 100_000  # of a JSON text that is larger than one without pictures may be
 ALIASES = {
     "steps": "num_inference_steps",
@@ -95,7 +96,16 @@ async def read_json(http: Request, limits: Limits, pictures: tuple[str, ...] = (
     kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not (curl and kind == _FORMS[1]):
         raise ApiError(400, "the body must be application/json", "invalid_request")
-    return _body(http, parse_json(await http.body(), limits.max_json_bytes), [], pictures, strict=True)
+    return _body(http, parse_json(await read_text(http, limits)), [], pictures, strict=True)
+
+
+async def read_text(http: Request, limits: Limits) -> bytes:
+    """A body of JSON; ApiError as soon as it has too much besides pictures."""
+    meter, parts = _Meter(limits.max_json_bytes), []
+    async for part in http.stream():
+        meter.take(part)
+        parts.append(part)
+    return b"".join(parts)
 
 
 async def read_form(http: Request, limits: Limits, max_pictures: int, pictures: tuple[str, ...]) -> Body:
@@ -240,10 +250,10 @@ def check_model(name: str | None, config: ServeConfig, adapters: Collection[str]
         raise ApiError(404, text, "model_not_found", "model")
 
 
-def parse_json(body: bytes, max_bytes: int) -> dict[str, Any]:
-    """A JSON object; no NaN, no key twice, no depth that breaks a parser, no more than is parsed in a moment."""
+def parse_json(body: bytes) -> dict[str, Any]:
+    """A JSON object; no NaN, no key twice, no depth that breaks a parser."""
     try:
-        value = load_json(body, max_bytes)
+        value = _load_json(body)
     except (ValueError, RecursionError):
         raise ApiError(400, "the body must be a JSON object in UTF-8", "invalid_json") from None
     if not isinstance(value, dict):
@@ -251,17 +261,35 @@ def parse_json(body: bytes, max_bytes: int) -> dict[str, Any]:
     return value
 
 
-def load_json(text: bytes, max_bytes: int) -> Any:
-    """ApiError that names the key for a key that is there twice, or is NaN or Infinity; ValueError, RecursionError.
-
-    Parsing holds the interpreter, in whatever thread: all but the pictures, which are strings that begin with `data:`,
-    may have `max_bytes`.
-    """
-    if len(text) > max_bytes:
-        quotes = text.count(b'"')
-        if quotes > _MAX_QUOTES or sum(len(x) for x in text.split(b'"') if not x.startswith(b"data:")) > max_bytes:
-            raise _too_large("JSON", max_bytes, "besides pictures as data: URLs")
+def _load_json(text: bytes) -> Any:
+    """ApiError that names the key for a key that is there twice, or is NaN or Infinity; ValueError, RecursionError."""
     return json.loads(text, parse_constant=_Constant, object_pairs_hook=_checked)
+
+
+class _Meter:
+    """Lets a JSON text pass, part by part, whose bytes besides pictures are at most `most`.
+
+    Parsing holds the interpreter, in whatever thread. Pictures are strings that begin with `data:`.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._taken, self._plain, self._quotes, self._begun = most, 0, 0, 0, b""
+
+    def take(self, part: bytes) -> None:
+        """ApiError once it is too much."""
+        for start in range(0, len(part), _METERED):
+            self._count(part[start : start + _METERED])
+            if self._taken > self._most and (self._quotes > _MAX_QUOTES or self._plain > self._most):
+                raise _too_large("JSON", self._most, "besides pictures as data: URLs")
+
+    def _count(self, part: bytes) -> None:
+        self._taken += len(part)
+        for number, piece in enumerate(part.split(b'"')):
+            if number:
+                self._quotes, self._begun = self._quotes + 1, b""
+            self._begun += piece[: len(_PICTURE) - len(self._begun)]
+            if self._begun != _PICTURE:
+                self._plain += len(piece)
 
 
 def _too_large(what: str, most: int, more: str) -> ApiError:
@@ -326,6 +354,7 @@ def _json(name: str, text: str, max_bytes: int) -> Any:
     if not text.lstrip().startswith(("{", "[")):
         return text
     try:
-        return load_json(text.encode(), max_bytes)
+        _Meter(max_bytes).take(data := text.encode())
+        return _load_json(data)
     except (ValueError, RecursionError):
         raise invalid(name, f"{name} looks like JSON and is none") from None

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from vllm_omni import errors
@@ -104,6 +105,8 @@ def as_api_error(error: BaseException, names: Mapping[str, str] | None = None) -
 def _as_api_error(error: BaseException) -> ApiError:
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ClientDisconnect):
+        return ApiError(499, "the client closed the connection", "client_closed_request")
     if isinstance(error, HTTPException):
         code = _CODES.get(error.status_code, "invalid_request")
         return ApiError(error.status_code, str(error.detail), code, headers=dict(error.headers or {}))

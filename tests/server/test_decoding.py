@@ -1,0 +1,86 @@
+"""The decoders of strangers' pictures by themselves: lanes, shared memory, and that nothing reaches the log."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hostile import chunk, raw_png, saved, scene
+from PIL import Image
+
+from vllm_omni.engine.pictures import PackedPicture, SharedPicture
+from vllm_omni.entrypoints.openai.decoding import WAITING, Decoder, Given, Refusal
+from vllm_omni.entrypoints.openai.protocol.errors import ApiError
+
+MOST = 32 * 2**20
+
+
+@pytest.fixture
+def decoder() -> Iterator[Decoder]:
+    made = Decoder(MOST)
+    yield made
+    made.close()
+
+
+def given(data: bytes, mask: bool = False) -> list[Given]:
+    return [Given("image", mask, data)]
+
+
+async def test_a_picture_of_countless_parts_keeps_no_small_one_waiting(decoder: Decoder) -> None:
+    """Its header says 64 by 64 pixels; reading it takes half a second or more."""
+    gray = saved(Image.new("L", (64, 64)), "JPEG")
+    parts = [raw_png(64, 64, bytes(64 * 193), more=chunk(b"prVt", b"") * 200_000),
+             gray[:2] + b"\xff\xfe\0\2" * 2**19 + gray[2:]]  # fmt: skip
+    slow = [asyncio.create_task(decoder.decode(given(data), MOST)) for data in parts]
+    await asyncio.sleep(0.05)
+    for _ in range(5):
+        assert not isinstance(await decoder.decode(given(saved(scene())), MOST), Refusal)
+    assert not all(task.done() for task in slow)
+    for task in slow:
+        assert not isinstance(await task, Refusal), "it takes longer, and is no fault"
+
+
+async def test_pixels_of_large_pictures_are_shared(decoder: Decoder) -> None:
+    y, x = np.mgrid[0:2048, 0:2100]
+    large = Image.fromarray(np.stack([x % 256, y % 256, (x + y) % 256], axis=-1).astype(np.uint8))
+    got = await decoder.decode([*given(saved(large)), *given(saved(large), mask=True)], MOST)
+    assert isinstance(got, list) and got[0].image().tobytes() == large.tobytes()
+    assert got[1].image().tobytes() == large.convert("L").tobytes()
+    small = await decoder.decode(given(saved(scene())), MOST)
+    assert isinstance(small, list) and isinstance(small[0], PackedPicture)
+    assert small[0].image().tobytes() == scene().tobytes()
+    assert all(isinstance(one, SharedPicture) == (sys.platform == "linux") for one in got)
+
+
+async def test_large_pictures_have_so_much_memory_together() -> None:
+    decoder, held = Decoder(5 * 2**20), []
+    data = given(saved(Image.new("RGB", (2200, 2200))))
+    with pytest.raises(ApiError) as full:
+        for _ in range(2 * WAITING):
+            held.append(await decoder.decode(data, 5 * 2**20))
+    assert full.value.status == 503 and full.value.headers and len(held) >= WAITING
+    assert not isinstance(await decoder.decode(given(saved(scene())), MOST), Refusal), "small ones go on"
+    del held[2:]
+    assert isinstance(await decoder.decode(data, 5 * 2**20), list)
+    decoder.close()
+
+
+async def test_decoders_write_nothing_into_the_log(capfd: pytest.CaptureFixture[str], decoder: Decoder) -> None:
+    """A library's warning there would be no line of JSON, and might quote what is in the file."""
+    lying = struct.pack("<HHII", 0x0112, 3, 2**31 - 1, 8)
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 1) + lying + struct.pack("<I", 8)
+    for data in (saved(scene(), exif=exif), b"\x89PNG\r\n\x1a\n" + bytes(100)):
+        await decoder.decode(given(data), MOST)
+    assert capfd.readouterr() == ("", "")
+
+
+async def test_a_decoder_that_dies_is_replaced(decoder: Decoder) -> None:
+    for _ in range(3):
+        for process in [*decoder._lanes[0]._processes]:
+            process.kill()
+        await decoder.decode(given(saved(scene())), MOST)
+        assert not isinstance(await decoder.decode(given(saved(scene())), MOST), Refusal)
