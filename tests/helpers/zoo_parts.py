@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers as d
+import numpy as np
 import torch
 from family import TEXT, random_model
 
@@ -116,3 +119,35 @@ def certain(vae: Any) -> Any:
         vae.quant_conv.weight[half:] = 0
         vae.quant_conv.bias[half:] = -60
     return vae
+
+
+class _Transform:
+    def __init__(self, change: Any) -> None:
+        self.change = change
+
+    def __call__(self, value: Any) -> Any:
+        return self.change(value)
+
+
+def _composed(steps: list[Any]) -> Any:
+    return lambda value: functools.reduce(lambda done, step: step(done), steps, value)
+
+
+def _resized(image: torch.Tensor, size: list[int], interpolation: str) -> torch.Tensor:
+    return torch.nn.functional.interpolate(image, size=tuple(size), mode=interpolation)
+
+
+TRANSFORMS = SimpleNamespace(
+    Compose=_composed,
+    Lambda=_Transform,
+    ToTensor=lambda: _Transform(lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255),
+    Normalize=lambda mean, std, inplace: _Transform(lambda image: (image - mean[0]) / std[0]),
+    InterpolationMode=SimpleNamespace(NEAREST="nearest"),
+    functional=SimpleNamespace(resize=_resized),
+)
+"""In the place of `torchvision.transforms`, where it is not installed: the six names that diffusers' models use."""
+
+
+def stand_in(module: str, name: str, value: Any) -> None:
+    """Put `value` in the place of what a module of diffusers could not import."""
+    vars(sys.modules[module]).setdefault(name, value)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import importlib
 import sys
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers as d
-import numpy as np
 import torch
 from families import qwen
 from family import CLIP, HEADS, SMALL, TEXT, TOKENS, TRUE_CFG, Family, assembled, edited, picture, random_model
-from zoo_parts import CHAT, certain, flux2_vae, kl_vae, language_model, qwen_vae, sentence, spoken, vision_language, wan_vae, words_tokenizer
+from zoo_parts import CHAT, TRANSFORMS, stand_in, certain, flux2_vae, kl_vae, language_model, qwen_vae, sentence, spoken, vision_language, wan_vae, words_tokenizer
 
 EMBEDS_MASK = {"prompt_embeds_mask": (1, 8)}
 
@@ -91,39 +89,10 @@ def ideogram() -> Any:
     return assembled(d.Ideogram4Pipeline, d.Ideogram4Transformer2DModel, sizes, **parts)
 
 
-class _Transform:
-    """In the place of torchvision's four transforms that OmniGen's processor is made of."""
-
-    def __init__(self, change: Any) -> None:
-        self.change = change
-
-    def __call__(self, value: Any) -> Any:
-        return self.change(value)
-
-
-def _composed(steps: list[Any]) -> Any:
-    def run(value: Any) -> Any:
-        for step in steps:
-            value = step(value)
-        return value
-
-    return run
-
-
-_TRANSFORMS = SimpleNamespace(
-    Compose=_composed,
-    Lambda=_Transform,
-    ToTensor=lambda: _Transform(lambda image: torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255),
-    Normalize=lambda mean, std, inplace: _Transform(lambda image: (image - mean[0]) / std[0]),
-)
-
-
 def omnigen() -> Any:
     processor = importlib.import_module("diffusers.pipelines.omnigen.processor_omnigen")
-    pipeline = sys.modules[d.OmniGenPipeline.__module__]
-    if "transforms" not in vars(processor):
-        vars(processor)["transforms"] = _TRANSFORMS
-        vars(pipeline)["OmniGenMultiModalProcessor"] = processor.OmniGenMultiModalProcessor
+    stand_in(processor.__name__, "transforms", TRANSFORMS)
+    stand_in(d.OmniGenPipeline.__module__, "OmniGenMultiModalProcessor", processor.OmniGenMultiModalProcessor)
     sizes = {"in_channels": 4, "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2, "num_layers": 3}
     sizes |= {"intermediate_size": 64, "vocab_size": 64, "pad_token_id": 0, "pos_embed_max_size": 16}
     sizes |= {"time_step_dim": 16, "rope_scaling": {"long_factor": [1.0] * 8, "short_factor": [1.0] * 8}}
@@ -153,7 +122,8 @@ PROMPTS = [
         settings=SMALL, negative=False, more=_images,
     ),
     Family(
-        "Qwen-Image-Layered", layered, {}, settings={"layers": 2}, negative=False, guidance=TRUE_CFG, more=_told_edit
+        "Qwen-Image-Layered", layered, {}, settings={"layers": 2}, negative=False, guidance=TRUE_CFG, output="np",
+        more=_told_edit,
     ),
     Family("Bria FIBO", fibo, {}, settings=SMALL, negative=False, more=spoken),
     Family("Ideogram 4", ideogram, {}, settings=SMALL | {"max_sequence_length": 16, "guidance_schedule": None}, negative=False, more=spoken),

@@ -320,7 +320,7 @@ def _fill(output: OmniRequestOutput, entry: _Entry, result: Mapping[str, Any]) -
         output.error = NumericalError()  # pictures are looked at where they are made
     elif entry.arguments.get("output_type") == "latent":
         with torch.inference_mode(False):  # the caller may want to train on it
-            output.latents = first.clone()
+            output.latents = [each.clone() for each in first] if isinstance(first, list) else first.clone()
     else:
         sound = first if kind in ("audio", "audios") else result.get("audio")
         if sound is not None:
@@ -328,7 +328,7 @@ def _fill(output: OmniRequestOutput, entry: _Entry, result: Mapping[str, Any]) -
         if kind == "frames":
             output.videos, output.fps = list(first), entry.fps
         elif sound is not first:
-            output.images = list(first)
+            output.images = [one for each in first for one in (each if isinstance(each, list) else [each])]
 
 
 def _has_nan(value: Any) -> bool:
