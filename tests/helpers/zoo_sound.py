@@ -135,9 +135,9 @@ def ltx2() -> Any:
     return made
 
 
-def oobleck(channels: int = 4) -> Any:
+def oobleck(channels: int = 4, ratios: tuple[int, int] = (2, 4)) -> Any:
     """An audio VAE: one latent of eight samples."""
-    sizes = {"encoder_hidden_size": 4, "downsampling_ratios": [2, 4], "channel_multiples": [1, 2]}
+    sizes = {"encoder_hidden_size": 4, "downsampling_ratios": list(ratios), "channel_multiples": [1, 2]}
     sizes |= {"decoder_channels": 4, "decoder_input_channels": channels, "sampling_rate": RATE}
     return random_model(d.AutoencoderOobleck, sizes)
 
@@ -174,7 +174,7 @@ def ace_step() -> Any:
     given = heads | {"text_hidden_dim": TEXT, "timbre_hidden_dim": 4, "num_lyric_encoder_hidden_layers": 1}
     given |= {"num_timbre_encoder_hidden_layers": 1}
     parts = {
-        "vae": oobleck(), "condition_encoder": random_model(AceStepConditionEncoder, given),
+        "vae": oobleck(ratios=(8, 200)), "condition_encoder": random_model(AceStepConditionEncoder, given),
         "text_encoder": language_model(), "tokenizer": words_tokenizer(32),
     }  # fmt: skip
     scheduler = d.FlowMatchEulerDiscreteScheduler(num_train_timesteps=1)
@@ -210,9 +210,12 @@ def kandinsky6() -> Any:
 def cosmos3() -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "num_hidden_layers": 3, "latent_channel": 4, "patch_latent_dim": 16}
-    sizes |= {"vocab_size": 64, "dtype": "float32", "rope_axes_dim": None, "rope_scaling": {"mrope_section": [4, 2, 2]}}
+    sizes |= {"vocab_size": 64, "dtype": "float32", "rope_axes_dim": None, "sound_gen": True, "sound_dim": 8, "rope_scaling": {"mrope_section": [4, 2, 2]}}
     parts = {"text_tokenizer": words_tokenizer(special=("<|vision_start|>",), template=CHAT), "vae": wan_vae()}
     parts |= {"safety_checker": None, "enable_safety_checker": False}
+    sound = {"sampling_rate": RATE, "vocoder_input_dim": 8, "dec_dim": 4, "dec_c_mults": (1, 2), "dec_strides": (2, 4)}
+    sound |= {"hop_size": 8, "encoder_enabled": False}
+    parts["sound_tokenizer"] = random_model(d.Cosmos3AVAEAudioTokenizer, sound)
     scheduler = d.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
     return assembled(d.Cosmos3OmniPipeline, d.Cosmos3OmniTransformer, sizes, scheduler, **parts)
 
@@ -229,9 +232,9 @@ SOUNDS = [
         settings=VIDEO | LTX_GUIDANCE,
     ),
     Family("Kandinsky 6", kandinsky6, POOLED, settings=VIDEO),
-    Family("Cosmos 3", cosmos3, {}, negative=False, settings=VIDEO, more=spoken),
+    Family("Cosmos 3", cosmos3, {}, negative=False, settings=VIDEO | {"enable_sound": True}, more=spoken),
     Family("Stable Audio", stable_audio, TOKENS, {"attention_mask": (1, 8)}, settings={"audio_end_in_s": SECOND}),
     Family("Stable Audio 3", stable_audio3, TOKENS, {"encoder_attention_mask": (1, 8)}, settings={"duration": SECOND}),
-    Family("ACE-Step", ace_step, {}, negative=False, settings={"audio_duration": SECOND}, more=spoken),
+    Family("ACE-Step", ace_step, {}, negative=False, settings={"audio_duration": 1.6}, more=spoken),
     Family("LongCat-AudioDiT", longcat_audio, {}, negative=False, settings={"audio_duration_s": SECOND}, more=spoken),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ import diffusers as d
 import torch
 from families import WAN, wan_i2v
 from family import CLIP, HEADS, MASK, POOLED, SMALL, TEXT, TOKENS, TRUE_CFG, VIDEO, Family, assembled, edited, picture, random_model
+from zoo_sound import ltx2_video_vae
 from zoo_parts import TRANSFORMS, stand_in, t5, kl_vae, language_model, sentence, spoken, vision_language, wan_vae, words_tokenizer
 
 HUNYUAN = HEADS | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2, "rope_axes_dim": (4, 6, 6)}
@@ -53,7 +54,51 @@ def cosmos() -> Any:
 def cosmos2() -> Any:
     stand_in(d.CosmosTransformer3DModel.__module__, "transforms", TRANSFORMS)
     sizes = COSMOS | {"extra_pos_embed_type": None}
-    return assembled(d.Cosmos2TextToImagePipeline, d.CosmosTransformer3DModel, sizes, safety_checker=Unchecked())
+    scheduler = d.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
+    return assembled(d.Cosmos2TextToImagePipeline, d.CosmosTransformer3DModel, sizes, scheduler, safety_checker=Unchecked())
+
+
+def consisid() -> Any:
+    from diffusers.pipelines.consisid.pipeline_consisid import ConsisIDPipeline  # offered with OpenCV alone
+
+    sizes = HEADS | {"in_channels": 8, "out_channels": 4, "time_embed_dim": 16, "text_embed_dim": TEXT, "num_layers": 4}
+    sizes |= {"sample_width": 4, "sample_height": 4, "sample_frames": 5, "max_text_seq_length": 8}
+    sizes |= {"use_rotary_positional_embeddings": True, "is_train_face": True, "cross_attn_dim_head": 8}
+    sizes |= {"cross_attn_num_heads": 2, "LFE_id_dim": 16, "LFE_vit_dim": 16, "LFE_depth": 5, "LFE_dim_head": 8}
+    sizes |= {"LFE_num_heads": 2, "LFE_num_id_token": 2, "LFE_num_querie": 4, "LFE_output_dim": 21, "LFE_ff_mult": 1}
+    vae = {"latent_channels": 4, "block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 2}
+    parts = {"vae": random_model(d.AutoencoderKLCogVideoX, vae)}
+    return assembled(ConsisIDPipeline, d.ConsisIDTransformer3DModel, sizes, d.CogVideoXDPMScheduler(), **parts)
+
+
+def sana_wm() -> Any:
+    sizes = {"in_channels": 4, "num_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "linear_head_dim": 16}
+    sizes |= {"chunk_plucker_channels": 12, "chunk_plucker_post_attn_blocks": 4, "image_size": 32}
+    sizes |= {"caption_channels": TEXT, "softmax_every_n": 2, "fp32_attention": False, "mixed_precision": "no"}
+    return assembled(d.SanaWMPipeline, d.SanaWMTransformer3DModel, sizes, vae=ltx2_video_vae())
+
+
+def kandinsky6_sr() -> Any:
+    sizes = {"in_visual_dim": 4, "out_visual_dim": 4, "time_dim": 32, "model_dim": 32, "ff_dim": 64}
+    sizes |= {"num_visual_blocks": 3, "axes_dims": (4, 6, 6), "tile_sizes": ((128, 128),)}
+    vae = {"latent_channels": 4, "encoder_block_out_channels": (8,) * 5, "decoder_block_out_channels": (8,) * 5}
+    parts = {"vae": random_model(d.Kandinsky6SRVAE, vae | {"layers_per_block": 1})}
+    return assembled(d.Kandinsky6SRPipeline, d.Kandinsky6SRTransformer3DModel, sizes, **parts)
+
+
+def _face(given: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    return edited(given, generator) | {
+        "id_vit_hidden": [torch.randn(1, 4, 16, generator=generator) for _ in range(5)],
+        "id_cond": torch.randn(1, 16, generator=generator),
+    }
+
+
+def _clip(given: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    return {"video": [picture(generator, 64) for _ in range(5)]}
+
+
+def _camera(given: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
+    return edited(given, generator) | {"prompt": sentence(generator)}
 
 
 class Unchecked:
@@ -170,6 +215,9 @@ VIDEOS = [
     Family("ChronoEdit", chrono_edit, TOKENS, settings=VIDEO, more=edited),
     Family("Cosmos 1", cosmos, TOKENS, settings=VIDEO),
     Family("Cosmos 2", cosmos2, TOKENS, settings=SMALL),
+    Family("ConsisID", consisid, TOKENS, settings=VIDEO, more=_face),
+    Family("Kandinsky 6 SR", kandinsky6_sr, {}, negative=False, settings={"resolution_scale": 2.0}, guidance=None, output="np", more=_clip),
+    Family("Sana World Model", sana_wm, TOKENS, MASK, settings=VIDEO | {"num_frames": 9, "action": "w-8", "intrinsics": [30.0, 30.0, 16.0, 16.0]}, more=_camera),
     Family("EasyAnimate", easy_animate, TOKENS, MASK, settings=VIDEO),
     Family("Helios", helios, TOKENS, settings=VIDEO | {"num_frames": 9, "history_sizes": [4, 2, 1], "num_latent_frames_per_chunk": 2}),
     Family(
