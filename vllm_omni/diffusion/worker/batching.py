@@ -55,7 +55,7 @@ class CallBinder:
                 if name in self._texts:
                     parts.append((name, _text_shape(self._texts[name], value, latents_of(arguments))))
                 elif name in self._rows:
-                    parts.append((name, _row_shape(value, rows, self._dims.get(name, 0))))
+                    parts.append((name, row_shape(value, rows, self._dims.get(name, 0))))
                 if name in self._shared or name not in self._rows:
                     parts.append((name, equal(value, memory if name in self._shared else None)))
         except TypeError:
@@ -75,41 +75,10 @@ class CallBinder:
                 )
                 first[text.mask], padded[text.mask] = masks[0], masks
         return first | {
-            name: _joined(padded.get(name) or [call[name] for call in calls], self._dims.get(name, 0))
+            name: joined(padded.get(name) or [call[name] for call in calls], self._dims.get(name, 0))
             for name in self._rows
             if first.get(name) is not None
         }
-
-
-def row_slices(counts: Sequence[int]) -> list[slice]:
-    """The place of each call's rows in the joined batch."""
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-
-
-def take_rows(output: Any, rows: slice) -> Any:
-    """One request's part of a denoiser's output: a tensor or list of rows, in a tuple or a dict-like model output."""
-    if isinstance(output, torch.Tensor | list):
-        return output[rows]
-    if isinstance(output, dict):
-        return type(output)(**{name: take_rows(value, rows) for name, value in output.items()})
-    if isinstance(output, tuple):
-        return tuple(take_rows(value, rows) for value in output)
-    return output
-
-
-def _row_shape(value: Any, rows: int, dim: int) -> Hashable:
-    """What must agree of an argument with one entry per row; TypeError if it is none."""
-    if value is None:
-        return None
-    if isinstance(value, torch.Tensor) and value.ndim > dim and value.shape[dim] == rows:
-        return value.shape[:dim], value.shape[dim + 1 :], value.dtype
-    if isinstance(value, list) and len(value) == rows:
-        entries = tuple((e.shape, e.dtype) if isinstance(e, torch.Tensor) else equal(e) for e in value)
-        return entries[0] if len(set(entries)) == 1 else entries
-    if isinstance(value, dict):
-        return tuple((name, _row_shape(entry, rows, dim)) for name, entry in value.items())
-    raise TypeError(type(value))
 
 
 def _text_shape(text: Text, value: Any, latents: Any) -> Hashable:
@@ -139,39 +108,6 @@ def _padded(texts: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None])
     gaps = [longest - text.shape[1] for text in texts]
     filled = [pad(text, (0, 0, 0, gap)) for text, gap in zip(texts, gaps, strict=True)]
     return filled, [pad(mask, (0, gap)) for mask, gap in zip(whole, gaps, strict=True)]
-
-
-def equal(value: Any, memory: dict[int, Any] | None = None) -> Hashable:
-    """A hashable that is equal if the argument's content is; TypeError if that cannot be said.
-
-    Without `memory` a tensor is refused: only one that is described as shared may serve other requests' rows.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return type(value).__name__, value
-    if isinstance(value, torch.Tensor) and memory is not None:
-        return _content(value, memory)
-    if isinstance(value, dict):
-        return tuple((key, equal(entry, memory)) for key, entry in value.items())
-    if isinstance(value, tuple | list):
-        return tuple(equal(entry, memory) for entry in value)
-    raise TypeError(type(value))
-
-
-def _joined(values: Sequence[Any], dim: int) -> Any:
-    first = values[0]
-    if isinstance(first, list):
-        return [entry for value in values for entry in value]
-    if isinstance(first, dict):
-        return {name: _joined([value[name] for value in values], dim) for name in first}
-    return torch.cat(list(values), dim) if first is not None else None
-
-
-def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:
-    known = memory.get(id(tensor))
-    if known is None or known[0] is not tensor:
-        content = (tensor.dtype, tensor.shape, hash(tensor.detach().cpu().float().numpy().tobytes()))
-        memory[id(tensor)] = known = (tensor, content)
-    return known[1]
 
 
 # ---------------------------------------------------------------------------------------- text encoders and decoders
