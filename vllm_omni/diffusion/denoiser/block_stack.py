@@ -10,6 +10,7 @@ is exactly what diffusers made, and the blocks are whatever the module holds at 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -117,7 +118,7 @@ class _ProbeBlock(StandIn):
         reached: list[torch.Tensor] = []
 
         def reach(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            reached.append(given[0] if given else named["hidden_states"])
+            reached.append(next(v for v in (*given, *named.values()) if isinstance(v, torch.Tensor)))
             raise _AttentionReached
 
         handle = attention.register_forward_pre_hook(reach, with_kwargs=True)
@@ -149,8 +150,10 @@ def slot(module: torch.nn.Module, name: str) -> tuple[dict[str, torch.nn.Module 
 
 
 def like(container: torch.nn.Module, members: Sequence[torch.nn.Module]) -> torch.nn.Module:
-    """A container of the same kind."""
-    return torch.nn.Sequential(*members) if isinstance(container, torch.nn.Sequential) else torch.nn.ModuleList(members)
+    """A container of the same kind, also of a class of the model's own."""
+    twin = copy.copy(container)
+    vars(twin)["_modules"] = {str(i): member for i, member in enumerate(members)}
+    return twin
 
 
 def pack(streams: Streams, rows: int) -> torch.Tensor:
@@ -202,7 +205,7 @@ class BlockStack:
             name = type(self.module).__name__
             raise InvalidValueError(name, 0, "must have at least one transformer block to be cached")
         first, last = used[0], used[-1]
-        self._first_block, self._first_list = members[first][0], self.lists[first]
+        self.first_block, self._first_list = members[first][0], self.lists[first]
         places = [[_ForecastBlock(m, b, list) for m in own] for own, b in zip(members, self.lists, strict=True)]
         members[first][0] = _TappedBlock(members[first][0], self.lists[first], self._tap_input, self._tap_first)
         members[last][-1] = _TappedBlock(members[last][-1], self.lists[last], None, self._tap_output)
@@ -212,7 +215,7 @@ class BlockStack:
             places[first][0].act, places[last][-1].act = self._note_first, self._correct_last
             self._replaced = self._filled(places)
         else:
-            self._replaced = self._only(_ForecastBlock(self._first_block, self._first_list, self._correct))
+            self._replaced = self._only(_ForecastBlock(self.first_block, self._first_list, self._correct))
         children = self.module._modules
         self._replaced |= {name: _Idle() for name in self.spec.only_for_blocks if name in children}
 
@@ -248,7 +251,9 @@ class BlockStack:
         if corrected[0].shape == streams[0].shape:
             return corrected
         tokens = first[0].shape[1]
-        parts = [corrected[0], streams[0][:, tokens:]] if self.spec.image_first else [streams[0][:, :-tokens], *corrected]
+        parts = (
+            [corrected[0], streams[0][:, tokens:]] if self.spec.image_first else [streams[0][:, :-tokens], *corrected]
+        )
         return [torch.cat(parts, dim=1)]
 
     def _packed(self, streams: Streams) -> torch.Tensor:
@@ -293,7 +298,7 @@ class BlockStack:
             seen.append(after[0] if before is None else self._packed(after) - self._packed(before))
 
         self._follow()
-        self._exchange(self._only(_ProbeBlock(self._first_block, self._first_list, attention, note)))
+        self._exchange(self._only(_ProbeBlock(self.first_block, self._first_list, attention, note)))
         self._rows = rows
         try:
             run()
@@ -315,7 +320,9 @@ class BlockStack:
         """
         if self._input is None or self._output is None:
             return None
-        return self._packed(cropped(self._output, self._input, self.spec.image_first))[rows], self._packed(self._input)[rows]
+        return self._packed(cropped(self._output, self._input, self.spec.image_first))[rows], self._packed(self._input)[
+            rows
+        ]
 
 
 def cropped(after: Streams, before: Streams, image_first: bool) -> Streams:
@@ -326,7 +333,9 @@ def cropped(after: Streams, before: Streams, image_first: bool) -> Streams:
     return [after[0][:, :tokens] if image_first else after[0][:, -tokens:]]
 
 
-def exchange(module: torch.nn.Module, stand_ins: Mapping[str, torch.nn.Module | None]) -> dict[str, torch.nn.Module | None]:
+def exchange(
+    module: torch.nn.Module, stand_ins: Mapping[str, torch.nn.Module | None]
+) -> dict[str, torch.nn.Module | None]:
     """Put `stand_ins` in the places of the submodules of these names, and return those."""
     own: dict[str, torch.nn.Module | None] = {}
     for name, stand_in in stand_ins.items():

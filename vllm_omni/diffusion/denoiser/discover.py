@@ -25,6 +25,12 @@ _PLAIN = (bool, int, str)
 # ---------------------------------------------------------------------------------------------------------- arguments
 
 
+def names_of(module: torch.nn.Module) -> tuple[str, ...]:
+    """What the arguments of a module are called that come by position."""
+    parameters = list(inspect.signature(type(unwrapped(module)).forward).parameters.values())[1:]
+    return tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD))
+
+
 def signature_of(arguments: Mapping[str, Any]) -> str:
     """What a proof holds for: names, kinds and dimensions of the arguments, and plain values as they are."""
     return " ".join(f"{n}={_kind(v, top=True)}" for n, v in sorted(arguments.items()) if v is not None)
@@ -37,7 +43,9 @@ def _kind(value: Any, top: bool = False) -> str:
         return "{" + ",".join(f"{name}:{_kind(entry, top)}" for name, entry in value.items()) + "}"
     if isinstance(value, list | tuple):
         kinds = [_kind(entry, top and isinstance(entry, _PLAIN)) for entry in value]
-        return "[" + ",".join(kinds if top and all(isinstance(v, _PLAIN) for v in value) else dict.fromkeys(kinds)) + "]"
+        return (
+            "[" + ",".join(kinds if top and all(isinstance(v, _PLAIN) for v in value) else dict.fromkeys(kinds)) + "]"
+        )
     return repr(value) if value is None or (top and isinstance(value, _PLAIN)) else type(value).__name__
 
 
@@ -204,7 +212,7 @@ class _Watched(StandIn):
         self.seen, self.member, self.eyes = seen, member, eyes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        seen, names = self.seen, _positional(self.block)
+        seen, names = self.seen, names_of(self.block)
         names = (*names, *(f"argument {i}" for i in range(len(names), len(args))))
         seen.takes = max(seen.takes, names, key=len)
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -215,11 +223,6 @@ class _Watched(StandIn):
         seen.in_tuple = isinstance(output, tuple | list)
         seen.returned = tuple(output) if isinstance(output, tuple | list) else (output,)
         return output
-
-
-def _positional(block: torch.nn.Module) -> tuple[str, ...]:
-    parameters = list(inspect.signature(type(unwrapped(block)).forward).parameters.values())[1:]
-    return tuple(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
 
 
 def _outermost(module: torch.nn.Module, prefix: str = "") -> Iterator[tuple[str, torch.nn.Module]]:
@@ -257,6 +260,11 @@ class _Chain:
         prepares = any(PREPARES in one.name for one in self.lists)
         begin = self.lists[0].given[self.streams[0]]
         return prepares, -self.size, self.streams[0] != "hidden_states", -begin.numel()
+
+
+def has_blocks(module: torch.nn.Module) -> bool:
+    """Whether there is any list of blocks that could be looked at."""
+    return any(True for _ in _outermost(unwrapped(module)))
 
 
 def candidates(seen: Seen) -> Iterator[Candidate]:
@@ -332,7 +340,5 @@ def _stacks(lists: tuple[ListSeen, ...], chains: list[_Chain]) -> Iterator[Candi
     stack = tuple(one.as_list(tuple(chain.streams[i] for chain in chains)) for i, one in enumerate(lists))
     written = any(one.in_place for one in lists)
     for every_place in (False, True):
-        spec = DenoiserSpec(
-            stack, (), image_first=chains[0].image_first, every_place=every_place, in_place=written
-        )
+        spec = DenoiserSpec(stack, (), image_first=chains[0].image_first, every_place=every_place, in_place=written)
         yield Candidate(spec, before, cropped(after, before, spec.image_first))

@@ -110,7 +110,7 @@ class _Examination:
         finally:
             stack.leave()
 
-    # ------------------------------------------------------------------------------------------------- (b): may be cached
+    # --------------------------------------------------------------------------------------------- (b): may be cached
 
     def _stack(self, seen: Seen, known: DenoiserSpec | None) -> tuple[BlockStack | None, Any, str]:
         """The first stack whose residual stands in for it, with its ends, or why there is none."""
@@ -150,7 +150,7 @@ class _Examination:
             return "it is the same without them"
         return None
 
-    # ------------------------------------------------------------------------------------------------- (c): may be joined
+    # --------------------------------------------------------------------------------------------- (c): may be joined
 
     def _roles(self, stack: BlockStack | None, ends: Any) -> tuple[Roles, str]:
         """The roles under which calls may be joined, and "", or why they may not."""
@@ -235,8 +235,9 @@ def _copied(value: Any) -> Any:
 
 
 def perturbed(arguments: Mapping[str, Any], roles: Roles) -> dict[str, Any]:
-    """Another call of the same kind: other numbers wherever there is one per sample, and two calls need not share it."""
-    return {name: _mapped(v, _other) if name in roles.rows and name not in roles.shared else v for name, v in arguments.items()}
+    """Another call of the same kind: other numbers in every argument that has its own for each sample."""
+    own = [name for name in roles.rows if name not in roles.shared]
+    return {**arguments, **{name: _mapped(arguments[name], _other) for name in own}}
 
 
 def _other(tensor: torch.Tensor) -> torch.Tensor:
@@ -288,7 +289,7 @@ def untouched(module: torch.nn.Module, arguments: Mapping[str, Any]) -> Iterator
             yield
         finally:
             for owner, content in kept:
-                if len(owner) != len(content) or any(a is not b for a, b in zip(_flat(owner), _flat(content), strict=True)):
+                if [*map(id, _flat(owner))] != [*map(id, _flat(content))]:
                     owner.clear()
                     (owner.extend if isinstance(owner, list) else owner.update)(content)
             for buffer, value in values:

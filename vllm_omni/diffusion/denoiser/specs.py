@@ -16,7 +16,7 @@ DENOISER_NAMES = ("transformer", "transformer_2", "unet")  # the pipeline compon
 class BlockList:
     """A `ModuleList` of the stack: where it is, what each of its blocks returns, in order, and what it takes.
 
-    Whatever is returned continues an argument, and is named after it. `takes` names the arguments that come by position.
+    Whatever is returned continues an argument, and is named after it. `takes` names those that come by position.
     """
 
     name: str  # "blocks", or "decoder.blocks"
