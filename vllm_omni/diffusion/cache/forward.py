@@ -17,7 +17,7 @@ import torch
 
 from vllm_omni.diffusion.cache.state import CacheState, Computed, Forecast, Key, Signal
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
-from vllm_omni.diffusion.denoiser.specs import latents_of
+from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.kernels import ops
 
 

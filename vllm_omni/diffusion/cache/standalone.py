@@ -18,7 +18,8 @@ from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.discover import names_of
 from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_of
-from vllm_omni.diffusion.denoiser.specs import latents_of, unwrapped
+from vllm_omni.diffusion.denoiser.rows import latents_of
+from vllm_omni.diffusion.denoiser.specs import unwrapped
 from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, Tracker, itself
 from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
 from vllm_omni.errors import InvalidValueError

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from vllm_omni.diffusion.denoiser.block_stack import StandIn, Streams, cropped, exchange, like
-from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec, latents_of, unwrapped
+from vllm_omni.diffusion.denoiser.rows import latents_of
+from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec, unwrapped
 
 MOST_OF_THE_WORK = 1 / 2  # of the parameters in lists: a stack has more, or a skip saves little
 PREPARES = "refiner"  # in the name of a list that comes before the stack and is left out of it if the rest suffices
@@ -79,6 +80,11 @@ class Roles:
     def sharing(self, names: tuple[str, ...]) -> Roles:
         """The same, but `names` are shared, too."""
         return Roles(self.rows, (*self.shared, *names), self.rows_in_dim_1)
+
+    def one_for_all(self) -> Roles:
+        """The same, but what is shared has no rows: one call's own serves all."""
+        left = tuple(name for name in self.rows if name not in self.shared)
+        return Roles(left, self.shared, tuple(name for name in self.rows_in_dim_1 if name in left))
 
 
 def roles_of(arguments: Mapping[str, Any], rows: int) -> list[Roles]:

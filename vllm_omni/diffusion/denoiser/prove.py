@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -28,8 +29,8 @@ from vllm_omni.diffusion.denoiser.discover import (
     watch,
     why_none,
 )
-from vllm_omni.diffusion.denoiser.rows import joined, take_rows
-from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, latents_of
+from vllm_omni.diffusion.denoiser.rows import joined, latents_of, take_rows
+from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
 from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
 
 Call = Callable[[Mapping[str, Any]], Any]  # the denoiser, with its arguments by name
@@ -158,7 +159,7 @@ class _Examination:
         ways = roles_of(self.arguments, self.rows)
         names = [name for name in ways[0].rows if self.arguments[name] is not latents]
         tries = [way.sharing(shared) for shared in _shared(self.arguments, names) for way in ways]
-        for roles in tries:
+        for roles in dict.fromkeys(pick for tried in tries for pick in (tried, tried.one_for_all())):
             flaw = self._apart_if_joined(stack, ends, roles)
             if flaw is None:
                 return roles, ""
@@ -177,10 +178,13 @@ class _Examination:
         if error:
             return f"two calls cannot be joined: {error}"
         calls = [((self.wanted, ends), slice(0, self.rows)), (alone, slice(self.rows, 2 * self.rows))]
-        for own, rows in calls:
-            for wanted, got in zip(own, together, strict=True):
-                if (apart := _apart(take_rows(got, rows), wanted)) > self._tolerance(ends):
-                    return f"joined with another call, it is {apart:.2g} of its size away: its rows interact"
+        for (wanted, own), rows in calls:
+            taken, error = _tried(partial(take_rows, together, rows))
+            if error or (apart := _apart(taken[0], wanted)) > self._tolerance(ends):
+                why = error or f"it is {apart:.2g} of its size away"
+                return f"joined with another call, its output is not its own, its rows interact: {why}"
+            if _apart(taken[1], own) > self._tolerance(ends):
+                return "joined with another call, the rows of its blocks are not its own"
         return None
 
 

@@ -5,10 +5,25 @@ Knows no request, and not which argument has which role.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+
+
+def latents_of(arguments: Mapping[str, Any]) -> Any:
+    """The latents of a denoiser call: a tensor with one row per sample, or a list of them.
+
+    If they have another name than diffusers' own, they are the argument of real numbers with the most dimensions.
+    """
+    if "hidden_states" in arguments:
+        return arguments["hidden_states"]
+    return max(arguments.values(), key=_dimensions)
+
+
+def _dimensions(value: Any) -> int:
+    first = value[0] if isinstance(value, list) and value else value
+    return first.ndim if isinstance(first, torch.Tensor) and first.dtype.is_floating_point else -1
 
 
 def row_slices(counts: Sequence[int]) -> list[slice]:

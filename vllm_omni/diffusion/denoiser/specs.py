@@ -197,11 +197,6 @@ def spec_of(module: Any) -> DenoiserSpec | None:
     return next((DENOISERS[c.__name__] for c in type(unwrapped(module)).__mro__ if c.__name__ in DENOISERS), None)
 
 
-def latents_of(arguments: Mapping[str, Any]) -> Any:
-    """The latents of a denoiser call: a tensor with one row per sample, or a list of them."""
-    return arguments["hidden_states"] if "hidden_states" in arguments else next(iter(arguments.values()))
-
-
 def denoisers_of(pipeline: Any) -> dict[str, Any]:
     """The denoisers that a pipeline, or anything with a `transformer`, has, by component name."""
     found = {name: getattr(pipeline, name, None) for name in DENOISER_NAMES}

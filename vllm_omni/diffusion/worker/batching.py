@@ -11,8 +11,8 @@ from torch.nn.functional import pad
 
 from vllm_omni.diffusion.denoiser.discover import names_of
 from vllm_omni.diffusion.denoiser.known import Denoiser
-from vllm_omni.diffusion.denoiser.rows import equal, joined, row_shape, row_slices
-from vllm_omni.diffusion.denoiser.specs import Text, latents_of
+from vllm_omni.diffusion.denoiser.rows import equal, joined, latents_of, row_shape, row_slices
+from vllm_omni.diffusion.denoiser.specs import Text
 from vllm_omni.diffusion.worker.coroutine import ComponentCall
 
 # Input elements of a joint component call: the latents of one FLUX picture of 1024 by 1024. Decoding several small

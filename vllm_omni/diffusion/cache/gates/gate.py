@@ -24,7 +24,7 @@ from vllm_omni.diffusion.cache.state import CacheState, Computed, Forecast, Kept
 from vllm_omni.diffusion.cache.store import CacheStore
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack, first_attention
 from vllm_omni.diffusion.denoiser.known import Denoiser
-from vllm_omni.diffusion.denoiser.specs import latents_of
+from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels import ops
 
