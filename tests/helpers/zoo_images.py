@@ -7,7 +7,7 @@ from typing import Any
 import diffusers as d
 import torch
 from family import CLIP, HEADS, MASK, SMALL, TEXT, TOKENS, TRUE_CFG, Family, assembled, edited, picture, random_model
-from zoo_parts import flux2_vae, kl_vae, qwen_vae, sentence, wan_vae, words_tokenizer
+from zoo_parts import drawn, flux2_vae, kl_vae, qwen_vae, sentence, wan_vae, words_tokenizer
 
 PACKED = {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT}
 PACKED |= {"axes_dims_rope": (4, 6, 6)}
@@ -77,13 +77,14 @@ def krea2() -> Any:
 def lumina() -> Any:
     sizes = {"sample_size": 4, "in_channels": 4, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 2}
     sizes |= {"num_kv_heads": 1, "multiple_of": 16, "cross_attention_dim": TEXT}
-    return assembled(d.LuminaPipeline, d.LuminaNextDiT2DModel, sizes)
+    return drawn(assembled(d.LuminaPipeline, d.LuminaNextDiT2DModel, sizes), "transformer", "pad_token")
 
 
 def nucleus() -> Any:
     sizes = HEADS | {"in_channels": 16, "out_channels": 4, "num_layers": 5, "joint_attention_dim": TEXT}
     sizes |= {"axes_dims_rope": (4, 6, 6), "num_experts": 4, "moe_intermediate_dim": 32, "capacity_factors": 2.0}
-    return assembled(d.NucleusMoEImagePipeline, d.NucleusMoEImageTransformer2DModel, sizes, processor=None)
+    made = assembled(d.NucleusMoEImagePipeline, d.NucleusMoEImageTransformer2DModel, sizes, processor=None)
+    return drawn(made, "transformer", "experts.")  # made without values
 
 
 def ovis() -> Any:

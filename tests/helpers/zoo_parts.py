@@ -112,6 +112,15 @@ def vision_language() -> Any:
     return random_model(Qwen3VLForConditionalGeneration, {"config": Qwen3VLConfig(text_config=text, vision_config=eyes)})
 
 
+def drawn(pipeline: Any, component: str, named: str, std: float = 0.2) -> Any:
+    """The pipeline with values for the weights whose name has `named`: those that the model only makes room for."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in pipeline.components[component].named_parameters():
+        if named in name:
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
+    return pipeline
+
+
 def certain(vae: Any) -> Any:
     """The VAE with encodings that hardly vary: some pipelines sample them without the request's generator."""
     with torch.no_grad():

@@ -11,7 +11,7 @@ import diffusers as d
 import torch
 from families import qwen
 from family import CLIP, HEADS, SMALL, TEXT, TOKENS, TRUE_CFG, Family, assembled, edited, picture, random_model
-from zoo_parts import CHAT, TRANSFORMS, stand_in, certain, flux2_vae, kl_vae, language_model, qwen_vae, sentence, spoken, vision_language, wan_vae, words_tokenizer
+from zoo_parts import CHAT, TRANSFORMS, drawn, stand_in, certain, flux2_vae, kl_vae, language_model, qwen_vae, sentence, spoken, vision_language, wan_vae, words_tokenizer
 
 EMBEDS_MASK = {"prompt_embeds_mask": (1, 8)}
 
@@ -72,7 +72,8 @@ def fibo() -> Any:
     sizes |= {"axes_dims_rope": (4, 6, 6), "text_encoder_dim": TEXT}
     parts = {"vae": qwen_vae(), "text_encoder": language_model(), "tokenizer": words_tokenizer()}
     parts["text_encoder"].resize_token_embeddings(128064)  # the pipeline has the number of its token for no text
-    return assembled(d.BriaFiboPipeline, d.BriaFiboTransformer2DModel, sizes, **parts)
+    made = assembled(d.BriaFiboPipeline, d.BriaFiboTransformer2DModel, sizes, **parts)
+    return drawn(made, "text_encoder", "embed_tokens")
 
 
 def ideogram() -> Any:
