@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,11 +44,18 @@ def made(output: OmniRequestOutput) -> torch.Tensor:
     return flat(next(each for each in results if each is not None and len(each)))
 
 
+@contextmanager
+def drawn_alike() -> Iterator[None]:
+    """Numbers that are drawn without a request's generator, as JoyImage's encoding of the picture is, are the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        yield
+
+
 def plain_of(family: Family, pipeline: Any, steps: int, scale: float = 3.0) -> torch.Tensor:
     """What plain diffusers makes of the first prompt."""
     arguments = {**family.settings, **family.prompt(0), **family.guided(scale), "num_inference_steps": steps}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # JoyImage's encoding of the picture does not take the generator
+    with drawn_alike():
         result = pipeline(**arguments, generator=torch.Generator("cpu").manual_seed(7), output_type=family.output)
     return flat(next(iter(result.values())))
 
@@ -66,7 +75,8 @@ class Serving:
         self.runner = self.omni.engine.worker.runner
 
     def generate(self, numbers: list[int], params: list[Params]) -> list[OmniRequestOutput]:
-        return self.omni.generate([self.family.prompt(i) for i in numbers], params, use_tqdm=False)
+        with drawn_alike():
+            return self.omni.generate([self.family.prompt(i) for i in numbers], params, use_tqdm=False)
 
     def alone_and_together(self) -> tuple[list[OmniRequestOutput], list[OmniRequestOutput], Served]:
         """Four requests one by one, then at once, and how they were served."""

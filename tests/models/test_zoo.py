@@ -8,7 +8,7 @@ import pytest
 import torch
 from family import Family
 from lanes import lane
-from serving import MASK, Serving, asked, made, plain_of
+from serving import MASK, Serving, asked, drawn_alike, made, plain_of
 from zoo import NOT_COVERED, ZOO, covered, transformer_classes
 from zoo_states import STATES
 
@@ -32,7 +32,7 @@ def test_the_engine_makes_what_diffusers_makes(family: Family) -> None:
     pipeline = family.build()
     plain = plain_of(family, pipeline, STEPS)
     assert plain.isfinite().all() and plain.abs().max() > 0
-    with Omni.from_pipe(pipeline, defaults=family.settings) as omni:
+    with Omni.from_pipe(pipeline, defaults=family.settings) as omni, drawn_alike():
         (output,) = omni.generate([family.prompt(0)], asked(family, STEPS, 7, 3.0), use_tqdm=False)
         assert omni.engine.worker.cache_bytes == 0
     assert made(output).shape == plain.shape
