@@ -222,7 +222,8 @@ class Unused(Plain):
 
 class TwoStreams(Block):
     def forward(self, img: torch.Tensor, txt: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return super().forward(img, emb + txt.mean(1, keepdim=True)), super().forward(txt, emb + img.mean(1, keepdim=True))
+        seen, read = img.mean(1, keepdim=True), txt.mean(1, keepdim=True)
+        return super().forward(img, emb + read), super().forward(txt, emb + seen)
 
 
 class Swapped(TwoStreams):

@@ -11,6 +11,7 @@ import torch
 import trap_models as traps
 from closeness import assert_close
 
+from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.discover import signature_of
 from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.prove import Finding, examine
@@ -65,23 +66,29 @@ def test_what_can_be_cached_is(kind: type) -> None:
 
 
 def check_cached(model: Any, finding: Finding, more: dict[str, Any]) -> None:
-    """Of two other calls: with the residual of the one, the one's output; with the other's, what the head makes of it."""
-    from vllm_omni.diffusion.denoiser.block_stack import BlockStack
-
+    """A call that the proof has not seen is what it was, without a block, if its own residual stands in for them."""
     stack, ran = BlockStack(model, finding.spec), []
     for block_list in finding.spec.stack:
         for block in model.get_submodule(block_list.name):
             block.register_forward_hook(lambda *_: ran.append(1))
-    arguments = traps.call_of(5, 2, **{n: torch.cat([v, v]) for n, v in more.items()})
-    stack.enter(None, 2)
-    plain = model(**traps.call_of(5, 2, **{n: torch.cat([v, v]) for n, v in more.items()}))
-    after, before = stack.ends()
-    stack.leave()
-    ran.clear()
-    stack.enter(lambda x: x + (after - before), 2)
-    assert_close(model(**arguments), plain)
-    stack.leave()
+    call = traps.call_of(5, 2, **{n: torch.cat([v, v]) for n, v in more.items()})
+    plain, replaced = with_its_residual(model, stack, call, ran)
+    assert_close(replaced, plain)
     assert not ran
+
+
+def with_its_residual(model: Any, stack: BlockStack, call: dict[str, Any], ran: list[int]) -> tuple[Any, Any]:
+    """The output, and that with the blocks replaced by what they have added."""
+    rows = len(call["noisy"])
+    stack.enter(None, rows)
+    plain, ends = model(**call), stack.ends()
+    stack.leave()
+    assert ends is not None
+    ran.clear()
+    stack.enter(lambda x: x + (ends[0] - ends[1]), rows)
+    replaced = model(**call)
+    stack.leave()
+    return plain, replaced
 
 
 @pytest.mark.parametrize("kind", UNCACHED, ids=lambda kind: kind.__name__)
@@ -125,12 +132,8 @@ def test_a_block_that_an_argument_skips_is_another_kind_of_call() -> None:
         denoiser.learn(call, lambda given: model(**given))
         if (stack := denoiser.stack_for(call)) is None:
             continue
-        stack.enter(None, 1)
-        plain, (after, before) = model(**call), stack.ends() or (None, None)
-        stack.leave()
-        stack.enter(lambda x: x + (after - before), 1)
-        assert_close(model(**call), plain)
-        stack.leave()
+        plain, replaced = with_its_residual(model, stack, call, [])
+        assert_close(replaced, plain)
     assert denoiser.stack_for(calls[2]) is not None  # one in the middle; without the first or last, nothing is noted
     assert denoiser.stack_for(calls[1]) is None and denoiser.stack_for(calls[3]) is None
 
