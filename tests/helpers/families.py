@@ -94,7 +94,8 @@ def cogvideox() -> Any:
     sizes = {"in_channels": 4, "out_channels": 4, "time_embed_dim": 16, "text_embed_dim": TEXT, "num_layers": 3}
     sizes |= {"sample_width": 4, "sample_height": 4, "sample_frames": 5, "max_text_seq_length": 8}
     rope = {"use_rotary_positional_embeddings": True}
-    return assembled(d.CogVideoXPipeline, d.CogVideoXTransformer3DModel, HEADS | sizes | rope, d.CogVideoXDDIMScheduler())
+    scheduler = d.CogVideoXDDIMScheduler()
+    return assembled(d.CogVideoXPipeline, d.CogVideoXTransformer3DModel, HEADS | sizes | rope, scheduler)
 
 
 def aura_flow() -> Any:
@@ -119,7 +120,8 @@ def flux2_klein() -> Any:
         norm_num_groups=4,
         layers_per_block=1,
     )
-    return assembled(d.Flux2KleinPipeline, d.Flux2Transformer2DModel, FLUX2 | {"guidance_embeds": False}, vae=vae.eval())
+    sizes = FLUX2 | {"guidance_embeds": False}
+    return assembled(d.Flux2KleinPipeline, d.Flux2Transformer2DModel, sizes, vae=vae.eval())
 
 
 def flux2() -> Any:

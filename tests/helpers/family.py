@@ -41,6 +41,7 @@ class Family:
     fixed_length: bool = False  # the model takes prompts of one length alone
     steps_aside: bool = False  # something is added between the blocks: the cache must compute every step
     output: str = "latent"  # the output_type that tests compare
+    why: str = ""  # the reason, where nothing that was found says it
     roundings: float = ROUNDINGS  # how far a mixed batch may be from each request alone
     more: Callable[[dict[str, Any], torch.Generator], dict[str, Any]] = lambda given, generator: {}
 
@@ -66,7 +67,6 @@ class Family:
             }
             given |= {NEGATIVE.get(n, f"negative_{n}"): v for n, v in opposite.items()}
         return given | self.more(given, generator)
-
 
 
 def random_model(kind: type, sizes: dict[str, Any], seed: int = 0, std: float = 0.2) -> Any:

@@ -21,7 +21,7 @@ from zoo_videos import VIDEOS
 
 ZOO = [*IMAGES, *PROMPTS, *VIDEOS, *SOUNDS]
 
-# Classes of the package that no family has as a denoiser, and why. `test_every_class_is_covered_or_named` keeps it true.
+# Classes of the package that no family has as a denoiser, and why; `test_every_class_is_covered_or_named` checks it.
 NOT_COVERED = {
     "DreamLiteTransformer2DModel": "a part of the U-Net of DreamLite, not a denoiser of its own",
     "DualTransformer2DModel": "a part of the U-Net of Versatile Diffusion, whose pipelines are deprecated",

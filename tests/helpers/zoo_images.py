@@ -6,8 +6,8 @@ from typing import Any
 
 import diffusers as d
 import torch
-from family import CLIP, HEADS, MASK, SMALL, TEXT, TOKENS, TRUE_CFG, Family, assembled, edited, picture, random_model
-from zoo_parts import flux2_vae, kl_vae, qwen_vae, sentence, wan_vae, words_tokenizer
+from family import CLIP, HEADS, MASK, SMALL, TEXT, TOKENS, Family, assembled
+from zoo_parts import drawn, flux2_vae, kl_vae
 
 PACKED = {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT}
 PACKED |= {"axes_dims_rope": (4, 6, 6)}
@@ -77,13 +77,14 @@ def krea2() -> Any:
 def lumina() -> Any:
     sizes = {"sample_size": 4, "in_channels": 4, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 2}
     sizes |= {"num_kv_heads": 1, "multiple_of": 16, "cross_attention_dim": TEXT}
-    return assembled(d.LuminaPipeline, d.LuminaNextDiT2DModel, sizes)
+    return drawn(assembled(d.LuminaPipeline, d.LuminaNextDiT2DModel, sizes), "transformer", "pad_token")
 
 
 def nucleus() -> Any:
     sizes = HEADS | {"in_channels": 16, "out_channels": 4, "num_layers": 5, "joint_attention_dim": TEXT}
     sizes |= {"axes_dims_rope": (4, 6, 6), "num_experts": 4, "moe_intermediate_dim": 32, "capacity_factors": 2.0}
-    return assembled(d.NucleusMoEImagePipeline, d.NucleusMoEImageTransformer2DModel, sizes, processor=None)
+    made = assembled(d.NucleusMoEImagePipeline, d.NucleusMoEImageTransformer2DModel, sizes, processor=None)
+    return drawn(made, "transformer", "experts.")  # made without values
 
 
 def ovis() -> Any:
@@ -118,13 +119,18 @@ IMAGES = [
     Family("ERNIE-Image", ernie, TOKENS, settings=SMALL, listed=True),
     Family("GLM-Image", glm_image, TOKENS, settings=SMALL, more=_prior),
     Family(
-        "HunyuanDiT", hunyuan_dit, TOKENS | {"prompt_embeds_2": (1, 8, TEXT)},
+        "HunyuanDiT",
+        hunyuan_dit,
+        TOKENS | {"prompt_embeds_2": (1, 8, TEXT)},
         {"prompt_attention_mask": (1, 8), "prompt_attention_mask_2": (1, 8)},
         settings=SMALL | {"use_resolution_binning": False},
     ),
     Family(
-        "HunyuanImage 2.1", hunyuan_image, TOKENS | {"prompt_embeds_2": (1, 8, TEXT)},
-        {"prompt_embeds_mask": (1, 8), "prompt_embeds_mask_2": (1, 8)}, settings={"height": 128, "width": 128},
+        "HunyuanImage 2.1",
+        hunyuan_image,
+        TOKENS | {"prompt_embeds_2": (1, 8, TEXT)},
+        {"prompt_embeds_mask": (1, 8), "prompt_embeds_mask_2": (1, 8)},
+        settings={"height": 128, "width": 128},
         guidance=None,
     ),
     Family("Krea 2", krea2, {"prompt_embeds": (1, 8, 2, TEXT)}, EMBEDS_MASK, torch.bool, settings=SMALL),
@@ -133,4 +139,4 @@ IMAGES = [
     Family("Ovis-Image", ovis, TOKENS, settings=SMALL | {"negative_prompt": None}),
     Family("PRX", prx, TOKENS, MASK, torch.bool, settings=SMALL | {"use_resolution_binning": False}),
     Family("Bria FIBO 2", fibo2, {"prompt_embeds": (1, 2, 8, TEXT)}, EMBEDS_MASK, torch.bool, settings=SMALL),
-]  # fmt: skip
+]

@@ -12,9 +12,30 @@ import numpy as np
 import torch
 from family import TEXT, random_model
 
-WORDS = "a the of and red green blue cat dog house tree river song drum piano slow fast bright dark over under".split()
+WORDS = [
+    "a",
+    "the",
+    "of",
+    "and",
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "river",
+    "song",
+    "drum",
+    "piano",
+    "slow",
+    "fast",
+    "bright",
+    "dark",
+    "over",
+    "under",
+]
 SPECIAL = ["<pad>", "<unk>", "<s>", "</s>"]
-QWEN = ["<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|vision_start|>", "<|vision_end|>", "<|endoftext|>"]
 
 
 def sentence(generator: torch.Generator, words: int = 6) -> str:
@@ -86,7 +107,10 @@ def flux2_vae(channels: int = 4) -> Any:
 qwen_vae = functools.partial(wan_vae, d.AutoencoderKLQwenImage)
 
 
-CHAT = "{% for m in messages %}{{ m['role'] }} {{ m['content'] if m['content'] is string else m['content'][0]['text'] }} {% endfor %}"
+CHAT = (
+    "{% for m in messages %}{{ m['role'] }} "
+    "{{ m['content'] if m['content'] is string else m['content'][0]['text'] }} {% endfor %}"
+)
 
 
 def language_model(layers: int = 2, width: int = TEXT, vocabulary: int = 64) -> Any:
@@ -109,7 +133,18 @@ def vision_language() -> Any:
     text["rope_parameters"] = {"mrope_section": [4, 2, 2], "rope_type": "default", "rope_theta": 1e4}
     eyes = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": TEXT}
     eyes |= {"deepstack_visual_indexes": [0]}
-    return random_model(Qwen3VLForConditionalGeneration, {"config": Qwen3VLConfig(text_config=text, vision_config=eyes)})
+    return random_model(
+        Qwen3VLForConditionalGeneration, {"config": Qwen3VLConfig(text_config=text, vision_config=eyes)}
+    )
+
+
+def drawn(pipeline: Any, component: str, named: str, std: float = 0.2) -> Any:
+    """The pipeline with values for the weights whose name has `named`: those that the model only makes room for."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in pipeline.components[component].named_parameters():
+        if named in name:
+            torch.nn.init.normal_(parameter, std=std, generator=generator)
+    return pipeline
 
 
 def certain(vae: Any) -> Any:

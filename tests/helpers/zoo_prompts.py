@@ -10,8 +10,23 @@ from typing import Any
 import diffusers as d
 import torch
 from families import qwen
-from family import CLIP, HEADS, SMALL, TEXT, TOKENS, TRUE_CFG, Family, assembled, edited, picture, random_model
-from zoo_parts import CHAT, TRANSFORMS, stand_in, certain, flux2_vae, kl_vae, language_model, qwen_vae, sentence, spoken, vision_language, wan_vae, words_tokenizer
+from family import HEADS, SMALL, TEXT, TOKENS, TRUE_CFG, Family, assembled, edited, picture, random_model
+from zoo_parts import (
+    CHAT,
+    TRANSFORMS,
+    certain,
+    drawn,
+    flux2_vae,
+    kl_vae,
+    language_model,
+    qwen_vae,
+    sentence,
+    spoken,
+    stand_in,
+    vision_language,
+    wan_vae,
+    words_tokenizer,
+)
 
 EMBEDS_MASK = {"prompt_embeds_mask": (1, 8)}
 
@@ -72,7 +87,8 @@ def fibo() -> Any:
     sizes |= {"axes_dims_rope": (4, 6, 6), "text_encoder_dim": TEXT}
     parts = {"vae": qwen_vae(), "text_encoder": language_model(), "tokenizer": words_tokenizer()}
     parts["text_encoder"].resize_token_embeddings(128064)  # the pipeline has the number of its token for no text
-    return assembled(d.BriaFiboPipeline, d.BriaFiboTransformer2DModel, sizes, **parts)
+    made = assembled(d.BriaFiboPipeline, d.BriaFiboTransformer2DModel, sizes, **parts)
+    return drawn(made, "text_encoder", "embed_tokens")
 
 
 def ideogram() -> Any:
@@ -111,21 +127,60 @@ def _told_edit(given: dict[str, Any], generator: torch.Generator) -> dict[str, A
 
 
 PROMPTS = [
-    Family("LongCat-Image", longcat, {}, settings=SMALL | {"enable_prompt_rewrite": False}, negative=False, more=spoken),
+    Family(
+        "LongCat-Image", longcat, {}, settings=SMALL | {"enable_prompt_rewrite": False}, negative=False, more=spoken
+    ),
     Family("Qwen-Image-2.1", qwen21, TOKENS, EMBEDS_MASK, settings=SMALL, guidance=TRUE_CFG),
     Family(
-        "JoyImage-Edit", partial(joy, d.JoyImageEditPipeline, d.JoyImageEditTransformer3DModel), TOKENS, EMBEDS_MASK,
-        settings=SMALL, more=edited,
+        "Qwen-Image-2.1, use_kv_cache=False",
+        qwen21,
+        TOKENS,
+        EMBEDS_MASK,
+        settings=SMALL | {"use_kv_cache": False},
+        guidance=TRUE_CFG,
     ),
     Family(
-        "JoyImage-Edit-Plus", partial(joy, d.JoyImageEditPlusPipeline, d.JoyImageEditPlusTransformer3DModel), {},
-        settings=SMALL, negative=False, more=_images,
+        "JoyImage-Edit",
+        partial(joy, d.JoyImageEditPipeline, d.JoyImageEditTransformer3DModel),
+        TOKENS,
+        EMBEDS_MASK,
+        settings=SMALL,
+        more=edited,
     ),
     Family(
-        "Qwen-Image-Layered", layered, {}, settings={"layers": 2}, negative=False, guidance=TRUE_CFG, output="np",
+        "JoyImage-Edit-Plus",
+        partial(joy, d.JoyImageEditPlusPipeline, d.JoyImageEditPlusTransformer3DModel),
+        {},
+        settings=SMALL,
+        negative=False,
+        more=_images,
+    ),
+    Family(
+        "Qwen-Image-Layered",
+        layered,
+        {},
+        settings={"layers": 2},
+        negative=False,
+        guidance=TRUE_CFG,
+        output="np",
         more=_told_edit,
     ),
     Family("Bria FIBO", fibo, {}, settings=SMALL, negative=False, more=spoken),
-    Family("Ideogram 4", ideogram, {}, settings=SMALL | {"max_sequence_length": 16, "guidance_schedule": None}, negative=False, more=spoken),
-    Family("OmniGen", omnigen, {}, settings=SMALL, negative=False, more=spoken),
-]  # fmt: skip
+    Family(
+        "Ideogram 4",
+        ideogram,
+        {},
+        settings=SMALL | {"max_sequence_length": 16, "guidance_schedule": None},
+        negative=False,
+        more=spoken,
+    ),
+    Family(
+        "OmniGen",
+        omnigen,
+        {},
+        settings=SMALL,
+        negative=False,
+        more=spoken,
+        why="its positions are read from the first row: only requests with equal prompts share a forward",
+    ),
+]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import diffusers as d
@@ -210,7 +208,14 @@ def kandinsky6() -> Any:
 def cosmos3() -> Any:
     sizes = {"hidden_size": 32, "intermediate_size": 64, "head_dim": 16, "num_attention_heads": 2}
     sizes |= {"num_key_value_heads": 1, "num_hidden_layers": 3, "latent_channel": 4, "patch_latent_dim": 16}
-    sizes |= {"vocab_size": 64, "dtype": "float32", "rope_axes_dim": None, "sound_gen": True, "sound_dim": 8, "rope_scaling": {"mrope_section": [4, 2, 2]}}
+    sizes |= {
+        "vocab_size": 64,
+        "dtype": "float32",
+        "rope_axes_dim": None,
+        "sound_gen": True,
+        "sound_dim": 8,
+        "rope_scaling": {"mrope_section": [4, 2, 2]},
+    }
     parts = {"text_tokenizer": words_tokenizer(special=("<|vision_start|>",), template=CHAT), "vae": wan_vae()}
     parts |= {"safety_checker": None, "enable_safety_checker": False}
     sound = {"sampling_rate": RATE, "vocoder_input_dim": 8, "dec_dim": 4, "dec_c_mults": (1, 2), "dec_strides": (2, 4)}
@@ -228,7 +233,10 @@ SECOND = 8 * 32 / RATE
 
 SOUNDS = [
     Family(
-        "LTX-2", ltx2, {"prompt_embeds": (1, 8, LTX_TEXT * 2)}, {"prompt_attention_mask": (1, 8)},
+        "LTX-2",
+        ltx2,
+        {"prompt_embeds": (1, 8, LTX_TEXT * 2)},
+        {"prompt_attention_mask": (1, 8)},
         settings=VIDEO | LTX_GUIDANCE,
     ),
     Family("Kandinsky 6", kandinsky6, POOLED, settings=VIDEO),
@@ -237,4 +245,4 @@ SOUNDS = [
     Family("Stable Audio 3", stable_audio3, TOKENS, {"encoder_attention_mask": (1, 8)}, settings={"duration": SECOND}),
     Family("ACE-Step", ace_step, {}, negative=False, settings={"audio_duration": 1.6}, more=spoken),
     Family("LongCat-AudioDiT", longcat_audio, {}, negative=False, settings={"audio_duration_s": SECOND}, more=spoken),
-]  # fmt: skip
+]

@@ -9,11 +9,40 @@ from typing import Any
 import diffusers as d
 import torch
 from families import WAN, wan_i2v
-from family import CLIP, HEADS, MASK, POOLED, SMALL, TEXT, TOKENS, TRUE_CFG, VIDEO, Family, assembled, edited, picture, random_model
+from family import (
+    CLIP,
+    HEADS,
+    MASK,
+    POOLED,
+    SMALL,
+    TEXT,
+    TOKENS,
+    TRUE_CFG,
+    VIDEO,
+    Family,
+    assembled,
+    edited,
+    picture,
+    random_model,
+)
+from zoo_parts import (
+    TRANSFORMS,
+    sentence,
+    spoken,
+    stand_in,
+    t5,
+    wan_vae,
+    words_tokenizer,
+)
 from zoo_sound import ltx2_video_vae
-from zoo_parts import TRANSFORMS, stand_in, t5, kl_vae, language_model, sentence, spoken, vision_language, wan_vae, words_tokenizer
 
-HUNYUAN = HEADS | {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2, "rope_axes_dim": (4, 6, 6)}
+HUNYUAN = HEADS | {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "rope_axes_dim": (4, 6, 6),
+}
 HUNYUAN |= {"num_refiner_layers": 1, "text_embed_dim": TEXT, "pooled_projection_dim": TEXT}
 COSMOS = HEADS | {"in_channels": 4, "out_channels": 4, "num_layers": 3, "text_embed_dim": TEXT, "adaln_lora_dim": 8}
 COSMOS |= {"max_size": (8, 16, 16)}
@@ -27,12 +56,16 @@ def allegro() -> Any:
 
 
 def anyflow() -> Any:
-    return assembled(d.AnyFlowPipeline, d.AnyFlowTransformer3DModel, WAN, d.FlowMapEulerDiscreteScheduler(), vae=wan_vae())
+    return assembled(
+        d.AnyFlowPipeline, d.AnyFlowTransformer3DModel, WAN, d.FlowMapEulerDiscreteScheduler(), vae=wan_vae()
+    )
 
 
 def anyflow_far() -> Any:
     sizes = WAN | {"chunk_partition": (1, 1)}
-    return assembled(d.AnyFlowFARPipeline, d.AnyFlowFARTransformer3DModel, sizes, d.FlowMapEulerDiscreteScheduler(), vae=wan_vae())
+    return assembled(
+        d.AnyFlowFARPipeline, d.AnyFlowFARTransformer3DModel, sizes, d.FlowMapEulerDiscreteScheduler(), vae=wan_vae()
+    )
 
 
 def chrono_edit() -> Any:
@@ -55,7 +88,9 @@ def cosmos2() -> Any:
     stand_in(d.CosmosTransformer3DModel.__module__, "transforms", TRANSFORMS)
     sizes = COSMOS | {"extra_pos_embed_type": None}
     scheduler = d.FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
-    return assembled(d.Cosmos2TextToImagePipeline, d.CosmosTransformer3DModel, sizes, scheduler, safety_checker=Unchecked())
+    return assembled(
+        d.Cosmos2TextToImagePipeline, d.CosmosTransformer3DModel, sizes, scheduler, safety_checker=Unchecked()
+    )
 
 
 def consisid() -> Any:
@@ -75,7 +110,10 @@ def sana_wm() -> Any:
     sizes = {"in_channels": 4, "num_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "linear_head_dim": 16}
     sizes |= {"chunk_plucker_channels": 12, "chunk_plucker_post_attn_blocks": 4, "image_size": 32}
     sizes |= {"caption_channels": TEXT, "softmax_every_n": 2, "fp32_attention": False, "mixed_precision": "no"}
-    return assembled(d.SanaWMPipeline, d.SanaWMTransformer3DModel, sizes, vae=ltx2_video_vae())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = ltx2_video_vae().eval()
+    return assembled(d.SanaWMPipeline, d.SanaWMTransformer3DModel, sizes, vae=vae)
 
 
 def kandinsky6_sr() -> Any:
@@ -131,7 +169,12 @@ def helios() -> Any:
 def framepack() -> Any:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
-    sizes = HUNYUAN | {"image_condition_type": None, "has_image_proj": True, "image_proj_dim": TEXT, "has_clean_x_embedder": True}
+    sizes = HUNYUAN | {
+        "image_condition_type": None,
+        "has_image_proj": True,
+        "image_proj_dim": TEXT,
+        "has_clean_x_embedder": True,
+    }
     vae = {"latent_channels": 4, "block_out_channels": (8,) * 4, "layers_per_block": 1, "norm_num_groups": 4}
     eyes = {"hidden_size": TEXT, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     from transformers import SiglipImageProcessor
@@ -142,7 +185,9 @@ def framepack() -> Any:
     )
     parts["feature_extractor"] = SiglipImageProcessor(size={"height": 32, "width": 32})
     scheduler = d.FlowMatchEulerDiscreteScheduler(shift=7.0)
-    return assembled(d.HunyuanVideoFramepackPipeline, d.HunyuanVideoFramepackTransformer3DModel, sizes, scheduler, **parts)
+    return assembled(
+        d.HunyuanVideoFramepackPipeline, d.HunyuanVideoFramepackTransformer3DModel, sizes, scheduler, **parts
+    )
 
 
 def latte() -> Any:
@@ -215,24 +260,68 @@ VIDEOS = [
     Family("ChronoEdit", chrono_edit, TOKENS, settings=VIDEO, more=edited),
     Family("Cosmos 1", cosmos, TOKENS, settings=VIDEO),
     Family("Cosmos 2", cosmos2, TOKENS, settings=SMALL),
-    Family("ConsisID", consisid, TOKENS, settings=VIDEO, more=_face),
-    Family("Kandinsky 6 SR", kandinsky6_sr, {}, negative=False, settings={"resolution_scale": 2.0}, guidance=None, output="np", more=_clip),
-    Family("Sana World Model", sana_wm, TOKENS, MASK, settings=VIDEO | {"num_frames": 9, "action": "w-8", "intrinsics": [30.0, 30.0, 16.0, 16.0]}, more=_camera),
-    Family("EasyAnimate", easy_animate, TOKENS, MASK, settings=VIDEO),
-    Family("Helios", helios, TOKENS, settings=VIDEO | {"num_frames": 9, "history_sizes": [4, 2, 1], "num_latent_frames_per_chunk": 2}),
     Family(
-        "FramePack", framepack, POOLED, MASK, settings=VIDEO | {"num_frames": 17, "latent_window_size": 2},
-        guidance=TRUE_CFG, more=_window,
+        "ConsisID",
+        consisid,
+        TOKENS,
+        settings=VIDEO,
+        more=_face,
+        why="a face is not given per row: only requests with the same one share a forward",
+    ),
+    Family(
+        "Kandinsky 6 SR",
+        kandinsky6_sr,
+        {},
+        negative=False,
+        settings={"resolution_scale": 2.0},
+        guidance=None,
+        output="np",
+        more=_clip,
+    ),
+    Family(
+        "Sana World Model",
+        sana_wm,
+        TOKENS,
+        MASK,
+        settings=VIDEO | {"num_frames": 9, "action": "w-8", "intrinsics": [30.0, 30.0, 16.0, 16.0]},
+        more=_camera,
+    ),
+    Family("EasyAnimate", easy_animate, TOKENS, MASK, settings=VIDEO),
+    Family(
+        "Helios",
+        helios,
+        TOKENS,
+        settings=VIDEO | {"num_frames": 9, "history_sizes": [4, 2, 1], "num_latent_frames_per_chunk": 2},
+    ),
+    Family(
+        "FramePack",
+        framepack,
+        POOLED,
+        MASK,
+        settings=VIDEO | {"num_frames": 17, "latent_window_size": 2},
+        guidance=TRUE_CFG,
+        more=_window,
     ),
     Family("Latte", latte, TOKENS, settings=SMALL | {"video_length": 2, "negative_prompt": None}),
     Family("Motif-Video", motif, TOKENS, MASK, settings=VIDEO, guidance=None),
-    Family("Sana Video", sana_video, TOKENS, MASK, settings=SMALL | {"frames": 5, "use_resolution_binning": False, "negative_prompt": None}),
+    Family(
+        "Sana Video",
+        sana_video,
+        TOKENS,
+        MASK,
+        settings=SMALL | {"frames": 5, "use_resolution_binning": False, "negative_prompt": None},
+    ),
     Family("SkyReels V2", skyreels, TOKENS, settings=VIDEO),
     Family(
-        "SkyReels V2 diffusion forcing", partial(skyreels, d.SkyReelsV2DiffusionForcingPipeline), {}, negative=False,
-        settings=VIDEO | {"num_frames": 9, "base_num_frames": 5, "overlap_history": 1, "ar_step": 1, "causal_block_size": 1},
+        "SkyReels V2 diffusion forcing",
+        partial(skyreels, d.SkyReelsV2DiffusionForcingPipeline),
+        {},
+        negative=False,
+        settings=VIDEO
+        | {"num_frames": 9, "base_num_frames": 5, "overlap_history": 1, "ar_step": 1, "causal_block_size": 1},
         more=spoken,
+        why="each frame has a scheduler of its own: nothing says which step a call is",
     ),
     Family("Wan VACE", wan_vace, TOKENS, settings=VIDEO),
     Family("Wan Animate", wan_animate, TOKENS, settings=SMALL | {"segment_frame_length": 5}, more=_animated),
-]  # fmt: skip
+]

@@ -2,54 +2,74 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from family import Family
 from lanes import lane
+from serving import MASK, Serving, asked, drawn_alike, made, plain_of
 from zoo import NOT_COVERED, ZOO, covered, transformer_classes
+from zoo_states import STATES
 
 from vllm_omni import Omni
-from vllm_omni import OmniDiffusionSamplingParams as Params
 
-STEPS = 4
+STEPS = 6
 RELATIVE = 1e-5  # of the largest number, in float32
-# A picture from a text alone, an edit, a video in chunks, latents in sections, sound alone, a clip with sound.
-FAST = {"Krea 2", "Ideogram 4", "JoyImage-Edit-Plus", "SkyReels V2 diffusion forcing", "FramePack", "Stable Audio", "LTX-2"}
+# From a text alone, an edit, experts, a video in chunks, latents in sections, sound alone, a clip with sound.
+FAST = {"Krea 2", "Ideogram 4", "JoyImage-Edit-Plus", "Nucleus-Image", "Helios", "FramePack", "Stable Audio", "LTX-2"}
+families = pytest.mark.parametrize("family", lane(ZOO, lambda f: f.name in FAST), ids=lambda family: family.name)
 
 
-def flat(value: Any) -> torch.Tensor:
-    """All numbers of an output, whatever holds them."""
-    if isinstance(value, list | tuple):
-        return torch.cat([flat(one) for one in value])
-    return torch.as_tensor(np.asarray(value)).double().flatten()
+@pytest.fixture(autouse=True)
+def nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path))
 
 
-def plain_of(family: Family, pipeline: Any) -> torch.Tensor:
-    arguments = {**family.settings, **family.prompt(0), **family.guided(3.0), "num_inference_steps": STEPS}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # JoyImage's encoding of the picture does not take the generator
-        made = pipeline(**arguments, generator=torch.Generator("cpu").manual_seed(7), output_type=family.output)
-    return flat(next(iter(made.values())))
-
-
-@pytest.mark.parametrize("family", lane(ZOO, lambda family: family.name in FAST), ids=lambda family: family.name)
+@families
 def test_the_engine_makes_what_diffusers_makes(family: Family) -> None:
+    """Uncached; then with a cache that leaves nothing out, bit by bit; and the pipeline stays as it was."""
     pipeline = family.build()
-    plain = plain_of(family, pipeline)
+    plain = plain_of(family, pipeline, STEPS)
     assert plain.isfinite().all() and plain.abs().max() > 0
-    params = Params(seed=7, num_inference_steps=STEPS, output_type=family.output, **family.guided(3.0))
-    with Omni.from_pipe(pipeline, defaults=family.settings) as omni:
-        (output,) = omni.generate([family.prompt(0)], params, use_tqdm=False)
-        assert output.error is None, output.error
-        made = next(each for each in (output.latents, output.videos, output.images, output.audio) if each is not None and len(each))
+    with Omni.from_pipe(pipeline, defaults=family.settings) as omni, drawn_alike():
+        (output,) = omni.generate([family.prompt(0)], asked(family, STEPS, 7, 3.0), use_tqdm=False)
         assert omni.engine.worker.cache_bytes == 0
-    made = flat(made)
-    assert made.shape == plain.shape
-    assert (made - plain).abs().max() <= RELATIVE * plain.abs().max()
-    assert torch.equal(plain_of(family, pipeline), plain)  # and leaves the pipeline as it was
+    assert made(output).shape == plain.shape
+    assert (made(output) - plain).abs().max() <= RELATIVE * plain.abs().max()
+    serving = Serving(family, pipeline, [1] * STEPS)
+    for _ in range(2):  # the first of its kind is examined
+        (cached,) = serving.generate([0], [asked(family, STEPS, 7, 3.0)])
+        assert torch.equal(made(cached), made(output)) and cached.skipped_steps == 0
+    serving.omni.close()
+    assert torch.equal(plain_of(family, pipeline, STEPS), plain)
+
+
+@families
+def test_a_family_is_served_as_listed(family: Family) -> None:
+    """Blocks run as planned, a mixed batch equals each request alone, and nothing stays held."""
+    pipeline = family.build()
+    plain = plain_of(family, pipeline, STEPS)
+    serving = Serving(family, pipeline, MASK)
+    alone, together, served = serving.alone_and_together()
+    listed = STATES[family.name]
+    assert (served.cached, served.batched) == (listed.cached, listed.batched), f"{family.name} is served {served!r}"
+    assert bool(listed.reason) is not (served.cached and served.batched) and (served.reason or not listed.reason)
+    for one, mixed in zip(alone, together, strict=True):
+        assert (made(mixed) - made(one)).abs().max() <= RELATIVE * made(one).abs().max()
+        assert (mixed.skipped_steps, mixed.plan) == (one.skipped_steps, one.plan)
+    assert serving.omni.engine.worker.cache_bytes == 0
+    counts = [0]
+    for block in serving.first_blocks() if served.cached else []:
+        block.register_forward_hook(lambda *_: counts.append(counts.pop() + 1))
+    if served.cached:
+        full, planned = counts[0], serving.generate([1], [asked(family, STEPS, 1, 3.0)])[0]
+        with_cache, counts[0] = counts[0] - full, 0
+    serving.omni.close()
+    assert torch.equal(plain_of(family, pipeline, STEPS), plain)
+    if served.cached:
+        assert planned.skipped_steps > 0 and counts[0] % STEPS == 0
+        assert with_cache * STEPS == counts[0] * planned.computed_steps
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ class OmniDiffusionSamplingParams(Settings):
     or a dict of overrides. `lora_request` names adapters that are loaded: ``"style"``,
     ``{"name": "style", "scale": 0.8}``, or a list of them. `preview_every` steps, a progress report carries the images
     as they stand (flow matching). `fps`: frames per second of a video's file (default: the model's own).
+    `seconds`: how long a sound is to be, of a model that makes sound alone.
     `boundary_ratio`: of the noise schedule, where a model's second expert takes over (Wan 2.2).
     """
 
@@ -37,6 +38,7 @@ class OmniDiffusionSamplingParams(Settings):
     width: int | None = Field(default=None, ge=1)
     num_frames: int | None = Field(default=None, ge=1)
     fps: float | None = Field(default=None, gt=0)
+    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     guidance_scale_2: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     boundary_ratio: float | None = Field(default=None, ge=0, le=1)

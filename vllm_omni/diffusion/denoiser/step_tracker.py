@@ -42,6 +42,7 @@ class StepTracker:
         self._pipeline = pipeline
         self._scheduler: Any = None
         self._run = self._step = 0
+        self._index: int | None = None  # the scheduler's own after the last step
         self._unnamed: dict[str, int] = {}
         self.observe: Callable[[Any, Any], None] | None = None  # gets each step's model output and sample
         self.on_begin: Callable[[], None] | None = None  # called when a run begins
@@ -65,7 +66,7 @@ class StepTracker:
     def begins(self) -> None:
         """Note that the scheduler begins a run."""
         self._run += 1
-        self._step = 0
+        self._step, self._index = 0, None
         self._unnamed.clear()
         attributes = vars(self._pipeline)
         if (count := attributes.get("_num_timesteps")) is not None:
@@ -77,7 +78,10 @@ class StepTracker:
         """Note that the scheduler has made a step of `sample`."""
         if self.observe is not None:
             self.observe(model_output, sample)
-        self._step += 1
+        index = vars(self._scheduler).get("_step_index")
+        if index is None or index != self._index:  # Cosmos makes each step twice, and sets the index back between
+            self._step += 1
+        self._index = index
         self._unnamed.clear()
 
     def locate(self, denoiser: str, branch: str | None) -> StepPosition:

@@ -17,7 +17,11 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidValueError, OmniError, RefusedError, check_keys
 from vllm_omni.inputs.data import has_embeds
 
-_RENAMED = {"num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt")}
+RENAMED: dict[str, tuple[str, ...]] = {  # our names, and the pipelines' for the same
+    "num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"),
+    "num_frames": ("num_frames", "frames", "video_length"),
+    "seconds": ("audio_end_in_s", "duration", "audio_duration", "audio_duration_s", "audio_length_in_s"),
+}
 _OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
 _OURS |= {"boundary_ratio"}
 # The frame rate that a family was trained at, by the beginning of its pipeline's name (the models' own cards).
@@ -56,7 +60,7 @@ class ArgumentBuilder:
             del given["num_outputs_per_prompt"]
         given |= request.conditioning
         for name, value in given.items():
-            target = next((n for n in _RENAMED.get(name, (name,)) if n in self._accepted), None)
+            target = next((n for n in RENAMED.get(name, (name,)) if n in self._accepted), None)
             if target is None:
                 raise InvalidValueError(name, value, f"is not an argument of {self._name}; leave it out")
             arguments[target] = value

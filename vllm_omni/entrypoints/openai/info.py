@@ -45,9 +45,10 @@ def _model(name: str, state: AppState) -> replies.Model:
         "denoisers": info.denoisers,
         "defaults": info.defaults,
         "capabilities": {
-            "generations": not needed and not info.video_output,
-            "edits": bool(info.pictures) and not info.video_output,
+            "generations": not needed and info.output == "image",
+            "edits": bool(info.pictures) and info.output == "image",
             "videos": info.video_output,
+            "sounds": info.sound_output,
             "input_reference": "image" in info.pictures and info.video_output,
             "pictures": {name: "needed" if one.needed else "optional" for name, one in info.pictures.items()},
             "partial_images": info.previews,
