@@ -77,6 +77,7 @@ class EngineStats:
     decode_s: float = 0.0
     queued_cost_s: float = 0.0  # planned seconds of all that waits or runs
     restarts: int = 0
+    denoisers: dict[str, dict[str, Any]] = field(default_factory=dict)  # what is known of each, in plain values
     recent: tuple[dict[str, Any], ...] = ()  # the last requests: steps, computed, skipped, settings; no prompts
 
 

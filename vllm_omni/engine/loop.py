@@ -225,6 +225,7 @@ class EngineLoop:
             denoise_s=self._seconds["denoise"],
             decode_s=self._seconds["decode"],
             queued_cost_s=self._queued_cost(),
+            denoisers={name: denoiser.facts() for name, denoiser in worker.runner.denoisers.items()},
             recent=tuple(self._recent),
         )
         self._send(StatsReport(stats, self.costs))

@@ -115,9 +115,10 @@ class Denoiser:
         self.findings[signature] = finding
         how = "cached" if finding.cached else "not cached"
         how += ", in batches" if finding.joined else ", one call per forward"
-        self._report(f"found to be {how}" + (f": {finding.reason}" if finding.reason else ""))
+        self._report(f"was found to be {how}: {finding.reason}" if finding.reason else f"was found to be {how}")
 
     def _report(self, what: str) -> None:
+        """Once each."""
         if what not in self._reported:
             self._reported.add(what)
             logger.warning("%s %s", self.name, what)
@@ -165,7 +166,7 @@ def _file_of(module: torch.nn.Module) -> Path | None:
     for source in sorted({type(part).__module__ for part in module.modules()}):
         if source.partition(".")[0] in ("torch", "diffusers", "transformers", "peft"):
             continue
-        file = sys.modules[source].__file__ if source in sys.modules and source != "__main__" else None
+        file = vars(sys.modules[source]).get("__file__") if source in sys.modules else None
         if file is None or not Path(file).is_file():
             return None
         digest.update(Path(file).read_bytes())

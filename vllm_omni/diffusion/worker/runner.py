@@ -62,7 +62,7 @@ class ModelRunner:
         self, pipeline: Any, lora_modules: dict[str, str] | None = None, prompts: PromptCache | None = None
     ) -> None:
         self.pipeline, self.prompts = pipeline, prompts or PromptCache(0)
-        self._device = pipeline._execution_device if isinstance(pipeline, DiffusionPipeline) else None
+        self._device = _device_of(pipeline)
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
         self.denoisers = {name: Denoiser(module) for name, module in self.modules.items()}
         self.binders = {name: CallBinder(name, denoiser) for name, denoiser in self.denoisers.items()}
@@ -310,6 +310,16 @@ class ModelRunner:
             )
             assert state is not None
             request.cache = state
+
+
+def _device_of(pipeline: Any) -> torch.device | None:
+    """Where the pipeline runs; a module of the user's own does not say where it is, its weights do."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        return None
+    try:
+        return pipeline._execution_device
+    except AttributeError:
+        return next((p.device for module in denoisers_of(pipeline).values() for p in module.parameters()), None)
 
 
 def _scales_kept(module: torch.nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:

@@ -100,7 +100,7 @@ async def version() -> replies.Version:
 
 @router.get("/v1/omni/cache")
 async def cache(state: State) -> replies.CacheReply:
-    """Backend, settings, presets, and the skips of the last requests."""
+    """Backend, settings, presets, what is known of the denoisers, and the skips of the last requests."""
     stats = await state.engine.stats()
     total = stats.steps_computed + stats.steps_skipped
     return replies.CacheReply(
@@ -110,6 +110,7 @@ async def cache(state: State) -> replies.CacheReply:
         steps_skipped=stats.steps_skipped,
         skip_ratio=stats.steps_skipped / total if total else 0.0,
         bytes=stats.cache_bytes,
+        denoisers=stats.denoisers,
         recent=[_recent(entry) for entry in stats.recent],
     )
 
