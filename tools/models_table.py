@@ -54,7 +54,8 @@ denoisers of the pipelines below: {cached} of the {total} are cached. What was f
 it before it is used, and `tests/models/test_zoo.py` measures what the table says, on real pipelines with small random
 weights: what plain diffusers makes, bit by bit if nothing is skipped; blocks run as planned; four requests at once
 equal to each alone; no byte held afterwards. *Cached*: steps are skipped; *batched*: different requests share a
-forward; *alone*: one request per forward. A class that a new release of diffusers brings makes the test fail until it is here.
+forward; *alone*: one request per forward. A class that a new release of diffusers brings makes the test fail until it
+is here.
 
 | Family | Pipeline | Denoiser | Served | Why not fully |
 |---|---|---|---|---|

@@ -20,8 +20,9 @@ def whole(pipeline: Any) -> Any:
     if not isinstance(pipeline, ModularPipeline):
         return pipeline
     inputs = {parameter.name: parameter.default for parameter in pipeline.blocks.inputs if parameter.name}
+    kind: Any = type(pipeline)
     made = copy.copy(pipeline)
-    made.__class__ = _whole_class(type(pipeline), tuple(inputs), tuple(inputs.values()))
+    made.__class__ = _whole_class(kind, tuple(inputs), tuple(inputs.values()))
     return made
 
 
