@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "VLLM_OMNI_PROFILES" not in os.environ:  # what tests find out about models is nobody's but theirs
+    os.environ["VLLM_OMNI_PROFILES"] = tempfile.mkdtemp(prefix="profiles")
+    atexit.register(shutil.rmtree, os.environ["VLLM_OMNI_PROFILES"], ignore_errors=True)
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING

@@ -4,124 +4,49 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import diffusers as d
 import torch
-from closeness import ROUNDINGS
-from PIL import Image
+from family import (
+    CLIP,
+    HEADS,
+    MASK,
+    POOLED,
+    SMALL,
+    TEXT,
+    TOKENS,
+    TRUE_CFG,
+    VIDEO,
+    WAN,
+    Family,
+    assembled,
+    edited,
+    picture,
+    random_model,
+)
 from pipelines import tiny_flux
 
-TEXT = 32
-
-
-@dataclass(frozen=True)
-class Family:
-    """`build` makes the pipeline; `embeds` are the shapes of a prompt's tensors, negated where `negative` is."""
-
-    name: str
-    build: Callable[[], Any]
-    embeds: dict[str, tuple[int, ...]]
-    masks: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    mask_type: torch.dtype = torch.long
-    negative: bool = True
-    settings: dict[str, Any] = field(default_factory=dict)
-    guidance: str | None = "guidance_scale"
-    listed: bool = False  # a prompt's embeddings are a list of (tokens, channels)
-    fixed_length: bool = False  # the model takes prompts of one length alone
-    steps_aside: bool = False  # something is added between the blocks: the cache must compute every step
-    roundings: float = ROUNDINGS  # how far a mixed batch may be from each request alone
-    more: Callable[[dict[str, Any], torch.Generator], dict[str, Any]] = lambda given, generator: {}
-
-    def guided(self, scale: float) -> dict[str, float]:
-        return {self.guidance: scale} if self.guidance else {}
-
-    def prompt(self, i: int) -> dict[str, Any]:
-        """Conditioning `i`; number 2 is shorter: masked where the model has masks, otherwise fewer tokens."""
-        generator = torch.Generator().manual_seed(1000 + i)
-        short = i == 2 and not self.fixed_length
-        given: dict[str, Any] = {}
-        for name, shape in self.embeds.items():
-            value = torch.randn(shape, generator=generator)
-            given[name] = value[..., :-2, :] if short and not self.masks and value.ndim > 2 else value
-        for name, shape in self.masks.items():
-            given[name] = torch.ones(shape, dtype=self.mask_type)
-            given[name][:, -2:] = not short
-        for name in ("prompt_embeds",) if self.listed else ():
-            given[name] = list(given[name])
-        if self.negative:
-            opposite = {
-                n: ([-e for e in v] if isinstance(v, list) else -v) if n in self.embeds else v for n, v in given.items()
-            }
-            given |= {NEGATIVE.get(n, f"negative_{n}"): v for n, v in opposite.items()}
-        return given | self.more(given, generator)
-
-
-def _picture(generator: torch.Generator, size: int = 32) -> Image.Image:
-    pixels = torch.randint(256, (size, size, 3), dtype=torch.uint8, generator=generator)
-    return Image.fromarray(pixels.numpy())
-
-
-def _edit(given: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    return {"image": _picture(generator)}
+FLUX2 = HEADS | {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT * 3}
+FLUX2 |= {"timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4)}
 
 
 def _kontext(given: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    return _edit(given, generator) | {"_auto_resize": False, "max_area": 32 * 32}
+    return edited(given, generator) | {"_auto_resize": False, "max_area": 32 * 32}
 
 
 def _fill(given: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    return _edit(given, generator) | {"mask_image": _picture(generator)}
+    return edited(given, generator) | {"mask_image": picture(generator)}
 
 
 def _control(given: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
-    return {"control_image": _picture(generator)}
+    return {"control_image": picture(generator)}
 
 
 def _lengths(given: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
     cumulated = torch.tensor([0, given["prompt_embeds_qwen"].shape[1]], dtype=torch.int32)
     return {"prompt_cu_seqlens": cumulated, "negative_prompt_cu_seqlens": cumulated}
-
-
-NEGATIVE = {"pooled_prompt_embeds": "negative_pooled_prompt_embeds"}
-
-
-def _model(kind: type, sizes: dict[str, Any], seed: int = 0, std: float = 0.2) -> Any:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = kind(**sizes).eval()
-        for parameter in model.parameters():  # layers that begin at zero would hide what the blocks do
-            if not parameter.any() or not torch.isfinite(parameter).all():
-                torch.nn.init.normal_(parameter, std=std)
-    return model
-
-
-def _made(
-    pipeline: type, transformer: type, sizes: dict[str, Any], scheduler: Any = None, std: float = 0.2, **parts: Any
-) -> Any:
-    given = {
-        "transformer": _model(transformer, sizes, std=std),
-        "scheduler": scheduler or d.FlowMatchEulerDiscreteScheduler(),
-        "vae": None,
-        "text_encoder": None,
-        "tokenizer": None,
-        **parts,
-    }
-    taken = inspect.signature(pipeline).parameters
-    made = pipeline(**{name: part for name, part in given.items() if name in taken})
-    made.set_progress_bar_config(disable=True)
-    return made
-
-
-HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 16}
-SMALL: dict[str, Any] = {"height": 32, "width": 32}
-WAN = HEADS | {"in_channels": 4, "out_channels": 4, "text_dim": TEXT, "freq_dim": 32, "ffn_dim": 64, "num_layers": 3}
-FLUX2 = HEADS | {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT * 3}
-FLUX2 |= {"timestep_guidance_channels": 32, "axes_dims_rope": (4, 4, 4, 4)}
-CLIP = {"text_encoder_2": None, "tokenizer_2": None}
 
 
 def qwen(pipeline: type = d.QwenImagePipeline) -> Any:
@@ -130,59 +55,60 @@ def qwen(pipeline: type = d.QwenImagePipeline) -> Any:
     vae = None
     if pipeline is not d.QwenImagePipeline:
         small = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-        vae = _model(d.AutoencoderKLQwenImage, small | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})
+        vae = random_model(d.AutoencoderKLQwenImage, small | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})
         edits = (64, 64, None) if pipeline is d.QwenImageEditPipeline else (64, 64)
         module = sys.modules[pipeline.__module__]
         vars(module)["calculate_dimensions"] = lambda area, ratio: edits  # otherwise each picture is a megapixel
-    return _made(pipeline, d.QwenImageTransformer2DModel, HEADS | sizes, vae=vae, processor=None)
+    return assembled(pipeline, d.QwenImageTransformer2DModel, HEADS | sizes, vae=vae, processor=None)
 
 
 def sd3() -> Any:
     sizes = {"sample_size": 4, "in_channels": 4, "out_channels": 4, "num_layers": 3, "joint_attention_dim": TEXT}
     sizes |= {"caption_projection_dim": 32, "pooled_projection_dim": TEXT, "pos_embed_max_size": 8}
     more = CLIP | {"text_encoder_3": None, "tokenizer_3": None}
-    return _made(d.StableDiffusion3Pipeline, d.SD3Transformer2DModel, HEADS | sizes, **more)
+    return assembled(d.StableDiffusion3Pipeline, d.SD3Transformer2DModel, HEADS | sizes, **more)
 
 
 def wan() -> Any:
-    return _made(d.WanPipeline, d.WanTransformer3DModel, WAN)
+    return assembled(d.WanPipeline, d.WanTransformer3DModel, WAN)
 
 
 def chroma() -> Any:
     sizes = {"in_channels": 16, "num_layers": 2, "num_single_layers": 2, "joint_attention_dim": TEXT}
     sizes |= {"axes_dims_rope": (4, 6, 6), "approximator_num_channels": 8, "approximator_hidden_dim": 32}
-    return _made(d.ChromaPipeline, d.ChromaTransformer2DModel, HEADS | sizes | {"approximator_layers": 1})
+    return assembled(d.ChromaPipeline, d.ChromaTransformer2DModel, HEADS | sizes | {"approximator_layers": 1})
 
 
 def hunyuan_video() -> Any:
     sizes = {"in_channels": 4, "out_channels": 4, "num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 1}
     sizes |= {"text_embed_dim": TEXT, "pooled_projection_dim": TEXT, "rope_axes_dim": (4, 6, 6)}
-    return _made(d.HunyuanVideoPipeline, d.HunyuanVideoTransformer3DModel, HEADS | sizes, **CLIP)
+    return assembled(d.HunyuanVideoPipeline, d.HunyuanVideoTransformer3DModel, HEADS | sizes, **CLIP)
 
 
 def ltx() -> Any:
     sizes = {"in_channels": 8, "out_channels": 8, "cross_attention_dim": 32, "num_layers": 3, "caption_channels": TEXT}
-    return _made(d.LTXPipeline, d.LTXVideoTransformer3DModel, HEADS | sizes)
+    return assembled(d.LTXPipeline, d.LTXVideoTransformer3DModel, HEADS | sizes)
 
 
 def cogvideox() -> Any:
     sizes = {"in_channels": 4, "out_channels": 4, "time_embed_dim": 16, "text_embed_dim": TEXT, "num_layers": 3}
     sizes |= {"sample_width": 4, "sample_height": 4, "sample_frames": 5, "max_text_seq_length": 8}
     rope = {"use_rotary_positional_embeddings": True}
-    return _made(d.CogVideoXPipeline, d.CogVideoXTransformer3DModel, HEADS | sizes | rope, d.CogVideoXDDIMScheduler())
+    scheduler = d.CogVideoXDDIMScheduler()
+    return assembled(d.CogVideoXPipeline, d.CogVideoXTransformer3DModel, HEADS | sizes | rope, scheduler)
 
 
 def aura_flow() -> Any:
     sizes = {"sample_size": 4, "num_mmdit_layers": 2, "num_single_dit_layers": 2, "joint_attention_dim": TEXT}
     sizes |= {"caption_projection_dim": 32, "pos_embed_max_size": 16}
-    return _made(d.AuraFlowPipeline, d.AuraFlowTransformer2DModel, HEADS | sizes)
+    return assembled(d.AuraFlowPipeline, d.AuraFlowTransformer2DModel, HEADS | sizes)
 
 
 def cogview4() -> Any:
     sizes = {"in_channels": 4, "out_channels": 4, "num_layers": 3, "text_embed_dim": TEXT, "time_embed_dim": 16}
     sizes |= {"condition_dim": 8, "pos_embed_max_size": 8, "sample_size": 4, "rope_axes_dim": (8, 8)}
     scheduler = d.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.25, max_shift=0.75)
-    return _made(d.CogView4Pipeline, d.CogView4Transformer2DModel, HEADS | sizes, scheduler)
+    return assembled(d.CogView4Pipeline, d.CogView4Transformer2DModel, HEADS | sizes, scheduler)
 
 
 def flux2_klein() -> Any:
@@ -194,18 +120,19 @@ def flux2_klein() -> Any:
         norm_num_groups=4,
         layers_per_block=1,
     )
-    return _made(d.Flux2KleinPipeline, d.Flux2Transformer2DModel, FLUX2 | {"guidance_embeds": False}, vae=vae.eval())
+    sizes = FLUX2 | {"guidance_embeds": False}
+    return assembled(d.Flux2KleinPipeline, d.Flux2Transformer2DModel, sizes, vae=vae.eval())
 
 
 def flux2() -> Any:
     klein = flux2_klein()
-    return _made(d.Flux2Pipeline, d.Flux2Transformer2DModel, FLUX2, vae=klein.vae)
+    return assembled(d.Flux2Pipeline, d.Flux2Transformer2DModel, FLUX2, vae=klein.vae)
 
 
 def z_image() -> Any:
     sizes = {"in_channels": 4, "dim": 32, "n_layers": 3, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2}
     sizes |= {"cap_feat_dim": TEXT, "axes_dims": [4, 6, 6], "axes_lens": [128, 32, 32]}
-    return _made(d.ZImagePipeline, d.ZImageTransformer2DModel, sizes)
+    return assembled(d.ZImagePipeline, d.ZImageTransformer2DModel, sizes)
 
 
 def hidream() -> Any:
@@ -219,7 +146,7 @@ def hidream() -> Any:
     sizes |= {"text_emb_dim": TEXT, "axes_dims_rope": (4, 6, 6), "max_resolution": (8, 8), "llama_layers": [0, 1, 1, 0]}
     more = CLIP | {"text_encoder_3": None, "tokenizer_3": None, "text_encoder_4": None, "tokenizer_4": None}
     routed = {"num_routed_experts": 2, "num_activated_experts": 1, "force_inference_output": True}
-    made = _made(d.HiDreamImagePipeline, d.HiDreamImageTransformer2DModel, HEADS | sizes | routed, **more)
+    made = assembled(d.HiDreamImagePipeline, d.HiDreamImageTransformer2DModel, HEADS | sizes | routed, **more)
     made.default_sample_size = 4  # every picture is brought to this area
     return made
 
@@ -228,37 +155,37 @@ def lumina2() -> Any:
     sizes = {"in_channels": 4, "hidden_size": 32, "num_layers": 3, "num_refiner_layers": 1, "num_attention_heads": 2}
     sizes |= {"num_kv_heads": 1, "multiple_of": 16, "cap_feat_dim": TEXT, "sample_size": 4}
     rope = {"axes_dim_rope": (4, 6, 6), "axes_lens": (64, 32, 32)}
-    return _made(d.Lumina2Pipeline, d.Lumina2Transformer2DModel, sizes | rope)
+    return assembled(d.Lumina2Pipeline, d.Lumina2Transformer2DModel, sizes | rope)
 
 
 def sana() -> Any:
     sizes = {"in_channels": 4, "out_channels": 4, "num_layers": 3, "num_cross_attention_heads": 2, "sample_size": 4}
     sizes |= {"cross_attention_head_dim": 16, "cross_attention_dim": 32, "caption_channels": TEXT}
-    return _made(d.SanaPipeline, d.SanaTransformer2DModel, HEADS | sizes)
+    return assembled(d.SanaPipeline, d.SanaTransformer2DModel, HEADS | sizes)
 
 
 def pixart() -> Any:
     sizes = {"in_channels": 4, "out_channels": 8, "num_layers": 3, "cross_attention_dim": 32, "sample_size": 4}
     sizes |= {"caption_channels": TEXT}
-    return _made(d.PixArtSigmaPipeline, d.PixArtTransformer2DModel, HEADS | sizes, d.DPMSolverMultistepScheduler())
+    return assembled(d.PixArtSigmaPipeline, d.PixArtTransformer2DModel, HEADS | sizes, d.DPMSolverMultistepScheduler())
 
 
 def kandinsky5(pipeline: type, visual_cond: bool) -> Any:
     sizes = {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": TEXT, "in_text_dim2": TEXT, "time_dim": 32}
     sizes |= {"model_dim": 32, "ff_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 3, "axes_dims": (4, 6, 6)}
-    made = _made(pipeline, d.Kandinsky5Transformer3DModel, sizes | {"visual_cond": visual_cond}, std=0.05, **CLIP)
+    made = assembled(pipeline, d.Kandinsky5Transformer3DModel, sizes | {"visual_cond": visual_cond}, std=0.05, **CLIP)
     if not visual_cond:
         made.resolutions = [(32, 32)]  # the released model's start at a megapixel
     return made
 
 
 def wan22() -> Any:
-    second = _model(d.WanTransformer3DModel, WAN, seed=1)
-    return _made(d.WanPipeline, d.WanTransformer3DModel, WAN, transformer_2=second, boundary_ratio=0.5)
+    second = random_model(d.WanTransformer3DModel, WAN, seed=1)
+    return assembled(d.WanPipeline, d.WanTransformer3DModel, WAN, transformer_2=second, boundary_ratio=0.5)
 
 
 def wan22_ti2v() -> Any:
-    return _made(d.WanPipeline, d.WanTransformer3DModel, WAN, expand_timesteps=True)
+    return assembled(d.WanPipeline, d.WanTransformer3DModel, WAN, expand_timesteps=True)
 
 
 def wan_i2v() -> Any:
@@ -266,7 +193,7 @@ def wan_i2v() -> Any:
 
     sizes = {"in_channels": 12, "image_dim": TEXT, "added_kv_proj_dim": 32}
     vae = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-    parts = {"vae": _model(d.AutoencoderKLWan, vae | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})}
+    parts = {"vae": random_model(d.AutoencoderKLWan, vae | {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4})}
     clip = {"hidden_size": TEXT, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     clip |= {"image_size": 32, "patch_size": 16}
     square = {"height": 32, "width": 32}
@@ -274,7 +201,7 @@ def wan_i2v() -> Any:
         torch.manual_seed(0)  # two builds are the same model
         parts["image_encoder"] = CLIPVisionModel(CLIPVisionConfig(**clip)).eval()
     parts["image_processor"] = CLIPImageProcessor(size=square, crop_size=square)
-    return _made(d.WanImageToVideoPipeline, d.WanTransformer3DModel, WAN | sizes, **parts)
+    return assembled(d.WanImageToVideoPipeline, d.WanTransformer3DModel, WAN | sizes, **parts)
 
 
 def hunyuan_video15() -> Any:
@@ -284,15 +211,15 @@ def hunyuan_video15() -> Any:
     sizes |= {"text_embed_2_dim": TEXT, "image_embed_dim": TEXT, "rope_axes_dim": (4, 6, 6), "target_size": 32}
     vae = {"latent_channels": 4, "block_out_channels": (8,) * 5, "layers_per_block": 1}
     parts = CLIP | {"guider": ClassifierFreeGuidance(guidance_scale=3.0)}
-    parts["vae"] = _model(d.AutoencoderKLHunyuanVideo15, vae)
-    return _made(d.HunyuanVideo15Pipeline, d.HunyuanVideo15Transformer3DModel, HEADS | sizes, **parts)
+    parts["vae"] = random_model(d.AutoencoderKLHunyuanVideo15, vae)
+    return assembled(d.HunyuanVideo15Pipeline, d.HunyuanVideo15Transformer3DModel, HEADS | sizes, **parts)
 
 
 def mochi() -> Any:
     sizes = {"in_channels": 4, "num_layers": 3, "pooled_projection_dim": 32, "text_embed_dim": TEXT}
     sizes |= {"time_embed_dim": 32, "max_sequence_length": 8}
     scheduler = d.FlowMatchEulerDiscreteScheduler(invert_sigmas=True)
-    return _made(d.MochiPipeline, d.MochiTransformer3DModel, HEADS | sizes, scheduler)
+    return assembled(d.MochiPipeline, d.MochiTransformer3DModel, HEADS | sizes, scheduler)
 
 
 def flux_kontext() -> Any:
@@ -302,7 +229,7 @@ def flux_kontext() -> Any:
 def flux_fill() -> Any:
     base = tiny_flux()
     wide = dict(base.transformer.config) | {"in_channels": 16 + 16 + 16, "out_channels": 16}
-    return d.FluxFillPipeline(**_flux_parts(base) | {"transformer": _model(d.FluxTransformer2DModel, wide)})
+    return d.FluxFillPipeline(**_flux_parts(base) | {"transformer": random_model(d.FluxTransformer2DModel, wide)})
 
 
 def flux_controlnet() -> Any:
@@ -310,7 +237,7 @@ def flux_controlnet() -> Any:
     sizes = {
         k: v for k, v in base.transformer.config.items() if k in inspect.signature(d.FluxControlNetModel).parameters
     }
-    control = _model(d.FluxControlNetModel, sizes | {"num_layers": 1, "num_single_layers": 1})
+    control = random_model(d.FluxControlNetModel, sizes | {"num_layers": 1, "num_single_layers": 1})
     return d.FluxControlNetPipeline(**_flux_parts(base), controlnet=control)
 
 
@@ -320,11 +247,6 @@ def _flux_parts(pipeline: Any) -> dict[str, Any]:
 
 
 qwen_edit, qwen_edit_plus = partial(qwen, d.QwenImageEditPipeline), partial(qwen, d.QwenImageEditPlusPipeline)
-TOKENS = {"prompt_embeds": (1, 8, TEXT)}
-POOLED = TOKENS | {"pooled_prompt_embeds": (1, TEXT)}
-MASK = {"prompt_attention_mask": (1, 8)}
-VIDEO = SMALL | {"num_frames": 5}
-TRUE_CFG = "true_cfg_scale"
 
 HIDREAM = {"prompt_embeds_t5": (1, 8, TEXT), "prompt_embeds_llama3": (2, 1, 8, TEXT), "pooled_prompt_embeds": (1, TEXT)}
 KANDINSKY = {"prompt_embeds_qwen": (1, 8, TEXT), "prompt_embeds_clip": (1, TEXT)}
@@ -357,7 +279,7 @@ FAMILIES = [
         {"prompt_embeds_mask": (1, 8)},
         settings=SMALL,
         guidance=TRUE_CFG,
-        more=_edit,
+        more=edited,
     ),
     Family(
         "Qwen-Image-Edit-Plus",
@@ -366,7 +288,7 @@ FAMILIES = [
         {"prompt_embeds_mask": (1, 8)},
         settings=SMALL,
         guidance=TRUE_CFG,
-        more=_edit,
+        more=edited,
     ),
     Family("Z-Image", z_image, TOKENS, settings=SMALL, listed=True),
     Family("HiDream", hidream, HIDREAM, settings=SMALL),
@@ -385,7 +307,7 @@ FAMILIES = [
         "Kandinsky 5 video", partial(kandinsky5, d.Kandinsky5T2VPipeline, True), KANDINSKY,
         settings=VIDEO, more=_lengths,
     ),
-    Family("Wan 2.1 I2V", wan_i2v, TOKENS, settings=VIDEO, more=_edit),
+    Family("Wan 2.1 I2V", wan_i2v, TOKENS, settings=VIDEO, more=edited),
     Family("Wan 2.2 (two experts)", wan22, TOKENS, settings=VIDEO),
     Family("Wan 2.2 TI2V", wan22_ti2v, TOKENS, settings=VIDEO),
     Family(

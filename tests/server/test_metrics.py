@@ -61,6 +61,7 @@ def test_health_models_cache_and_metrics_answer(http: httpx.Client) -> None:
     (model,) = http.get("/v1/models").json()["data"]
     assert model == http.get("/v1/models/demo").json() and model["omni"]["limits"]["n"] == 10
     cache = http.get("/v1/omni/cache").json()
+    assert cache["denoisers"]["transformer"]["cached"] and cache["denoisers"]["transformer"]["batched"]
     assert cache["backend"] == "magcache" and cache["recent"] and "prompt" not in cache["recent"][0]
     text = http.get("/metrics").text
     for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm_omni:denoise_steps_total",

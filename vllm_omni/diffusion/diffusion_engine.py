@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import numpy
 import torch
 
 from vllm_omni.diffusion.cache.plan.compose import expected_forwards
@@ -25,12 +24,12 @@ from vllm_omni.errors import (
     EngineAsleepError,
     EngineClosedError,
     InvalidValueError,
-    NumericalError,
     RequestAbortedError,
 )
 from vllm_omni.kernels.device import DeviceClock, is_lost, lost_by, refuse_lost
 from vllm_omni.kernels.timing import RemainingWork, StepReport
 from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.outputs.made import fill
 
 T = TypeVar("T")
 KEPT_REPORTS = 1024  # of steps, until somebody asks
@@ -300,7 +299,8 @@ def _output(entry: _Entry, event: Finished | Failed, clock: DeviceClock) -> Omni
     if isinstance(event, Failed):
         output.error = event.error if output.step else refusal(event.error, entry.arguments)
     else:
-        _fill(output, entry, event.output)
+        latent = entry.arguments.get("output_type") == "latent"
+        fill(output, event.output, latent, entry.fps, entry.audio_rate)
         clock.poll()  # a result that was looked at is there, and so are all times before it
     output.metrics = {"total_s": time.perf_counter() - entry.arrived, "text_tokens": 0}
     if running is not None:
@@ -311,25 +311,3 @@ def _output(entry: _Entry, event: Finished | Failed, clock: DeviceClock) -> Omni
             "decode_s": running.times.decode_s,
         }
     return output
-
-
-def _fill(output: OmniRequestOutput, entry: _Entry, result: Mapping[str, Any]) -> None:
-    """What the pipeline returned: an ordered dict of images, of frames, of sound, or of frames with sound."""
-    kind, first = next(iter(result.items()))
-    if any(_has_nan(value) for value in result.values()):
-        output.error = NumericalError()  # pictures are looked at where they are made
-    elif entry.arguments.get("output_type") == "latent":
-        with torch.inference_mode(False):  # the caller may want to train on it
-            output.latents = first.clone()
-    else:
-        sound = first if kind in ("audio", "audios") else result.get("audio")
-        if sound is not None:
-            output.audio, output.audio_rate = list(sound), entry.audio_rate
-        if kind == "frames":
-            output.videos, output.fps = list(first), entry.fps
-        elif sound is not first:
-            output.images = list(first)
-
-
-def _has_nan(value: Any) -> bool:
-    return isinstance(value, torch.Tensor | numpy.ndarray) and not torch.as_tensor(value).isfinite().all()

@@ -10,6 +10,7 @@ from typing import Any
 from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.worker.arguments import RENAMED
 from vllm_omni.diffusion.worker.preview import can_preview
 from vllm_omni.engine.interface import ModelInfo, PictureInput
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
@@ -47,7 +48,7 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
     worker = engine.worker
     pipeline = worker.pipeline
     signature = inspect.signature(type(pipeline).__call__).parameters
-    video = "num_frames" in signature
+    video = any(name in signature for name in RENAMED["num_frames"])
     multiple = max(worker.arguments.multiple, _side(pipeline, worker.runner.modules) if video else 1)
     named = engine.config.model
     return ModelInfo(
@@ -62,6 +63,7 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
         previews=can_preview(pipeline),
         pictures=picture_inputs(type(pipeline)),
         video_output=video,
+        sound_output=worker.arguments.audio_rate is not None and not {"height", "num_frames", "video"} & {*signature},
         fps=worker.arguments.fps(OmniDiffusionRequest("", "", {}, OmniDiffusionSamplingParams())),
         frame_multiple=_first(pipeline, _TEMPORAL) if video else 1,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
@@ -35,8 +35,13 @@ class ModelInfo:
     previews: bool  # True if partial images can be made
     pictures: dict[str, PictureInput]  # by the pipeline's argument: image, mask_image, control_image, ...
     video_output: bool = False
+    sound_output: bool = False  # True if it makes sound alone
     fps: float = 16.0  # frames per second that the model's videos are made for
     frame_multiple: int = 1  # a video has a multiple of it plus one frames: what the VAE packs into one
+
+    @property
+    def output(self) -> Literal["image", "video", "sound"]:
+        return "video" if self.video_output else "sound" if self.sound_output else "image"
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class EngineStats:
     decode_s: float = 0.0
     queued_cost_s: float = 0.0  # planned seconds of all that waits or runs
     restarts: int = 0
+    denoisers: dict[str, dict[str, Any]] = field(default_factory=dict)  # what is known of each, in plain values
     recent: tuple[dict[str, Any], ...] = ()  # the last requests: steps, computed, skipped, settings; no prompts
 
 

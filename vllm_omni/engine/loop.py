@@ -142,7 +142,7 @@ class EngineLoop:
         for output in ended:
             if output.request_id in request_ids and output.error is None:
                 self._aborts["decode"] += 1
-                output.images, output.videos, output.latents = [], [], None
+                output.images, output.videos, output.audio, output.latents = [], [], [], None
                 output.error = RequestAbortedError(f"request {output.request_id} was aborted")
 
     def _expire(self) -> None:
@@ -225,6 +225,7 @@ class EngineLoop:
             denoise_s=self._seconds["denoise"],
             decode_s=self._seconds["decode"],
             queued_cost_s=self._queued_cost(),
+            denoisers={name: denoiser.facts() for name, denoiser in worker.runner.denoisers.items()},
             recent=tuple(self._recent),
         )
         self._send(StatsReport(stats, self.costs))

@@ -25,6 +25,7 @@ class Limits(Settings):
     max_steps: int = Field(default=200, ge=1, le=1000, description="denoising steps of one request")
     max_pixels: int = Field(default=2048 * 2048, ge=1, description="width x height of a picture")
     max_frames: int = Field(default=257, ge=1, description="frames of a video")
+    max_seconds: float = Field(default=400.0, gt=0, description="seconds of a sound")
     max_prompt_characters: int = Field(
         default=MAX_PROMPT_CHARACTERS, ge=1, le=MAX_PROMPT_CHARACTERS, description="characters of a prompt"
     )

@@ -25,6 +25,7 @@ class OmniDiffusionSamplingParams(Settings):
     or a dict of overrides. `lora_request` names adapters that are loaded: ``"style"``,
     ``{"name": "style", "scale": 0.8}``, or a list of them. `preview_every` steps, a progress report carries the images
     as they stand (flow matching). `fps`: frames per second of a video's file (default: the model's own).
+    `seconds`: how long a sound is to be, of a model that makes sound alone.
     `boundary_ratio`: of the noise schedule, where a model's second expert takes over (Wan 2.2). `generator_device` is
     where random numbers are drawn (default: the CPU, which gives the same ones everywhere). `lora_scale` multiplies the
     scales of `lora_request`. `resolution` and `eta` are for pipelines that have such arguments.
@@ -39,6 +40,7 @@ class OmniDiffusionSamplingParams(Settings):
     width: int | None = Field(default=None, ge=1)
     num_frames: int | None = Field(default=None, ge=1)
     fps: float | None = Field(default=None, gt=0)
+    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     guidance_scale_2: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     boundary_ratio: float | None = Field(default=None, ge=0, le=1)
@@ -146,7 +148,7 @@ def normalise_prompt(prompt: Any) -> dict[str, Any]:
             del given[text]
     if "prompt" in given:
         check_text("prompt", given["prompt"])
-    elif not has_embeds("prompt", given):
+    elif not given:  # a pipeline that takes no text has a word to say later
         raise InvalidValueError("prompt", prompt, "must hold 'prompt' or 'prompt_embeds'")
     if "negative_prompt" in given and given["negative_prompt"] != "":
         check_text("negative_prompt", given["negative_prompt"])

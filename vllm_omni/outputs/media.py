@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.outputs.sound import encode_sound
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 VIDEO_FORMATS = ("mp4", "gif", "webp")
@@ -89,14 +90,19 @@ def _readable(source: Path | bytes, field: str) -> Iterator[None]:
         raise InvalidValueError(field, shown, "must be a whole PNG, JPEG or WebP picture") from None
 
 
-def encode_video(frames: Sequence[Image.Image], format: str, fps: float) -> bytes:
-    """The file's bytes; `format` is one of VIDEO_FORMATS. MP4 is H.264, 4:2:0, which every player takes."""
+def encode_video(
+    frames: Sequence[Image.Image], format: str, fps: float, sound: Any = None, rate: int | None = None
+) -> bytes:
+    """The file's bytes; `format` is one of VIDEO_FORMATS. MP4 is H.264, 4:2:0, which every player takes.
+
+    `sound`, a waveform of `rate` samples per second, becomes an MP4's AAC track; the other formats have none.
+    """
     if format not in VIDEO_FORMATS:
         raise InvalidValueError("format", format, f"must be one of: {', '.join(VIDEO_FORMATS)}")
     if not frames:
         raise InvalidValueError("frames", 0, "must be at least one picture")
     if format == "mp4":
-        return _mp4(frames, fps)
+        return _mp4(frames, fps, None if sound is None else encode_sound(sound, "wav", rate or 0))
     buffer = io.BytesIO()
     options = {"lossless": True} if format == "webp" else {"optimize": False}
     frames[0].save(
@@ -118,12 +124,14 @@ def contact_sheet(frames: Sequence[Image.Image], most: int = 25, side: int = 256
     return sheet
 
 
-def save_video(frames: Sequence[Image.Image], path: Path, fps: float) -> None:
+def save_video(
+    frames: Sequence[Image.Image], path: Path, fps: float, sound: Any = None, rate: int | None = None
+) -> None:
     """Write `path`; its suffix is the format."""
-    path.write_bytes(encode_video(frames, path.suffix.removeprefix(".").lower(), fps))
+    path.write_bytes(encode_video(frames, path.suffix.removeprefix(".").lower(), fps, sound, rate))
 
 
-def _mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
+def _mp4(frames: Sequence[Image.Image], fps: float, wav: bytes | None) -> bytes:
     try:
         import imageio.v2 as imageio
         import imageio_ffmpeg  # noqa: F401  imageio would look for it only later, and say less
@@ -136,5 +144,8 @@ def _mp4(frames: Sequence[Image.Image], fps: float) -> bytes:
         # 4:2:0 needs even sides; faststart puts the index first, so that a browser plays while it loads.
         options: Any = {"codec": "libx264", "quality": 9, "macro_block_size": 2}
         options["ffmpeg_params"] = ["-movflags", "+faststart"]
+        if wav is not None:
+            (Path(folder) / "sound.wav").write_bytes(wav)
+            options |= {"audio_path": str(Path(folder) / "sound.wav"), "audio_codec": "aac"}
         imageio.mimwrite(path, [np.asarray(frame.convert("RGB")) for frame in frames], fps=fps, **options)
         return path.read_bytes()

@@ -6,6 +6,7 @@ Knows no method: a backend is a choice of plan or gate, predictor and profile.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +18,9 @@ from vllm_omni.diffusion.cache.standalone import Session, StandaloneHook, attach
 from vllm_omni.diffusion.cache.state import CacheState
 from vllm_omni.diffusion.cache.store import CacheStore
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
-from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, denoisers_of, spec_of, unwrapped
+from vllm_omni.diffusion.denoiser.discover import has_blocks
+from vllm_omni.diffusion.denoiser.known import Denoiser
+from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, denoisers_of
 from vllm_omni.diffusion.denoiser.step_tracker import CallTracker, StepTracker, Tracker, schedule_of
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels import ops
@@ -68,7 +71,7 @@ class StackBackend(CacheBackend):
         self.settings = parse(self.name, config)
         budget = config.memory_budget_mb
         self.store = CacheStore(None if budget is None else int(budget * 2**20))
-        self.stacks: dict[str, BlockStack] = {}
+        self.denoisers: dict[str, Denoiser] = {}
         self._pipeline: Any = None
         self._session: Session | None = None
         self._hooked: list[tuple[torch.nn.Module, StandaloneHook]] = []
@@ -87,38 +90,47 @@ class StackBackend(CacheBackend):
         """The state of a request that is about to run this schedule, under its own settings or the backend's."""
 
     def _spec(self, module: torch.nn.Module) -> DenoiserSpec | None:
-        return spec_of(module)
+        """A description of the user's own."""
+        return None
 
-    def _found(self, module: torch.nn.Module, spec: DenoiserSpec, model_name: str) -> None:
+    def _found(self, denoiser: Denoiser, model_name: str) -> None:
         """Take in the pipeline's first denoiser and where it came from; raise if the checkpoint lacks something."""
 
-    def enable(self, pipeline: Any, *, standalone: bool = True) -> None:
-        """Find the block stacks and what the checkpoint needs. `standalone` False: an engine opens the scopes itself.
+    def stack_for(self, name: str, arguments: Mapping[str, Any]) -> BlockStack | None:
+        """The stack that a call of the denoiser `name` may be cached with; None: it computes."""
+        denoiser = self.denoisers.get(name)
+        return None if denoiser is None else denoiser.stack_for(arguments)
 
-        InvalidValueError if the checkpoint lacks something, if no denoiser's blocks are known, or if another cache is
-        on one of them.
+    def enable(self, pipeline: Any, *, standalone: bool = True, known: Mapping[str, Denoiser] | None = None) -> None:
+        """Find the denoisers and what the checkpoint needs. `standalone` False: an engine opens the scopes itself, and
+        has them examined: `known` are its own.
+
+        InvalidValueError if the checkpoint lacks something, if no denoiser has blocks, or if another cache is on one.
         """
         self.disable(pipeline)
-        modules = denoisers_of(pipeline)
-        found = {n: (module, spec) for n, module in modules.items() if (spec := self._spec(module)) is not None}
-        if not found:
+        modules = {name: module for name, module in denoisers_of(pipeline).items() if has_blocks(module)}
+        if not modules:
             raise InvalidValueError(
                 "cache_backend",
                 self.name,
-                f"does not know the blocks of {type(pipeline).__name__}; serve it with 'none'",
+                f"finds no list of blocks in {type(pipeline).__name__}; serve it with 'none'",
             )
-        for module, _ in found.values():
+        for module in modules.values():
             refuse_other_caches(module)
-        self._found(*next(iter(found.values())), model_name_of(pipeline))
-        self.stacks = {name: BlockStack(unwrapped(module), spec) for name, (module, spec) in found.items()}
+        self.denoisers = {name: self._denoiser(module, (known or {}).get(name)) for name, module in modules.items()}
+        self._found(next(iter(self.denoisers.values())), model_name_of(pipeline))
         self._pipeline = pipeline
         if standalone:
             self._session = Session(self._tracker(pipeline), self.state)
-            for name, (module, spec) in found.items():
-                hook = StandaloneHook(name, self.stacks[name], spec, self._session)
+            for name, module in modules.items():
+                hook = StandaloneHook(name, self.denoisers[name], self.stack_for, self._session)
                 attach(module, hook)
                 self._hooked.append((module, hook))
         self.enabled = True
+
+    def _denoiser(self, module: torch.nn.Module, known: Denoiser | None) -> Denoiser:
+        own = self._spec(module)
+        return known if known is not None and own in (None, known.written) else Denoiser(module, own)
 
     def _tracker(self, pipeline: Any) -> Tracker:
         """By the pipeline's scheduler; one without has its calls counted."""
@@ -169,12 +181,12 @@ class StackBackend(CacheBackend):
             self._session.restart()
             self._session.tracker.stop()
             self._session = None
-        for stack in self.stacks.values():
-            stack.leave()  # an error within a forward can leave its scope open
+        for denoiser in self.denoisers.values():
+            denoiser.leave()  # an error within a forward can leave its scope open
         for module, _ in self._hooked:
             detach(module)
         self._hooked.clear()
-        self.stacks.clear()
+        self.denoisers.clear()
         self._pipeline = None
         self.enabled = False
 

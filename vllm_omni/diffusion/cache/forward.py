@@ -17,7 +17,7 @@ import torch
 
 from vllm_omni.diffusion.cache.state import CacheState, Computed, Forecast, Key, Signal
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
-from vllm_omni.diffusion.denoiser.specs import latents_of
+from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.kernels import ops
 
 
@@ -44,7 +44,7 @@ def look(batch: Sequence[BatchRows], signal: Signal, stack: BlockStack, run: Cal
     if signal is Signal.LATENTS:
         shown = [row.state.describe(row.arguments, row.step) for row in batch]
     else:
-        seen = stack.probe(run, attention=signal is Signal.MODULATED)
+        seen = stack.probe(run, attention=signal is Signal.MODULATED, rows=batch[-1].rows.stop)
         shown = [seen[row.rows].clone() if len(batch) > 1 else seen for row in batch]
     changes = [row.state.change(row.key, row.step, now) for row, now in zip(batch, shown, strict=True)]
     known = [change for change in changes if change is not None]
@@ -77,7 +77,8 @@ class CachedForward:
     def open(self) -> None:
         """Exchange the block stack, if need be."""
         if self._stack is not None:
-            self._stack.enter(partial(corrected, self._forecasts) if self.skips else None)
+            rows = self._batch[-1].rows.stop
+            self._stack.enter(partial(corrected, self._forecasts) if self.skips else None, rows)
 
     def commit(self, result: Any) -> None:
         """Take in what the forward gave; call it within the scope, after everything else that can fail."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,8 +15,11 @@ from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.state import CacheState
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
+from vllm_omni.diffusion.denoiser.discover import names_of
+from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_of
-from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, latents_of, unwrapped
+from vllm_omni.diffusion.denoiser.rows import latents_of
+from vllm_omni.diffusion.denoiser.specs import unwrapped
 from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, Tracker, itself
 from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
 from vllm_omni.errors import InvalidValueError
@@ -53,10 +55,16 @@ class Session:
 class StandaloneHook(ModelHook):
     """Opens the cache's scope around each forward of one denoiser."""
 
-    def __init__(self, name: str, stack: BlockStack, spec: DenoiserSpec, session: Session) -> None:
-        self.name, self.stack, self.spec, self.session = name, stack, spec, session
+    def __init__(
+        self,
+        name: str,
+        denoiser: Denoiser,
+        stack_for: Callable[[str, Mapping[str, Any]], BlockStack | None],
+        session: Session,
+    ) -> None:
+        self.name, self.denoiser, self.session = name, denoiser, session
         self.branch: str | None = None
-        self._names = list(inspect.signature(type(stack.module).forward).parameters)[1:]
+        self._stack_for, self._names = stack_for, names_of(denoiser.module)
         self._forward: CachedForward | None = None
         self._scales: Hashable = None
 
@@ -70,15 +78,15 @@ class StandaloneHook(ModelHook):
         self._close()
         state, position = self.session.locate(self.name, self.branch)
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
-        scales, self._scales = self._scales, (scales_of(self.stack.module), scale_of_call(arguments))
+        scales, self._scales = self._scales, (scales_of(self.denoiser.module), scale_of_call(arguments))
         if scales != self._scales:
             state.drop()  # with other adapters it is another model: what was kept is not its own
-        rows = len(latents_of(arguments))
+        self.denoiser.learn(arguments, lambda given: module.forward(**given))
+        forecast, stack = None, self._stack_for(self.name, arguments)
+        rows = len(latents_of(arguments)) if stack is not None else 0
         row = BatchRows(state, (self.name, position.branch), position.step, slice(0, rows), arguments)
-        state.follow(row.key, latents_of(arguments))
-        forecast, stack = None, None
-        if not self.spec.adds_between_blocks(arguments):
-            stack = self.stack
+        if stack is not None:
+            state.follow(row.key, latents_of(arguments))
             if (signal := state.signal(row.key, row.step)) is not None:
                 look([row], signal, stack, partial(module.forward, *args, **kwargs))
             forecast = state.forecast(row.key, row.step, rows)
@@ -95,7 +103,7 @@ class StandaloneHook(ModelHook):
         return output
 
     def _close(self) -> None:
-        self.stack.leave()
+        self.denoiser.leave()
         self._forward = None
 
     def reset_state(self, module: torch.nn.Module) -> None:

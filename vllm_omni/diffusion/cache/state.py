@@ -16,7 +16,7 @@ import torch
 from vllm_omni.diffusion.cache.plan.compose import CachePlan
 from vllm_omni.diffusion.cache.store import Buffer, CacheStore
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
-from vllm_omni.diffusion.denoiser.specs import latents_of
+from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.kernels import ops
 
 Key = tuple[str, str]  # (denoiser, branch)

@@ -14,10 +14,16 @@ DENOISER_NAMES = ("transformer", "transformer_2", "unet")  # the pipeline compon
 
 @dataclass(frozen=True)
 class BlockList:
-    """A `ModuleList` of the stack: its attribute, and what each of its blocks returns, in order."""
+    """A `ModuleList` of the stack: where it is, what each of its blocks returns, in order, and what it takes.
 
-    name: str
-    returns: tuple[str, ...]  # ("hidden_states",) means the bare tensor
+    Whatever is returned continues an argument, and is named after it. `takes` names those that come by position.
+    """
+
+    name: str  # "blocks", or "decoder.blocks"
+    returns: tuple[str, ...]  # ("hidden_states",) means the bare tensor; "" stands for None
+    takes: tuple[str, ...] = ("hidden_states", "encoder_hidden_states")
+    streams: tuple[str, ...] = ("hidden_states",)  # of `returns`, what the head reads: what is cached
+    in_tuple: bool = False  # also if it is one
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class DenoiserSpec:
     image_first: bool = False  # a fused tail holds the image tokens before the text
     only_for_blocks: tuple[str, ...] = ()  # child modules whose output nothing but the blocks reads
     between_blocks: tuple[str, ...] = ()  # "argument" or "argument.key" that adds something to the stack: compute
+    every_place: bool = False  # the model counts its blocks: without them, there is a stand-in in each one's place
+    in_place: bool = False  # blocks write into what they are given
 
     def adds_between_blocks(self, arguments: Mapping[str, Any]) -> bool:
         """Whether a call adds something between blocks that a residual of another step does not contain."""
@@ -193,11 +201,6 @@ def unwrapped(module: Any) -> Any:
 def spec_of(module: Any) -> DenoiserSpec | None:
     """The spec of a denoiser, of the module inside a wrapper, or of the class it derives from."""
     return next((DENOISERS[c.__name__] for c in type(unwrapped(module)).__mro__ if c.__name__ in DENOISERS), None)
-
-
-def latents_of(arguments: Mapping[str, Any]) -> Any:
-    """The latents of a denoiser call: a tensor with one row per sample, or a list of them."""
-    return arguments["hidden_states"] if "hidden_states" in arguments else next(iter(arguments.values()))
 
 
 def denoisers_of(pipeline: Any) -> dict[str, Any]:

@@ -43,6 +43,7 @@ class StepTracker:
         self._pipeline = pipeline
         self._scheduler: Any = None
         self._run = self._step = 0
+        self._index: int | None = None  # the scheduler's own after the last step
         self._unnamed: dict[str, int] = {}
         self.observe: Callable[[Any, Any], None] | None = None  # gets each step's model output and sample
         self.on_begin: Callable[[], None] | None = None  # called when a run begins
@@ -66,7 +67,7 @@ class StepTracker:
     def begins(self) -> None:
         """Note that the scheduler begins a run."""
         self._run += 1
-        self._step = 0
+        self._step, self._index = 0, None
         self._unnamed.clear()
         attributes = vars(self._pipeline)
         if (count := attributes.get("_num_timesteps")) is not None:
@@ -78,7 +79,10 @@ class StepTracker:
         """Note that the scheduler has made a step of `sample`."""
         if self.observe is not None:
             self.observe(model_output, sample)
-        self._step += 1
+        index = vars(self._scheduler).get("_step_index")
+        if index is None or index != self._index:  # Cosmos makes each step twice, and sets the index back between
+            self._step += 1
+        self._index = index
         self._unnamed.clear()
 
     def locate(self, denoiser: str, branch: str | None) -> StepPosition:
@@ -258,7 +262,17 @@ def _watched_class(scheduler_class: type) -> type:
         "__module__": scheduler_class.__module__,
         "__qualname__": scheduler_class.__qualname__,
     }
-    return type(scheduler_class.__name__, (scheduler_class,), methods)
+    return _WatchedClass(scheduler_class.__name__, (scheduler_class,), methods)
+
+
+class _WatchedClass(type):
+    """Equal to the class it watches: Bria's pipeline compares its scheduler's type with one that it knows."""
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or cls.__mro__[1] is other
+
+    def __hash__(cls) -> int:
+        return hash(cls.__mro__[1])
 
 
 class _PatchedMethod:

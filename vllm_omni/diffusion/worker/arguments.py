@@ -15,8 +15,13 @@ from diffusers.image_processor import VaeImageProcessor
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidValueError, OmniError, RefusedError, check_keys
+from vllm_omni.inputs.data import has_embeds
 
-_RENAMED = {"num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt")}
+RENAMED: dict[str, tuple[str, ...]] = {  # our names, and the pipelines' for the same
+    "num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"),
+    "num_frames": ("num_frames", "frames", "video_length"),
+    "seconds": ("audio_end_in_s", "duration", "audio_duration", "audio_duration_s", "audio_length_in_s"),
+}
 _OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
 _OURS |= {"boundary_ratio", "generator_device", "lora_scale"}
 # The frame rate that a family was trained at, by the beginning of its pipeline's name (the models' own cards).
@@ -31,7 +36,7 @@ class ArgumentBuilder:
     def __init__(self, pipeline: Any, defaults: Mapping[str, Any], config: OmniDiffusionConfig) -> None:
         self._name = type(pipeline).__name__
         self._two_experts = vars(pipeline).get("transformer_2") is not None
-        self._accepted = _arguments_of(type(pipeline))
+        self._accepted, self._required = _arguments_of(type(pipeline))
         self.defaults = {key: value for key, value in defaults.items() if key in self._accepted}
         own = config.default_sampling_params
         for name in own:
@@ -57,7 +62,7 @@ class ArgumentBuilder:
             del given["eta"]
         given |= request.conditioning
         for name, value in given.items():
-            target = next((n for n in _RENAMED.get(name, (name,)) if n in self._accepted), None)
+            target = next((n for n in RENAMED.get(name, (name,)) if n in self._accepted), None)
             if target is None:
                 raise InvalidValueError(name, value, f"is not an argument of {self._name}; leave it out")
             arguments[target] = value
@@ -71,6 +76,10 @@ class ArgumentBuilder:
         if request.params.fps is not None and "frame_rate" in self._accepted:  # LTX is conditioned on it
             arguments["frame_rate"] = request.params.fps
         arguments["output_type"] = request.params.output_type or "pil"
+        if "prompt" in self._accepted and "prompt" not in given and not has_embeds("prompt", given):
+            raise InvalidValueError("prompt", request.prompt, "must hold 'prompt' or 'prompt_embeds'")
+        for name in self._required - arguments.keys():
+            raise InvalidValueError(name, None, f"is needed by {self._name}; give it with the prompt")
         self._check(arguments)
         return arguments
 
@@ -112,21 +121,27 @@ def refusal(error: Exception, arguments: Mapping[str, Any]) -> Exception:
     return RefusedError(max(named)[1] if named else "prompt", str(error))
 
 
-def _arguments_of(pipeline_class: type) -> set[str]:
-    """The names that a pipeline's call takes; one that hands **kwargs on takes those of the class it derives from."""
+def _arguments_of(pipeline_class: type) -> tuple[set[str], set[str]]:
+    """The names that a pipeline's call takes, and those without a default.
+
+    One that hands **kwargs on takes those of the class it derives from.
+    """
     names: set[str] = set()
+    required: set[str] = set()
     for owner in pipeline_class.__mro__:
         if "__call__" in vars(owner):
             taken = list(inspect.signature(vars(owner)["__call__"]).parameters.values())[1:]
-            names |= {one.name for one in taken if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+            own = [one for one in taken if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+            required |= {one.name for one in own if one.default is one.empty} - names
+            names |= {one.name for one in own}
             if all(one.kind is not one.VAR_KEYWORD for one in taken):
                 break
-    return names
+    return names, required
 
 
 def _audio_rate(pipeline: Any) -> int | None:
     """Samples per second of the pipeline's sound: of its vocoder, or of the VAE that makes it; None without sound."""
-    for name in ("vocoder", "vae", "audio_vae"):
+    for name in ("vocoder", "vae", "audio_vae", "sound_tokenizer"):
         config = getattr(getattr(pipeline, name, None), "config", {})
         for field in ("output_sampling_rate", "sampling_rate", "sample_rate"):
             if isinstance(rate := config.get(field), int):

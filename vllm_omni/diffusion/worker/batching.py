@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,10 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from vllm_omni.diffusion.denoiser.specs import Text, latents_of, spec_of, unwrapped
+from vllm_omni.diffusion.denoiser.discover import names_of
+from vllm_omni.diffusion.denoiser.known import Denoiser
+from vllm_omni.diffusion.denoiser.rows import equal, joined, latents_of, row_shape, row_slices
+from vllm_omni.diffusion.denoiser.specs import Text
 from vllm_omni.diffusion.worker.coroutine import ComponentCall
 
 # Input elements of a joint component call: the latents of one FLUX picture of 1024 by 1024. Decoding several small
@@ -22,42 +24,36 @@ WORTH_PADDING = 1.25  # the longest sequence of a forward over the shortest
 class CallBinder:
     """For one denoiser: positional arguments by name, and which calls may share a forward."""
 
-    def __init__(self, name: str, module: torch.nn.Module) -> None:
-        self.name, self.spec = name, (spec := spec_of(module))
-        self._names = list(inspect.signature(type(unwrapped(module)).forward).parameters)[1:]
-        self._rows = frozenset(spec.rows) if spec else frozenset()
-        self._shared = frozenset(spec.shared) if spec else frozenset()
-        self._dims = dict.fromkeys(spec.rows_in_dim_1, 1) if spec else {}
-        self._texts = {text.name: text for text in spec.texts} if spec else {}
-        self._masks = frozenset(text.mask for text in self._texts.values())
+    def __init__(self, name: str, denoiser: Denoiser) -> None:
+        self.name, self.denoiser = name, denoiser
+        self._names = names_of(denoiser.module)
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
         return dict(zip(self._names, args, strict=False)) | kwargs
 
-    def adds_between_blocks(self, arguments: Mapping[str, Any]) -> bool:
-        """Whether the call adds something between blocks, so that it can neither be cached nor joined."""
-        return self.spec is not None and self.spec.adds_between_blocks(arguments)
-
     def key(self, arguments: Mapping[str, Any], alone: Hashable, memory: dict[int, Any]) -> Hashable:
-        """Equal keys fit together. A class without a spec, or an argument that cannot be compared, goes `alone`.
+        """Equal keys fit together. A call of unknown roles, or an argument that cannot be compared, goes `alone`.
 
         `memory` is the request's own: a shared tensor is read once per request, not once per step.
         """
-        if self.spec is None or self.adds_between_blocks(arguments):
+        spec = self.denoiser.roles_for(arguments)
+        if spec is None:
             return self.name, alone
         rows = len(latents_of(arguments))
-        parts: list[Hashable] = [self.name]
+        texts = {text.name: text for text in spec.texts}
+        masks = {text.mask for text in spec.texts}
+        parts: list[Hashable] = [self.name, self.denoiser.kind_of(arguments)]
         try:
             for name, value in arguments.items():
-                if name in self._masks:
+                if name in masks:
                     continue  # of texts that are padded to each other's length
-                if name in self._texts:
-                    parts.append((name, _text_shape(self._texts[name], value, latents_of(arguments))))
-                elif name in self._rows:
-                    parts.append((name, _row_shape(value, rows, self._dims.get(name, 0))))
-                if name in self._shared or name not in self._rows:
-                    parts.append((name, equal(value, memory if name in self._shared else None)))
+                if name in texts:
+                    parts.append((name, _text_shape(texts[name], value, latents_of(arguments))))
+                elif name in spec.rows:
+                    parts.append((name, row_shape(value, rows, int(name in spec.rows_in_dim_1))))
+                if name in spec.shared or name not in spec.rows:
+                    parts.append((name, equal(value, memory if name in spec.shared else None)))
         except TypeError:
             return self.name, alone
         return tuple(parts)
@@ -65,51 +61,21 @@ class CallBinder:
     def join(self, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """One call's arguments for many; a single call stays as it is."""
         first = dict(calls[0])
-        if len(calls) == 1:
+        spec = self.denoiser.roles_for(first)
+        if len(calls) == 1 or spec is None:
             return first
         padded: dict[str, list[Any]] = {}
-        for text in self._texts.values():
+        for text in spec.texts:
             if text.mask and first.get(text.name) is not None:
                 padded[text.name], masks = _padded(
                     [call[text.name] for call in calls], [c.get(text.mask) for c in calls]
                 )
                 first[text.mask], padded[text.mask] = masks[0], masks
         return first | {
-            name: _joined(padded.get(name) or [call[name] for call in calls], self._dims.get(name, 0))
-            for name in self._rows
+            name: joined(padded.get(name) or [call[name] for call in calls], int(name in spec.rows_in_dim_1))
+            for name in spec.rows
             if first.get(name) is not None
         }
-
-
-def row_slices(counts: Sequence[int]) -> list[slice]:
-    """The place of each call's rows in the joined batch."""
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
-
-
-def take_rows(output: Any, rows: slice) -> Any:
-    """One request's part of a denoiser's output: a tensor or list of rows, in a tuple or a dict-like model output."""
-    if isinstance(output, torch.Tensor | list):
-        return output[rows]
-    if isinstance(output, dict):
-        return type(output)(**{name: take_rows(value, rows) for name, value in output.items()})
-    if isinstance(output, tuple):
-        return tuple(take_rows(value, rows) for value in output)
-    return output
-
-
-def _row_shape(value: Any, rows: int, dim: int) -> Hashable:
-    """What must agree of an argument with one entry per row; TypeError if it is none."""
-    if value is None:
-        return None
-    if isinstance(value, torch.Tensor) and value.ndim > dim and value.shape[dim] == rows:
-        return value.shape[:dim], value.shape[dim + 1 :], value.dtype
-    if isinstance(value, list) and len(value) == rows:
-        entries = tuple((e.shape, e.dtype) if isinstance(e, torch.Tensor) else equal(e) for e in value)
-        return entries[0] if len(set(entries)) == 1 else entries
-    if isinstance(value, dict):
-        return tuple((name, _row_shape(entry, rows, dim)) for name, entry in value.items())
-    raise TypeError(type(value))
 
 
 def _text_shape(text: Text, value: Any, latents: Any) -> Hashable:
@@ -139,39 +105,6 @@ def _padded(texts: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None])
     gaps = [longest - text.shape[1] for text in texts]
     filled = [pad(text, (0, 0, 0, gap)) for text, gap in zip(texts, gaps, strict=True)]
     return filled, [pad(mask, (0, gap)) for mask, gap in zip(whole, gaps, strict=True)]
-
-
-def equal(value: Any, memory: dict[int, Any] | None = None) -> Hashable:
-    """A hashable that is equal if the argument's content is; TypeError if that cannot be said.
-
-    Without `memory` a tensor is refused: only one that is described as shared may serve other requests' rows.
-    """
-    if value is None or isinstance(value, bool | int | float | str):
-        return type(value).__name__, value
-    if isinstance(value, torch.Tensor) and memory is not None:
-        return _content(value, memory)
-    if isinstance(value, dict):
-        return tuple((key, equal(entry, memory)) for key, entry in value.items())
-    if isinstance(value, tuple | list):
-        return tuple(equal(entry, memory) for entry in value)
-    raise TypeError(type(value))
-
-
-def _joined(values: Sequence[Any], dim: int) -> Any:
-    first = values[0]
-    if isinstance(first, list):
-        return [entry for value in values for entry in value]
-    if isinstance(first, dict):
-        return {name: _joined([value[name] for value in values], dim) for name in first}
-    return torch.cat(list(values), dim) if first is not None else None
-
-
-def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:
-    known = memory.get(id(tensor))
-    if known is None or known[0] is not tensor:
-        content = (tensor.dtype, tensor.shape, hash(tensor.detach().cpu().float().numpy().tobytes()))
-        memory[id(tensor)] = known = (tensor, content)
-    return known[1]
 
 
 # ---------------------------------------------------------------------------------------- text encoders and decoders

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
 from vllm_omni.diffusion.cache.settings import Budget, CacheSettings
-from vllm_omni.diffusion.denoiser.specs import latents_of
+from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels.timing import Pace
 

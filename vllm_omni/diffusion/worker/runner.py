@@ -17,8 +17,11 @@ from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
 from vllm_omni.diffusion.cache.state import Signal
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
+from vllm_omni.diffusion.denoiser.discover import rows_in
+from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_kept
-from vllm_omni.diffusion.denoiser.specs import denoisers_of, latents_of, unwrapped
+from vllm_omni.diffusion.denoiser.rows import row_slices, take_rows
+from vllm_omni.diffusion.denoiser.specs import denoisers_of
 from vllm_omni.diffusion.denoiser.step_tracker import StepTracker
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.scheduler import StepKind
@@ -28,8 +31,6 @@ from vllm_omni.diffusion.worker.batching import (
     call_component,
     component_chunks,
     component_key,
-    row_slices,
-    take_rows,
 )
 from vllm_omni.diffusion.worker.coroutine import (
     TEXT_ENCODERS,
@@ -61,9 +62,10 @@ class ModelRunner:
         self, pipeline: Any, lora_modules: dict[str, str] | None = None, prompts: PromptCache | None = None
     ) -> None:
         self.pipeline, self.prompts = pipeline, prompts or PromptCache(0)
-        self._device = pipeline._execution_device if isinstance(pipeline, DiffusionPipeline) else None
+        self._device = _device_of(pipeline)
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
-        self.binders = {name: CallBinder(name, module) for name, module in self.modules.items()}
+        self.denoisers = {name: Denoiser(module) for name, module in self.modules.items()}
+        self.binders = {name: CallBinder(name, denoiser) for name, denoiser in self.denoisers.items()}
         parts = [vars(pipeline).get(name) for name in TEXT_ENCODERS]
         self._encoders = [module for module in parts if isinstance(module, torch.nn.Module)]
         self._shared = SharedModules(self.modules.values, self._other_parts)
@@ -71,9 +73,6 @@ class ModelRunner:
         self._retries = Retries(self.memory)
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, lora_modules or {})
-        unknown = {type(unwrapped(self.modules[n])).__name__ for n, b in self.binders.items() if b.spec is None}
-        for name in sorted(unknown):
-            logger.warning("%s is not described: its requests run one per forward, uncached", name)
 
     def start(
         self,
@@ -181,7 +180,7 @@ class ModelRunner:
         name = batch[0].call.denoiser if isinstance(batch[0].call, DenoiserCall) else ""
         binder, rows = self.binders[name], _rows_of(batch)
         arguments = binder.join([_parked(request).arguments for request in batch])
-        stack = None if binder.adds_between_blocks(arguments) else _stack(batch, name)
+        stack = self._stack(batch, name, arguments)
         self.adapters.use(batch[0].adapters)
         forward = CachedForward(stack, _batch_rows(batch, rows), [_parked(request).forecast for request in batch])
         with forward, batch[0].changes.installed(), _scales_kept(self.modules[name], arguments):
@@ -193,12 +192,12 @@ class ModelRunner:
 
     def _show(self, signal: Signal, batch: Sequence[Request]) -> list[None]:
         name = batch[0].call.denoiser if isinstance(batch[0].call, DenoiserCall) else ""
-        stack = _stack(batch, name)
+        arguments = self.binders[name].join([_parked(request).arguments for request in batch])
+        stack = self._stack(batch, name, arguments)
         assert stack is not None
 
         def run() -> Any:
             self.adapters.use(batch[0].adapters)
-            arguments = self.binders[name].join([_parked(request).arguments for request in batch])
             with batch[0].changes.installed(), _scales_kept(self.modules[name], arguments):
                 return self.modules[name](**arguments)
 
@@ -258,10 +257,10 @@ class ModelRunner:
         if request.position is None or position.run != request.position.run:
             self._begin_schedule(request, call.denoiser, arguments)
         request.position = position
-        latents = latents_of(arguments)
-        request.cache.follow((call.denoiser, position.branch), latents)
-        parked = ParkedCall(call, None, StepKind.COMPUTE, arguments, len(latents))
+        rows = self._learn(request, call, arguments)
+        parked = ParkedCall(call, None, StepKind.COMPUTE, arguments, rows)
         if self._cached(request, parked):
+            request.cache.follow((call.denoiser, position.branch), latents_of(arguments))
             signal = request.cache.signal((call.denoiser, position.branch), position.step)
             if signal is not None:
                 alike = None if signal is Signal.LATENTS else self._batch_key(request, parked)
@@ -280,8 +279,23 @@ class ModelRunner:
 
     def _cached(self, request: Request, parked: ParkedCall) -> bool:
         assert isinstance(parked.call, DenoiserCall)
-        known = request.backend is not None and parked.call.denoiser in request.backend.stacks
-        return known and not self.binders[parked.call.denoiser].adds_between_blocks(parked.arguments)
+        return self._stack([request], parked.call.denoiser, parked.arguments) is not None
+
+    def _stack(self, batch: Sequence[Request], name: str, arguments: Mapping[str, Any]) -> BlockStack | None:
+        """What the call may be cached with; nothing was proven of a denoiser as a pipeline has changed it."""
+        if self.denoisers[name].written is None and batch[0].changes:
+            return None
+        backend = next((request.backend for request in batch if request.backend is not None), None)
+        return None if backend is None else backend.stack_for(name, arguments)
+
+    def _learn(self, request: Request, call: DenoiserCall, arguments: dict[str, Any]) -> int:
+        """Have the denoiser examined if it gets a call of a new kind; returns the rows of the call."""
+        denoiser, module = self.denoisers[call.denoiser], self.modules[call.denoiser]
+        if not denoiser.knows(arguments) and not request.changes:
+            self.adapters.use(request.adapters)
+            with _scales_kept(module, arguments):
+                denoiser.learn(arguments, lambda given: module(**given))
+        return rows_in(arguments) or 1
 
     def _batch_key(self, request: Request, parked: ParkedCall) -> Hashable:
         assert isinstance(parked.call, DenoiserCall)
@@ -302,6 +316,16 @@ class ModelRunner:
             )
             assert state is not None
             request.cache = state
+
+
+def _device_of(pipeline: Any) -> torch.device | None:
+    """Where the pipeline runs; a module of the user's own does not say where it is, its weights do."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        return None
+    try:
+        return pipeline._execution_device
+    except AttributeError:
+        return next((p.device for module in denoisers_of(pipeline).values() for p in module.parameters()), None)
 
 
 def _scales_kept(module: torch.nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
@@ -336,7 +360,3 @@ def _batch_rows(batch: Sequence[Request], rows: Sequence[slice]) -> list[BatchRo
         key = (call.denoiser, position.branch)
         entries.append(BatchRows(request.cache, key, position.step, own, _parked(request).arguments))
     return entries
-
-
-def _stack(batch: Sequence[Request], denoiser: str) -> BlockStack | None:
-    return next((request.backend.stacks.get(denoiser) for request in batch if request.backend is not None), None)

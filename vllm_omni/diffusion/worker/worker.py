@@ -114,7 +114,7 @@ class DiffusionWorker:
         if name not in self._backends:
             backend = get_cache_backend(name, settings.config)
             assert isinstance(backend, StackBackend)  # `engine_backend` let no other through
-            backend.enable(self.pipeline, standalone=False)
+            backend.enable(self.pipeline, standalone=False, known=self.runner.denoisers)
             if backend.store.budget is None:  # the other half is for forwards
                 room = self.runner.memory.free(self.config.gpu_memory_utilization)
                 backend.store.budget = None if room is None else room // 2

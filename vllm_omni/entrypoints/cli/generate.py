@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, check_text
 from vllm_omni.model_folder import resolve_model
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.media import VIDEO_FORMATS, open_image, save_video
+from vllm_omni.outputs.sound import SOUND_FORMATS, save_sound
 
 CACHES = (*PRESET_NAMES, "off")
 DESCRIPTION = """All prompts run in one continuous batch. The table shows the seed of each
@@ -41,13 +43,15 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     engine = parser.add_argument_group("engine", "The model, its cache and its batch.")
     add_engine_flags(engine, "cache_backend", "cache_config", "max_num_seqs", "dtype", "device", "enable_cpu_offload")
     add_engine_flags(engine, "vae_use_tiling", "vae_use_slicing")
-    media = parser.add_argument_group("media and adapters", "Pictures in, videos out, LoRA, if the model takes them.")
+    media = parser.add_argument_group("media and adapters", "Pictures in, videos or sound out, LoRA, if it has them.")
     add = media.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="picture to edit or animate; again for several")
     add("--strength", type=float, metavar="N", help="how much of --image to replace, 0 to 1 (image-to-image models)")
     add("--num-frames", type=int, metavar="N", help="frames of a video (default: the model's own)")
     add("--fps", type=float, metavar="N", help="frames per second of a video's file (default: the model's own)")
     add("--video-format", choices=VIDEO_FORMATS, default="mp4", help="file format (default: mp4)")
+    add("--seconds", type=float, metavar="N", help="length of a sound (default: the model's own)")
+    add("--audio-format", choices=SOUND_FORMATS, default="wav", help="file format of a sound (default: wav)")
     add("--lora", action="append", default=[], metavar="FILE", help="adapter, .safetensors; again for several")
     add("--lora-scale", type=float, default=1.0, metavar="N", help="scale of the adapters (default: 1)")
     return parser
@@ -91,6 +95,7 @@ def _parameters(args: argparse.Namespace, index: int, adapters: tuple[str, ...])
             strength=args.strength,
             num_frames=args.num_frames,
             fps=args.fps,
+            seconds=args.seconds,
             cache=args.cache,
             lora_request=tuple((name, args.lora_scale) for name in adapters) or None,
         )
@@ -101,15 +106,20 @@ def _slug(prompt: str) -> str:
 
 
 def _save(output: OmniRequestOutput, folder: Path, stem: str, args: argparse.Namespace) -> list[str]:
-    names = []
-    for number, content in enumerate([*output.images, *output.videos]):
-        suffix = args.video_format if output.videos else "png"
-        name = folder / f"{stem}{f'-{number}' if number else ''}.{suffix}"
-        if output.videos:
-            save_video(content, name, output.fps or 16)
-        else:
-            content.save(name)
-        names.append(str(name))
+    """The files of an output: pictures; clips, an MP4 with its sound; sound alone, or beside a format without any."""
+    names: list[str] = []
+
+    def file(number: int, suffix: str) -> Path:
+        names.append(str(folder / f"{stem}{f'-{number}' if number else ''}.{suffix}"))
+        return Path(names[-1])
+
+    for number, picture in enumerate(output.images):
+        picture.save(file(number, "png"))
+    for number, (frames, sound) in enumerate(zip_longest(output.videos, output.audio)):
+        if frames is not None:
+            save_video(frames, file(number, args.video_format), output.fps or 16, sound, output.audio_rate)
+        if sound is not None and (frames is None or args.video_format != "mp4"):
+            save_sound(sound, file(number, args.audio_format), output.audio_rate or 0)
     return names
 
 

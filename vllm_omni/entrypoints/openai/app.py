@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from vllm_omni import _vllm_compat
 from vllm_omni.engine.interface import EngineClient
-from vllm_omni.entrypoints.openai import admin, chat, images, info, metrics, page, server_adapters, videos
+from vllm_omni.entrypoints.openai import admin, chat, images, info, metrics, page, server_adapters, sounds, videos
 from vllm_omni.entrypoints.openai.decoding import Decoder
 from vllm_omni.entrypoints.openai.jobs import Jobs
 from vllm_omni.entrypoints.openai.middleware import OPEN_PATHS, add_middleware
@@ -42,7 +42,7 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
     places, keys = config.engine_config().max_num_seqs + config.limits.max_queued_requests, len(config.http.api_key)
     jobs = Jobs(engine, Decoder(config.limits.max_input_pixels), max(1, places // keys) if keys > 1 else None)
     state = app.state.omni = AppState(engine, config, jobs, videos.open_jobs(jobs, config))
-    for part in (images, videos, chat, info, metrics, admin, server_adapters):
+    for part in (images, videos, sounds, chat, info, metrics, admin, server_adapters):
         app.include_router(part.router)
     if not config.http.disable_fastapi_docs:
         _describe_once(app)

@@ -21,6 +21,7 @@ from vllm_omni.entrypoints.openai.protocol.requests import (
     QUALITY_CACHE,
     BaseRequest,
     ImageRequest,
+    SoundRequest,
     VideoRequest,
 )
 from vllm_omni.entrypoints.serve_config import Limits
@@ -71,7 +72,7 @@ class GenerationRequest(Generic[R]):
 
     @property
     def size(self) -> str:
-        return f"{self.width}x{self.height}"
+        return f"{self.width}x{self.height}" if self.width else ""
 
     @property
     def steps(self) -> int | None:
@@ -123,11 +124,26 @@ def plan_video(
     return GenerationRequest(request, pictures, (params,), width, height, request.timeout_s)
 
 
-def check_makes(info: ModelInfo, what: Literal["image", "video"]) -> None:
-    """400 if the model that is served makes the other."""
-    if info.video_output != (what == "video"):
-        other = "videos: use /v1/videos" if info.video_output else "pictures: use /v1/images/generations or edits"
-        raise invalid("model", f"this model makes {other}", "unsupported_model")
+def plan_sound(request: SoundRequest, info: ModelInfo, limits: Limits) -> GenerationRequest[SoundRequest]:
+    """ApiError as above."""
+    _supported(info, size=request.size, width=request.width, height=request.height)
+    _at_most(limits.max_seconds, seconds=request.seconds)
+    common = _parameters(request, info, limits, None, None) | {"seconds": request.seconds}
+    timeout_s = request.timeout_s or limits.request_timeout_s
+    return GenerationRequest(request, {}, (OmniDiffusionSamplingParams(**common),), 0, 0, timeout_s)
+
+
+_MAKES = {
+    "image": "pictures: use /v1/images/generations or edits",
+    "video": "videos: use /v1/videos",
+    "sound": "sounds: use /v1/audio/generate",
+}
+
+
+def check_makes(info: ModelInfo, what: Literal["image", "video", "sound"]) -> None:
+    """400 if the model that is served makes something else."""
+    if info.output != what:
+        raise invalid("model", f"this model makes {_MAKES[info.output]}", "unsupported_model")
 
 
 def match_pictures(body: Body, info: ModelInfo, field: str) -> dict[str, list[Source]]:
@@ -156,8 +172,10 @@ def match_pictures(body: Body, info: ModelInfo, field: str) -> dict[str, list[So
     return {argument: found[argument] for argument in info.pictures if argument in found}
 
 
-def _parameters(request: BaseRequest, info: ModelInfo, limits: Limits, width: int, height: int) -> dict[str, Any]:
-    """The sampling parameters that pictures and videos share."""
+def _parameters(
+    request: BaseRequest, info: ModelInfo, limits: Limits, width: int | None, height: int | None
+) -> dict[str, Any]:
+    """The sampling parameters that pictures, videos and sounds share."""
     _at_most(limits.max_steps, num_inference_steps=request.num_inference_steps)
     _at_most(limits.request_timeout_s, timeout_s=request.timeout_s)
     if abs(request.priority or 0) > limits.most_priority:

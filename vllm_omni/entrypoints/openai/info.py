@@ -56,9 +56,10 @@ def _model(name: str, state: AppState) -> replies.Model:
         "denoisers": info.denoisers,
         "defaults": info.defaults,
         "capabilities": {
-            "generations": not needed and not info.video_output,
-            "edits": bool(info.pictures) and not info.video_output,
+            "generations": not needed and info.output == "image",
+            "edits": bool(info.pictures) and info.output == "image",
             "videos": info.video_output,
+            "sounds": info.sound_output,
             "input_reference": "image" in info.pictures and info.video_output,
             "pictures": {name: "needed" if one.needed else "optional" for name, one in info.pictures.items()},
             "partial_images": info.previews,
@@ -110,7 +111,7 @@ async def version() -> replies.Version:
 
 @router.get("/v1/omni/cache")
 async def cache(state: State) -> replies.CacheReply:
-    """Backend, settings, presets, and the skips of the last requests."""
+    """Backend, settings, presets, what is known of the denoisers, and the skips of the last requests."""
     stats = await state.engine.stats()
     total = stats.steps_computed + stats.steps_skipped
     return replies.CacheReply(
@@ -120,6 +121,7 @@ async def cache(state: State) -> replies.CacheReply:
         steps_skipped=stats.steps_skipped,
         skip_ratio=stats.steps_skipped / total if total else 0.0,
         bytes=stats.cache_bytes,
+        denoisers=stats.denoisers,
         recent=[_recent(entry) for entry in stats.recent],
     )
 

@@ -228,7 +228,7 @@ class VideoJobs:
                 pause = error.retry_after_s
             await asyncio.sleep(pause)
         frames, fps = output.videos[0], output.fps or self._jobs.engine.info.fps
-        encoding = asyncio.create_task(asyncio.to_thread(self._write, job, frames, fps))
+        encoding = asyncio.create_task(asyncio.to_thread(self._write, job, output, frames, fps))
         try:
             await asyncio.shield(encoding)
         except asyncio.CancelledError:
@@ -267,11 +267,11 @@ class VideoJobs:
                     return output
         raise RequestAbortedError(f"request {job.id} ended without an output")
 
-    def _write(self, job: VideoJob, frames: list[Image.Image], fps: float) -> None:
+    def _write(self, job: VideoJob, output: OmniRequestOutput, frames: list[Image.Image], fps: float) -> None:
         """In a thread."""
         with usable():  # an MP4 is made in a file
             data = {
-                "video": encode_video(frames, "mp4", fps),
+                "video": encode_video(frames, "mp4", fps, next(iter(output.audio), None), output.audio_rate),
                 "thumbnail": media.to_bytes(frames[len(frames) // 2], "WEBP", quality=90),
                 "spritesheet": media.to_bytes(contact_sheet(frames), "JPEG", quality=85),
             }

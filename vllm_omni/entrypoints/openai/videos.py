@@ -85,7 +85,8 @@ async def _film(http: Request, state: AppState, generation: GenerationRequest[Vi
         output = [output async for _, output in items][-1]
     frames, fps = output.videos[0], output.fps or state.info.fps
     with usable():
-        data = await asyncio.to_thread(encode_video, frames, "mp4", fps)
+        sound = next(iter(output.audio), None)
+        data = await asyncio.to_thread(encode_video, frames, "mp4", fps, sound, output.audio_rate)
     seconds = {name: round(value, 4) for name, value in output.stage_durations.items()}
     omni = {"seed": output.seed, "num_frames": len(frames), "fps": fps, "warnings": http.state.warnings}
     headers = {

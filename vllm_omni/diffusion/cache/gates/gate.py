@@ -22,8 +22,9 @@ from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.settings import PLANS, CacheSettings, DiffusionCacheConfig, GateSettings
 from vllm_omni.diffusion.cache.state import CacheState, Computed, Forecast, Kept, Key, Signal
 from vllm_omni.diffusion.cache.store import CacheStore
-from vllm_omni.diffusion.denoiser.block_stack import first_attention
-from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, latents_of, unwrapped
+from vllm_omni.diffusion.denoiser.block_stack import BlockStack, first_attention
+from vllm_omni.diffusion.denoiser.known import Denoiser
+from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels import ops
 
@@ -207,14 +208,21 @@ class GateBackend(StackBackend):
             self.make_rule(settings.config), settings, schedule, self.store, KEPT_AS[self.config.residual_dtype]
         )
 
-    def _found(self, module: torch.nn.Module, spec: DenoiserSpec, model_name: str) -> None:
-        """Refuse what the gate could not compare, before any request comes."""
-        name = type(unwrapped(module)).__name__
-        if "hidden_states" not in spec.rows:
+    def _found(self, denoiser: Denoiser, model_name: str) -> None:
+        """Refuse what the gate could not compare, before any request comes, if the denoiser is described."""
+        name, spec = denoiser.name, denoiser.written
+        if spec is not None and "hidden_states" not in spec.rows:
             raise InvalidValueError("cache_backend", self.name, f"cannot look at {name}, whose latents come as a list")
-        first = unwrapped(module).get_submodule(f"{spec.stack[0].name}.0")
-        if self.rule.signal is Signal.MODULATED and first_attention(first) is None:
+        if spec is not None and not self._sees(denoiser.module.get_submodule(f"{spec.stack[0].name}.0")):
             raise InvalidValueError("cache_backend", self.name, f"finds no attention in the blocks of {name}")
+
+    def stack_for(self, name: str, arguments: Mapping[str, Any]) -> BlockStack | None:
+        stack = super().stack_for(name, arguments)
+        sees = isinstance(latents_of(arguments), torch.Tensor) and stack is not None and self._sees(stack.first_block)
+        return stack if sees else None
+
+    def _sees(self, block: torch.nn.Module) -> bool:
+        return self.rule.signal is not Signal.MODULATED or first_attention(block) is not None
 
 
 _PLANNED_ONLY = ("mag_threshold", "mag_ratios", "profile", "profile_insist", "mag_calibrate", *PLANS)

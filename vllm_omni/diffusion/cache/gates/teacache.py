@@ -13,7 +13,7 @@ import torch
 from vllm_omni.diffusion.cache.gates.gate import PREVIOUS, GateBackend, GateRule, Memory, comparable, relative_l1
 from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig
 from vllm_omni.diffusion.cache.state import Signal
-from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
+from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.errors import InvalidValueError
 
 
@@ -61,7 +61,7 @@ class TeaCacheBackend(GateBackend):
             )
         return TeaCacheRule(coefficients)
 
-    def _found(self, module: torch.nn.Module, spec: DenoiserSpec, model_name: str) -> None:
-        super()._found(module, spec, model_name)
+    def _found(self, denoiser: Denoiser, model_name: str) -> None:
+        super()._found(denoiser, model_name)
         self._published = published_coefficients().get(model_name)
         self.make_rule(self.config)

@@ -29,7 +29,8 @@ from vllm_omni.diffusion.cache.profile import (
 )
 from vllm_omni.diffusion.cache.settings import Budget, CacheSettings, DiffusionCacheConfig, Mask, Preset
 from vllm_omni.diffusion.cache.state import CacheState, PlannedState
-from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, unwrapped
+from vllm_omni.diffusion.denoiser.known import Denoiser
+from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
@@ -118,16 +119,16 @@ class MagCacheBackend(StackBackend):
         return profile
 
     def _spec(self, module: torch.nn.Module) -> DenoiserSpec | None:
-        return MagCacheStrategyRegistry.spec_of(module) or super()._spec(module)
+        return MagCacheStrategyRegistry.spec_of(module)
 
-    def _found(self, module: torch.nn.Module, spec: DenoiserSpec, model_name: str) -> None:
+    def _found(self, denoiser: Denoiser, model_name: str) -> None:
         """The profile named in the settings, or the checkpoint's own ones; a curve that the user gave comes first."""
-        self._class, self._fingerprint = type(unwrapped(module)).__name__, fingerprint(unwrapped(module))
+        self._class, self._fingerprint = denoiser.name, fingerprint(denoiser.module)
         if self.config.profile:
             self.profiles = (self._named(self.config.profile, self.config.profile_insist),)
         else:
             self.profiles = find_profiles(model_name, self._fingerprint)
-        self._ratios = self.config.mag_ratios or MagCacheStrategyRegistry.users_curve(module)
+        self._ratios = self.config.mag_ratios or MagCacheStrategyRegistry.users_curve(denoiser.module)
         _report(self.profiles)
         nothing = self._ratios is None and not self.profiles and self.config.steps_mask is None
         if nothing and self.calibration is None:

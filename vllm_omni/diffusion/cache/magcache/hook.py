@@ -12,8 +12,8 @@ from vllm_omni.diffusion.cache.settings import as_curve, parse
 from vllm_omni.diffusion.cache.standalone import Session, StandaloneHook, attach, refuse_other_caches
 from vllm_omni.diffusion.cache.state import PlannedState
 from vllm_omni.diffusion.cache.store import CacheStore
-from vllm_omni.diffusion.denoiser.block_stack import BlockStack
-from vllm_omni.diffusion.denoiser.specs import DENOISERS, spec_of, unwrapped
+from vllm_omni.diffusion.denoiser.discover import has_blocks
+from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.step_tracker import CallTracker
 from vllm_omni.errors import InvalidValueError
 
@@ -24,16 +24,15 @@ def apply_mag_cache_hook(
     """Cache `module`'s block stack over runs of `config.num_inference_steps` calls; `detach` it to undo.
 
     A guidance branch is known by the module's `cache_context`; a branch that comes again begins the next step.
-    InvalidValueError if neither `strategy` nor the table of denoisers knows the blocks, or if there is no curve.
+    InvalidValueError if it has no list of blocks, or if there is no curve.
     """
     if config.mag_calibrate:
         raise InvalidValueError(
             "mag_calibrate", True, "needs a pipeline: use MagCacheBackend, or `vllm-omni calibrate`"
         )
-    name = type(unwrapped(module)).__name__
+    if not has_blocks(module):
+        raise InvalidValueError("transformer", type(module).__name__, "must have a list of blocks to be cached")
     spec = (strategy.spec if strategy is not None else None) or MagCacheStrategyRegistry.spec_of(module)
-    if (spec := spec or spec_of(module)) is None:
-        raise InvalidValueError("transformer class", name, f"must be one of {', '.join(sorted(DENOISERS))}")
     passed = strategy.mag_ratios if strategy is not None else MagCacheStrategyRegistry.users_curve(module)
     ratios = as_curve("mag_ratios", config.mag_ratios or passed)
     if ratios is None:
@@ -46,6 +45,7 @@ def apply_mag_cache_hook(
         return PlannedState(compose(settings, ratios, None, schedule), store, vars(config))
 
     session = Session(CallTracker(config.num_inference_steps), make)
-    hook = StandaloneHook("transformer", BlockStack(unwrapped(module), spec), spec, session)
+    denoiser = Denoiser(module, spec)
+    hook = StandaloneHook("transformer", denoiser, lambda name, arguments: denoiser.stack_for(arguments), session)
     attach(module, hook)
     return hook

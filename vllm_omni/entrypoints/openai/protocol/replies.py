@@ -188,6 +188,7 @@ class CacheReply(BaseModel):
     steps_skipped: int
     skip_ratio: float
     bytes: int
+    denoisers: dict[str, dict[str, Any]]
     recent: list[dict[str, Any]]
 
 

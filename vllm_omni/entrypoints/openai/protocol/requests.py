@@ -118,6 +118,13 @@ class VideoRequest(BaseRequest):
     boundary_ratio: float | None = Field(default=None, ge=0, le=1, description="Where a second expert takes over.")
 
 
+class SoundRequest(BaseRequest):
+    """`POST /v1/audio/generate`: a text, and how long."""
+
+    seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False, description="How long.")
+    response_format: Literal["wav", "flac"] | None = None
+
+
 _MESSAGES: dict[str, Any] = {
     "items": {"type": "object", "required": ["role", "content"], "properties": {"role": {"type": "string"}}}
 }

@@ -1,0 +1,173 @@
+"""What is known of one denoiser: what `specs.py` says of its class, or what was found and proven of its calls.
+
+What was found is kept in a small file beside the user's profiles, by class, by what the model is made of, and by the
+version of diffusers: the next start examines nothing again. No tensor is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from vllm_omni.diffusion.denoiser.block_stack import BlockStack
+from vllm_omni.diffusion.denoiser.discover import signature_of
+from vllm_omni.diffusion.denoiser.prove import NOTHING, Call, Finding, examine
+from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec, spec_of, unwrapped
+from vllm_omni.envs import profile_folder
+from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+FORMAT = 1
+MOST_SIGNATURES = 32  # a model that is called with another number each time must not be examined each time
+
+
+class Denoiser:
+    """One module, and how its calls may be made: cached, joined with others, or plainly."""
+
+    def __init__(self, module: torch.nn.Module, written: DenoiserSpec | None = None) -> None:
+        """`written`: a description instead of what is known of the class. InvalidValueError if it does not fit."""
+        self.module = unwrapped(module)
+        self.written = written or spec_of(module)
+        self.findings: dict[str, Finding] = {}
+        self._stack = None if self.written is None else BlockStack(self.module, self.written)
+        self._file = None if self.written is not None else _file_of(self.module)
+        self._reported: set[str] = set()
+        if self._file is not None:
+            self._read(self._file)
+
+    @property
+    def name(self) -> str:
+        return type(self.module).__name__
+
+    def kind_of(self, arguments: Mapping[str, Any]) -> str:
+        """What else must agree in calls that share a forward: their signature, if the roles were found for it."""
+        return "" if self.written is not None else signature_of(arguments)
+
+    def knows(self, arguments: Mapping[str, Any]) -> bool:
+        """Whether it is known how a call like this may be made."""
+        return self.written is not None or signature_of(arguments) in self.findings
+
+    def stack_for(self, arguments: Mapping[str, Any]) -> BlockStack | None:
+        """The stack that such a call may be cached with; None: it computes."""
+        if self.written is not None:
+            return None if self.written.adds_between_blocks(arguments) else self._stack
+        finding = self.findings.get(signature_of(arguments))
+        return self._stack if finding is not None and finding.cached else None
+
+    def roles_for(self, arguments: Mapping[str, Any]) -> DenoiserSpec | None:
+        """The roles of the arguments of a call that may share a forward; None: it goes alone."""
+        if self.written is not None:
+            return None if self.written.adds_between_blocks(arguments) else self.written
+        finding = self.findings.get(signature_of(arguments))
+        return finding.spec if finding is not None and finding.joined else None
+
+    def leave(self) -> None:
+        """End the stack's scope, if one is open."""
+        if self._stack is not None:
+            self._stack.leave()
+
+    def learn(self, arguments: Mapping[str, Any], call: Call) -> None:
+        """Examine the first call of its kind; `call` makes it, or one like it. No call fails because of it."""
+        signature = signature_of(arguments)
+        if self.written is not None or signature in self.findings:
+            return
+        if len(self.findings) >= MOST_SIGNATURES:
+            self._report(f"calls of more than {MOST_SIGNATURES} kinds: the others are made alone, uncached")
+            return
+        known = None if self._stack is None else self._stack.spec
+        try:
+            finding = examine(self.module, call, arguments, known)
+        except Exception as error:  # out of memory, or a call that fails whoever makes it
+            refuse_lost(error)
+            room = is_out_of_memory(error)
+            self._report("could not be examined: " + ("the device has no room for it" if room else str(error)[:200]))
+            self.findings |= {signature: Finding(NOTHING, False, "no room to examine it")} if room else {}
+            return
+        self._take(signature, finding)
+        self._write()
+
+    def facts(self) -> dict[str, Any]:
+        """What is known, in plain values."""
+        if self.written is not None:
+            return {"class": self.name, "known": "described", "cached": True, "batched": True, "reasons": []}
+        found = list(self.findings.values())
+        return {
+            "class": self.name,
+            "known": "found" if found else "not called yet",
+            "cached": any(finding.cached for finding in found),
+            "batched": any(finding.joined for finding in found),
+            "reasons": list(dict.fromkeys(finding.reason for finding in found if finding.reason)),
+        }
+
+    def _take(self, signature: str, finding: Finding) -> None:
+        if finding.cached and self._stack is None:
+            self._stack = BlockStack(self.module, finding.spec)
+        self.findings[signature] = finding
+        how = "cached" if finding.cached else "not cached"
+        how += ", in batches" if finding.joined else ", one call per forward"
+        self._report(f"was found to be {how}: {finding.reason}" if finding.reason else f"was found to be {how}")
+
+    def _report(self, what: str) -> None:
+        """Once each."""
+        if what not in self._reported:
+            self._reported.add(what)
+            logger.warning("%s %s", self.name, what)
+
+    def _write(self) -> None:
+        if self._file is None:
+            return
+        kept = {signature: asdict(finding) for signature, finding in self.findings.items()}
+        draft = self._file.with_suffix(f".{os.getpid()}")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            draft.write_text(json.dumps({"format": FORMAT, "class": self.name, "calls": kept}, indent=1) + "\n")
+            draft.replace(self._file)
+        except OSError as error:
+            logger.warning("what was found of %s is not kept: %s", self.name, error)
+
+    def _read(self, file: Path) -> None:
+        try:
+            content = json.loads(file.read_text()) if file.is_file() else {}
+            for signature, kept in (content.get("calls") or {}).items():
+                self._take(str(signature), _finding(kept))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            self.findings, self._stack = {}, None
+            logger.warning("passed over, and found anew: %s (%s)", file, error)
+
+
+def _finding(kept: Mapping[str, Any]) -> Finding:
+    """What `asdict` has made plain."""
+
+    def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+    stack = tuple(BlockList(**plain(entry)) for entry in kept["spec"]["stack"])
+    return Finding(DenoiserSpec(**plain(kept["spec"] | {"stack": stack})), bool(kept["joined"]), str(kept["reason"]))
+
+
+def _file_of(module: torch.nn.Module) -> Path | None:
+    """Where findings are kept; None if it cannot be said of which code the model is made."""
+    digest = hashlib.sha256(f"{FORMAT} {diffusers.__version__}".encode())
+    for name, weight in module.named_parameters():
+        if ".lora_" not in name:
+            digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode())
+    config = module.config.items() if isinstance(module, diffusers.ConfigMixin) else ()
+    digest.update(repr(sorted((name, value) for name, value in config if not name.startswith("_"))).encode())
+    for source in sorted({type(part).__module__ for part in module.modules()}):
+        if source.partition(".")[0] in ("torch", "diffusers", "transformers", "peft"):
+            continue
+        file = vars(sys.modules[source]).get("__file__") if source in sys.modules else None
+        if file is None or not Path(file).is_file():
+            return None
+        digest.update(Path(file).read_bytes())
+    return profile_folder() / "denoisers" / f"{type(module).__name__}-{digest.hexdigest()[:16]}.json"

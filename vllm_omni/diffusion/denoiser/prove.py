@@ -1,0 +1,310 @@
+"""Proving on this very model what `discover.py` suspects, with the arguments of one real call. Nothing is kept.
+
+Five forwards' work, and a few forwards without blocks: the call itself, watched; the call again, tapped; another call,
+every tensor of which is perturbed; both joined, tapped. What must hold: (0) the same call gives the same output; (a)
+also if it is tapped; (b) with the blocks replaced by what they have added the output is the same up to rounding, and
+with nothing in their place it is not; (c) two different calls joined equal each alone, in their output and in what is
+cached of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+
+from vllm_omni.diffusion.denoiser.block_stack import BlockStack, pack
+from vllm_omni.diffusion.denoiser.discover import (
+    Roles,
+    Seen,
+    candidates,
+    roles_of,
+    rows_in,
+    unknown_in,
+    watch,
+    why_none,
+)
+from vllm_omni.diffusion.denoiser.rows import joined, latents_of, take_rows
+from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
+from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
+
+Call = Callable[[Mapping[str, Any]], Any]  # the denoiser, with its arguments by name
+MOST_STACKS = 32  # that are tried, without blocks
+MOST_SHARED = 4  # arguments that are tried as shared
+ROUNDINGS, FEW_ROUNDINGS = 64, 8  # of a forward in float32, and in a dtype of few digits, by its largest value
+NOTHING = DenoiserSpec((), ())
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was proven of calls of one signature: a stack, if they may be cached, and the roles of the arguments.
+
+    `reason` says why not, "" if they are both cached and joined with others.
+    """
+
+    spec: DenoiserSpec
+    joined: bool
+    reason: str = ""
+
+    @property
+    def cached(self) -> bool:
+        return bool(self.spec.stack)
+
+
+def examine(module: torch.nn.Module, call: Call, arguments: Mapping[str, Any], known: DenoiserSpec | None) -> Finding:
+    """What holds for calls like this one; `known` is the stack that was proven for calls of another signature.
+
+    Module, arguments and random generators are afterwards as before. Raises what the call raises.
+    """
+    if (name := unknown_in(arguments)) is not None:
+        return Finding(NOTHING, False, f"it cannot be seen what is in its argument {name}")
+    if (rows := rows_in(arguments)) is None:
+        return Finding(NOTHING, False, "its latents have no row for each sample")
+    with untouched(module, arguments), torch.no_grad():
+        return _Examination(module, call, arguments, rows).finding(known)
+
+
+class _Examination:
+    """One call under examination."""
+
+    def __init__(self, module: torch.nn.Module, call: Call, arguments: Mapping[str, Any], rows: int) -> None:
+        self.module, self._call, self.arguments, self.rows = module, call, arguments, rows
+
+    def finding(self, known: DenoiserSpec | None) -> Finding:
+        seen = watch(self.module, lambda: self._run(self.arguments))
+        self.wanted = _copied(seen.output)
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(self.wanted)):
+            return Finding(NOTHING, False, "its output is not finite")
+        stack, wanted, why = self._stack(seen, known)
+        del seen
+        output, ends = self._tapped(stack, self.arguments, self.rows)
+        if not _same([output, ends], [self.wanted, wanted]):
+            if not _same(self._run(self.arguments), self.wanted):
+                return Finding(NOTHING, False, "the same call gives another output: it keeps state, or is random")
+            stack, ends, why = None, None, "its output, or what its blocks add, is another if they are tapped"
+        roles, alone = self._roles(stack, ends)
+        spec = NOTHING if stack is None else stack.spec
+        spec = replace(spec, rows=roles.rows, shared=roles.shared, rows_in_dim_1=roles.rows_in_dim_1)
+        return Finding(spec, not alone, "; ".join(filter(None, (why, alone))))
+
+    def _tolerance(self, streams: Any) -> float:
+        """By the dtype of fewest digits, relative to the largest value of what is compared."""
+        tensors = tensors_in([streams, self.wanted, list(self.arguments.values())])
+        eps = max((torch.finfo(t.dtype).eps for t in tensors if t.dtype.is_floating_point), default=0.0)
+        return eps * (ROUNDINGS if eps < 1e-6 else FEW_ROUNDINGS)
+
+    def _run(self, arguments: Mapping[str, Any]) -> Any:
+        return self._call(_copied(arguments))
+
+    def _tapped(self, stack: BlockStack | None, arguments: Mapping[str, Any], rows: int) -> tuple[Any, Any]:
+        """The output, and the ends of the stack, if there is one."""
+        if stack is None:
+            return _copied(self._run(arguments)), None
+        stack.enter(None, rows)
+        try:
+            return _copied(self._run(arguments)), stack.ends()
+        finally:
+            stack.leave()
+
+    # --------------------------------------------------------------------------------------------- (b): may be cached
+
+    def _stack(self, seen: Seen, known: DenoiserSpec | None) -> tuple[BlockStack | None, Any, str]:
+        """The first stack whose residual stands in for it, with its ends, or why there is none."""
+        why = ""
+        for candidate in islice(candidates(seen), MOST_STACKS):
+            if known is not None and candidate.spec != replace(known, rows=(), shared=(), rows_in_dim_1=()):
+                continue
+            try:
+                before, after = pack(candidate.before, self.rows), pack(candidate.after, self.rows)
+            except RuntimeError:
+                why = why or "its samples have parts of different sizes"
+                continue
+            stack = BlockStack(self.module, candidate.spec)
+            if (flaw := self._replaced(stack, after - before)) is None:
+                return stack, (after, before), ""
+            why = why or f"its output is not made of what {_names(candidate.spec)} return: {flaw}"
+        if known is not None:
+            why = f"its blocks are not used as in other calls ({_names(known)})"
+        return None, None, why or why_none(seen)
+
+    def _replaced(self, stack: BlockStack, residual: torch.Tensor) -> str | None:
+        """What is wrong with the output if the blocks are replaced by what they have added; None: nothing."""
+
+        def output_with(added: torch.Tensor) -> Any:
+            stack.enter(lambda streams: streams + added, self.rows)
+            try:
+                return self._run(self.arguments)
+            finally:
+                stack.leave()
+
+        tolerance = self._tolerance(residual)
+        output, error = _tried(lambda: output_with(residual))
+        if error or not (apart := _apart(output, self.wanted)) <= tolerance:
+            return error or f"with that in their place it is {apart:.2g} of its size away"
+        output, error = _tried(lambda: output_with(torch.zeros_like(residual)))
+        if not error and _apart(output, self.wanted) <= 4 * tolerance:
+            return "it is the same without them"
+        return None
+
+    # --------------------------------------------------------------------------------------------- (c): may be joined
+
+    def _roles(self, stack: BlockStack | None, ends: Any) -> tuple[Roles, str]:
+        """The roles under which calls may be joined, and "", or why they may not."""
+        latents, why = latents_of(self.arguments), ""
+        ways = roles_of(self.arguments, self.rows)
+        names = [name for name in ways[0].rows if self.arguments[name] is not latents]
+        tries = [way.sharing(shared) for shared in _shared(self.arguments, names) for way in ways]
+        for roles in dict.fromkeys(pick for tried in tries for pick in (tried, tried.one_for_all())):
+            flaw = self._apart_if_joined(stack, ends, roles)
+            if flaw is None:
+                return roles, ""
+            why = why or flaw
+        return tries[0], why
+
+    def _apart_if_joined(self, stack: BlockStack | None, ends: Any, roles: Roles) -> str | None:
+        """What is wrong if two calls are joined by these roles; None: nothing."""
+        other = perturbed(self.arguments, roles)
+        alone, error = _tried(lambda: self._tapped(stack, other, self.rows))
+        if error:
+            return f"it refuses other values: {error}"
+        one = {name: self.arguments[name] for name in roles.rows}
+        both = {n: joined([value, other[n]], int(n in roles.rows_in_dim_1)) for n, value in one.items()}
+        together, error = _tried(lambda: self._tapped(stack, {**self.arguments, **both}, 2 * self.rows))
+        if error:
+            return f"two calls cannot be joined: {error}"
+        calls = [((self.wanted, ends), slice(0, self.rows)), (alone, slice(self.rows, 2 * self.rows))]
+        for (wanted, own), rows in calls:
+            taken, error = _tried(partial(take_rows, together, rows))
+            if error or (apart := _apart(taken[0], wanted)) > self._tolerance(ends):
+                why = error or f"it is {apart:.2g} of its size away"
+                return f"joined with another call, its output is not its own, its rows interact: {why}"
+            if _apart(taken[1], own) > self._tolerance(ends):
+                return "joined with another call, the rows of its blocks are not its own"
+        return None
+
+
+def _shared(arguments: Mapping[str, Any], names: list[str]) -> list[tuple[str, ...]]:
+    """What may have to be equal in calls that are joined: nothing, masks, positions, both, or any one argument."""
+    masks = tuple(name for name in names if any(map(_is_mask, tensors_in(arguments[name]))))
+    whole = [n for n in names if n not in masks and any(t.ndim > 1 for t in tensors_in(arguments[n]))]
+    places = tuple(n for n in whole if not any(t.dtype.is_floating_point for t in tensors_in(arguments[n])))
+    alone = [(name,) for name in (*places, *names) if name not in masks][:MOST_SHARED]
+    return list(dict.fromkeys([(), masks, places, (*masks, *places), *alone]))
+
+
+def _names(spec: DenoiserSpec) -> str:
+    return ", ".join(block_list.name for block_list in spec.stack)
+
+
+def _tried(run: Callable[[], Any]) -> tuple[Any, str]:
+    """What `run` returns and "", or None and what it raised."""
+    try:
+        return run(), ""
+    except Exception as error:  # a model that is called as it was never meant to be may raise anything
+        refuse_lost(error)
+        if is_out_of_memory(error):
+            raise
+        return None, f"{type(error).__name__}: {str(error)[:120]}".rstrip(": ")
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """The tensors in an output, or in an argument."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, Mapping | list | tuple):
+        return [t for entry in (value.values() if isinstance(value, Mapping) else value) for t in tensors_in(entry)]
+    return []
+
+
+def _mapped(value: Any, act: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """The same lists and mappings, with other tensors in them."""
+    if isinstance(value, torch.Tensor):
+        return act(value)
+    if isinstance(value, Mapping):
+        return {name: _mapped(entry, act) for name, entry in value.items()}
+    return type(value)(_mapped(v, act) for v in value) if type(value) in (list, tuple) else value
+
+
+def _copied(value: Any) -> Any:
+    """A copy that a call may write into."""
+    return _mapped(value, torch.Tensor.clone)
+
+
+def perturbed(arguments: Mapping[str, Any], roles: Roles) -> dict[str, Any]:
+    """Another call of the same kind: other numbers in every argument that has its own for each sample."""
+    own = [name for name in roles.rows if name not in roles.shared]
+    return {**arguments, **{name: _mapped(arguments[name], _other) for name in own}}
+
+
+def _other(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers moved and made smaller, positions and tokens turned round, masks with another end."""
+    if _is_mask(tensor) and tensor.shape[-1] > 1:
+        other = tensor.clone()
+        other[..., -max(1, tensor.shape[-1] // 4) :] = 0
+        return other
+    if tensor.dtype.is_floating_point or tensor.is_complex():
+        return tensor.roll(1, -1) * 0.75 if tensor.ndim > 1 else tensor * 0.75
+    if tensor.dtype == torch.bool:
+        return tensor.flip(-1)
+    return tensor.flip(-1) if tensor.ndim > 1 else tensor * 3 // 4
+
+
+def _is_mask(tensor: torch.Tensor) -> bool:
+    return tensor.ndim > 1 and (tensor.dtype == torch.bool or bool(((tensor == 0) | (tensor == 1)).all()))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Bit by bit."""
+    ones, others = tensors_in(one), tensors_in(other)
+    return len(ones) == len(others) and all(map(torch.equal, ones, others))
+
+
+def _apart(got: Any, wanted: Any) -> float:
+    """The largest difference, by the largest value; infinite if there is not the same to compare, or not a number."""
+    gots, wanteds = tensors_in(got), tensors_in(wanted)
+    if [tensor.shape for tensor in gots] != [tensor.shape for tensor in wanteds]:
+        return float("inf")
+    worst = 0.0
+    for one, other in zip(gots, wanteds, strict=True):
+        if other.numel():
+            size = max(float(other.abs().max()), torch.finfo(torch.float32).tiny)
+            apart = float((one.double() - other.double()).abs().max()) / size
+            worst = max(worst, apart if apart == apart else float("inf"))
+    return worst
+
+
+@contextmanager
+def untouched(module: torch.nn.Module, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Within, the module may be called; its attributes, its buffers and the random generators come out as they were."""
+    devices = {t.device.index for t in tensors_in(arguments) if t.device.type == "cuda"}
+    owners = [attributes for part in module.modules() for attributes in (vars(part), *_containers(vars(part)))]
+    kept = [(owner, owner.copy()) for owner in owners]
+    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    with torch.random.fork_rng(sorted(devices)):
+        try:
+            yield
+        finally:
+            for owner, content in kept:
+                if [*map(id, _flat(owner))] != [*map(id, _flat(content))]:
+                    owner.clear()
+                    (owner.extend if isinstance(owner, list) else owner.update)(content)
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+
+
+def _containers(attributes: Mapping[str, Any]) -> list[Any]:
+    """What can be changed without the attribute becoming another."""
+    return [value for value in attributes.values() if isinstance(value, list | dict | set)]
+
+
+def _flat(owner: Any) -> list[Any]:
+    return [entry for pair in owner.items() for entry in pair] if isinstance(owner, dict) else list(owner)

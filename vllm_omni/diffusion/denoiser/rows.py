@@ -1,0 +1,90 @@
+"""Rows: the samples of a denoiser call. What must agree for two calls to be joined, joining, and splitting.
+
+Knows no request, and not which argument has which role.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+
+def latents_of(arguments: Mapping[str, Any]) -> Any:
+    """The latents of a denoiser call: a tensor with one row per sample, or a list of them.
+
+    If they have another name than diffusers' own, they are the argument of real numbers with the most dimensions.
+    """
+    if "hidden_states" in arguments:
+        return arguments["hidden_states"]
+    return max(arguments.values(), key=_dimensions)
+
+
+def _dimensions(value: Any) -> int:
+    first = value[0] if isinstance(value, list) and value else value
+    return first.ndim if isinstance(first, torch.Tensor) and first.dtype.is_floating_point else -1
+
+
+def row_slices(counts: Sequence[int]) -> list[slice]:
+    """The place of each call's rows in the joined batch."""
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+
+
+def take_rows(output: Any, rows: slice) -> Any:
+    """One request's part of a denoiser's output: a tensor or list of rows, in a tuple or a dict-like model output."""
+    if isinstance(output, torch.Tensor | list):
+        return output[rows]
+    if isinstance(output, dict):
+        return type(output)(**{name: take_rows(value, rows) for name, value in output.items()})
+    if isinstance(output, tuple):
+        return tuple(take_rows(value, rows) for value in output)
+    return output
+
+
+def row_shape(value: Any, rows: int, dim: int) -> Hashable:
+    """What must agree of an argument with one entry per row; TypeError if it is none."""
+    if value is None:
+        return None
+    if isinstance(value, torch.Tensor) and value.ndim > dim and value.shape[dim] == rows:
+        return value.shape[:dim], value.shape[dim + 1 :], value.dtype
+    if isinstance(value, list) and len(value) == rows:
+        entries = tuple((e.shape, e.dtype) if isinstance(e, torch.Tensor) else equal(e) for e in value)
+        return entries[0] if len(set(entries)) == 1 else entries
+    if isinstance(value, dict):
+        return tuple((name, row_shape(entry, rows, dim)) for name, entry in value.items())
+    raise TypeError(type(value))
+
+
+def equal(value: Any, memory: dict[int, Any] | None = None) -> Hashable:
+    """A hashable that is equal if the argument's content is; TypeError if that cannot be said.
+
+    Without `memory` a tensor is refused: only one that is described as shared may serve other requests' rows.
+    """
+    if value is None or isinstance(value, bool | int | float | str):
+        return type(value).__name__, value
+    if isinstance(value, torch.Tensor) and memory is not None:
+        return _content(value, memory)
+    if isinstance(value, dict):
+        return tuple((key, equal(entry, memory)) for key, entry in value.items())
+    if isinstance(value, tuple | list):
+        return tuple(equal(entry, memory) for entry in value)
+    raise TypeError(type(value))
+
+
+def joined(values: Sequence[Any], dim: int) -> Any:
+    first = values[0]
+    if isinstance(first, list):
+        return [entry for value in values for entry in value]
+    if isinstance(first, dict):
+        return {name: joined([value[name] for value in values], dim) for name in first}
+    return torch.cat(list(values), dim) if first is not None else None
+
+
+def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:
+    known = memory.get(id(tensor))
+    if known is None or known[0] is not tensor:
+        content = (tensor.dtype, tensor.shape, hash(tensor.detach().cpu().float().numpy().tobytes()))
+        memory[id(tensor)] = known = (tensor, content)
+    return known[1]
