@@ -72,6 +72,8 @@ class EngineStats:
     decode_s: float = 0.0
     queued_cost_s: float = 0.0  # planned seconds of all that waits or runs
     restarts: int = 0
+    profiles: tuple[str, ...] = ()  # of the checkpoint, in use now
+    learning: str = ""  # what is being learnt of the checkpoint, in words
     recent: tuple[dict[str, Any], ...] = ()  # the last requests: steps, computed, skipped, settings; no prompts
 
 

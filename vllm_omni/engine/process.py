@@ -43,6 +43,7 @@ from vllm_omni.outputs import OmniRequestOutput
 logger = init_logger("vllm_omni.engine.process")  # `__name__` is "__main__" here
 
 if TYPE_CHECKING:
+    from vllm_omni.engine.learning import IdleLearning
     from vllm_omni.engine.loop import EngineLoop
 
 MAX_BACKLOG = 256  # events not read yet; beyond, no progress is sent
@@ -160,7 +161,9 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     keep_freed_memory()
     engine = DiffusionEngine(config)
     loop = EngineLoop(engine, link.commands, link.send, log_prompts=start.log_prompts)
-    tokens = warm_up(engine, describe(engine, {}), loop.costs) if start.warmup else {}
+    info = describe(engine, {})
+    tokens = warm_up(engine, info, loop.costs) if start.warmup else {}
+    loop.learning = IdleLearning(engine, info)
     if start.condition is not None:
         loop.control.restore(start.condition)
     gc.freeze()
