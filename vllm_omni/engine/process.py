@@ -43,7 +43,6 @@ from vllm_omni.outputs import OmniRequestOutput
 logger = init_logger("vllm_omni.engine.process")  # `__name__` is "__main__" here
 
 if TYPE_CHECKING:
-    from vllm_omni.engine.learning import IdleLearning
     from vllm_omni.engine.loop import EngineLoop
 
 MAX_BACKLOG = 256  # events not read yet; beyond, no progress is sent
@@ -155,6 +154,7 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
 
     from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
     from vllm_omni.engine.describe import describe
+    from vllm_omni.engine.learning import IdleLearning
     from vllm_omni.engine.loop import EngineLoop, warm_up
     from vllm_omni.engine.malloc import keep_freed_memory
 

@@ -133,8 +133,8 @@ class DiffusionCacheConfig(Settings):
     matrix, and the threshold rule otherwise. `calibrate` "auto" is for an engine whose checkpoint has no curve and no
     profile: it serves uncached until it has learnt one from its first requests. `profile_insist` takes a profile that
     was measured on other weights. `residual_dtype` is what residuals are kept in, for all requests of an engine:
-    "bfloat16" is half the memory of a model that runs in fp32; "float8" (e4m3, a scale per token) is half of that, for some fidelity
-    (docs/performance.md).
+    "bfloat16" is half the memory of a model that runs in fp32; "float8" (e4m3, a scale per token) is half of that, for
+    some fidelity (docs/performance.md).
     """
 
     mag_ratios: tuple[float, ...] | None = None

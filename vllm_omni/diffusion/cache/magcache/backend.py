@@ -166,8 +166,8 @@ class MagCacheBackend(StackBackend):
                 "mag_ratios",
                 None,
                 f"must be given: no magnitude curve is known for this checkpoint ({model_name or 'unnamed'}); "
-                "learn one from the first requests with calibrate='auto', measure one with `vllm-omni calibrate MODEL` and pass "
-                "profile='FILE', or, if it is one of these checkpoints, its profile by name: "
+                "learn one from the first requests with calibrate='auto', measure one with `vllm-omni calibrate MODEL` "
+                "and pass profile='FILE', or, if it is one of these checkpoints, its profile by name: "
                 f"{', '.join(profile_names(self._class)) or 'none of this class'}",
             )
         choose_predictor(self.settings, next(iter(self.profiles), None))
