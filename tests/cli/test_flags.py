@@ -86,3 +86,17 @@ def test_an_error_names_the_flag() -> None:
         Limits(max_n=0)
     with pytest.raises(InvalidValueError, match=r"^port should be"), named_by_flag(Limits):
         ServeConfig(engine_args={"model": "demo"}, http={"port": -1})  # not a field of those: as it is
+
+
+@pytest.mark.parametrize(
+    ("line", "config"),
+    [
+        ("--cache-backend magcache", {"calibrate": "auto"}),
+        ("--cache-backend magcache --cache-config fast", {"calibrate": "auto", "preset": "fast"}),
+        ('--cache-backend magcache --cache-config {"calibrate":"off"}', {"calibrate": "off"}),
+        ("--cache-backend fbcache", None),
+        ("", None),
+    ],
+)
+def test_a_server_learns_profiles_unless_told_otherwise(line: str, config: dict[str, Any] | None) -> None:
+    assert serve_config(parsed(line)).engine_args.get("cache_config") == config

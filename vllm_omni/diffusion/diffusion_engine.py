@@ -17,7 +17,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.scheduler import StepKind, StepScheduler
 from vllm_omni.diffusion.worker.arguments import refusal
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
-from vllm_omni.diffusion.worker.request import Request
+from vllm_omni.diffusion.worker.request import PlanOf, Request
 from vllm_omni.diffusion.worker.worker import DiffusionWorker
 from vllm_omni.errors import (
     DeviceLostError,
@@ -47,6 +47,7 @@ class _Entry:
     audio_rate: int | None
     arrived: float = field(default_factory=time.perf_counter)
     running: Request | None = None
+    plan_of: PlanOf | None = None  # a trial's; nobody else's
     seed: int | None = None
     peak: int = 0  # the most bytes of the device in use while it ran
     calls: int = 0  # denoiser calls made for it; more than its steps if guidance needs two
@@ -93,6 +94,15 @@ class DiffusionEngine:
         self._entries[request.request_id] = _Entry(request, arguments, settings, fps, audio_rate)
         self.scheduler.add(request.request_id, priority, time.monotonic() if arrived is None else arrived)
 
+    def try_out(self, request: OmniDiffusionRequest, plan_of: PlanOf) -> None:
+        """Run `request` with a plan of its own whenever the engine has nothing else to do. It counts nowhere."""
+        arguments, _ = self.worker.check(request)
+        entry = _Entry(request, arguments, self.worker.default_cache, 1.0, None, plan_of=plan_of)
+        self._entries[request.request_id] = entry
+        self.scheduler.fill(request.request_id)
+        with torch.inference_mode():
+            self._start(entry)
+
     def step(self) -> list[OmniRequestOutput]:
         """Admit, run one batch, and return the requests that ended.
 
@@ -133,7 +143,8 @@ class DiffusionEngine:
             self._end(entry, Failed(error))
 
     def _begin(self, entry: _Entry) -> None:
-        entry.running, entry.seed = self.worker.start(entry.request, entry.arguments, entry.settings)
+        asked = entry.request, entry.arguments, entry.settings, entry.plan_of
+        entry.running, entry.seed = self.worker.start(*asked)
 
     def _run(self, pixels: int, batch: Sequence[Request]) -> int:
         """Run one batch; what no single request's call has raised ends all of the batch, and nobody else.
@@ -154,7 +165,8 @@ class DiffusionEngine:
             coding = [request.times.coding_s for request in batch if isinstance(request.ended, Finished)]
             self._reports.append(StepReport(pixels, rows, skipped, seconds, len(coding), sum(coding)))
 
-        clock.later(ended, report)
+        if batch[0].plan_of is None:
+            clock.later(ended, report)
         return rows
 
     def reports(self) -> list[StepReport]:
@@ -205,22 +217,26 @@ class DiffusionEngine:
 
     def adapters_in_use(self) -> set[str]:
         """Those of all unfinished requests."""
-        return {name for entry in self._entries.values() for name, _ in entry.request.params.lora_request or ()}
+        return {name for entry in self._asked() for name, _ in entry.request.params.lora_request or ()}
+
+    def _asked(self) -> list[_Entry]:
+        """Everything in the engine that somebody has asked for."""
+        return [entry for entry in self._entries.values() if entry.plan_of is None]
 
     def remaining_work(self) -> list[RemainingWork]:
         """What every unfinished request still needs."""
-        return [_remaining_work(entry) for entry in self._entries.values()]
+        return [_remaining_work(entry) for entry in self._asked()]
 
     def progress_steps(self) -> tuple[int, int]:
         """Steps computed and skipped by those that run, so far."""
-        states = [entry.running.cache for entry in self._entries.values() if entry.running is not None]
+        states = [entry.running.cache for entry in self._asked() if entry.running is not None]
         return sum(state.computed_steps for state in states), sum(state.skipped_steps for state in states)
 
     def progress(self, previews_only: bool = False) -> list[OmniRequestOutput]:
         """Where every admitted request stands, or those alone that have a new preview, which comes once."""
         return [
             OmniRequestOutput(
-                request_id,
+                entry.request.request_id,
                 entry.request.prompt,
                 images=running.previews.take(),
                 finished=False,
@@ -230,7 +246,7 @@ class DiffusionEngine:
                 computed_steps=running.cache.computed_steps,
                 skipped_steps=running.cache.skipped_steps,
             )
-            for request_id, entry in self._entries.items()
+            for entry in self._asked()
             if (running := entry.running) is not None and (running.previews.images or not previews_only)
         ]
 

@@ -49,12 +49,14 @@ class StepScheduler:
         self.max_num_seqs = max_num_seqs
         self.held = False  # nobody begins
         self.running: dict[str, Place | None] = {}
+        self.idle: set[str] = set()  # of `running`: they go on only while nobody else is there
         self._queue: list[tuple[float, int, str]] = []  # virtual arrival, order, request; sorted
         self._order = count()
         self._tick = 0
 
     def __len__(self) -> int:
-        return len(self._queue) + len(self.running)
+        """Requests that wait or run; those that fill idle time do not count."""
+        return len(self._queue) + len(self.running) - len(self.idle)
 
     @property
     def waiting(self) -> list[str]:
@@ -65,17 +67,23 @@ class StepScheduler:
         """Let a request wait; lower `priority` runs earlier, `arrived` is in seconds of any one clock."""
         insort(self._queue, (virtual_arrival(arrived, priority), next(self._order), request_id))
 
+    def fill(self, request_id: str) -> None:
+        """Begin a request that fills idle time."""
+        self.idle.add(request_id)
+        self.running[request_id] = None
+
     def remove(self, request_id: str) -> None:
         """Forget a request, wherever it is."""
         if request_id in self.running:
             del self.running[request_id]
+            self.idle.discard(request_id)
         else:
             self._queue = [entry for entry in self._queue if entry[2] != request_id]
 
     def admit(self) -> list[str]:
         """The requests that begin now."""
         admitted = []
-        while not self.held and self._queue and len(self.running) < self.max_num_seqs:
+        while not self.held and self._queue and len(self.running) - len(self.idle) < self.max_num_seqs:
             _, _, request_id = self._queue.pop(0)
             self.running[request_id] = None
             admitted.append(request_id)
@@ -88,7 +96,7 @@ class StepScheduler:
     def schedule(self) -> list[str]:
         """The next batch: ids of parked requests of one key and kind; empty if nobody is parked."""
         self._tick += 1
-        parked = [(request_id, p) for request_id, p in self.running.items() if p is not None]
+        parked = [(i, p) for i, p in self.running.items() if p is not None and (i not in self.idle or not len(self))]
         if not parked:
             return []
         _, oldest = min(parked, key=lambda item: (item[1].kind, item[1].since))

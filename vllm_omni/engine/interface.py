@@ -78,6 +78,8 @@ class EngineStats:
     queued_cost_s: float = 0.0  # planned seconds of all that waits or runs
     restarts: int = 0
     denoisers: dict[str, dict[str, Any]] = field(default_factory=dict)  # what is known of each, in plain values
+    profiles: tuple[str, ...] = ()  # of the checkpoint, in use now
+    learning: str = ""  # what is being learnt of the checkpoint, in words
     recent: tuple[dict[str, Any], ...] = ()  # the last requests: steps, computed, skipped, settings; no prompts
 
 

@@ -15,6 +15,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine import cost
 from vllm_omni.engine.control import EngineControl
 from vllm_omni.engine.interface import EngineStats, ModelInfo
+from vllm_omni.engine.learning import IDLE_S, IdleLearning, sample_prompt
 from vllm_omni.engine.wire import (
     Abort,
     Add,
@@ -27,6 +28,7 @@ from vllm_omni.engine.wire import (
     Refused,
     StatsReport,
     UnitCosts,
+    UpdateWeights,
 )
 from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError, forget_locals
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
@@ -52,6 +54,7 @@ class EngineLoop:
         log_prompts: bool = False,
     ) -> None:
         self.engine, self._progress_every_s = engine, progress_every_s
+        self.learning: IdleLearning | None = None
         self.turn_began: float | None = None  # monotonic; None while there is nothing to do. Read by the heartbeat
         self.costs = cost.no_costs()
         self.control = EngineControl(engine)
@@ -72,8 +75,8 @@ class EngineLoop:
         ended: list[OmniRequestOutput] = []
         while self._obey(ended):
             self._expire()
-            self._send_outputs(ended + self.engine.collect())
-            ended = self.engine.step()
+            self._send_outputs(ended + [o for o in self.engine.collect() if not self._is_trial(o)])
+            ended = [output for output in self.engine.step() if not self._is_trial(output)]
             self._measure()
             if self.control.after_step():
                 self._send(Controlled("", self.control.condition))
@@ -87,9 +90,13 @@ class EngineLoop:
             if idle:
                 self._report()
             self.turn_began = None if idle else time.monotonic()
+            to_try = idle and self.learning is not None and self.learning.wanted and not self.engine.asleep
             try:
-                command = self._commands.get(block=idle)
+                command = self._commands.get(block=idle, timeout=IDLE_S if to_try else None)
             except queue.Empty:
+                if to_try and self.learning is not None:
+                    self.turn_began = time.monotonic()
+                    self.learning.begin()
                 return True
             if isinstance(command, Close):
                 return False
@@ -98,7 +105,12 @@ class EngineLoop:
             elif isinstance(command, Abort):
                 self._abort(command.request_ids, ended)
             elif isinstance(command, Control):
+                if self.learning is not None:
+                    self.learning.stop()
                 self._controls.append(command)
+
+    def _is_trial(self, output: OmniRequestOutput) -> bool:
+        return self.learning is not None and self.learning.takes(output)
 
     def _control(self) -> None:
         """Do what can be done now of what was asked for, in order."""
@@ -107,6 +119,8 @@ class EngineLoop:
             self.turn_began = time.monotonic()
             try:
                 self.control.do(control.action)
+                if self.learning is not None and isinstance(control.action, UpdateWeights):
+                    self.learning.forget()
             except Exception as raised:  # the engine goes on, and whoever asked is told
                 error = raised
                 if not isinstance(error, OmniError):
@@ -208,7 +222,7 @@ class EngineLoop:
         self._reported = time.monotonic()
         worker, scheduler, running = self.engine.worker, self.engine.scheduler, self.engine.progress_steps()
         stats = EngineStats(
-            running=len(scheduler.running),
+            running=len(scheduler.running) - len(scheduler.idle),
             waiting=len(scheduler.waiting),
             max_num_seqs=scheduler.max_num_seqs,
             steps_computed=self._steps["computed"] + running[0],
@@ -227,6 +241,8 @@ class EngineLoop:
             queued_cost_s=self._queued_cost(),
             denoisers={name: denoiser.facts() for name, denoiser in worker.runner.denoisers.items()},
             recent=tuple(self._recent),
+            profiles=tuple(worker.profile_names),
+            learning=self.learning.progress if self.learning is not None else "",
         )
         self._send(StatsReport(stats, self.costs))
 
@@ -247,7 +263,7 @@ def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[
     Returns the denoiser's latent tokens by pixels of the picture. A model that will not run so is served all the same.
     """
     seen: dict[int, int] = {}
-    size = {name: info.defaults[name] for name in ("height", "width") if name in info.defaults}
+    prompt, size = sample_prompt(info, "warm-up")
     pixels = size.get("height", 0) * size.get("width", 0)
 
     def look(module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -255,12 +271,6 @@ def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[
         if isinstance(hidden, torch.Tensor) and hidden.ndim == 3 and pixels:
             seen[pixels] = hidden.shape[1]
 
-    prompt: dict[str, Any] = {"prompt": "warm-up"}
-    if (needed := [name for name, picture in info.pictures.items() if picture.needed]) and size:
-        from PIL import Image
-
-        gray = Image.new("RGB", (size["width"], size["height"]), "gray")
-        prompt["multi_modal_data"] = {name: gray.convert("L") if "mask" in name else gray for name in needed}
     few: dict[str, Any] = {"num_frames": 1 + info.frame_multiple} if info.video_output else {}
     params = OmniDiffusionSamplingParams(num_inference_steps=3, seed=0, cache="off", **size, **few)
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in engine.worker.runner.modules.values()]

@@ -196,13 +196,16 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
 
     from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
     from vllm_omni.engine.describe import describe
+    from vllm_omni.engine.learning import IdleLearning
     from vllm_omni.engine.loop import EngineLoop, warm_up
     from vllm_omni.engine.malloc import keep_freed_memory
 
     keep_freed_memory()
     engine = DiffusionEngine(config)
     loop = EngineLoop(engine, link.commands, link.send, log_prompts=start.log_prompts)
-    tokens = warm_up(engine, describe(engine, {}), loop.costs) if start.warmup else {}
+    info = describe(engine, {})
+    tokens = warm_up(engine, info, loop.costs) if start.warmup else {}
+    loop.learning = IdleLearning(engine, info)
     if start.condition is not None:
         loop.control.restore(start.condition)
     gc.freeze()

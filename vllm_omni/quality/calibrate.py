@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from vllm_omni.diffusion.cache.calibration import SKETCH
-from vllm_omni.diffusion.cache.magcache import MagCacheBackend, MagCacheState
-from vllm_omni.diffusion.cache.plan.compose import CachePlan
-from vllm_omni.diffusion.cache.plan.planner import forecast_error, step_weights
-from vllm_omni.diffusion.cache.plan.predictors import Terms
+from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
-from vllm_omni.diffusion.cache.profile import CacheProfile, MaskName, MeasuredBudget, fingerprint
-from vllm_omni.diffusion.cache.settings import CacheSettings, PredictorName
+from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint
+from vllm_omni.diffusion.cache.settings import CacheSettings
+from vllm_omni.diffusion.cache.state import CacheState, PlannedState
 from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.trials import Away, Measurement, Trial, choices, figures, gains
 
-SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5)
-FORECASTS: dict[MaskName, tuple[PredictorName, ...]] = {
-    "planned": ("linear", "gram", "affine", "affine3"),
-    "rule": ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
-}
-CHOSEN_ON = 4  # prompts on which a budget's mask and predictor are chosen
+T = TypeVar("T")
+MOST_CHOSEN_ON = 8  # prompts on which a budget's mask and predictor are chosen
 GAIN_PROMPTS = 4
-GAIN_EVERY = 3  # steps between measured gains; docs/log.md has how few keep the plans the same
 
 
 def calibrate(
@@ -56,82 +50,9 @@ def calibrate(
         arguments=arguments,
         seed=seed,
     )
-    gains, errors = measure_gains(pipeline, profile, prompts[:GAIN_PROMPTS], seed + len(prompts), arguments)
-    return profile.model_copy(update={"gains": tuple(gains.tolist()), "gain_errors": tuple(errors.tolist())})
-
-
-class _OneStale(MagCacheBackend):
-    """Computes every step but one, which gets the residual of an earlier step of the same denoiser as it was."""
-
-    def __init__(self, step: int, gap: int) -> None:
-        super().__init__(DiffusionCacheConfig(mag_ratios=(1.0,)))
-        self.step, self.gap = step, gap
-        self.anchor: int | None = None  # the earlier step; None if `step` is the first of its denoiser
-
-    def state(self, schedule: Schedule, settings: CacheSettings | None = None) -> MagCacheState:
-        begin = next(part.start for part in schedule.segments if part.start <= self.step < part.stop)
-        self.anchor = max(begin, self.step - self.gap) if self.step > begin else None
-        mask = tuple(step != self.step or self.anchor is None for step in range(schedule.steps))
-        terms: dict[int, Terms] = {} if self.anchor is None else {self.step: ((self.anchor, 1.0),)}
-        return MagCacheState(CachePlan.of(mask, terms), self.store, {})
-
-
-def measure_gains(
-    pipeline: Any,
-    profile: CacheProfile,
-    prompts: Sequence[str],
-    seed: int,
-    arguments: dict[str, Any],
-    every: int = GAIN_EVERY,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(gain, standard error over prompts) of each step: see `CacheProfile`.
-
-    A run is disturbed at one step, by the residual of a tenth of the run earlier, and finished; how far it ends from
-    the undisturbed run is divided by the expected size of the disturbance. Steps between those measured are
-    interpolated. Whatever is on the way counts: the head, guidance over all branches, the scheduler, the other steps.
-    """
-    assert profile.sigmas is not None and profile.gram is not None
-    steps, gram, weights = len(profile.sigmas), np.asarray(profile.gram), step_weights(profile.sigmas)
-    exact = [latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
-    found: dict[int, np.ndarray] = {}
-    for step in tqdm(sorted({*range(1, steps, every), steps - 1} - {0}), desc="gains", unit="step"):
-        backend = _OneStale(step, max(1, round(steps / 10)))
-        with enabled(backend, pipeline):
-            got = [latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
-        if backend.anchor is None:
-            continue
-        error = float(forecast_error(gram, [np.array(backend.anchor)], np.array(step), np.ones(1)))
-        away = [(a - b).pow(2).mean().sqrt().item() for a, b in zip(got, exact, strict=True)]
-        if error * weights[step] > 0:
-            found[step] = np.asarray(away) / (error * weights[step])
-    if not found:
-        return np.ones(steps), np.zeros(steps)
-    known = list(found)
-    means = [float(np.sqrt(np.mean(np.square(found[step])))) for step in known]
-    errors = [float(np.std(found[step]) / np.sqrt(len(prompts))) for step in known]
-    every_step = np.arange(steps)
-    return np.interp(every_step, known, means).round(6), np.interp(every_step, known, errors).round(6)
-
-
-def choose(
-    pipeline: Any, profile: CacheProfile, prompts: Sequence[str], seed: int, arguments: dict[str, Any]
-) -> tuple[MeasuredBudget, ...]:
-    """For each of some speed-ups the mask and the predictor whose latents stay nearest to the uncached ones.
-
-    Nearest in the root mean square over prompts, which the worst of them lead.
-    """
-    exact = [latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
-    steps, budgets = len(profile.ratios), []
-    for nfe in tqdm(sorted({max(2, round(steps / s)) for s in SPEEDUPS} - {steps}, reverse=True), desc="choices"):
-        errors: dict[MeasuredBudget, float] = {}
-        for mask, predictor in ((m, p) for m, predictors in FORECASTS.items() for p in predictors):
-            budget = MeasuredBudget(speedup=steps / nfe, mask=mask, predictor=predictor)
-            with enabled(cache_of(profile, nfe=nfe), pipeline, profile.model_copy(update={"budgets": (budget,)})):
-                got = [latents(pipeline, prompt, seed + i, arguments) for i, prompt in enumerate(prompts)]
-            away = [((a - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
-            errors[budget] = float(np.sqrt(np.mean(np.square(away))))
-        budgets.append(min(errors, key=errors.__getitem__))
-    return tuple(budgets)
+    few = prompts[:GAIN_PROMPTS]
+    measurement = gains(profile, len(few), backend.calibration.switches)
+    return measured(measurement, pipeline, few, seed + len(prompts), arguments)
 
 
 def judge(
@@ -142,32 +63,52 @@ def judge(
     seed: int,
     **arguments: Any,
 ) -> CacheProfile:
-    """`profile` with `budgets`: chosen on some of `prompts`, and measured on `held_out`, which decided nothing."""
-    exact = _pictures(pipeline, held_out, seed, arguments)
-    chosen = choose(pipeline, profile, prompts[:CHOSEN_ON], seed + len(held_out), arguments)
-    profile = profile.model_copy(update={"budgets": chosen})
-    curve_only = profile.model_copy(update={"gram": None, "budgets": ()})
-    budgets = []
-    for budget in tqdm(chosen, desc="held-out prompts", unit="budget"):
-        nfe = round(len(profile.ratios) / budget.speedup)
-        with enabled(cache_of(profile, nfe=nfe), pipeline, profile):
-            cached = decibels(_pictures(pipeline, held_out, seed, arguments), exact)
-        with enabled(cache_of(profile, nfe=nfe), pipeline, curve_only):
-            by_rule = decibels(_pictures(pipeline, held_out, seed, arguments), exact)
-        fewer = decibels(_pictures(pipeline, held_out, seed, arguments | {"num_inference_steps": nfe}), exact)
-        figures = {"psnr": cached.min(), "psnr_mean": cached.mean(), "rule_psnr": by_rule.min()}
-        figures |= {"fewer_steps_psnr": fewer.min()}
-        measured = {name: round(float(value), 2) for name, value in figures.items()}
-        budgets.append(budget.model_copy(update=measured | {"pairs": len(held_out)}))
+    """`profile` with `budgets`: chosen on `prompts`, and measured on `held_out`, which decided nothing.
+
+    Of prompts that the profile's matrix has seen, a plan looks better than it is: give others, if there are any.
+    """
+    profile = measured(choices(profile, len(prompts)), pipeline, prompts, seed + len(held_out), arguments)
+    profile = measured(figures(profile, len(held_out)), pipeline, held_out, seed, arguments)
     said = {"prompts": len(held_out), "prompts_sha256": sha256_of(held_out), "seed": seed}
-    provenance = profile.provenance | {"held_out": said}
-    return profile.model_copy(update={"budgets": tuple(budgets), "provenance": provenance})
+    return profile.model_copy(update={"provenance": profile.provenance | {"held_out": said}})
 
 
-def decibels(got: np.ndarray, exact: np.ndarray) -> np.ndarray:
-    """PSNR per picture, of pictures from 0 to 1."""
-    squared = ((got - exact) ** 2).reshape(len(exact), -1).mean(axis=1)
-    return -10 * np.log10(np.maximum(squared, 1e-30))
+def unseen(prompts: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+    """(to measure, to choose by): the last third or 8 of `prompts`; with fewer than three, all for both."""
+    count = min(len(prompts) // 3, MOST_CHOSEN_ON)
+    return (prompts[:-count], prompts[-count:]) if count else (prompts, prompts)
+
+
+class _Tried(MagCacheBackend):
+    """Runs what a trial says."""
+
+    def __init__(self) -> None:
+        super().__init__(DiffusionCacheConfig(mag_ratios=(1.0,)))
+        self.trial = Trial(0)
+
+    def state(self, schedule: Schedule, settings: CacheSettings | None = None) -> CacheState:
+        plan = self.trial.plan
+        return CacheState() if plan is None else PlannedState(plan(schedule), self.store, {})
+
+
+def measured(
+    measurement: Measurement[T], pipeline: Any, prompts: Sequence[str], seed: int, arguments: dict[str, Any]
+) -> T:
+    """Make a measurement's trials on `pipeline`, one after another; the i-th prompt has the seed `seed` + i."""
+    backend, results = _Tried(), []
+    exact: dict[bool, tuple[int, torch.Tensor]] = {}  # of the last prompt, latents and picture
+    draw: dict[bool, Callable[..., torch.Tensor]] = {False: latents, True: picture}
+    with enabled(backend, pipeline):
+        for trial in tqdm(measurement.trials, desc=measurement.name, unit="run"):
+            prompt, run = (prompts[trial.prompt], seed + trial.prompt), draw[trial.picture]
+            if exact.get(trial.picture, (None,))[0] != trial.prompt:
+                backend.trial = Trial(trial.prompt)
+                exact[trial.picture] = trial.prompt, run(pipeline, *prompt, arguments)
+            backend.trial, own = trial, {} if trial.steps is None else {"num_inference_steps": trial.steps}
+            reference = exact[trial.picture][1]
+            squared = (run(pipeline, *prompt, arguments | own) - reference).pow(2).mean().item()
+            results.append(Away(squared, reference.pow(2).mean().item()))
+    return measurement.read(results)
 
 
 def sha256_of(prompts: Sequence[str]) -> str:
@@ -177,15 +118,6 @@ def sha256_of(prompts: Sequence[str]) -> str:
 def cache_of(profile: CacheProfile, **settings: Any) -> MagCacheBackend:
     """A backend for `enabled`, with these settings, on a checkpoint that has this curve."""
     return MagCacheBackend(DiffusionCacheConfig(mag_ratios=profile.ratios, **settings))
-
-
-def _pictures(pipeline: Any, prompts: Sequence[str], seed: int, arguments: dict[str, Any]) -> np.ndarray:
-    rows = []
-    for index, prompt in enumerate(prompts):
-        generator = torch.Generator("cpu").manual_seed(seed + index)
-        images = pipeline(prompt, generator=generator, output_type="np", return_dict=False, **arguments)[0]
-        rows.append(np.asarray(images[0], dtype=np.float64))
-    return np.stack(rows)
 
 
 @contextmanager
@@ -203,6 +135,13 @@ def latents(pipeline: Any, prompt: str, seed: int, arguments: dict[str, Any]) ->
     """The final latents of one run, in fp32."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return pipeline(prompt, generator=generator, output_type="latent", return_dict=False, **arguments)[0].float()
+
+
+def picture(pipeline: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> torch.Tensor:
+    """The decoded output of one run, from 0 to 1."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    images = pipeline(prompt, generator=generator, output_type="np", return_dict=False, **arguments)[0]
+    return torch.as_tensor(np.asarray(images[0], dtype=np.float64))
 
 
 def draw(profile: CacheProfile, file: Path) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.cache.state import CacheState, Computed, Kept, Key
 from vllm_omni.errors import InvalidValueError
@@ -34,16 +35,37 @@ class Calibration:
         """`width` is how many numbers stand for a residual; one that is no longer is kept as it is."""
         self.width = width
         self.sigmas: tuple[float, ...] | None = None
+        self.switches: Switches = ()
+        self._signs: dict[torch.Size, torch.Tensor] = {}
         self._ratios: dict[str, list[np.ndarray]] = {}
         self._grams: dict[str, list[np.ndarray]] = {}
 
-    def state(self, steps: int, sigmas: tuple[float, ...]) -> RecordingState:
+    def state(self, schedule: Schedule) -> RecordingState:
         """The state of a request that is measured."""
-        return RecordingState(self, steps, sigmas)
+        self.switches = schedule.switches
+        return RecordingState(self, schedule)
+
+    def sketch(self, residual: torch.Tensor) -> torch.Tensor:
+        """A residual's elements with random signs, each added to the place that its index has modulo the width.
+
+        In units of the root of their number, so that products of sketches are means over elements.
+        """
+        flat, width = residual.flatten(), self.width
+        if len(flat) <= width:
+            return flat / math.sqrt(len(flat))
+        if residual.shape not in self._signs:
+            coins = torch.randint(2, flat.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+            self._signs[residual.shape] = (2 * coins - 1).to(flat.device)
+        signed = flat * self._signs[residual.shape]
+        whole = len(flat) // width * width
+        sketch = signed[:whole].view(-1, width).sum(dim=0)
+        sketch[: len(flat) - whole] += signed[whole:]
+        return sketch / math.sqrt(len(flat))
 
     @property
     def requests(self) -> int:
-        return max(map(len, self._ratios.values()), default=0)
+        """How many have been measured in all their branches."""
+        return min(map(len, self._ratios.values()), default=0)
 
     def add(self, branch: str, sigmas: tuple[float, ...], ratios: Sequence[float], gram: np.ndarray) -> None:
         """One branch of one finished request: its curve, 1 first, and its matrix (steps, steps)."""
@@ -97,13 +119,12 @@ def _rounded(gram: np.ndarray) -> tuple[tuple[float, ...], ...]:
 class RecordingState(CacheState):
     """The state of a request that is measured: never skips, and keeps a sketch of every residual."""
 
-    def __init__(self, calibration: Calibration, steps: int, sigmas: tuple[float, ...]) -> None:
+    def __init__(self, calibration: Calibration, schedule: Schedule) -> None:
         super().__init__(settings={"backend": "magcache", "calibrate": True})
-        self._calibration, self._steps, self._sigmas = calibration, steps, sigmas
-        self._sketches: dict[Key, dict[int, torch.Tensor]] = {}
-        self._ratios: dict[Key, list[torch.Tensor]] = {}
-        self._norms: dict[Key, torch.Tensor] = {}  # of the last step's tokens
-        self._signs: dict[torch.Size, torch.Tensor] = {}
+        self._calibration, self._schedule = calibration, schedule
+        self._sketches: dict[str, dict[int, torch.Tensor]] = {}  # by branch, whichever denoiser has the step
+        self._ratios: dict[str, list[torch.Tensor]] = {}
+        self._norms: dict[str, torch.Tensor] = {}  # of the last step's tokens
 
     def wants(self, key: Key, step: int) -> bool:
         return True
@@ -112,43 +133,27 @@ class RecordingState(CacheState):
         if (ends := computed.ends()) is None:
             return Kept()
         residual, norm = ops.residual_norm(*ends, torch.float32)
-        return Kept(None, {"sketch": self._sketch(residual), "norm": norm})
-
-    def _sketch(self, residual: torch.Tensor) -> torch.Tensor:
-        """A residual's elements with random signs, each added to the place that its index has modulo the width.
-
-        In units of the root of their number, so that products of sketches are means over elements.
-        """
-        flat, width = residual.flatten(), self._calibration.width
-        if len(flat) <= width:
-            return flat / math.sqrt(len(flat))
-        if residual.shape not in self._signs:
-            coins = torch.randint(2, flat.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-            self._signs[residual.shape] = (2 * coins - 1).to(flat.device)
-        signed = flat * self._signs[residual.shape]
-        whole = len(flat) // width * width
-        sketch = signed[:whole].view(-1, width).sum(dim=0)
-        sketch[: len(flat) - whole] += signed[whole:]
-        return sketch / math.sqrt(len(flat))
+        return Kept(None, {"sketch": self._calibration.sketch(residual), "norm": norm})
 
     def commit(self, key: Key, step: int, kept: Kept | None) -> None:
         """Keep the step's sketch; a branch that is complete goes into the calibration, with its only device read."""
         super().commit(key, step, kept)
         if kept is None or not kept.memory:
             return
-        sketches, ratios = self._sketches.setdefault(key, {}), self._ratios.setdefault(key, [])
-        before, norm = self._norms.get(key), kept.memory["norm"]
+        branch = key[1]
+        sketches, ratios = self._sketches.setdefault(branch, {}), self._ratios.setdefault(branch, [])
+        before, norm = self._norms.get(branch), kept.memory["norm"]
         if step not in sketches and before is not None:
             ratios.append((norm / before.clamp_min(1e-12)).mean())
-        sketches[step], self._norms[key] = kept.memory["sketch"], norm
-        if len(sketches) == self._steps:
-            stacked = torch.stack([sketches[step] for step in range(self._steps)]).double()
+        sketches[step], self._norms[branch] = kept.memory["sketch"], norm
+        if len(sketches) == self._schedule.steps:
+            stacked = torch.stack([sketches[step] for step in range(self._schedule.steps)]).double()
             gram = stacked @ stacked.T
             curve = [1.0, *(torch.stack(ratios).tolist() if ratios else ())]
-            self._calibration.add(key[1], self._sigmas, curve, gram.cpu().numpy())
-            del self._sketches[key], self._ratios[key], self._norms[key]
+            self._calibration.add(branch, self._schedule.sigmas, curve, gram.cpu().numpy())
+            del self._sketches[branch], self._ratios[branch], self._norms[branch]
 
     def drop(self) -> None:
         super().drop()
-        for kept in (self._sketches, self._ratios, self._norms, self._signs):
+        for kept in (self._sketches, self._ratios, self._norms):
             kept.clear()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -162,8 +163,11 @@ class CacheProfile(Settings):
         return hash((self.name, self.fingerprint, self.ratios))
 
     def save(self, path: Path) -> None:
+        """Write the profile as a file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(self.model_dump_json(indent=1) + "\n")
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(self.model_dump_json(indent=1) + "\n")
+        part.replace(path)
 
 
 def _check_gram(field: str, rows: tuple[tuple[float, ...], ...], steps: int) -> None:

@@ -27,7 +27,7 @@ MAX_MASK = 10_000
 _RULE = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio")
 PLANS = (*BUDGETS, "steps_mask", "preset")
 _SHORT = dict(zip(("threshold", "max_skip_steps", "retention_ratio"), _RULE, strict=True))
-_ENGINE_ONLY = {"memory_budget_mb", "mag_calibrate", "residual_dtype"}
+_ENGINE_ONLY = {"memory_budget_mb", "mag_calibrate", "residual_dtype", "calibrate"}
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,11 @@ class DiffusionCacheConfig(Settings):
     that kept so many decibels to the uncached output on every held-out pair when the profile was made), a
     `steps_mask` (flags, or {"compute": [...], "skip": [...]} in alternating runs), the threshold rule, or a `preset`.
     Nothing given is the preset "auto", 38 dB. A preset is a PSNR if the profile has figures, a speed-up if it has a
-    matrix, and the threshold rule otherwise. `profile_insist` takes a profile that was measured on other
-    weights. `residual_dtype` is what residuals are kept in, for all requests of an engine: "bfloat16" is half the
-    memory of a model that runs in fp32; "float8" (e4m3, a scale per token) is half of that, for some fidelity
-    (docs/performance.md). cache-dit's and SeaCache's settings are taken by their own names, too.
+    matrix, and the threshold rule otherwise. `calibrate` "auto" is for an engine whose checkpoint has no curve and no
+    profile: it serves uncached until it has learnt one from its first requests. `profile_insist` takes a profile that
+    was measured on other weights. `residual_dtype` is what residuals are kept in, for all requests of an engine:
+    "bfloat16" is half the memory of a model that runs in fp32; "float8" (e4m3, a scale per token) is half of that, for
+    some fidelity (docs/performance.md). cache-dit's and SeaCache's settings are taken by their own names, too.
     """
 
     def __init__(self, **values: Any) -> None:
@@ -146,6 +147,7 @@ class DiffusionCacheConfig(Settings):
     mag_max_skip_steps: int = Field(default=5, ge=1, le=10_000)
     mag_retention_ratio: float = Field(default=0.1, ge=0, lt=1)
     mag_calibrate: bool = False
+    calibrate: Literal["auto", "off"] = "off"
     coefficients: tuple[Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)], ...] | None = None
     rel_l1_thresh: float | None = Field(default=None, gt=0)
     predictor: Literal["auto", PredictorName] = "auto"
@@ -320,7 +322,7 @@ def _inherited(engine: CacheSettings | None, backend: str, own: Mapping[str, Any
         return {}
     values = engine.config.model_dump(exclude_unset=True)
     if backend != engine.backend:
-        return {name: value for name, value in values.items() if name in _ENGINE_ONLY - {"mag_calibrate"}}
+        return {name: value for name, value in values.items() if name in _ENGINE_ONLY - {"mag_calibrate", "calibrate"}}
     named = {name for name, value in own.items() if value is not None}
     replaced: set[str] = set()
     if named & {*PLANS, *_RULE}:

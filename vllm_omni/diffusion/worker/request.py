@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from vllm_omni.diffusion.cache.base import StackBackend
+from vllm_omni.diffusion.cache.plan.compose import CachePlan
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.state import CacheState, Forecast, Signal
@@ -17,6 +18,8 @@ from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Fa
 from vllm_omni.diffusion.worker.shared_modules import OwnChanges
 from vllm_omni.inputs.lora import Adapters
 from vllm_omni.kernels.timing import Timings
+
+PlanOf = Callable[[Schedule], CachePlan | None]  # None: every step computes
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Request:
     settings: CacheSettings | None
     tracker: StepTracker
     adapters: Adapters = ()
+    plan_of: PlanOf | None = None  # a trial's: what its cache does, whatever the settings
     times: Timings = field(default_factory=Timings)
     previews: Previews = field(default_factory=Previews)
     cache: CacheState = field(default_factory=CacheState)

@@ -15,12 +15,12 @@ from vllm_omni.diffusion.cache.base import StackBackend
 from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
-from vllm_omni.diffusion.cache.state import Signal
+from vllm_omni.diffusion.cache.state import CacheState, PlannedState, Signal
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.discover import rows_in
 from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_kept
-from vllm_omni.diffusion.denoiser.rows import row_slices, take_rows
+from vllm_omni.diffusion.denoiser.rows import latents_of, row_slices, take_rows
 from vllm_omni.diffusion.denoiser.specs import denoisers_of
 from vllm_omni.diffusion.denoiser.step_tracker import StepTracker
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -44,7 +44,7 @@ from vllm_omni.diffusion.worker.coroutine import (
 from vllm_omni.diffusion.worker.memory import Retries, tried
 from vllm_omni.diffusion.worker.pace import settle, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
-from vllm_omni.diffusion.worker.request import ParkedCall, Previews, Request
+from vllm_omni.diffusion.worker.request import ParkedCall, PlanOf, Previews, Request
 from vllm_omni.diffusion.worker.shared_modules import SharedModules
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.prompt_cache import PromptCache
@@ -81,6 +81,7 @@ class ModelRunner:
         backend: StackBackend | None,
         settings: CacheSettings | None,
         text_tokens: Callable[[], int],
+        plan_of: PlanOf | None = None,
     ) -> Request:
         """Begin a request, and park it at its first call: of a text encoder, or of its denoiser."""
 
@@ -102,7 +103,7 @@ class ModelRunner:
             vars(task.pipeline).setdefault("encode_prompt", encode_prompt)
         previews = Previews(asked.params.preview_every if can_preview(self.pipeline) else None)
         request = Request(
-            asked.request_id, task, backend, settings, StepTracker(task.pipeline), adapters, previews=previews
+            asked.request_id, task, backend, settings, StepTracker(task.pipeline), adapters, plan_of, previews=previews
         )
         self._retries.add(request)
         self.adapters.use(adapters)  # text encoders can have adapters too
@@ -187,7 +188,8 @@ class ModelRunner:
             output = self.modules[name](**arguments)
             results = [output] if len(batch) == 1 else [take_rows(output, own) for own in rows]
             forward.commit(output)
-        self.forwards["skipped" if forward.skips else "computed"] += 1
+        if batch[0].plan_of is None:
+            self.forwards["skipped" if forward.skips else "computed"] += 1
         return results
 
     def _show(self, signal: Signal, batch: Sequence[Request]) -> list[None]:
@@ -309,7 +311,10 @@ class ModelRunner:
         request.schedule = request.tracker.schedule()
         request.cache.drop()
         request.size = size_of(denoiser, arguments, request.task.arguments)
-        if request.backend is not None and request.settings is not None:
+        if request.plan_of is not None and request.backend is not None:
+            plan = request.plan_of(request.schedule)
+            request.cache = CacheState() if plan is None else PlannedState(plan, request.backend.store, {})
+        elif request.backend is not None and request.settings is not None:
             settings = settle(self.pace, request.settings, request.size, request.schedule)
             state = request.backend.refresh(
                 request.task.pipeline, request.schedule.steps, request_id=request.request_id, settings=settings

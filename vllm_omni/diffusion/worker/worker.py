@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from vllm_omni.diffusion.cache.base import StackBackend
+from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.cache.selector import get_cache_backend
 from vllm_omni.diffusion.cache.settings import CacheSettings, engine_backend, override, parse
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
@@ -15,7 +16,7 @@ from vllm_omni.diffusion.denoiser.specs import denoisers_of
 from vllm_omni.diffusion.loader import load_pipeline
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
-from vllm_omni.diffusion.worker.request import Request
+from vllm_omni.diffusion.worker.request import PlanOf, Request
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.inputs.prompt_cache import PromptCache
 from vllm_omni.model_folder import generation_defaults
@@ -64,9 +65,13 @@ class DiffusionWorker:
         return arguments, settings
 
     def start(
-        self, request: OmniDiffusionRequest, arguments: dict[str, Any], settings: CacheSettings | None
+        self,
+        request: OmniDiffusionRequest,
+        arguments: dict[str, Any],
+        settings: CacheSettings | None,
+        plan_of: PlanOf | None = None,
     ) -> tuple[Request, int | None]:
-        """Begin a checked request; returns its state and its seed."""
+        """Begin a checked request, or a trial with a plan of its own; returns its state and its seed."""
         generator, seed = generator_of(request)
         running = self.runner.start(
             request,
@@ -74,6 +79,7 @@ class DiffusionWorker:
             self._backend(settings) if settings is not None else None,
             settings,
             lambda: self._text_tokens(arguments),
+            plan_of,
         )
         return running, seed
 
@@ -89,6 +95,12 @@ class DiffusionWorker:
             for read, limit in zip(readers, limits, strict=True)
         ]
         return max(counts, default=0)
+
+    @property
+    def learner(self) -> MagCacheBackend | None:
+        """The engine's own backend, if it may learn a profile."""
+        backend = self._backends.get(self.default_cache.backend) if self.default_cache is not None else None
+        return backend if isinstance(backend, MagCacheBackend) and backend.learning is not None else None
 
     @property
     def profile_names(self) -> list[str]:

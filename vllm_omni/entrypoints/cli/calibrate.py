@@ -19,8 +19,9 @@ from vllm_omni.quality.pairs import captions, read_prompts
 HELD_OUT_SEEDS = 49_000  # away from calibration's
 DESCRIPTION = """Every second prompt runs uncached, and is measured: the magnitude curve, the matrix
 of the residuals, and the gains, which say how far an error at each step moves
-the end. Then plans are compared, at seven speed-ups, and the nearest of each is
-measured on the other prompts, beside the published rule and fewer steps. All of
+the end. A third of them, 8 at most, is left out of that: on these, plans are
+compared at seven speed-ups. The nearest of each is then measured on the other
+half of the prompts, beside the published rule and fewer steps. All of
 it is written with its provenance, and a chart beside it. The engine finds the
 profile by the model's weights; with it, a request can ask for decibels."""
 EXAMPLES = """
@@ -63,18 +64,20 @@ def run(args: argparse.Namespace) -> int:
 
     from vllm_omni.diffusion.loader import load_pipeline
     from vllm_omni.engine.malloc import keep_freed_memory
-    from vllm_omni.quality.calibrate import calibrate, draw, judge
+    from vllm_omni.quality.calibrate import calibrate, draw, judge, unseen
 
     keep_freed_memory()
     pipeline = load_pipeline(config)
-    profile = calibrate(pipeline, prompts, args.name or Path(args.model).name, args.seed, **arguments)
-    profile = judge(pipeline, profile, prompts, held_out, args.seed + HELD_OUT_SEEDS, **arguments)
+    measuring, choosing = unseen(prompts)
+    profile = calibrate(pipeline, measuring, args.name or Path(args.model).name, args.seed, **arguments)
+    profile = judge(pipeline, profile, choosing, held_out, args.seed + HELD_OUT_SEEDS, **arguments)
     file = f"{profile.name}-{profile.fingerprint}-{len(profile.ratios)}.json"  # one per step count
     out = Path(args.out) if args.out else profile_folder() / file
     profile.save(out)
     draw(profile, out.with_suffix(".png"))
     _report(profile)
-    print(f"{out}: {len(prompts)} prompts and {len(held_out)} held out, {len(profile.ratios)} steps")
+    halves = f"{len(measuring)} prompts, {len(choosing)} to choose by, {len(held_out)} held out"
+    print(f"{out}: {halves}, {len(profile.ratios)} steps")
     print(f"chart: {out.with_suffix('.png')}")
     return 0
 

@@ -132,4 +132,6 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
         http = HttpOptions(**{"api_key": (key,) if key else ()} | given(args, HttpOptions))
         bounds = {"max_inference_steps": limits.max_steps, "max_image_pixels": limits.max_pixels}
         engine = engine_args(args) | bounds
+        if engine.get("cache_backend") == "magcache":  # a server is not stopped by a checkpoint that has no profile
+            engine["cache_config"] = {"calibrate": "auto"} | engine.get("cache_config", {})
         return ServeConfig(engine_args=engine, limits=limits, http=http, **given(args, ServeConfig))

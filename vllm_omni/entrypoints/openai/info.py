@@ -115,7 +115,8 @@ async def cache(state: State) -> replies.CacheReply:
     stats = await state.engine.stats()
     total = stats.steps_computed + stats.steps_skipped
     return replies.CacheReply(
-        **state.info.cache,
+        **state.info.cache | {"profiles": list(stats.profiles)},
+        learning=stats.learning,
         quality=QUALITY_CACHE,
         steps_computed=stats.steps_computed,
         steps_skipped=stats.steps_skipped,

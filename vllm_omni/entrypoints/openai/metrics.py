@@ -72,6 +72,8 @@ class _Snapshot:
         yield self._gauge("vllm_omni:max_num_seqs", "Requests that may run together.", s.max_num_seqs)
         yield self._gauge("vllm_omni:cache_skip_ratio", "Skipped ÷ all steps.", s.steps_skipped / total if total else 0)
         yield self._gauge("vllm_omni:cache_state_bytes", "Bytes of all cached residuals.", s.cache_bytes)
+        yield self._gauge("vllm_omni:cache_profiles", "Profiles of the checkpoint in use.", len(s.profiles))
+        yield self._gauge("vllm_omni:cache_learning", "1 while a profile is being learnt.", int(bool(s.learning)))
         yield self._gauge("vllm_omni:queued_cost_seconds", "Planned seconds of all in flight.", s.queued_cost_s)
         late = s.requests.get("expired", 0)
         yield self._counter("vllm_omni:deadline_missed", "Requests ended by their time-out.", late)

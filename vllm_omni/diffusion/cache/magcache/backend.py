@@ -7,8 +7,9 @@ from functools import lru_cache
 
 import torch
 
-from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
+from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend, model_name_of
 from vllm_omni.diffusion.cache.calibration import Calibration
+from vllm_omni.diffusion.cache.magcache.learning import Learning, keep, unfinished
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.plan.compose import (
     CachePlan,
@@ -30,7 +31,7 @@ from vllm_omni.diffusion.cache.profile import (
 from vllm_omni.diffusion.cache.settings import Budget, CacheSettings, DiffusionCacheConfig, Mask, Preset
 from vllm_omni.diffusion.cache.state import CacheState, PlannedState
 from vllm_omni.diffusion.denoiser.known import Denoiser
-from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
+from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, denoisers_of, unwrapped
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
@@ -47,6 +48,7 @@ class MagCacheBackend(StackBackend):
         for name, value in config.given("coefficients", "rel_l1_thresh").items():
             raise InvalidValueError(name, value, "is a gate's setting, magcache has no use for it; leave it out")
         self.calibration = Calibration() if config.mag_calibrate else None
+        self.learning: Learning | None = None
         self._ratios: tuple[float, ...] | None = None
         self._class = self._fingerprint = ""
         self._reported_no_gain = False
@@ -59,17 +61,22 @@ class MagCacheBackend(StackBackend):
     def check(self, settings: CacheSettings, steps: int | None = None) -> None:
         """Refuse what this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
         ratios, profile = self._measured(settings, steps or len(self._ratios or ()) or 1)
+        if ratios is None and not isinstance(settings.plan, Mask):
+            if self.learning is not None:  # it runs uncached, whatever it asks for
+                return
+            raise InvalidValueError("mag_ratios", None, "must be given unless steps_mask is or a curve is known")
         if steps is not None and not (isinstance(settings.plan, Budget) and settings.plan.seconds):
             budgeted_forwards(settings, profile, steps)
-        if ratios is None and not isinstance(settings.plan, Mask):
-            raise InvalidValueError("mag_ratios", None, "must be given unless steps_mask is or a curve is known")
         choose_predictor(settings, profile)
 
     def state(self, schedule: Schedule, settings: CacheSettings | None = None) -> CacheState:
         if self.calibration is not None:
-            return self.calibration.state(schedule.steps, schedule.sigmas)
+            return self.calibration.state(schedule)
+        self.learn()
         settings = settings or self.settings
         ratios, profile = self._measured(settings, schedule.steps)
+        if ratios is None and self.learning is not None and not isinstance(settings.plan, Mask):
+            return self.learning.state(schedule)
         plan = compose(settings, ratios, profile, schedule)
         if all(plan.compute) and not self._reported_no_gain:
             self._reported_no_gain = True
@@ -87,6 +94,27 @@ class MagCacheBackend(StackBackend):
         if schedule.switches:
             facts["switches"] = schedule.switches
         return PlannedState(plan, self.store, facts, KEPT_AS[self.config.residual_dtype])
+
+    def learn(self) -> CacheProfile | None:
+        """Take over what was learnt by now; returns a profile that lacks what runs of its own would give, if any."""
+        if self.learning is None:
+            return None
+        self.profiles += tuple(self.learning.ready())
+        own = (profile for profile in self.profiles if profile.fingerprint == self._fingerprint)
+        return next(filter(unfinished, own), None)
+
+    def weights_changed(self) -> None:
+        """Learn of the denoiser's new weights; profiles of the old ones stay in use until then."""
+        if self.learning is not None:
+            module = next(iter(denoisers_of(self._pipeline).values()))
+            self._fingerprint = fingerprint(unwrapped(module))
+            self.learning = Learning(self._class, self._fingerprint, model_name_of(self._pipeline))
+
+    def learnt(self, profile: CacheProfile) -> None:
+        """A profile that `learn` returned has more to it now."""
+        named = {one.name: one for one in self.profiles} | {profile.name: profile}
+        self.profiles = tuple(named.values())
+        keep(profile)
 
     def _measured(self, settings: CacheSettings, steps: int) -> tuple[tuple[float, ...] | None, CacheProfile | None]:
         """The curve and the profile for settings and a step count.
@@ -131,13 +159,17 @@ class MagCacheBackend(StackBackend):
         self._ratios = self.config.mag_ratios or MagCacheStrategyRegistry.users_curve(denoiser.module)
         _report(self.profiles)
         nothing = self._ratios is None and not self.profiles and self.config.steps_mask is None
+        if self.config.calibrate == "auto" and (nothing or any(map(unfinished, self.profiles))):
+            self.learning = Learning(self._class, self._fingerprint, model_name)
+            return
         if nothing and self.calibration is None:
             raise InvalidValueError(
                 "mag_ratios",
                 None,
                 f"must be given: no magnitude curve is known for this checkpoint ({model_name or 'unnamed'}); "
-                "measure one with `vllm-omni calibrate MODEL` and pass profile='FILE', or, if it is one of these "
-                f"checkpoints, its profile by name: {', '.join(profile_names(self._class)) or 'none of this class'}",
+                "learn one from the first requests with calibrate='auto', measure one with `vllm-omni calibrate MODEL` "
+                "and pass profile='FILE', or, if it is one of these checkpoints, its profile by name: "
+                f"{', '.join(profile_names(self._class)) or 'none of this class'}",
             )
         choose_predictor(self.settings, next(iter(self.profiles), None))
 

@@ -183,6 +183,7 @@ class CacheReply(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     object: Literal["omni.cache"] = "omni.cache"
+    learning: str
     quality: dict[str, str | None]
     steps_computed: int
     steps_skipped: int

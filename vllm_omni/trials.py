@@ -1,0 +1,167 @@
+"""What is measured of a checkpoint by trying: gains, and the best choice for each budget with what it is worth.
+
+A measurement is a list of trials, and a function that reads their results. It is pure: whoever can run the model makes
+the trials, `vllm-omni calibrate` one after another, an engine whenever nobody else needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+
+from vllm_omni.diffusion.cache.plan.compose import CachePlan, compose
+from vllm_omni.diffusion.cache.plan.planner import forecast_error, step_weights
+from vllm_omni.diffusion.cache.plan.predictors import Terms
+from vllm_omni.diffusion.cache.plan.schedule import Schedule
+from vllm_omni.diffusion.cache.profile import CacheProfile, MaskName, MeasuredBudget
+from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, PredictorName, parse
+
+T = TypeVar("T")
+SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5)
+FORECASTS: dict[MaskName, tuple[PredictorName, ...]] = {
+    "planned": ("linear", "gram", "affine", "affine3"),
+    "rule": ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
+}
+GAIN_EVERY = 3  # steps between measured gains; docs/log.md has how few keep the plans the same
+
+
+class Trial(NamedTuple):
+    """A run of one prompt: as planned, or uncached in so many steps; compared with the uncached run of that prompt."""
+
+    prompt: int
+    plan: Callable[[Schedule], CachePlan] | None = None
+    steps: int | None = None
+    picture: bool = False  # decoded output is compared; final latents otherwise
+
+
+class Away(NamedTuple):
+    """How far a trial ended: the mean square of the difference, and of the uncached output (pictures: 0 to 1)."""
+
+    squared: float
+    energy: float
+
+    @property
+    def decibels(self) -> float:
+        """PSNR of a picture."""
+        return float(-10 * np.log10(max(self.squared, 1e-30)))
+
+
+@dataclass(frozen=True)
+class Measurement(Generic[T]):
+    """`trials` in order of their prompts, and what their results say."""
+
+    name: str
+    trials: tuple[Trial, ...]
+    read: Callable[[Sequence[Away]], T]
+
+
+def one_stale(step: int, gap: int, schedule: Schedule) -> CachePlan:
+    """Every step but one computes: it gets the residual of `gap` steps earlier, of the same denoiser, as it was."""
+    anchor = anchor_of(step, gap, schedule)
+    mask = tuple(other != step or anchor is None for other in range(schedule.steps))
+    terms: dict[int, Terms] = {} if anchor is None else {step: ((anchor, 1.0),)}
+    return CachePlan.of(mask, terms)
+
+
+def anchor_of(step: int, gap: int, schedule: Schedule) -> int | None:
+    """The step whose residual is `gap` old at `step`, of the same denoiser; None at a denoiser's first."""
+    begin = next(part.start for part in schedule.segments if part.start <= step < part.stop)
+    return max(begin, step - gap) if step > begin else None
+
+
+def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -> Measurement[CacheProfile]:
+    """`profile` with the gain of each step and its standard error over prompts: see `CacheProfile`.
+
+    A run is disturbed at one step, by the residual of a tenth of the run earlier, and finished; how far it ends from
+    the undisturbed run is divided by the expected size of the disturbance. Steps between those measured are
+    interpolated. Whatever is on the way counts: the head, guidance over all branches, the scheduler, the other steps.
+    """
+    assert profile.sigmas is not None and profile.gram is not None
+    steps, gram, weights = len(profile.sigmas), np.asarray(profile.gram), step_weights(profile.sigmas)
+    gap = max(1, round(steps / 10))
+    schedule = Schedule(steps, profile.sigmas, switches)
+    expected: dict[int, float] = {}
+    for step in sorted({*range(1, steps, GAIN_EVERY), steps - 1} - {0}):
+        if (anchor := anchor_of(step, gap, schedule)) is not None:
+            error = float(forecast_error(gram, [np.array(anchor)], np.array(step), np.ones(1))) * weights[step]
+            expected |= {step: error} if error > 0 else {}
+
+    def stale(step: int) -> Callable[[Schedule], CachePlan]:
+        return lambda real: one_stale(step, gap, real)
+
+    def read(results: Sequence[Away]) -> CacheProfile:
+        if not expected:
+            return profile.model_copy(update={"gains": (1.0,) * steps, "gain_errors": (0.0,) * steps})
+        away = np.sqrt([result.squared for result in results]).reshape(prompts, len(expected))
+        found = away / np.array(list(expected.values()))
+        means, errors = np.sqrt((found**2).mean(axis=0)), found.std(axis=0) / np.sqrt(prompts)
+        known, every = list(expected), np.arange(steps)
+        values = {"gains": np.interp(every, known, means), "gain_errors": np.interp(every, known, errors)}
+        return profile.model_copy(update={name: tuple(value.round(6).tolist()) for name, value in values.items()})
+
+    trials = tuple(Trial(prompt, stale(step)) for prompt in range(prompts) for step in expected)
+    return Measurement("gains", trials, read)
+
+
+def choices(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
+    """`profile` with, for each of some speed-ups, the mask and the predictor whose latents stay nearest to uncached.
+
+    Nearest in the root mean square over `prompts` from `first` on, which the worst of them lead.
+    """
+    steps = len(profile.ratios)
+    budgets = [
+        MeasuredBudget(speedup=steps / nfe, mask=mask, predictor=predictor)
+        for nfe in _forwards(steps)
+        for mask, predictors in FORECASTS.items()
+        for predictor in predictors
+    ]
+
+    def read(results: Sequence[Away]) -> CacheProfile:
+        relative = np.array([result.squared / max(result.energy, 1e-30) for result in results])
+        errors = relative.reshape(prompts, len(budgets)).mean(axis=0)
+        best: dict[float, tuple[float, MeasuredBudget]] = {}
+        for error, budget in zip(errors, budgets, strict=True):
+            if budget.speedup not in best or error < best[budget.speedup][0]:
+                best[budget.speedup] = float(error), budget
+        return profile.model_copy(update={"budgets": tuple(budget for _, budget in best.values())})
+
+    alone = [profile.model_copy(update={"budgets": (budget,)}) for budget in budgets]
+    plans = [_planned(one, round(steps / budget.speedup)) for one, budget in zip(alone, budgets, strict=True)]
+    trials = tuple(Trial(first + prompt, plan) for prompt in range(prompts) for plan in plans)
+    return Measurement("choices", trials, read)
+
+
+def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
+    """`profile` with the decibels of each of its budgets, on prompts that decided nothing: see `MeasuredBudget`."""
+    steps, curve_only = len(profile.ratios), profile.model_copy(update={"gram": None, "budgets": ()})
+    forwards = [round(steps / budget.speedup) for budget in profile.budgets]
+
+    def read(results: Sequence[Away]) -> CacheProfile:
+        table = np.array([result.decibels for result in results]).reshape(prompts, len(forwards), 3)
+        measured = []
+        for budget, (cached, by_rule, fewer) in zip(profile.budgets, table.transpose(1, 2, 0), strict=True):
+            values = {"psnr": cached.min(), "psnr_mean": cached.mean(), "rule_psnr": by_rule.min()}
+            values |= {"fewer_steps_psnr": fewer.min()}
+            shown = {name: round(float(value), 2) for name, value in values.items()}
+            measured.append(budget.model_copy(update=shown | {"pairs": prompts}))
+        return profile.model_copy(update={"budgets": tuple(measured)})
+
+    def of(prompt: int, nfe: int) -> tuple[Trial, ...]:
+        cached = Trial(prompt, _planned(profile, nfe), picture=True)
+        return cached, Trial(prompt, _planned(curve_only, nfe), picture=True), Trial(prompt, None, nfe, picture=True)
+
+    trials = tuple(trial for prompt in range(prompts) for nfe in forwards for trial in of(first + prompt, nfe))
+    return Measurement("held-out prompts", trials, read)
+
+
+def _forwards(steps: int) -> list[int]:
+    """The numbers of full forwards that are measured, by ascending speed-up."""
+    return sorted({max(2, round(steps / speedup)) for speedup in SPEEDUPS} - {steps}, reverse=True)
+
+
+def _planned(profile: CacheProfile, nfe: int) -> Callable[[Schedule], CachePlan]:
+    settings = parse("magcache", DiffusionCacheConfig(nfe=nfe))
+    return lambda schedule: compose(settings, profile.ratios, profile, schedule)
