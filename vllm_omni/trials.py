@@ -76,8 +76,9 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
     """`profile` with the gain of each step and its standard error over prompts: see `CacheProfile`.
 
     A run is disturbed at one step, by the residual of a tenth of the run earlier, and finished; how far it ends from
-    the undisturbed run is divided by the expected size of the disturbance. Steps between those measured are
-    interpolated. Whatever is on the way counts: the head, guidance over all branches, the scheduler, the other steps.
+    the undisturbed run is divided by the expected size of the disturbance. A few prompts say little of any one step,
+    so that the gains of each denoiser's steps are a parabola through the logarithms of all. Whatever is on the way
+    counts: the head, guidance over all branches, the scheduler, the other steps.
     """
     assert profile.sigmas is not None and profile.gram is not None
     steps, gram, weights = len(profile.sigmas), np.asarray(profile.gram), step_weights(profile.sigmas)
@@ -96,14 +97,30 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
         if not expected:
             return profile.model_copy(update={"gains": (1.0,) * steps, "gain_errors": (0.0,) * steps})
         away = np.sqrt([result.squared for result in results]).reshape(prompts, len(expected))
-        found = away / np.array(list(expected.values()))
-        means, errors = np.sqrt((found**2).mean(axis=0)), found.std(axis=0) / np.sqrt(prompts)
-        known, every = list(expected), np.arange(steps)
-        values = {"gains": np.interp(every, known, means), "gain_errors": np.interp(every, known, errors)}
+        logs = np.log(np.maximum(away / np.array(list(expected.values())), 1e-12))
+        values = dict(zip(("gains", "gain_errors"), smooth_gains(schedule, list(expected), logs), strict=True))
         return profile.model_copy(update={name: tuple(value.round(6).tolist()) for name, value in values.items()})
 
     trials = tuple(Trial(prompt, stale(step)) for prompt in range(prompts) for step in expected)
     return Measurement("gains", trials, read)
+
+
+def smooth_gains(schedule: Schedule, measured: Sequence[int], logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(gain, its standard error over prompts) of every step; `logs` (prompts, measured) of the gains at those steps.
+
+    A parabola per denoiser: on the judges its plans rank better than those of the values themselves (docs/log.md).
+    """
+    every, found, prompts = np.arange(schedule.steps), np.asarray(measured), len(logs)
+    middle, spread = logs.mean(axis=0), logs.std(axis=0) / np.sqrt(prompts)
+    line = np.interp(every, found, middle)
+    for part in schedule.segments:
+        own = (found >= part.start) & (found < part.stop)
+        if own.any():
+            place = np.linspace(-1, 1, part.stop - part.start) if part.stop - part.start > 1 else np.zeros(1)
+            curve = np.polyfit(place[found[own] - part.start], middle[own], min(2, int(own.sum()) - 1))
+            line[part] = np.polyval(curve, place).clip(middle.min(), middle.max())
+    gains = np.exp(line)
+    return gains, gains * np.interp(every, found, spread)
 
 
 def choices(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
