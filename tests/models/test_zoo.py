@@ -13,6 +13,7 @@ from zoo import NOT_COVERED, ZOO, covered, transformer_classes
 from zoo_states import STATES
 
 from vllm_omni import Omni
+from vllm_omni.diffusion.cache.magcache.learning import REQUESTS
 
 STEPS = 6
 RELATIVE = 1e-5  # of the largest number, in float32
@@ -79,3 +80,18 @@ def test_every_class_is_covered_or_named() -> None:
     missing = classes - tested - set(NOT_COVERED)
     assert not missing, f"no family has {sorted(missing)}: make a tiny pipeline, or say in NOT_COVERED why not"
     assert not set(NOT_COVERED) - classes and not set(NOT_COVERED) & tested
+
+
+@pytest.mark.parametrize("name", ["Krea 2", "Sana Video", "Nucleus-Image"])
+def test_a_class_without_an_entry_and_without_a_curve_is_cached_after_a_few_requests(name: str) -> None:
+    family = next(one for one in ZOO if one.name == name)
+    config = {"calibrate": "auto"}
+    with Omni.from_pipe(
+        family.build(), defaults=family.settings, cache_backend="magcache", cache_config=config
+    ) as omni:
+        skipped = []
+        for seed in range(REQUESTS + 1):
+            (output,) = omni.generate([family.prompt(seed)], asked(family, STEPS, seed, 3.0), use_tqdm=False)
+            assert output.error is None
+            skipped.append(output.skipped_steps)
+    assert skipped[:-1] == [0] * REQUESTS and skipped[-1] > 0
