@@ -121,6 +121,16 @@ class Remembers(Plain):
         return out
 
 
+class Compares(Plain):
+    """What has changed since the last call is in this call's output: the same call twice hides it."""
+
+    last: torch.Tensor | None = None
+
+    def forward(self, noisy: torch.Tensor, when: torch.Tensor) -> torch.Tensor:
+        moved, self.last = 0.0 if self.last is None else noisy - self.last, noisy
+        return super().forward(noisy, when) + moved
+
+
 class Counts(Plain):
     """Every call is another."""
 

@@ -41,10 +41,11 @@ UNCACHED = {  # and what it says of the others
     traps.ReturnsMore: "blocks of trunk return something that the next ones do not get",
     traps.Without: "no list of blocks runs in it",
     traps.Remembers: "the same call gives another output: it keeps state, or is random",
+    traps.Compares: "the same call gives another output: it keeps state, or is random",
     traps.Counts: "the same call gives another output: it keeps state, or is random",
     traps.Noisy: "the same call gives another output: it keeps state, or is random",
 }
-ALONE = {traps.BatchMean, traps.BatchNorm, traps.Remembers, traps.Counts, traps.Noisy}
+ALONE = {traps.BatchMean, traps.BatchNorm, traps.Remembers, traps.Compares, traps.Counts, traps.Noisy}
 
 
 def found(model: Any, arguments: dict[str, Any]) -> Finding:

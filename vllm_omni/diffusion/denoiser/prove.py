@@ -1,10 +1,10 @@
 """Proving on this very model what `discover.py` suspects, with the arguments of one real call. Nothing is kept.
 
-Five forwards' work, and a few forwards without blocks: the call itself, watched; the call again, tapped; another call,
-every tensor of which is perturbed; both joined, tapped. What must hold: (0) the same call gives the same output; (a)
-also if it is tapped; (b) with the blocks replaced by what they have added the output is the same up to rounding, and
-with nothing in their place it is not; (c) two different calls joined equal each alone, in their output and in what is
-cached of them.
+Six forwards' work, and a few forwards without blocks: the call itself, watched; another call, every tensor of which is
+perturbed; the first again, tapped; the other, tapped; both joined, tapped. What must hold: (0) the same call gives the
+same output, whatever was called in between; (a) also if it is tapped; (b) with the blocks replaced by what they have
+added the output is the same up to rounding, and with nothing in their place it is not; (c) two different calls joined
+equal each alone, in their output and in what is cached of them.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class _Examination:
 
     def __init__(self, module: torch.nn.Module, call: Call, arguments: Mapping[str, Any], rows: int) -> None:
         self.module, self._call, self.arguments, self.rows = module, call, arguments, rows
+        self._ways = roles_of(arguments, rows)
 
     def finding(self, known: DenoiserSpec | None) -> Finding:
         seen = watch(self.module, lambda: self._run(self.arguments))
@@ -82,8 +83,10 @@ class _Examination:
             return Finding(NOTHING, False, "its output is not finite")
         stack, wanted, why = self._stack(seen, known)
         del seen
+        self._between()
         output, ends = self._tapped(stack, self.arguments, self.rows)
         if not _same([output, ends], [self.wanted, wanted]):
+            self._between()
             if not _same(self._run(self.arguments), self.wanted):
                 return Finding(NOTHING, False, "the same call gives another output: it keeps state, or is random")
             stack, ends, why = None, None, "its output, or what its blocks add, is another if they are tapped"
@@ -100,6 +103,10 @@ class _Examination:
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         return self._call(_copied(arguments))
+
+    def _between(self) -> None:
+        """Make another call, which a model may remember."""
+        _tried(lambda: self._run(perturbed(self.arguments, self._ways[0])))
 
     def _tapped(self, stack: BlockStack | None, arguments: Mapping[str, Any], rows: int) -> tuple[Any, Any]:
         """The output, and the ends of the stack, if there is one."""
@@ -156,9 +163,8 @@ class _Examination:
     def _roles(self, stack: BlockStack | None, ends: Any) -> tuple[Roles, str]:
         """The roles under which calls may be joined, and "", or why they may not."""
         latents, why = latents_of(self.arguments), ""
-        ways = roles_of(self.arguments, self.rows)
-        names = [name for name in ways[0].rows if self.arguments[name] is not latents]
-        tries = [way.sharing(shared) for shared in _shared(self.arguments, names) for way in ways]
+        names = [name for name in self._ways[0].rows if self.arguments[name] is not latents]
+        tries = [way.sharing(shared) for shared in _shared(self.arguments, names) for way in self._ways]
         for roles in dict.fromkeys(pick for tried in tries for pick in (tried, tried.one_for_all())):
             flaw = self._apart_if_joined(stack, ends, roles)
             if flaw is None:
