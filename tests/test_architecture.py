@@ -54,7 +54,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ),
     ),
     (("vllm_omni.diffusion.cache.settings",),),
-    (("vllm_omni.settings",), ("vllm_omni.model_folder",)),
+    (("vllm_omni.settings",), ("vllm_omni.model_folder",), ("vllm_omni.modular",)),
     (("vllm_omni.errors", "vllm_omni.logger", "vllm_omni.envs", "vllm_omni.version", "vllm_omni.driver"),),
 )
 BOTTOM = len(LAYERS) - 1

@@ -9,11 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "helpers")]
 
+import diffusers
 from families import FAMILIES, Family
+from zoo import NOT_COVERED, ZOO, covered, transformer_classes
+from zoo_states import STATES
 
 from vllm_omni.diffusion.cache.profile import profile_names, shipped_profile
 from vllm_omni.diffusion.denoiser.specs import DENOISERS
 
+CACHED = {name for name, served in STATES.items() if served.cached}
 PAGE = ROOT / "docs" / "models.md"
 HEAD = """# Models
 
@@ -27,7 +31,7 @@ the test steers it with. *Tested*: with small random weights, on the real archit
 of four equals each request alone; no byte stays held; `disable` restores the pipeline. If no curve ships,
 `vllm-omni calibrate` measures one; a curve is chosen by checkpoint.
 
-A denoiser class that is not listed is served as well: uncached, one call at a time.
+The classes that have no description are in the second table.
 
 | Family | Pipeline | Denoiser | Block lists | Together | Equal | Texts | Guidance | Curves that ship | Tested |
 |---|---|---|---|---|---|---|---|---|---|
@@ -36,16 +40,46 @@ A denoiser class that is not listed is served as well: uncached, one call at a t
 CURVES = """
 ## Curves chosen by checkpoint
 
-For denoisers in the table. The other profiles that ship are chosen by name alone (`profile=`).
+For denoisers in the tables. The other profiles that ship are chosen by name alone (`profile=`).
 
 | Profile | Denoiser | Checkpoint | Steps | Source |
 |---|---|---|---|---|
 """
 
-FOOT = """
-Not in the table, hence served uncached: OmniGen, whose pipeline needs torchvision and could not be tested here, and
-FramePack, whose pipeline returns its latents in sections, which the engine's outputs cannot hold.
+FOUND = """
+## Every other class
+
+Of the {count} transformer classes of diffusers {version}, {described} are described above and {found} more are the
+denoisers of the pipelines below: {cached} of the {total} are cached. What was found by looking at a model is proven on
+it before it is used, and `tests/models/test_zoo.py` measures what the table says, on real pipelines with small random
+weights: what plain diffusers makes, bit by bit if nothing is skipped; blocks run as planned; four requests at once
+equal to each alone; no byte held afterwards. *Cached*: steps are skipped; *batched*: different requests share a
+forward; *alone*: one request per forward. A class that a new release of diffusers brings makes the test fail until it
+is here.
+
+| Family | Pipeline | Denoiser | Served | Why not fully |
+|---|---|---|---|---|
 """
+
+LEFT = """
+Not denoisers of a pipeline that the engine takes:
+
+| Class | Why |
+|---|---|
+"""
+
+
+def others() -> str:
+    """The families of the zoo, then the classes that have none."""
+    families = covered()
+    rows = [f"| {f.name} | {type(f.build()).__name__} | {type(f.build().transformer).__name__} | {STATES[f.name]} | "
+            f"{STATES[f.name].reason} |" for f in ZOO]  # fmt: skip
+    cached = set(DENOISERS) | {name for name, own in families.items() if any(f.name in CACHED for f in own)}
+    total, found = len(transformer_classes()), len(set(families) - set(DENOISERS))
+    counts = {"count": total, "total": total, "described": len(DENOISERS), "found": found, "cached": len(cached)}
+    left = [f"| {name} | {why} |" for name, why in sorted(NOT_COVERED.items())]
+    head = FOUND.format(version=diffusers.__version__, **counts)
+    return head + "\n".join(rows) + "\n" + LEFT + "\n".join(left) + "\n"
 
 
 def curves() -> str:
@@ -53,7 +87,7 @@ def curves() -> str:
     rows = []
     for name in profile_names():
         profile = shipped_profile(name)
-        if (profile.models or profile.fingerprint) and profile.transformer_class in DENOISERS:
+        if (profile.models or profile.fingerprint) and profile.transformer_class in covered():
             taken = ", ".join(profile.models) or "by its weights"
             cells = [name, profile.transformer_class, taken, str(len(profile.ratios))]
             source = profile.provenance.get("source") or profile.provenance.get("kind", "")
@@ -78,7 +112,7 @@ def page() -> str:
         tested[type(family.build().transformer).__name__].append(family)
     shipped = Counter(shipped_profile(name).transformer_class for name in profile_names())
     rows = [row(name, shipped, family) for name, families in tested.items() for family in families or [None]]
-    return HEAD + "\n".join(rows) + "\n" + FOOT + curves()
+    return HEAD + "\n".join(rows) + "\n" + others() + curves()
 
 
 if __name__ == "__main__":

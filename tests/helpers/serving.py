@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from diffusers.modular_pipelines import ModularPipeline
 from family import Family
 
 from vllm_omni import Omni
@@ -55,8 +56,11 @@ def drawn_alike() -> Iterator[None]:
 def plain_of(family: Family, pipeline: Any, steps: int, scale: float = 3.0) -> torch.Tensor:
     """What plain diffusers makes of the first prompt."""
     arguments = {**family.settings, **family.prompt(0), **family.guided(scale), "num_inference_steps": steps}
+    arguments["generator"] = torch.Generator("cpu").manual_seed(7)
     with drawn_alike():
-        result = pipeline(**arguments, generator=torch.Generator("cpu").manual_seed(7), output_type=family.output)
+        if isinstance(pipeline, ModularPipeline):  # it returns what it is asked for
+            return flat(pipeline(**arguments, output="latents"))
+        result = pipeline(**arguments, output_type=family.output)
     return flat(next(iter(result.values())))
 
 

@@ -124,6 +124,20 @@ def language_model(layers: int = 2, width: int = TEXT, vocabulary: int = 64) -> 
         return Qwen2Model(Qwen2Config(**sizes)).eval()
 
 
+class Processor:
+    """In the place of a processor for text and pictures, of which these pipelines use the text's half."""
+
+    def __init__(self) -> None:
+        self.tokenizer = words_tokenizer(special=("<|image_pad|>",), template=CHAT)
+
+    def __call__(self, text: list[str], images: Any = None, **given: Any) -> Any:
+        return self.tokenizer(text, **given)
+
+    def apply_chat_template(self, messages: Any, tokenize: bool = True, **given: Any) -> Any:
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+        return [self.tokenizer(text)["input_ids"]] if tokenize else text
+
+
 def vision_language() -> Any:
     """A tiny Qwen3-VL: two layers of text, one of eyes."""
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration

@@ -14,6 +14,7 @@ from family import HEADS, SMALL, TEXT, TOKENS, TRUE_CFG, Family, assembled, edit
 from zoo_parts import (
     CHAT,
     TRANSFORMS,
+    Processor,
     certain,
     drawn,
     flux2_vae,
@@ -48,32 +49,34 @@ def layered() -> Any:
     return made
 
 
-class _Processor:
-    """In the place of a processor for text and pictures, of which these pipelines use the text's half."""
-
-    def __init__(self) -> None:
-        self.tokenizer = words_tokenizer(special=("<|image_pad|>",), template=CHAT)
-
-    def __call__(self, text: list[str], images: Any = None, **given: Any) -> Any:
-        return self.tokenizer(text, **given)
-
-    def apply_chat_template(self, messages: Any, tokenize: bool = True, **given: Any) -> Any:
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        return [self.tokenizer(text)["input_ids"]] if tokenize else text
-
-
 def qwen21() -> Any:
     sizes = HEADS | {"in_channels": 4, "out_channels": 4, "num_layers": 3, "context_in_dim": TEXT}
     sizes |= {"axes_dims_rope": (4, 6, 6)}
     scheduler = d.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    parts = {"processor": _Processor()}
+    parts = {"processor": Processor()}
     return assembled(d.QwenImage21Pipeline, d.QwenImage21Transformer2DModel, sizes, scheduler, **parts)
+
+
+def flux3() -> Any:
+    blocks = d.Flux3AutoBlocks()
+    blocks.sub_blocks.pop("prompt_upsampler")  # a language model that writes the prompt anew
+    sizes = HEADS | {"in_channels": 16, "cond_in_channels": 16, "num_layers": 2, "num_single_layers": 2}
+    sizes |= {"joint_attention_dim": TEXT * 2, "timestep_channels": 16, "axes_dims_rope": (4, 4, 4, 4)}
+    made = blocks.init_pipeline()
+    made.update_components(
+        transformer=random_model(d.Flux3Transformer2DModel, sizes),
+        scheduler=d.FlowMatchEulerDiscreteScheduler(),
+        vae=flux2_vae(),
+        text_encoder=language_model(),
+        tokenizer=Processor(),
+    )
+    return made
 
 
 def joy(pipeline: type, transformer: type) -> Any:
     sizes = {"in_channels": 4, "hidden_size": 32, "num_attention_heads": 2, "text_dim": TEXT, "num_layers": 3}
     vae = certain(wan_vae())
-    parts = {"vae": vae, "processor": _Processor(), "text_encoder": vision_language()}
+    parts = {"vae": vae, "processor": Processor(), "text_encoder": vision_language()}
     made = assembled(pipeline, transformer, sizes | {"rope_dim_list": [4, 6, 6]}, **parts)
     made.prompt_template_encode_start_idx = {"image": 0, "multiple_images": 0}
     processor = vars(made).get("vae_image_processor", made.image_processor)
@@ -127,6 +130,15 @@ def _told_edit(given: dict[str, Any], generator: torch.Generator) -> dict[str, A
 
 
 PROMPTS = [
+    Family(
+        "FLUX.3",
+        flux3,
+        {},
+        settings={"height": 64, "width": 64, "text_encoder_out_layers": (0, 1)},
+        negative=False,
+        guidance=None,
+        more=spoken,
+    ),
     Family(
         "LongCat-Image", longcat, {}, settings=SMALL | {"enable_prompt_rewrite": False}, negative=False, more=spoken
     ),

@@ -6,6 +6,7 @@ from serving import Served
 
 FULLY = Served(True, True)
 STATES = {
+    "FLUX.3": FULLY,
     "Bria 3.2": FULLY,
     "CogView3+": FULLY,
     "DiT": FULLY,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import time
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ import pytest
 import torch
 from http_server import Running, serve
 from PIL import Image
-from zoo_sound import LTX_GUIDANCE, LTX_TEXT, RATE, SECOND, ltx2, stable_audio
+from zoo_sound import LTX_GUIDANCE, LTX_TEXT, RATE, SECOND, cosmos3, ltx2, stable_audio
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -95,10 +96,10 @@ def test_video_and_sound_are_what_diffusers_makes(pipe: Any) -> None:
 
 
 def test_a_waveform_becomes_a_file() -> None:
-    tone = torch.sin(torch.arange(1600) / 8)
+    tone = torch.sin(torch.arange(RATE) / 8)
     stereo = torch.stack([tone, 2 * tone])  # the second is cut off at 1
     made, rate = pcm(encode_sound(stereo, "wav", RATE))
-    assert rate == RATE and made.shape == (2, 1600)
+    assert rate == RATE and made.shape == (2, RATE)
     np.testing.assert_allclose(made / (2**15 - 1), stereo.clamp(-1, 1), atol=2**-15)
     flac = encode_sound(stereo.numpy(), "flac", RATE)
     assert flac.startswith(b"fLaC") and len(flac) < made.nbytes
@@ -116,17 +117,23 @@ def decoded(data: bytes, format: str) -> bytes:
     return subprocess.run(command, input=data, check=True, capture_output=True).stdout
 
 
+def track(file: Path) -> tuple[np.ndarray, int]:
+    """The sound of a clip."""
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    heard = file.with_suffix(".wav")
+    command = [get_ffmpeg_exe(), "-loglevel", "error", "-i", str(file), "-vn", "-y", str(heard)]
+    subprocess.run(command, check=True)
+    return pcm(heard.read_bytes())
+
+
 def test_an_mp4_has_the_sound_of_its_clip(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (32, 32), (40 * i, 0, 0)) for i in range(6)]
     tone = torch.sin(torch.arange(RATE // 2) * 2 * torch.pi * 440 / RATE)[None]
     clip = encode_video(frames, "mp4", 12, tone, RATE)
     assert np.asarray(imageio.imread(clip, plugin="FFMPEG", extension=".mp4")).shape == (6, 32, 32, 3)
     (tmp_path / "clip.mp4").write_bytes(clip)
-    from imageio_ffmpeg import get_ffmpeg_exe
-
-    command = [get_ffmpeg_exe(), "-loglevel", "error", "-i", str(tmp_path / "clip.mp4"), "-vn", "-y"]
-    subprocess.run([*command, str(tmp_path / "sound.wav")], check=True)
-    heard, rate = pcm((tmp_path / "sound.wav").read_bytes())
+    heard, rate = track(tmp_path / "clip.mp4")
     assert rate == RATE and abs(heard.shape[1] - RATE // 2) < RATE // 10
     spectrum = np.abs(np.fft.rfft(heard[0][: RATE // 2].astype(float)))
     assert abs(np.argmax(spectrum) * RATE / min(RATE // 2, heard.shape[1]) - 440) < 5
@@ -183,3 +190,25 @@ def test_other_routes_name_the_one_for_sounds(server: Running) -> None:
         assert reply.status_code == 400 and GENERATE in reply.json()["error"]["message"], reply.text
     (model,) = httpx.get(server.url + "/v1/models").json()["data"]
     assert model["omni"]["capabilities"]["sounds"] and not model["omni"]["capabilities"]["generations"]
+
+
+def test_a_clip_over_http_has_its_sound(tmp_path: Path) -> None:
+    """Cosmos 3 makes both of a text alone."""
+    cosmos3().save_pretrained(tmp_path / "clips")
+    (tmp_path / "clips" / "generation_config.json").write_text(json.dumps(SIZE | {"enable_sound": True}))
+    engine = {"model": str(tmp_path / "clips")}
+    asked = {"prompt": "a slow song", "size": "32x32", "num_frames": 5, "num_inference_steps": 2, "seed": 4}
+    with serve(engine, warmup=False, store_dir=tmp_path / "store") as running:
+        reply = httpx.post(running.url + "/v1/videos/sync", json=asked, timeout=60)
+        assert reply.status_code == 200, reply.text
+        job = httpx.post(running.url + "/v1/videos", json=asked, timeout=60).json()
+        while (job := httpx.get(f"{running.url}/v1/videos/{job['id']}").json())["status"] in ("queued", "in_progress"):
+            time.sleep(0.05)
+        kept = httpx.get(f"{running.url}/v1/videos/{job['id']}/content").content
+    for clip in (reply.content, kept):
+        (tmp_path / "clip.mp4").write_bytes(clip)
+        frames = np.asarray(imageio.imread(clip, plugin="FFMPEG", extension=".mp4"))
+        assert frames.shape == (5, 32, 32, 3)
+        heard, rate = track(tmp_path / "clip.mp4")
+        assert rate == RATE and heard.shape[0] == 2 and heard.shape[1] >= 5 / 24 * RATE
+        assert np.abs(heard).max() > 0

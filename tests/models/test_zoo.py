@@ -68,8 +68,8 @@ def test_a_family_is_served_as_listed(family: Family) -> None:
     serving.omni.close()
     assert torch.equal(plain_of(family, pipeline, STEPS), plain)
     if served.cached:
-        assert planned.skipped_steps > 0 and counts[0] % STEPS == 0
-        assert with_cache * STEPS == counts[0] * planned.computed_steps
+        each, besides = divmod(counts[0], STEPS)  # AnyFlow keeps a chunk by a call of its own
+        assert planned.skipped_steps > 0 and with_cache == each * planned.computed_steps + besides
 
 
 @pytest.mark.slow

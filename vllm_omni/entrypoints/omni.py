@@ -28,6 +28,7 @@ from vllm_omni.errors import (
     forget_locals,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt, own
+from vllm_omni.modular import whole
 from vllm_omni.outputs import OmniRequestOutput
 
 SamplingParams = OmniDiffusionSamplingParams | dict[str, Any]
@@ -194,7 +195,7 @@ class Omni:
 
 def engine_over(pipe: Any, defaults: dict[str, Any] | None, engine_args: dict[str, Any]) -> DiffusionEngine:
     """An engine over a diffusers pipeline that is loaded already."""
-    name = str(pipe.config.get("_name_or_path") or type(pipe).__name__)
+    pipe, name = whole(pipe), str(pipe.config.get("_name_or_path") or type(pipe).__name__)
     own = {"prompt_cache_mb": 0} | engine_args  # its owner may change an encoder at any time
     return DiffusionEngine(OmniDiffusionConfig(model=name, **own), pipe, defaults)
 

@@ -43,7 +43,7 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     engine = parser.add_argument_group("engine", "The model, its cache and its batch.")
     add_engine_flags(engine, "cache_backend", "cache_config", "max_num_seqs", "dtype", "device", "enable_cpu_offload")
     add_engine_flags(engine, "vae_use_tiling", "vae_use_slicing")
-    media = parser.add_argument_group("media and adapters", "Pictures in, videos or sound out, LoRA: what the model has.")
+    media = parser.add_argument_group("media and adapters", "Pictures in, videos or sound out, LoRA, if it has them.")
     add = media.add_argument
     add("--image", action="append", default=[], metavar="FILE", help="picture to edit or animate; again for several")
     add("--strength", type=float, metavar="N", help="how much of --image to replace, 0 to 1 (image-to-image models)")
