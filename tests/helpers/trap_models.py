@@ -271,6 +271,20 @@ class ReadsText(Joint):
         return self.head(x * txt.mean(1, keepdim=True))
 
 
+class EncoderDecoder(Joint):
+    """One list, whose second half is given as text what the first has made, and begins with the embedding again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs, self.tail = nn.ModuleList(TwoStreams() for _ in range(2)), nn.ModuleList()
+
+    def streams(self, noisy: torch.Tensor, when: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (x, emb), txt = self.begin(noisy, when), self.words(text)
+        encode, decode = self.pairs
+        made, _ = encode(x, txt, emb)
+        return decode(x, made, emb)
+
+
 class NewBlock(Block):
     def forward(self, img: torch.Tensor, emb: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
         out = super().forward(img, emb)

@@ -29,6 +29,7 @@ CACHED = {  # how each is cached: lists, what of them, and whether every block h
     traps.Nested: (["shell.core.trunk"], ("img",), False, {}),
     traps.InPlace: (["trunk"], ("img",), False, {}),
     traps.Joint: (["pairs", "tail"], ("img",), False, TEXT),
+    traps.EncoderDecoder: (["pairs"], ("img",), True, TEXT),
     traps.ReadsText: (["pairs", "tail"], ("img", "txt"), False, TEXT),
     traps.Positions: (["trunk"], ("img",), False, PLACES),
     traps.BatchMean: (["trunk"], ("img",), False, {}),
