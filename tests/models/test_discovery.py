@@ -122,6 +122,19 @@ def test_calls_joined_by_the_roles_found_equal_each_alone(kind: type) -> None:
     assert spec.shared == (("places",) if kind is traps.Positions else ())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_few_digits_are_enough(dtype: torch.dtype) -> None:
+    """Nothing right is refused for its roundings, and nothing wrong is taken for one."""
+    for kind, cached, alone in [
+        (traps.Plain, True, False),
+        (traps.EarlyRead, False, False),
+        (traps.BatchMean, True, True),
+    ]:
+        call = {name: value.to(dtype) for name, value in traps.call_of(rows=2).items()}
+        finding = found(traps.made(kind).to(dtype), call)
+        assert (finding.cached, finding.joined) == (cached, not alone), finding.reason
+
+
 def test_a_block_that_an_argument_skips_is_another_kind_of_call() -> None:
     model = traps.made(traps.Skips)
     denoiser = Denoiser(model)

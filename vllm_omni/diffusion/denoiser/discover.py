@@ -21,7 +21,7 @@ from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec, unwrapped
 
 MOST_OF_THE_WORK = 1 / 2  # of the parameters in lists: a stack has more, or a skip saves little
-MUCH = 0.2  # cosines apart
+MUCH = 2.0  # times as far from one argument as from another
 PREPARES = "refiner"  # in the name of a list that comes before the stack and is left out of it if the rest suffices
 _PLAIN = (bool, int, str)
 
@@ -157,21 +157,20 @@ class ListSeen:
         handed = votes.most_common(1)[0][0] if votes else None
         if not isinstance(value, torch.Tensor):
             return handed or ("" if value is None else None)
-        alike = {
-            n: _likeness(value, g) for n, g in self.last_given.items() if n not in taken and g.shape == value.shape
-        }
-        if handed is not None and alike.get(handed, 1.0) >= max(alike.values(), default=0.0) - MUCH:
+        fitting = {n: given for n, given in self.last_given.items() if n not in taken and given.shape == value.shape}
+        apart = {name: _distance(value, given) for name, given in fitting.items()}
+        if handed is not None and apart.get(handed, 0.0) <= MUCH * min(apart.values(), default=0.0) + 1e-6:
             return handed
-        return max(alike, key=lambda name: alike[name], default=None)
+        return min(apart, key=lambda name: apart[name], default=None)
 
     def as_list(self, streams: tuple[str, ...]) -> BlockList:
         """Its description, if these are the streams."""
         return BlockList(self.name, self.returns or (), self.takes, streams, self.in_tuple and len(self.returned) == 1)
 
 
-def _likeness(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The cosine; what a block returns has what it was given in it."""
-    return float(torch.nn.functional.cosine_similarity(one.flatten().float(), other.flatten().float(), dim=0))
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of what a block returns and what it was given; 1 if they have nothing in common."""
+    return 1 - float(torch.nn.functional.cosine_similarity(one.flatten().double(), other.flatten().double(), dim=0))
 
 
 @dataclass
