@@ -37,6 +37,7 @@ Call = Callable[[Mapping[str, Any]], Any]  # the denoiser, with its arguments by
 MOST_STACKS = 32  # that are tried, without blocks
 MOST_SHARED = 4  # arguments that are tried as shared
 ROUNDINGS, FEW_ROUNDINGS = 64, 8  # of a forward in float32, and in a dtype of few digits, by its largest value
+TELLING = 4  # times as far as what is right must be what is wrong, or nothing is proven
 NOTHING = DenoiserSpec((), ())
 
 
@@ -95,11 +96,16 @@ class _Examination:
         spec = replace(spec, rows=roles.rows, shared=roles.shared, rows_in_dim_1=roles.rows_in_dim_1)
         return Finding(spec, not alone, "; ".join(filter(None, (why, alone))))
 
-    def _tolerance(self, streams: Any) -> float:
-        """By the dtype of fewest digits, relative to the largest value of what is compared."""
+    def _eps(self, streams: Any) -> float:
+        """Of the dtype of fewest digits."""
         tensors = tensors_in([streams, self.wanted, list(self.arguments.values())])
-        eps = max((torch.finfo(t.dtype).eps for t in tensors if t.dtype.is_floating_point), default=0.0)
-        return eps * (ROUNDINGS if eps < 1e-6 else FEW_ROUNDINGS)
+        return max((torch.finfo(t.dtype).eps for t in tensors if t.dtype.is_floating_point), default=0.0)
+
+    def _tolerance(self, streams: Any, other: Any = None) -> float:
+        """Relative to the largest value of what is compared; less than what tells it from an `other` output."""
+        eps = self._eps(streams)
+        bound = eps * (ROUNDINGS if eps < 1e-6 else FEW_ROUNDINGS)
+        return bound if other is None else max(2 * eps, min(bound, _apart(other, self.wanted) / TELLING))
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         return self._call(_copied(arguments))
@@ -149,13 +155,12 @@ class _Examination:
             finally:
                 stack.leave()
 
-        tolerance = self._tolerance(residual)
         output, error = _tried(lambda: output_with(residual))
-        if error or not (apart := _apart(output, self.wanted)) <= tolerance:
+        if error or not (apart := _apart(output, self.wanted)) <= self._tolerance(residual):
             return error or f"with that in their place it is {apart:.2g} of its size away"
         output, error = _tried(lambda: output_with(torch.zeros_like(residual)))
-        if not error and _apart(output, self.wanted) <= 4 * tolerance:
-            return "it is the same without them"
+        if not error and _apart(output, self.wanted) <= TELLING * max(apart, self._eps(residual)):
+            return "it is as near without them"
         return None
 
     # --------------------------------------------------------------------------------------------- (c): may be joined
@@ -186,7 +191,7 @@ class _Examination:
         calls = [((self.wanted, ends), slice(0, self.rows)), (alone, slice(self.rows, 2 * self.rows))]
         for (wanted, own), rows in calls:
             taken, error = _tried(partial(take_rows, together, rows))
-            if error or (apart := _apart(taken[0], wanted)) > self._tolerance(ends):
+            if error or (apart := _apart(taken[0], wanted)) > self._tolerance(ends, alone[0]):
                 why = error or f"it is {apart:.2g} of its size away"
                 return f"joined with another call, its output is not its own, its rows interact: {why}"
             if _apart(taken[1], own) > self._tolerance(ends):
