@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from families import Family
+from family import Family
 
 from vllm_omni.diffusion.denoiser.discover import names_of
 
@@ -26,7 +26,7 @@ def first_call(family: Family, pipeline: Any, name: str = "transformer") -> dict
     handle = module.register_forward_pre_hook(look, with_kwargs=True)
     asked = {**family.settings, **family.prompt(0), **family.guided(3.0), "num_inference_steps": 4}
     try:
-        pipeline(**asked, generator=torch.Generator("cpu").manual_seed(7), output_type="latent")
+        pipeline(**asked, generator=torch.Generator("cpu").manual_seed(7), output_type=family.output)
     except _Seen:
         return seen
     finally:

@@ -121,6 +121,16 @@ class Remembers(Plain):
         return out
 
 
+class Compares(Plain):
+    """What has changed since the last call is in this call's output: the same call twice hides it."""
+
+    last: torch.Tensor | None = None
+
+    def forward(self, noisy: torch.Tensor, when: torch.Tensor) -> torch.Tensor:
+        moved, self.last = 0.0 if self.last is None else noisy - self.last, noisy
+        return super().forward(noisy, when) + moved
+
+
 class Counts(Plain):
     """Every call is another."""
 
@@ -259,6 +269,20 @@ class ReadsText(Joint):
     def forward(self, noisy: torch.Tensor, when: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         x, txt = self.streams(noisy, when, text)
         return self.head(x * txt.mean(1, keepdim=True))
+
+
+class EncoderDecoder(Joint):
+    """One list, whose second half is given as text what the first has made, and begins with the embedding again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pairs, self.tail = nn.ModuleList(TwoStreams() for _ in range(2)), nn.ModuleList()
+
+    def streams(self, noisy: torch.Tensor, when: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        (x, emb), txt = self.begin(noisy, when), self.words(text)
+        encode, decode = self.pairs
+        made, _ = encode(x, txt, emb)
+        return decode(x, made, emb)
 
 
 class NewBlock(Block):

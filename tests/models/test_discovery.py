@@ -29,6 +29,7 @@ CACHED = {  # how each is cached: lists, what of them, and whether every block h
     traps.Nested: (["shell.core.trunk"], ("img",), False, {}),
     traps.InPlace: (["trunk"], ("img",), False, {}),
     traps.Joint: (["pairs", "tail"], ("img",), False, TEXT),
+    traps.EncoderDecoder: (["pairs"], ("img",), True, TEXT),
     traps.ReadsText: (["pairs", "tail"], ("img", "txt"), False, TEXT),
     traps.Positions: (["trunk"], ("img",), False, PLACES),
     traps.BatchMean: (["trunk"], ("img",), False, {}),
@@ -41,10 +42,11 @@ UNCACHED = {  # and what it says of the others
     traps.ReturnsMore: "blocks of trunk return something that the next ones do not get",
     traps.Without: "no list of blocks runs in it",
     traps.Remembers: "the same call gives another output: it keeps state, or is random",
+    traps.Compares: "the same call gives another output: it keeps state, or is random",
     traps.Counts: "the same call gives another output: it keeps state, or is random",
     traps.Noisy: "the same call gives another output: it keeps state, or is random",
 }
-ALONE = {traps.BatchMean, traps.BatchNorm, traps.Remembers, traps.Counts, traps.Noisy}
+ALONE = {traps.BatchMean, traps.BatchNorm, traps.Remembers, traps.Compares, traps.Counts, traps.Noisy}
 
 
 def found(model: Any, arguments: dict[str, Any]) -> Finding:
@@ -118,6 +120,19 @@ def test_calls_joined_by_the_roles_found_equal_each_alone(kind: type) -> None:
     for i, call in enumerate(calls):
         assert_close(take_rows(together, slice(2 * i, 2 * i + 2)), model(**call))
     assert spec.shared == (("places",) if kind is traps.Positions else ())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_numbers_of_few_digits_are_enough(dtype: torch.dtype) -> None:
+    """Nothing right is refused for its roundings, and nothing wrong is taken for one."""
+    for kind, cached, alone in [
+        (traps.Plain, True, False),
+        (traps.EarlyRead, False, False),
+        (traps.BatchMean, True, True),
+    ]:
+        call = {name: value.to(dtype) for name, value in traps.call_of(rows=2).items()}
+        finding = found(traps.made(kind).to(dtype), call)
+        assert (finding.cached, finding.joined) == (cached, not alone), finding.reason
 
 
 def test_a_block_that_an_argument_skips_is_another_kind_of_call() -> None:

@@ -8,8 +8,10 @@ head reads, stays open: `candidates` yields the possible stacks, the most likely
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec, unwrapped
 
 MOST_OF_THE_WORK = 1 / 2  # of the parameters in lists: a stack has more, or a skip saves little
+MUCH = 2.0  # times as far from one argument as from another
 PREPARES = "refiner"  # in the name of a list that comes before the stack and is left out of it if the rest suffices
 _PLAIN = (bool, int, str)
 
@@ -132,24 +135,42 @@ class ListSeen:
     returned: tuple[Any, ...] = ()  # by the last call
     in_tuple: bool = False
     in_place: bool = False  # the first block writes into what it is given
-    continues: dict[int, str] = field(default_factory=dict)  # what is returned -> the argument that it becomes
+    continues: dict[int, Counter[str]] = field(default_factory=dict)  # what is returned -> the arguments it becomes
 
-    @property
+    @cached_property
     def returns(self) -> tuple[str, ...] | None:
         """By argument; None if a block returns something that is none of them."""
         names: list[str] = []
         for i, value in enumerate(self.returned):
-            free = [n for n in self.last_given if n not in names and n not in self.continues.values()]
-            fitting = (n for n in free if isinstance(value, torch.Tensor) and self.last_given[n].shape == value.shape)
-            name = self.continues.get(i) or ("" if value is None else next(fitting, None))
+            name = self._continued(i, value, names)
             if name is None:
                 return None
             names.append(name)
         return tuple(names)
 
+    def _continued(self, i: int, value: Any, taken: list[str]) -> str | None:
+        """The argument that it becomes, by most of the calls that could be seen; "" for None.
+
+        Unless it is much more like another argument of its own call: a decoder is given what the encoder has made.
+        """
+        votes = self.continues.get(i)
+        handed = votes.most_common(1)[0][0] if votes else None
+        if not isinstance(value, torch.Tensor):
+            return handed or ("" if value is None else None)
+        fitting = {n: given for n, given in self.last_given.items() if n not in taken and given.shape == value.shape}
+        apart = {name: _distance(value, given) for name, given in fitting.items()}
+        if handed is not None and apart.get(handed, 0.0) <= MUCH * min(apart.values(), default=0.0) + 1e-6:
+            return handed
+        return min(apart, key=lambda name: apart[name], default=None)
+
     def as_list(self, streams: tuple[str, ...]) -> BlockList:
         """Its description, if these are the streams."""
         return BlockList(self.name, self.returns or (), self.takes, streams, self.in_tuple and len(self.returned) == 1)
+
+
+def _distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of what a block returns and what it was given; 1 if they have nothing in common."""
+    return 1 - float(torch.nn.functional.cosine_similarity(one.flatten().double(), other.flatten().double(), dim=0))
 
 
 @dataclass
@@ -199,8 +220,8 @@ class _Eyes:
         if before is not None:  # what it returned may be what is given now
             for i, value in enumerate(before.returned):
                 name = next((n for n, tensor in given.items() if tensor is value), None)
-                if name in before.given:
-                    before.continues.setdefault(i, name)
+                if name is not None and name in before.given:
+                    before.continues.setdefault(i, Counter())[name] += 1
         if not seen.calls:
             self.lists.append(seen)
             seen.began = self.count

@@ -1,10 +1,10 @@
 """Proving on this very model what `discover.py` suspects, with the arguments of one real call. Nothing is kept.
 
-Five forwards' work, and a few forwards without blocks: the call itself, watched; the call again, tapped; another call,
-every tensor of which is perturbed; both joined, tapped. What must hold: (0) the same call gives the same output; (a)
-also if it is tapped; (b) with the blocks replaced by what they have added the output is the same up to rounding, and
-with nothing in their place it is not; (c) two different calls joined equal each alone, in their output and in what is
-cached of them.
+Six forwards' work, and a few forwards without blocks: the call itself, watched; another call, every tensor of which is
+perturbed; the first again, tapped; the other, tapped; both joined, tapped. What must hold: (0) the same call gives the
+same output, whatever was called in between; (a) also if it is tapped; (b) with the blocks replaced by what they have
+added the output is the same up to rounding, and with nothing in their place it is not; (c) two different calls joined
+equal each alone, in their output and in what is cached of them.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ Call = Callable[[Mapping[str, Any]], Any]  # the denoiser, with its arguments by
 MOST_STACKS = 32  # that are tried, without blocks
 MOST_SHARED = 4  # arguments that are tried as shared
 ROUNDINGS, FEW_ROUNDINGS = 64, 8  # of a forward in float32, and in a dtype of few digits, by its largest value
+TELLING = 4  # times as far as what is right must be what is wrong, or nothing is proven
 NOTHING = DenoiserSpec((), ())
 
 
@@ -74,6 +75,7 @@ class _Examination:
 
     def __init__(self, module: torch.nn.Module, call: Call, arguments: Mapping[str, Any], rows: int) -> None:
         self.module, self._call, self.arguments, self.rows = module, call, arguments, rows
+        self._ways = roles_of(arguments, rows)
 
     def finding(self, known: DenoiserSpec | None) -> Finding:
         seen = watch(self.module, lambda: self._run(self.arguments))
@@ -82,8 +84,10 @@ class _Examination:
             return Finding(NOTHING, False, "its output is not finite")
         stack, wanted, why = self._stack(seen, known)
         del seen
+        self._between()
         output, ends = self._tapped(stack, self.arguments, self.rows)
         if not _same([output, ends], [self.wanted, wanted]):
+            self._between()
             if not _same(self._run(self.arguments), self.wanted):
                 return Finding(NOTHING, False, "the same call gives another output: it keeps state, or is random")
             stack, ends, why = None, None, "its output, or what its blocks add, is another if they are tapped"
@@ -92,14 +96,23 @@ class _Examination:
         spec = replace(spec, rows=roles.rows, shared=roles.shared, rows_in_dim_1=roles.rows_in_dim_1)
         return Finding(spec, not alone, "; ".join(filter(None, (why, alone))))
 
-    def _tolerance(self, streams: Any) -> float:
-        """By the dtype of fewest digits, relative to the largest value of what is compared."""
+    def _eps(self, streams: Any) -> float:
+        """Of the dtype of fewest digits."""
         tensors = tensors_in([streams, self.wanted, list(self.arguments.values())])
-        eps = max((torch.finfo(t.dtype).eps for t in tensors if t.dtype.is_floating_point), default=0.0)
-        return eps * (ROUNDINGS if eps < 1e-6 else FEW_ROUNDINGS)
+        return max((torch.finfo(t.dtype).eps for t in tensors if t.dtype.is_floating_point), default=0.0)
+
+    def _tolerance(self, streams: Any, other: Any = None) -> float:
+        """Relative to the largest value of what is compared; less than what tells it from an `other` output."""
+        eps = self._eps(streams)
+        bound = eps * (ROUNDINGS if eps < 1e-6 else FEW_ROUNDINGS)
+        return bound if other is None else max(2 * eps, min(bound, _apart(other, self.wanted) / TELLING))
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
         return self._call(_copied(arguments))
+
+    def _between(self) -> None:
+        """Make another call, which a model may remember."""
+        _tried(lambda: self._run(perturbed(self.arguments, self._ways[0])))
 
     def _tapped(self, stack: BlockStack | None, arguments: Mapping[str, Any], rows: int) -> tuple[Any, Any]:
         """The output, and the ends of the stack, if there is one."""
@@ -142,13 +155,12 @@ class _Examination:
             finally:
                 stack.leave()
 
-        tolerance = self._tolerance(residual)
         output, error = _tried(lambda: output_with(residual))
-        if error or not (apart := _apart(output, self.wanted)) <= tolerance:
+        if error or not (apart := _apart(output, self.wanted)) <= self._tolerance(residual):
             return error or f"with that in their place it is {apart:.2g} of its size away"
         output, error = _tried(lambda: output_with(torch.zeros_like(residual)))
-        if not error and _apart(output, self.wanted) <= 4 * tolerance:
-            return "it is the same without them"
+        if not error and _apart(output, self.wanted) <= TELLING * max(apart, self._eps(residual)):
+            return "it is as near without them"
         return None
 
     # --------------------------------------------------------------------------------------------- (c): may be joined
@@ -156,9 +168,8 @@ class _Examination:
     def _roles(self, stack: BlockStack | None, ends: Any) -> tuple[Roles, str]:
         """The roles under which calls may be joined, and "", or why they may not."""
         latents, why = latents_of(self.arguments), ""
-        ways = roles_of(self.arguments, self.rows)
-        names = [name for name in ways[0].rows if self.arguments[name] is not latents]
-        tries = [way.sharing(shared) for shared in _shared(self.arguments, names) for way in ways]
+        names = [name for name in self._ways[0].rows if self.arguments[name] is not latents]
+        tries = [way.sharing(shared) for shared in _shared(self.arguments, names) for way in self._ways]
         for roles in dict.fromkeys(pick for tried in tries for pick in (tried, tried.one_for_all())):
             flaw = self._apart_if_joined(stack, ends, roles)
             if flaw is None:
@@ -180,7 +191,7 @@ class _Examination:
         calls = [((self.wanted, ends), slice(0, self.rows)), (alone, slice(self.rows, 2 * self.rows))]
         for (wanted, own), rows in calls:
             taken, error = _tried(partial(take_rows, together, rows))
-            if error or (apart := _apart(taken[0], wanted)) > self._tolerance(ends):
+            if error or (apart := _apart(taken[0], wanted)) > self._tolerance(ends, alone[0]):
                 why = error or f"it is {apart:.2g} of its size away"
                 return f"joined with another call, its output is not its own, its rows interact: {why}"
             if _apart(taken[1], own) > self._tolerance(ends):
