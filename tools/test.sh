@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# All checks, the same here and in CI: ruff, mypy, pytest. With `--fast`, pytest leaves out the tests marked slow and
-# runs two files at a time: three minutes on two cores. With other arguments: only pytest, with those arguments.
+# All checks, the same here and in CI: ruff, mypy, pytest. Two files of tests run at a time, with a thread each; those
+# that measure time or memory (marked alone) follow one by one, with as many threads as there are cores.
+# With `--fast`, the tests marked slow are left out. With other arguments: only pytest, with those arguments.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
 
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 bin=.venv/bin
-lane=()
+but_slow=""
 if [[ ${1:-} == --fast ]]; then
-    lane=(-m "not slow" -n 2 --dist loadfile)
-    export OMP_NUM_THREADS=1
+    but_slow=" and not slow"
     shift
 fi
-failed=()
-if [[ $# -eq 0 ]]; then
-    "$bin/ruff" check . || failed+=(ruff)
-    "$bin/mypy" vllm_omni || failed+=(mypy)
+if [[ $# -ne 0 ]]; then
+    exec "$bin/python" -m pytest "$@"
 fi
-# A failure above fails this script, but only after pytest has run, so that one run shows everything.
-[[ ${#failed[@]} -eq 0 ]] || echo "FAILED before pytest: ${failed[*]}"
-status=0
-"$bin/python" -m pytest "${lane[@]}" "$@" || status=$?
-[[ $status -ne 0 || ${#failed[@]} -eq 0 ]] || status=1
-exit "$status"
+
+failed=()
+# What fails does not keep the rest from running, so that one run shows everything.
+"$bin/ruff" check . || failed+=(ruff)
+"$bin/mypy" vllm_omni || failed+=(mypy)
+OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile -m "not alone$but_slow" || failed+=(pytest)
+"$bin/python" -m pytest -m "alone$but_slow" || failed+=("pytest, tests alone")
+[[ ${#failed[@]} -eq 0 ]] || { printf 'FAILED: %s\n' "${failed[@]}"; exit 1; }

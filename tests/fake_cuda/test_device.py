@@ -10,7 +10,7 @@ import torch
 
 import fake_cuda
 
-pytestmark = pytest.mark.usefixtures("cuda")
+pytestmark = [pytest.mark.usefixtures("cuda"), pytest.mark.alone]
 
 
 def test_devices_do_not_mix() -> None:

@@ -10,6 +10,7 @@ from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 
 
+@pytest.mark.alone
 @pytest.mark.usefixtures("cuda")
 def test_forwards_are_timed_by_the_device_and_never_waited_for() -> None:
     """A request alone: the device's work is the sum of what the engine reports, within a tenth."""

@@ -17,7 +17,7 @@ from http_server import EDITS, PROCESS_KEY, Command, command, repaint_folder
 from PIL import Image
 from watching import NEIGHBOUR, watched
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 AUTH = {"Authorization": f"Bearer {PROCESS_KEY}"}
 MEMORY = 1.5 * 2**30  # of the front end, for two bodies at once; half a gigabyte of it is vLLM
 DECODERS = 0.8 * 2**30  # of all decoders

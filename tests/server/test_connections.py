@@ -24,7 +24,7 @@ from paths import ROOT
 
 from vllm_omni.entrypoints.openai.connections import Loop, guarded
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 TIMEOUT_S = 3
 AUTH = {"Authorization": f"Bearer {PROCESS_KEY}"}
 HEAD = f"POST {GENERATIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"

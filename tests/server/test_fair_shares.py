@@ -16,6 +16,7 @@ from watching import watched
 
 from vllm_omni.entrypoints.serve_config import Limits
 
+pytestmark = pytest.mark.alone
 KEYS = ("first", "second")
 MIB = 2**20
 LARGE = 60 * MIB

@@ -28,6 +28,7 @@ from vllm_omni.entrypoints.openai.generation import plan_images
 from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest
 from vllm_omni.entrypoints.openai.protocol.streams import Event, EventStream
 
+pytestmark = pytest.mark.alone
 ROUTES = {
     "generations": (GENERATIONS, {"prompt": "x"}),
     "stream": (GENERATIONS, {"prompt": "x", "stream": True, "stream_progress": True, "partial_images": 3}),
