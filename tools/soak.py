@@ -126,12 +126,13 @@ class Soak(Clients):
     def fill(self) -> None:
         """No room in the store for a minute."""
         self.full = True
-        filler = self.store / "filler"
-        with suppress(OSError), filler.open("wb", buffering=0) as file:
-            while True:
-                file.write(bytes(4096))
+        filler, until = self.store / "filler", self.now() + min(FULL_S, self.seconds / 8)
+        with filler.open("wb", buffering=0) as file:
+            while self.now() < until and not self.over.wait(0.05):
+                with suppress(OSError):  # what clients delete makes room again
+                    while file.write(bytes(4096)):
+                        pass
         self.counts["MiB of filler"] = filler.stat().st_size >> 20
-        self.over.wait(min(FULL_S, self.seconds / 8))
         filler.unlink()
         self.over.wait(5)  # what was begun meanwhile may still fail
         self.full = False

@@ -85,10 +85,10 @@ def test_the_engine_gets_the_picture_and_then_what_is_about_its_request(link: tu
     media = first.prompt["multi_modal_data"]
     assert all(np.array_equal(got, picture) for got in media["image"]) and np.array_equal(media["mask"], mask)
     front_end.sendall(add("b", {"image": one}) + encode(Abort(["b"])))
-    came = [engine.commands.get(timeout=10) for _ in range(3)]
-    kinds = [type(command).__name__ for command in came]
-    assert kinds.index("Add") < 2 - kinds[::-1].index("Abort"), "an abort comes after its request, too"
-    assert engine.commands.empty()
+    kinds = [type(engine.commands.get(timeout=10)).__name__]
+    while kinds[-1] != "Abort" or "Add" not in kinds:  # it may also come before the request, and then has no effect
+        kinds.append(type(engine.commands.get(timeout=10)).__name__)
+    assert kinds in (["Add", "Abort"], ["Abort", "Add", "Abort"], ["Add", "Abort", "Abort"])
 
 
 def test_a_picture_that_is_gone_costs_its_request_alone(link: tuple[Link, socket.socket]) -> None:

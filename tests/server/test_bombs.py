@@ -74,8 +74,7 @@ def test_two_bombs_take_little_memory_and_no_neighbours_time(editor: Command, na
     print(f"{name}: front end {front / 2**20:.0f} MiB, decoders {apart / 2**20:.0f} MiB,")
     print(f"an edit at most {max(watch.edits):.2f} s, /health/live {max(watch.probes):.2f} s")
     assert front < MEMORY and apart < DECODERS
-    delay = max(watch.edits) if status == 400 else sorted(watch.edits)[len(watch.edits) // 2]  # what is served is work
-    assert watch.statuses == {200} and delay < DELAY_S and max(watch.probes) < LIVE_S
+    assert watch.statuses == {200} and max(watch.edits) < DELAY_S and max(watch.probes) < LIVE_S
 
 
 def leave(server: Command, body: bytes, kind: str, after_s: float) -> None:
