@@ -7,7 +7,8 @@ from typing import Any
 import diffusers as d
 import pytest
 import torch
-from families import FAMILIES, _picture
+from families import FAMILIES
+from family import picture
 from pipelines import CURVE
 
 from vllm_omni import Omni
@@ -18,7 +19,7 @@ from vllm_omni.diffusion.data import DiffusionCacheConfig
 KLEIN = next(family for family in FAMILIES if family.name == "FLUX.2 klein")
 STEPS = (6, 5, 7)
 GREEDY = {"mag_ratios": CURVE, "mag_threshold": 10.0, "mag_retention_ratio": 0.0, "mag_max_skip_steps": 2}
-PICTURES = [_picture(torch.Generator().manual_seed(0), 64), None, _picture(torch.Generator().manual_seed(2), 64)]
+PICTURES = [picture(torch.Generator().manual_seed(0), 64), None, picture(torch.Generator().manual_seed(2), 64)]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -316,7 +317,8 @@ def _output(entry: _Entry, event: Finished | Failed, clock: DeviceClock) -> Omni
         output.error = event.error if output.step else refusal(event.error, entry.arguments)
     else:
         latent = entry.arguments.get("output_type") == "latent"
-        fill(output, event.output, latent, entry.fps, entry.audio_rate)
+        put = partial(fill, output, latent=latent, fps=entry.fps, audio_rate=entry.audio_rate)
+        output.error = _failure_of(put, event.output) or output.error  # whatever a pipeline returns is its request's
         clock.poll()  # a result that was looked at is there, and so are all times before it
     output.metrics = {"total_s": time.perf_counter() - entry.arrived, "text_tokens": 0}
     if running is not None:

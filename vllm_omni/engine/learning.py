@@ -20,12 +20,14 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.engine.interface import ModelInfo
 from vllm_omni.errors import OmniError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
+from vllm_omni.kernels.device import refuse_lost
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.trials import Away, Measurement, Trial, choices, figures, gains
 
 logger = init_logger(__name__)
 
+MOST_REPEATS = 20  # of trials that had no room
 IDLE_S = 1.0  # without a request, before a trial begins
 GAIN_PROMPTS, CHOSEN_ON, JUDGED_ON = 2, 2, 8
 FIRST_SEED = 31_000
@@ -69,6 +71,7 @@ class IdleLearning:
         self._exact: dict[bool, tuple[int, torch.Tensor]] = {}  # of the last prompt: latents, and what is decoded
         self._trial: tuple[str, Trial] | None = None  # under way
         self._given_up = False
+        self._repeats = 0
 
     @property
     def wanted(self) -> bool:
@@ -88,7 +91,14 @@ class IdleLearning:
         return "; ".join(part for part in parts if part)
 
     def begin(self) -> None:
-        """Begin the next trial."""
+        """Begin the next trial. What goes wrong in one ends them, and nothing else."""
+        try:
+            self._begin()
+        except Exception as error:
+            refuse_lost(error)
+            self._give_up(error)
+
+    def _begin(self) -> None:
         learner = self._engine.worker.learner
         assert learner is not None and learner.learning is not None
         if (profile := learner.learn()) is None:
@@ -96,7 +106,7 @@ class IdleLearning:
         if self._profile is None or profile.name != self._profile.name:
             self._profile, self._measurement = profile, None
         if self._measurement is None:
-            switches = learner.learning.switches.get(len(profile.ratios), ())
+            switches = tuple(profile.provenance.get("switches", ()))
             self._measurement, self._results, self._exact = _next(profile, switches), [], {}
             logger.info("magcache: %s of %s, when nobody waits", self._measurement.name, profile.name)
         trial = self._measurement.trials[len(self._results)]
@@ -114,10 +124,7 @@ class IdleLearning:
         )
         request = OmniDiffusionRequest(f"trial-{next(self._numbers)}\0", prompt, normalise_prompt(prompt), params)
         self._trial = request.request_id, trial
-        try:
-            self._engine.try_out(request, trial.plan or _uncached)
-        except OmniError as error:
-            self._give_up(error)
+        self._engine.try_out(request, trial.plan or _uncached)
 
     def takes(self, output: OmniRequestOutput) -> bool:
         """Take in a trial's end; False if the output is somebody's."""
@@ -129,16 +136,28 @@ class IdleLearning:
         if output.error is not None:
             self._give_up(output.error)
             return True
+        try:
+            self._take(trial, output)
+        except Exception as error:
+            refuse_lost(error)
+            self._give_up(error)
+        return True
+
+    def _take(self, trial: Trial, output: OmniRequestOutput) -> None:
         found = _values(output)
         held = self._exact.get(trial.picture)
         if held is None or held[0] != trial.prompt:
             self._exact[trial.picture] = trial.prompt, found
-            return True
+            return
+        if output.plan is not None and output.skipped_steps != output.plan.count(False):
+            self._repeats += 1  # its residuals had no room: again, later
+            if self._repeats > MOST_REPEATS:
+                raise OmniError("trials find no room for their residuals")
+            return
         self._results.append(Away((found - held[1]).pow(2).mean().item(), held[1].pow(2).mean().item()))
         assert self._measurement is not None
         if len(self._results) == len(self._measurement.trials):
             self._finish(self._measurement.read(self._results))
-        return True
 
     def _finish(self, profile: CacheProfile) -> None:
         learner = self._engine.worker.learner

@@ -102,7 +102,7 @@ def encode_video(
     if not frames:
         raise InvalidValueError("frames", 0, "must be at least one picture")
     if format == "mp4":
-        return _mp4(frames, fps, None if sound is None else encode_sound(sound, "wav", rate or 0))
+        return _mp4(frames, fps, None if sound is None or not rate else encode_sound(sound, "wav", rate))
     buffer = io.BytesIO()
     options = {"lossless": True} if format == "webp" else {"optimize": False}
     frames[0].save(

@@ -143,6 +143,10 @@ class RecordingState(CacheState):
         branch = key[1]
         sketches, ratios = self._sketches.setdefault(branch, {}), self._ratios.setdefault(branch, [])
         before, norm = self._norms.get(branch), kept.memory["norm"]
+        if before is not None and before.shape != norm.shape:  # another sequence now: its residuals do not compare
+            self._norms[branch] = norm
+            sketches.clear()
+            return
         if step not in sketches and before is not None:
             ratios.append((norm / before.clamp_min(1e-12)).mean())
         sketches[step], self._norms[branch] = kept.memory["sketch"], norm
@@ -150,7 +154,8 @@ class RecordingState(CacheState):
             stacked = torch.stack([sketches[step] for step in range(self._schedule.steps)]).double()
             gram = stacked @ stacked.T
             curve = [1.0, *(torch.stack(ratios).tolist() if ratios else ())]
-            self._calibration.add(branch, self._schedule.sigmas, curve, gram.cpu().numpy())
+            if bool(gram.isfinite().all()) and all(map(math.isfinite, curve)):
+                self._calibration.add(branch, self._schedule.sigmas, curve, gram.cpu().numpy())
             del self._sketches[branch], self._ratios[branch], self._norms[branch]
 
     def drop(self) -> None:

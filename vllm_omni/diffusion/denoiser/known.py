@@ -20,7 +20,7 @@ import torch
 
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.discover import signature_of
-from vllm_omni.diffusion.denoiser.prove import NOTHING, Call, Finding, examine
+from vllm_omni.diffusion.denoiser.prove import NO_ROOM, NOTHING, Call, Finding, examine, makes
 from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec, spec_of, unwrapped
 from vllm_omni.envs import profile_folder
 from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
@@ -87,11 +87,13 @@ class Denoiser:
         known = None if self._stack is None else self._stack.spec
         try:
             finding = examine(self.module, call, arguments, known)
-        except Exception as error:  # out of memory, or a call that fails whoever makes it
+        except Exception as error:
             refuse_lost(error)
-            room = is_out_of_memory(error)
-            self._report("could not be examined: " + ("the device has no room for it" if room else str(error)[:200]))
-            self.findings |= {signature: Finding(NOTHING, False, "no room to examine it")} if room else {}
+            if not is_out_of_memory(error) and not makes(call, arguments):
+                return  # it fails whoever makes it, and says nothing of others
+            why = NO_ROOM if is_out_of_memory(error) else f"could not be examined: {str(error)[:200]}"
+            self._report(why)
+            self.findings[signature] = Finding(NOTHING, False, why)
             return
         self._take(signature, finding)
         self._write()
@@ -126,7 +128,8 @@ class Denoiser:
     def _write(self) -> None:
         if self._file is None:
             return
-        kept = {signature: asdict(finding) for signature, finding in self.findings.items()}
+        lasting = {s: finding for s, finding in self.findings.items() if not finding.passing}
+        kept = {signature: asdict(finding) for signature, finding in lasting.items()}
         draft = self._file.with_suffix(f".{os.getpid()}")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,11 @@ TELLING = 4  # times as far as what is right must be what is wrong, or nothing i
 NOTHING = DenoiserSpec((), ())
 
 
+NO_ROOM = "could not be examined: the device has no room for it"
+NO_ROOM_FOR_TWO = "the device has no room to try two calls together"
+_TORCHS_OWN = frozenset(vars(torch.nn.Module()))
+
+
 @dataclass(frozen=True)
 class Finding:
     """What was proven of calls of one signature: a stack, if they may be cached, and the roles of the arguments.
@@ -55,6 +60,11 @@ class Finding:
     @property
     def cached(self) -> bool:
         return bool(self.spec.stack)
+
+    @property
+    def passing(self) -> bool:
+        """Whether the reason may be gone at another time, or on another machine."""
+        return self.reason.endswith((NO_ROOM, NO_ROOM_FOR_TWO))
 
 
 def examine(module: torch.nn.Module, call: Call, arguments: Mapping[str, Any], known: DenoiserSpec | None) -> Finding:
@@ -91,7 +101,13 @@ class _Examination:
             if not _same(self._run(self.arguments), self.wanted):
                 return Finding(NOTHING, False, "the same call gives another output: it keeps state, or is random")
             stack, ends, why = None, None, "its output, or what its blocks add, is another if they are tapped"
-        roles, alone = self._roles(stack, ends)
+        try:
+            roles, alone = self._roles(stack, ends)
+        except Exception as error:
+            refuse_lost(error)
+            if not is_out_of_memory(error):
+                raise
+            roles, alone = self._ways[0], NO_ROOM_FOR_TWO
         spec = NOTHING if stack is None else stack.spec
         spec = replace(spec, rows=roles.rows, shared=roles.shared, rows_in_dim_1=roles.rows_in_dim_1)
         return Finding(spec, not alone, "; ".join(filter(None, (why, alone))))
@@ -292,6 +308,11 @@ def _apart(got: Any, wanted: Any) -> float:
     return worst
 
 
+def makes(call: Call, arguments: Mapping[str, Any]) -> bool:
+    """Whether the call can be made at all."""
+    return not _tried(lambda: call(_copied(arguments)))[1]
+
+
 @contextmanager
 def untouched(module: torch.nn.Module, arguments: Mapping[str, Any]) -> Iterator[None]:
     """Within, the module may be called; its attributes, its buffers and the random generators come out as they were."""
@@ -308,13 +329,14 @@ def untouched(module: torch.nn.Module, arguments: Mapping[str, Any]) -> Iterator
                     owner.clear()
                     (owner.extend if isinstance(owner, list) else owner.update)(content)
             for buffer, value in values:
-                if not torch.equal(buffer, value):
+                if buffer.device == value.device and not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)
 
 
 def _containers(attributes: Mapping[str, Any]) -> list[Any]:
-    """What can be changed without the attribute becoming another."""
-    return [value for value in attributes.values() if isinstance(value, list | dict | set)]
+    """What can be changed without the attribute becoming another. Not torch's own: offloading moves what they hold."""
+    own = [value for name, value in attributes.items() if name not in _TORCHS_OWN]
+    return [value for value in own if isinstance(value, list | dict | set)]
 
 
 def _flat(owner: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from vllm_omni.diffusion.cache.base import StackBackend
+from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
 from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
@@ -313,7 +313,8 @@ class ModelRunner:
         request.size = size_of(denoiser, arguments, request.task.arguments)
         if request.plan_of is not None and request.backend is not None:
             plan = request.plan_of(request.schedule)
-            request.cache = CacheState() if plan is None else PlannedState(plan, request.backend.store, {})
+            dtype = KEPT_AS[request.backend.config.residual_dtype]
+            request.cache = CacheState() if plan is None else PlannedState(plan, request.backend.store, {}, dtype)
         elif request.backend is not None and request.settings is not None:
             settings = settle(self.pace, request.settings, request.size, request.schedule)
             state = request.backend.refresh(

@@ -85,7 +85,9 @@ class SharedModules:
 
 
 def _settings(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value if isinstance(value, _PLAIN) else _NO_SETTING for name, value in attributes.items()}
+    """The plain, public ones: what a part keeps for itself, such as that its hooks are installed, is no setting."""
+    public = {name: value for name, value in attributes.items() if not name.startswith("_")}
+    return {name: value if isinstance(value, _PLAIN) else _NO_SETTING for name, value in public.items()}
 
 
 def _differ(one: Any, other: Any) -> bool:

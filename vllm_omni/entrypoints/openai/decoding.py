@@ -121,8 +121,11 @@ class _Lane:
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._together.abort()
-        for process in [*self._processes]:
+        ended = [*self._processes]
+        for process in ended:
             process.kill()
+        for process in ended:
+            process.wait()  # or it stays in the table of processes for whoever inherits it
 
     def _decode(self, job: _Job) -> list[Sent] | Refusal:
         """In a thread. What went wrong is returned: an exception would keep its frames, and they the pictures."""

@@ -36,7 +36,7 @@ async def generate(http: Request, state: State) -> Response:
     check_makes(state.info, "sound")
     body = await read_json(http, state.config.limits)
     _rename(body)
-    request = check_request(SoundRequest, body, state.config, state.adapters)
+    request = check_request(SoundRequest, body, state.config, state.adapters, state.server_adapters)
     planned = plan_sound(request, state.info, state.config.limits)
     generation = replace(planned, salt=salt_of(http, request))
     state.accept(http, generation)

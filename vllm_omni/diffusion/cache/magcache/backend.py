@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend, model_name_of
 from vllm_omni.diffusion.cache.calibration import Calibration
-from vllm_omni.diffusion.cache.magcache.learning import Learning, keep, unfinished
+from vllm_omni.diffusion.cache.magcache.learning import LEAST_STEPS, Learning, keep, unfinished
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.plan.compose import (
     CachePlan,
@@ -61,9 +62,9 @@ class MagCacheBackend(StackBackend):
     def check(self, settings: CacheSettings, steps: int | None = None) -> None:
         """Refuse what this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
         ratios, profile = self._measured(settings, steps or len(self._ratios or ()) or 1)
+        if self._waits(settings, ratios, profile):  # it runs uncached, whatever it asks for
+            return
         if ratios is None and not isinstance(settings.plan, Mask):
-            if self.learning is not None:  # it runs uncached, whatever it asks for
-                return
             raise InvalidValueError("mag_ratios", None, "must be given unless steps_mask is or a curve is known")
         if steps is not None and not (isinstance(settings.plan, Budget) and settings.plan.seconds):
             budgeted_forwards(settings, profile, steps)
@@ -75,8 +76,9 @@ class MagCacheBackend(StackBackend):
         self.learn()
         settings = settings or self.settings
         ratios, profile = self._measured(settings, schedule.steps)
-        if ratios is None and self.learning is not None and not isinstance(settings.plan, Mask):
-            return self.learning.state(schedule)
+        if self._waits(settings, ratios, profile):
+            measured = self.learning is not None and ratios is None and schedule.steps >= LEAST_STEPS
+            return self.learning.state(schedule) if measured and self.learning is not None else CacheState()
         plan = compose(settings, ratios, profile, schedule)
         if all(plan.compute) and not self._reported_no_gain:
             self._reported_no_gain = True
@@ -95,6 +97,13 @@ class MagCacheBackend(StackBackend):
             facts["switches"] = schedule.switches
         return PlannedState(plan, self.store, facts, KEPT_AS[self.config.residual_dtype])
 
+    def _waits(self, settings: CacheSettings, ratios: Any, profile: CacheProfile | None) -> bool:
+        """Whether something that is still being learnt must be known before such a request can be cached."""
+        if self.learning is None or isinstance(settings.plan, Mask):
+            return False
+        decibels = isinstance(settings.plan, Budget) and settings.plan.psnr is not None
+        return ratios is None or (decibels and profile is not None and unfinished(profile))
+
     def learn(self) -> CacheProfile | None:
         """Take over what was learnt by now; returns a profile that lacks what runs of its own would give, if any."""
         if self.learning is None:
@@ -104,11 +113,13 @@ class MagCacheBackend(StackBackend):
         return next(filter(unfinished, own), None)
 
     def weights_changed(self) -> None:
-        """Learn of the denoiser's new weights; profiles of the old ones stay in use until then."""
+        """Learn anew of a denoiser that has other weights now."""
         if self.learning is not None:
             module = next(iter(denoisers_of(self._pipeline).values()))
             self._fingerprint = fingerprint(unwrapped(module))
-            self.learning = Learning(self._class, self._fingerprint, model_name_of(self._pipeline))
+            name = model_name_of(self._pipeline)
+            self.learning = Learning(self._class, self._fingerprint, name)
+            self.profiles = find_profiles(name, self._fingerprint)
 
     def learnt(self, profile: CacheProfile) -> None:
         """A profile that `learn` returned has more to it now."""

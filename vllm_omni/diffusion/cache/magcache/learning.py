@@ -10,11 +10,13 @@ from vllm_omni.diffusion.cache.calibration import Calibration, RecordingState
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.envs import profile_folder
+from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
 
 MOST_SCHEDULES = 8  # under way at a time: requests may bring noise levels of their own
+LEAST_STEPS = 4  # of a schedule with something to leave out
 REQUESTS = 4  # that a profile is made from; docs/log.md has what more would change
 KIND = "learnt"
 
@@ -25,7 +27,6 @@ class Learning:
     def __init__(self, transformer_class: str, fingerprint: str, model_name: str) -> None:
         self._class, self._fingerprint, self._model_name = transformer_class, fingerprint, model_name
         self._under_way: dict[Schedule, Calibration] = {}
-        self.switches: dict[int, tuple[int, ...]] = {}  # of learnt profiles, by their number of steps
 
     def state(self, schedule: Schedule) -> RecordingState:
         """The state of a request that computes every step, and is measured."""
@@ -43,9 +44,13 @@ class Learning:
         profiles = []
         for schedule in done:
             name = f"{self._model_name.rpartition('/')[2] or self._class}-{schedule.steps}"[-200:]
-            calibration, self.switches[schedule.steps] = self._under_way.pop(schedule), schedule.switches
-            profile = calibration.profile(name, self._class, self._fingerprint)
-            profiles.append(profile.model_copy(update={"provenance": profile.provenance | {"kind": KIND}}))
+            try:
+                profile = self._under_way.pop(schedule).profile(name, self._class, self._fingerprint)
+            except InvalidValueError as error:
+                logger.warning("magcache: what was measured of %s makes no profile: %s", name, error)
+                continue
+            more = {"kind": KIND, "switches": list(schedule.switches)}
+            profiles.append(profile.model_copy(update={"provenance": profile.provenance | more}))
             logger.info("magcache: learnt %s; requests are cached from now on", name)
             keep(profiles[-1])
         return profiles
@@ -67,4 +72,4 @@ def keep(profile: CacheProfile) -> None:
 
 def unfinished(profile: CacheProfile) -> bool:
     """Whether a profile was learnt, and still lacks something that runs of its own would give."""
-    return profile.provenance.get("kind") == KIND and bool(profile.lacks)
+    return profile.provenance.get("kind") == KIND and len(profile.ratios) >= LEAST_STEPS and bool(profile.lacks)
