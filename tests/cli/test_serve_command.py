@@ -152,6 +152,7 @@ def sigterm_under_load(
     return told
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_command_serves_logs_traces_and_ends_without_leftovers(
     tmp_path: Path, collector: tuple[str, list[bytes]]
@@ -200,6 +201,7 @@ def test_the_command_serves_logs_traces_and_ends_without_leftovers(
     assert not any("vllm_omni" in line or "uvicorn" in line for line in plain), plain
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_requests_beyond_the_shutdown_timeout_are_refused(tmp_path: Path) -> None:
     """Long requests, and one second for them: the client is sent elsewhere, and the server ends."""

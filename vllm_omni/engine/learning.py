@@ -6,7 +6,8 @@ the middle while others run. Their prompts are the ones below; nobody's own is e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -91,12 +92,8 @@ class IdleLearning:
         return "; ".join(part for part in parts if part)
 
     def begin(self) -> None:
-        """Begin the next trial. What goes wrong in one ends them, and nothing else."""
-        try:
-            self._begin()
-        except Exception as error:
-            refuse_lost(error)
-            self._give_up(error)
+        """Begin the next trial."""
+        self._guarded(self._begin)
 
     def _begin(self) -> None:
         learner = self._engine.worker.learner
@@ -136,12 +133,16 @@ class IdleLearning:
         if output.error is not None:
             self._give_up(output.error)
             return True
+        self._guarded(partial(self._take, trial, output))
+        return True
+
+    def _guarded(self, act: Callable[[], None]) -> None:
+        """What goes wrong in a trial ends them, and nothing else."""
         try:
-            self._take(trial, output)
+            act()
         except Exception as error:
             refuse_lost(error)
             self._give_up(error)
-        return True
 
     def _take(self, trial: Trial, output: OmniRequestOutput) -> None:
         found = _values(output)

@@ -103,7 +103,7 @@ class _Examination:
             stack, ends, why = None, None, "its output, or what its blocks add, is another if they are tapped"
         try:
             roles, alone = self._roles(stack, ends)
-        except Exception as error:
+        except (RuntimeError, MemoryError) as error:
             refuse_lost(error)
             if not is_out_of_memory(error):
                 raise
