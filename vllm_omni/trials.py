@@ -25,7 +25,7 @@ FORECASTS: dict[MaskName, tuple[PredictorName, ...]] = {
     "planned": ("linear", "gram", "affine", "affine3"),
     "rule": ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
 }
-GAIN_EVERY = 3  # steps between measured gains; docs/log.md has how few keep the plans the same
+GAINS = 10  # steps of a run at which gains are measured; docs/log.md has how few keep the plans the same
 
 
 class Trial(NamedTuple):
@@ -82,10 +82,10 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
     """
     assert profile.sigmas is not None and profile.gram is not None
     steps, gram, weights = len(profile.sigmas), np.asarray(profile.gram), step_weights(profile.sigmas)
-    gap = max(1, round(steps / 10))
+    gap = max(1, round(steps / GAINS))
     schedule = Schedule(steps, profile.sigmas, switches)
     expected: dict[int, float] = {}
-    for step in sorted({*range(1, steps, GAIN_EVERY), steps - 1} - {0}):
+    for step in sorted({*range(1, steps, gap), steps - 1} - {0}):
         if (anchor := anchor_of(step, gap, schedule)) is not None:
             error = float(forecast_error(gram, [np.array(anchor)], np.array(step), np.ones(1))) * weights[step]
             expected |= {step: error} if error > 0 else {}

@@ -85,6 +85,7 @@ def joined(values: Sequence[Any], dim: int) -> Any:
 def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:
     known = memory.get(id(tensor))
     if known is None or known[0] is not tensor:
-        content = (tensor.dtype, tensor.shape, hash(tensor.detach().cpu().float().numpy().tobytes()))
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # of any dtype, complex ones too
+        content = (tensor.dtype, tensor.shape, hash(values.numpy().tobytes()))
         memory[id(tensor)] = known = (tensor, content)
     return known[1]
