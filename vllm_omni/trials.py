@@ -119,7 +119,8 @@ def smooth_gains(schedule: Schedule, measured: Sequence[int], logs: np.ndarray) 
             place = np.linspace(-1, 1, part.stop - part.start) if part.stop - part.start > 1 else np.zeros(1)
             curve = np.polyfit(place[found[own] - part.start], middle[own], min(2, int(own.sum()) - 1))
             line[part] = np.polyval(curve, place).clip(middle.min(), middle.max())
-    gains = np.exp(line)
+    # The level is that of the root mean square, which the prompts that are disturbed most lead.
+    gains = np.exp(line) * np.sqrt(np.exp(2 * (logs - line[found])).mean())
     return gains, gains * np.interp(every, found, spread)
 
 
