@@ -25,6 +25,7 @@ FORECASTS: dict[MaskName, tuple[PredictorName, ...]] = {
     "planned": ("linear", "gram", "affine", "affine3"),
     "rule": ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
 }
+SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
 GAINS = 10  # steps of a run at which gains are measured; docs/log.md has how few keep the plans the same
 
 
@@ -77,7 +78,7 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
 
     A run is disturbed at one step, by the residual of a tenth of the run earlier, and finished; how far it ends from
     the undisturbed run is divided by the expected size of the disturbance. A few prompts say little of any one step,
-    so that the gains of each denoiser's steps are a parabola through the logarithms of all. Whatever is on the way
+    so that gains are smoothed over a seventh of each denoiser's steps. Whatever is on the way
     counts: the head, guidance over all branches, the scheduler, the other steps.
     """
     assert profile.sigmas is not None and profile.gram is not None
@@ -108,20 +109,27 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
 def smooth_gains(schedule: Schedule, measured: Sequence[int], logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(gain, its standard error over prompts) of every step; `logs` (prompts, measured) of the gains at those steps.
 
-    A parabola per denoiser: on the judges its plans rank better than those of the values themselves (docs/log.md).
+    A local line through the logarithms (Cleveland 1979), per denoiser: what few prompts show of one step is mostly
+    noise, and on the judges plans from smooth gains rank better (docs/log.md).
     """
-    every, found, prompts = np.arange(schedule.steps), np.asarray(measured), len(logs)
-    middle, spread = logs.mean(axis=0), logs.std(axis=0) / np.sqrt(prompts)
+    every, found = np.arange(schedule.steps), np.asarray(measured)
+    middle, spread = logs.mean(axis=0), logs.std(axis=0) / np.sqrt(len(logs))
     line = np.interp(every, found, middle)
     for part in schedule.segments:
         own = (found >= part.start) & (found < part.stop)
-        if own.any():
-            place = np.linspace(-1, 1, part.stop - part.start) if part.stop - part.start > 1 else np.zeros(1)
-            curve = np.polyfit(place[found[own] - part.start], middle[own], min(2, int(own.sum()) - 1))
-            line[part] = np.polyval(curve, place).clip(middle.min(), middle.max())
+        if own.sum() > 1:
+            width = max(1.0, (part.stop - part.start) / SMOOTH_OVER)
+            line[part] = [_local_line(found[own], middle[own], step, width) for step in every[part]]
     # The level is that of the root mean square, which the prompts that are disturbed most lead.
     gains = np.exp(line) * np.sqrt(np.exp(2 * (logs - line[found])).mean())
     return gains, gains * np.interp(every, found, spread)
+
+
+def _local_line(places: np.ndarray, values: np.ndarray, at: int, width: float) -> float:
+    """The value at `at` of the line through the points, weighted by a Gaussian of `width` around it."""
+    root = np.exp(-(((places - at) / width) ** 2) / 4)
+    design = np.stack([root, root * (places - at)], axis=1)
+    return float(np.linalg.lstsq(design, root * values, rcond=None)[0][0])
 
 
 def choices(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
