@@ -274,8 +274,12 @@ def perturbed(arguments: Mapping[str, Any], roles: Roles) -> dict[str, Any]:
 def _other(tensor: torch.Tensor) -> torch.Tensor:
     """Numbers moved and made smaller, positions and tokens turned round, masks with another end."""
     if _is_mask(tensor) and tensor.shape[-1] > 1:
+        seen = tensor.flatten(0, -2).any(dim=0).nonzero()  # a short prompt's last places are empty already
+        end = int(seen[-1]) + 1 if len(seen) else 0
+        if end < 2:
+            return torch.ones_like(tensor)
         other = tensor.clone()
-        other[..., -max(1, tensor.shape[-1] // 4) :] = 0
+        other[..., end - max(1, end // 4) :] = 0
         return other
     if tensor.dtype.is_floating_point or tensor.is_complex():
         return tensor.roll(1, -1) * 0.75 if tensor.ndim > 1 else tensor * 0.75
