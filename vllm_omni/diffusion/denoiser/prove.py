@@ -275,9 +275,7 @@ def _other(tensor: torch.Tensor) -> torch.Tensor:
     """Numbers moved and made smaller, positions and tokens turned round, masks with another end."""
     if _is_mask(tensor) and tensor.shape[-1] > 1:
         seen = tensor.flatten(0, -2).any(dim=0).nonzero()  # a short prompt's last places are empty already
-        end = int(seen[-1]) + 1 if len(seen) else 0
-        if end < 2:
-            return torch.ones_like(tensor)
+        end = int(seen[-1]) + 1 if len(seen) > 1 else tensor.shape[-1]
         other = tensor.clone()
         other[..., end - max(1, end // 4) :] = 0
         return other
