@@ -26,7 +26,7 @@ FORECASTS: dict[MaskName, tuple[PredictorName, ...]] = {
     "rule": ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
 }
 SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
-GAINS = 10  # steps of a run at which gains are measured; docs/log.md has how few keep the plans the same
+GAINS = 10  # steps of a run at which gains are measured
 
 
 class Trial(NamedTuple):

@@ -77,8 +77,9 @@ class MagCacheBackend(StackBackend):
         settings = settings or self.settings
         ratios, profile = self._measured(settings, schedule.steps)
         if self._waits(settings, ratios, profile):
-            measured = self.learning is not None and ratios is None and schedule.steps >= LEAST_STEPS
-            return self.learning.state(schedule) if measured and self.learning is not None else CacheState()
+            if self.learning is None or ratios is not None or schedule.steps < LEAST_STEPS:
+                return CacheState()
+            return self.learning.state(schedule)
         plan = compose(settings, ratios, profile, schedule)
         if all(plan.compute) and not self._reported_no_gain:
             self._reported_no_gain = True

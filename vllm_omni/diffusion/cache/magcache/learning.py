@@ -17,7 +17,7 @@ logger = init_logger(__name__)
 
 MOST_SCHEDULES = 8  # under way at a time: requests may bring noise levels of their own
 LEAST_STEPS = 4  # of a schedule with something to leave out
-REQUESTS = 4  # that a profile is made from; docs/log.md has what more would change
+REQUESTS = 4  # that a profile is made from; how many more would change its plans is not measured
 KIND = "learnt"
 
 
