@@ -325,6 +325,20 @@ class Positions(Plain):
         return super().forward(noisy + places[:1, :, None] * 0.1, when)
 
 
+class FirstHint(Plain):
+    """Takes the first sample's hint for all, and makes so little of a small one that rounding would hide it."""
+
+    def forward(self, noisy: torch.Tensor, when: torch.Tensor, hint: torch.Tensor) -> torch.Tensor:
+        return super().forward(noisy + 1e-7 * hint[:1, None, :1].expm1(), when)
+
+
+class FirstMask(Plain):
+    """Leaves out the tokens that the first sample's mask leaves out."""
+
+    def forward(self, noisy: torch.Tensor, when: torch.Tensor, left_out: torch.Tensor) -> torch.Tensor:
+        return super().forward(noisy.masked_fill(left_out[:1, :, None], 0.0), when)
+
+
 def made(kind: Callable[[], nn.Module]) -> Any:
     """A model of that kind, the same at each call."""
     with torch.random.fork_rng(devices=[]):

@@ -122,6 +122,23 @@ def test_calls_joined_by_the_roles_found_equal_each_alone(kind: type) -> None:
     assert spec.shared == (("places",) if kind is traps.Positions else ())
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "value"),
+    [
+        (traps.FirstHint, "hint", torch.ones(1, 3)),
+        (traps.FirstHint, "hint", torch.zeros(1, 3)),
+        (traps.FirstMask, "left_out", torch.zeros(1, 6, dtype=torch.bool)),  # another mask leaves out nothing, either
+    ],
+    ids=["a small hint", "no hint", "an empty mask"],
+)
+def test_what_was_not_seen_to_matter_must_be_equal(kind: type, name: str, value: torch.Tensor) -> None:
+    """The first row's value served both calls of the proof, and that did not show; it would in other calls."""
+    model = traps.made(kind)
+    finding = found(model, traps.call_of(**{name: value}))
+    assert finding.joined, finding.reason
+    assert finding.spec.shared == (name,) and "when" in finding.spec.rows
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_numbers_of_few_digits_are_enough(dtype: torch.dtype) -> None:
     """Nothing right is refused for its roundings, and nothing wrong is taken for one."""

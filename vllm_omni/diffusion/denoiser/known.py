@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import sys
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
-FORMAT = 1
+FORMAT = 2
 MOST_SIGNATURES = 32  # a model that is called with another number each time must not be examined each time
 
 
@@ -117,13 +118,14 @@ class Denoiser:
         self.findings[signature] = finding
         how = "cached" if finding.cached else "not cached"
         how += ", in batches" if finding.joined else ", one call per forward"
-        self._report(f"was found to be {how}: {finding.reason}" if finding.reason else f"was found to be {how}")
+        told = f"was found to be {how}: {finding.reason}" if finding.reason else f"was found to be {how}"
+        self._report(told, logging.INFO if finding.cached else logging.WARNING)
 
-    def _report(self, what: str) -> None:
+    def _report(self, what: str, level: int = logging.WARNING) -> None:
         """Once each."""
         if what not in self._reported:
             self._reported.add(what)
-            logger.warning("%s %s", self.name, what)
+            logger.log(level, "%s %s", self.name, what)
 
     def _write(self) -> None:
         if self._file is None:

@@ -4,7 +4,8 @@ Six forwards' work, and a few forwards without blocks: the call itself, watched;
 perturbed; the first again, tapped; the other, tapped; both joined, tapped. What must hold: (0) the same call gives the
 same output, whatever was called in between; (a) also if it is tapped; (b) with the blocks replaced by what they have
 added the output is the same up to rounding, and with nothing in their place it is not; (c) two different calls joined
-equal each alone, in their output and in what is cached of them.
+equal each alone, in their output and in what is cached of them. An argument that made no difference to that must be
+equal in calls that are joined, since a row could have got another row's: one more forward for each argument.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
 Call = Callable[[Mapping[str, Any]], Any]  # the denoiser, with its arguments by name
 MOST_STACKS = 32  # that are tried, without blocks
 MOST_SHARED = 4  # arguments that are tried as shared
+MOST_ROLES = 12  # ways to join two calls that are tried, three forwards' work each
 ROUNDINGS, FEW_ROUNDINGS = 64, 8  # of a forward in float32, and in a dtype of few digits, by its largest value
 TELLING = 4  # times as far as what is right must be what is wrong, or nothing is proven
 NOTHING = DenoiserSpec((), ())
@@ -186,33 +188,69 @@ class _Examination:
         latents, why = latents_of(self.arguments), ""
         names = [name for name in self._ways[0].rows if self.arguments[name] is not latents]
         tries = [way.sharing(shared) for shared in _shared(self.arguments, names) for way in self._ways]
-        for roles in dict.fromkeys(pick for tried in tries for pick in (tried, tried.one_for_all())):
-            flaw = self._apart_if_joined(stack, ends, roles)
+        picks = dict.fromkeys(pick for tried in tries for pick in (tried, tried.one_for_all()))
+        for roles in islice(picks, MOST_ROLES):
+            other = perturbed(self.arguments, roles)
+            alone, error = _tried(partial(self._tapped, stack, other, self.rows))
+            if error:
+                why = why or f"it refuses other values: {error}"
+                continue
+            flaw, rounding = self._apart_if_joined(stack, ends, roles, other, alone)
             if flaw is None:
-                return roles, ""
+                return roles.sharing(self._unproven(roles, other, rounding)), ""
             why = why or flaw
         return tries[0], why
 
-    def _apart_if_joined(self, stack: BlockStack | None, ends: Any, roles: Roles) -> str | None:
-        """What is wrong if two calls are joined by these roles; None: nothing."""
-        other = perturbed(self.arguments, roles)
-        alone, error = _tried(lambda: self._tapped(stack, other, self.rows))
-        if error:
-            return f"it refuses other values: {error}"
+    def _apart_if_joined(
+        self, stack: BlockStack | None, ends: Any, roles: Roles, other: Mapping[str, Any], alone: tuple[Any, Any]
+    ) -> tuple[str | None, float]:
+        """What is wrong if the call is joined with another by these roles, None: nothing; and its distance from alone.
+
+        It comes second: what a model reads in the first row alone is the other's.
+        """
         one = {name: self.arguments[name] for name in roles.rows}
-        both = {n: joined([value, other[n]], int(n in roles.rows_in_dim_1)) for n, value in one.items()}
+        both = {n: joined([other[n], value], int(n in roles.rows_in_dim_1)) for n, value in one.items()}
         together, error = _tried(lambda: self._tapped(stack, {**self.arguments, **both}, 2 * self.rows))
         if error:
-            return f"two calls cannot be joined: {error}"
-        calls = [((self.wanted, ends), slice(0, self.rows)), (alone, slice(self.rows, 2 * self.rows))]
+            return f"two calls cannot be joined: {error}", 0.0
+        calls = [(alone, slice(0, self.rows)), ((self.wanted, ends), slice(self.rows, 2 * self.rows))]
         for (wanted, own), rows in calls:
             taken, error = _tried(partial(take_rows, together, rows))
             if error or (apart := _apart(taken[0], wanted)) > self._tolerance(ends, alone[0]):
                 why = error or f"it is {apart:.2g} of its size away"
-                return f"joined with another call, its output is not its own, its rows interact: {why}"
+                return f"joined with another call, its output is not its own, its rows interact: {why}", 0.0
             if _apart(taken[1], own) > self._tolerance(ends):
-                return "joined with another call, the rows of its blocks are not its own"
-        return None
+                return "joined with another call, the rows of its blocks are not its own", 0.0
+        return None, _distance(taken[0], self.wanted)
+
+    def _unproven(self, roles: Roles, other: Mapping[str, Any], rounding: float) -> tuple[str, ...]:
+        """Arguments of which the joined call may have taken the first row's, the other call's, for all.
+
+        The call is made once more for each, with the other's value of it. As far as that moves the output, the joined
+        call would have been off. It was off by `rounding`: what moves the output by little more shows nothing. What does
+        not move it at all, whatever it is, is not used.
+        """
+
+        def moves(name: str, value: Any) -> float:
+            output, error = _tried(lambda: self._run({**self.arguments, name: value}))
+            return 0.0 if error else _distance(output, self.wanted)
+
+        def proven(name: str, value: Any) -> bool:
+            if _same(value, self.arguments[name]):
+                return False
+            moved = moves(name, value)
+            return moved > TELLING * rounding if moved else not moves(name, _mapped(value, _far_off))
+
+        latents = latents_of(self.arguments)
+        own = [n for n in roles.rows if n not in roles.shared and self.arguments[n] is not latents]
+        return tuple(n for n in own if not all(proven(n, one) for one in _one_by_one(other[n], self.arguments[n])))
+
+
+def _one_by_one(value: Any, rest: Any) -> list[Any]:
+    """`value`; of a mapping, `rest` with one entry of it at a time."""
+    if not isinstance(value, Mapping):
+        return [value]
+    return [{**rest, name: entry} for name, entry in value.items() if tensors_in(entry)]
 
 
 def _shared(arguments: Mapping[str, Any], names: list[str]) -> list[tuple[str, ...]]:
@@ -280,14 +318,25 @@ def _other(tensor: torch.Tensor) -> torch.Tensor:
         other[..., end - max(1, end // 4) :] = 0
         return other
     if tensor.dtype.is_floating_point or tensor.is_complex():
-        return tensor.roll(1, -1) * 0.75 if tensor.ndim > 1 else tensor * 0.75
+        other = tensor.roll(1, -1) * 0.75 if tensor.ndim > 1 else tensor * 0.75
+        return other if tensor.any() else other + 0.5
     if tensor.dtype == torch.bool:
         return tensor.flip(-1)
-    return tensor.flip(-1) if tensor.ndim > 1 else tensor * 3 // 4
+    turned = tensor.flip(-1)
+    return tensor * 3 // 4 if tensor.ndim == 1 or torch.equal(turned, tensor) else turned
+
+
+def _far_off(tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers of another sign and size; no positions or tokens that there may not be."""
+    if tensor.dtype.is_floating_point or tensor.is_complex():
+        return 1 - 8 * tensor
+    return ~tensor if tensor.dtype == torch.bool else torch.zeros_like(tensor)
 
 
 def _is_mask(tensor: torch.Tensor) -> bool:
-    return tensor.ndim > 1 and (tensor.dtype == torch.bool or bool(((tensor == 0) | (tensor == 1)).all()))
+    if tensor.dtype == torch.bool:
+        return tensor.ndim > 1
+    return tensor.ndim > 1 and bool(tensor.any()) and bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def _same(one: Any, other: Any) -> bool:
@@ -308,6 +357,13 @@ def _apart(got: Any, wanted: Any) -> float:
             apart = float((one.double() - other.double()).abs().max()) / size
             worst = max(worst, apart if apart == apart else float("inf"))
     return worst
+
+
+def _distance(got: Any, wanted: Any) -> float:
+    """The root mean square of the difference, by that of what is wanted: 1 of 1000 numbers that is off counts little."""
+    pairs = [(a.double(), b.double()) for a, b in zip(tensors_in(got), tensors_in(wanted), strict=True)]
+    size = sum(float(b.abs().pow(2).sum()) for _, b in pairs)
+    return (sum(float((a - b).abs().pow(2).sum()) for a, b in pairs) / max(size, 1e-300)) ** 0.5
 
 
 def makes(call: Call, arguments: Mapping[str, Any]) -> bool:
