@@ -59,6 +59,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("vllm_omni.model_folder",),
         ("vllm_omni.cache_names",),
         ("vllm_omni.modular",),
+        ("vllm_omni.nested",),
     ),
     (("vllm_omni.errors", "vllm_omni.logger", "vllm_omni.envs", "vllm_omni.version", "vllm_omni.driver"),),
 )

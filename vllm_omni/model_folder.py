@@ -1,8 +1,13 @@
-"""A model by name: ``demo``, a diffusers folder, or a hub id; and what is wrong with its folder. safetensors only."""
+"""A model by name: ``demo``, a folder, a hub id, or a function; and what is wrong with it. safetensors only."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
+import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from vllm_omni.errors import ModelLoadError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+_FUNCTION = re.compile(r"([A-Za-z_]\w*)((?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -20,9 +26,15 @@ def shipped_models() -> list[str]:
 
 
 def resolve_model(model: str) -> str:
-    """A folder for a shipped name or a path; a hub id stays as it is. ModelLoadError where it can be neither."""
+    """A folder for a shipped name or a path; other names stay as they are. ModelLoadError for what can be none."""
     if model in shipped_models():
         return str(ASSETS / model)
+    if (function := _FUNCTION.fullmatch(model)) is not None:
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())
+        if function[1] not in sys.modules and importlib.util.find_spec(function[1]) is None:
+            raise ModelLoadError(f"model {model!r}: there is no module {function[1]!r} here or on PYTHONPATH")
+        return model
     folder = Path(model).expanduser()
     if folder.is_dir():
         check_folder(folder)
@@ -32,8 +44,26 @@ def resolve_model(model: str) -> str:
     looks_like_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
     if not looks_like_hub_id:
         names = ", ".join(shipped_models())
-        raise ModelLoadError(f"model {model!r} does not exist; give a diffusers folder, a hub id, or one of: {names}")
+        fix = f"give a diffusers folder, a hub id, or one of: {names}; or module:function, which makes a pipeline"
+        raise ModelLoadError(f"model {model!r} does not exist; {fix}")
     return model
+
+
+def made_by_function(model: str) -> Any:
+    """What the operator's own ``module:function`` returns: a pipeline. None for a model of another kind.
+
+    Its code runs, as that of any program that is started; no folder and no client can name one.
+    """
+    function = _FUNCTION.fullmatch(model)
+    if function is None:
+        return None
+    try:
+        make = vars(importlib.import_module(function[1] + function[2]))[function[3]]
+    except ImportError as error:
+        raise ModelLoadError(f"model {model!r} could not be imported: {error}") from error
+    except KeyError:
+        raise ModelLoadError(f"model {model!r}: the module has no {function[3]!r}") from None
+    return make()
 
 
 def check_folder(folder: Path) -> None:

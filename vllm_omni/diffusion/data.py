@@ -21,7 +21,7 @@ DEVICES = ("cpu", "cuda", "xpu", "mps", "npu", "hpu", "mtia", "xla")  # kinds th
 
 
 class OmniDiffusionConfig(Settings):
-    """Engine arguments. `model` is ``demo``, a diffusers folder, or a hub id."""
+    """Engine arguments. `model` is ``demo``, a diffusers folder, a hub id, or ``module:function``."""
 
     model: str = Field(min_length=1)
     cache_backend: str | None = Field(default="none", description="what skips denoising steps")

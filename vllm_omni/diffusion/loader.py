@@ -7,13 +7,13 @@ from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidValueError, ModelLoadError
-from vllm_omni.model_folder import check_folder, resolve_model
+from vllm_omni.model_folder import check_folder, made_by_function, resolve_model
+from vllm_omni.modular import whole
 
 
 def load_pipeline(config: OmniDiffusionConfig) -> Any:
     """The diffusers pipeline on its device, as `config` asks. ModelLoadError says what is wrong with the folder."""
     import torch  # only here: that a folder is wrong shows before seconds of imports
-    from diffusers import DiffusionPipeline
 
     from vllm_omni.kernels.placement import device_for
 
@@ -25,11 +25,8 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
         if vars(config)[offload] and device == "cpu":
             raise InvalidValueError(offload, True, "needs an accelerator to offload from; leave it out on cpu")
     try:
-        if not Path(where).is_dir():  # a hub id: what comes from there is checked like any other folder
-            where = str(DiffusionPipeline.download(where, use_safetensors=True, revision=config.revision))
-            check_folder(Path(where))
-        pipeline = DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, ImportError, AttributeError, KeyError, RuntimeError) as error:
+        pipeline = _pipeline(config, where, dtype)
+    except (OSError, ValueError, ImportError, AttributeError, KeyError, RuntimeError, TypeError) as error:
         raise ModelLoadError(f"model {config.model!r} could not be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
     if config.vae_use_slicing:
@@ -40,6 +37,19 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     if not config.enforce_eager:
         pipeline.transformer.compile_repeated_blocks(dynamic=True)
     return pipeline
+
+
+def _pipeline(config: OmniDiffusionConfig, where: str, dtype: Any) -> Any:
+    from diffusers import DiffusionPipeline
+
+    if (made := made_by_function(where)) is not None:
+        if not isinstance(pipeline := whole(made), DiffusionPipeline):
+            raise TypeError(f"the function returned a {type(made).__name__}, and not a DiffusionPipeline")
+        return pipeline if config.dtype == "auto" else pipeline.to(dtype)
+    if not Path(where).is_dir():  # a hub id: what comes from there is checked like any other folder
+        where = str(DiffusionPipeline.download(where, use_safetensors=True, revision=config.revision))
+        check_folder(Path(where))
+    return DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True)
 
 
 def prepare(pipeline: Any, config: OmniDiffusionConfig, device: str, dtype: Any) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
+
 from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -85,7 +87,8 @@ def picture_inputs(pipeline: type) -> dict[str, PictureInput]:
 
 def _side(pipeline: Any, denoisers: Mapping[str, Any]) -> int:
     """Pixels of a token's side in a video: what the VAE packs, times the patch; an image pipeline knows its own."""
-    patch = next((module.config.get("patch_size") for module in denoisers.values()), None)
+    configs = (module.config for module in denoisers.values() if isinstance(module, diffusers.ConfigMixin))
+    patch = next((config.get("patch_size") for config in configs), None)
     sides = patch if isinstance(patch, list | tuple) else (patch or 1,)
     return _first(pipeline, _SPATIAL) * int(sides[-1])
 

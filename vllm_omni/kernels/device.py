@@ -10,12 +10,13 @@ import re
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from vllm_omni.errors import DeviceLostError, DeviceMemoryError, forget_locals
+from vllm_omni.nested import mapped
 
 Mark = Any  # a float of the host's clock, or a CUDA event
 Span = tuple[Mark, Mark]
@@ -63,13 +64,7 @@ def without_tensors(error: Exception | BaseException) -> Any:
 
 def moved(value: Any, device: torch.device | None) -> Any:
     """A request's argument with every tensor in it on `device`; what came over a socket came to the CPU."""
-    if isinstance(value, torch.Tensor):
-        return value if device is None or value.device == device else value.to(device)
-    if isinstance(value, Mapping):
-        return {name: moved(entry, device) for name, entry in value.items()}
-    if type(value) in (list, tuple):
-        return type(value)(moved(entry, device) for entry in value)
-    return value
+    return value if device is None else mapped(value, lambda tensor: tensor.to(device))
 
 
 class Memory:

@@ -35,13 +35,13 @@ def put_on(pipeline: Any, device: str, offload: bool) -> None:
         if offload:
             pipeline.enable_model_cpu_offload(device=device)
         else:
-            pipeline.to(device)
+            _move(pipeline, device)
     except (RuntimeError, AssertionError) as error:
         if not is_out_of_memory(error):
             raise InvalidValueError("device", device, f"cannot be used ({str(error).splitlines()[0]})") from error
     else:
         return
-    pipeline.to("cpu")  # what went there would stay as long as somebody holds the pipeline
+    _move(pipeline, "cpu")  # what went there would stay as long as somebody holds the pipeline
     parts = {name: _nbytes(part) for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
     largest, whole = max(parts, key=lambda name: parts[name]), sum(parts.values())
     free, total = torch.cuda.mem_get_info(torch.device(device))
@@ -49,6 +49,19 @@ def put_on(pipeline: Any, device: str, offload: bool) -> None:
         f"the weights do not fit on {device}: they take {_shown(whole)} ({largest} {_shown(parts[largest])}), "
         f"and {_shown(free)} of {_shown(total)} are free; set enable_cpu_offload, a shorter dtype, or another device"
     )
+
+
+def _move(pipeline: Any, device: str) -> None:
+    """By diffusers, unless a part is a module of somebody's own, which has no `dtype` to be asked for."""
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    if all(isinstance(part, ModelMixin | PreTrainedModel) for part in parts):
+        pipeline.to(device)
+    else:
+        for part in parts:
+            part.to(device)
 
 
 def _nbytes(module: torch.nn.Module) -> int:

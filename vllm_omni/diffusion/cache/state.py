@@ -18,6 +18,7 @@ from vllm_omni.diffusion.cache.store import Buffer, CacheStore
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.kernels import ops
+from vllm_omni.nested import tensors_in
 
 Key = tuple[str, str]  # (denoiser, branch)
 Forecast = list[tuple[ops.Residual, float]]  # residuals (rows, tokens, channels) and their weights
@@ -43,7 +44,7 @@ class Computed:
 
     @property
     def output(self) -> torch.Tensor:
-        return _first_tensor(self.result)[self.rows]
+        return tensors_in(self.result)[0][self.rows]
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(after, before) the blocks."""
@@ -52,12 +53,6 @@ class Computed:
     def first_residual(self) -> torch.Tensor | None:
         """out - in of the first block."""
         return self.stack.first_residual(self.rows) if self.stack is not None else None
-
-
-def _first_tensor(result: Any) -> torch.Tensor:
-    if isinstance(result, torch.Tensor):
-        return result
-    return _first_tensor(next(iter(result.values())) if isinstance(result, Mapping) else result[0])
 
 
 class Kept(NamedTuple):

@@ -19,6 +19,7 @@ import torch
 from vllm_omni.diffusion.denoiser.block_stack import StandIn, Streams, cropped, exchange, like
 from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec, unwrapped
+from vllm_omni.nested import tensors_in
 
 MOST_OF_THE_WORK = 1 / 2  # of the parameters in lists: a stack has more, or a skip saves little
 MUCH = 2.0  # times as far from one argument as from another
@@ -93,7 +94,7 @@ class Roles:
 def roles_of(arguments: Mapping[str, Any], rows: int) -> list[Roles]:
     """Whatever may have a row per sample is taken to have one; `prove.py` tries. Of two dimensions either may be it."""
     dims = {name: _row_dims(value, rows) for name, value in arguments.items()}
-    shared = tuple(name for name, value in arguments.items() if not dims[name] and _has_tensor(value))
+    shared = tuple(name for name, value in arguments.items() if not dims[name] and tensors_in(value))
     rows_in = tuple(name for name in arguments if dims[name])
     ways = [tuple(name for name in rows_in if dims[name][pick] == 1) for pick in (0, -1)]
     return [Roles(rows_in, shared, way) for way in dict.fromkeys(ways)]
@@ -106,14 +107,8 @@ def _row_dims(value: Any, rows: int) -> tuple[int, ...]:
         return dims[: last + 1]
     if isinstance(value, dict):
         ways = {_row_dims(entry, rows) for entry in value.values() if entry is not None}
-        return ways.pop() if len(ways) == 1 and _has_tensor(value) else ()
+        return ways.pop() if len(ways) == 1 and tensors_in(value) else ()
     return (0,) if isinstance(value, list) and len(value) == rows and not isinstance(value[0], _PLAIN) else ()
-
-
-def _has_tensor(value: Any) -> bool:
-    if isinstance(value, dict | list | tuple):
-        return any(map(_has_tensor, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, torch.Tensor)
 
 
 # -------------------------------------------------------------------------------------------------------------- blocks

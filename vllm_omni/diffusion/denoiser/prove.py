@@ -33,6 +33,7 @@ from vllm_omni.diffusion.denoiser.discover import (
 from vllm_omni.diffusion.denoiser.rows import joined, latents_of, take_rows
 from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
 from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
+from vllm_omni.nested import copied, identical, largest_difference, mapped, rms_difference, tensors_in
 
 Call = Callable[[Mapping[str, Any]], Any]  # the denoiser, with its arguments by name
 MOST_STACKS = 32  # that are tried, without blocks
@@ -91,16 +92,16 @@ class _Examination:
 
     def finding(self, known: DenoiserSpec | None) -> Finding:
         seen = watch(self.module, lambda: self._run(self.arguments))
-        self.wanted = _copied(seen.output)
+        self.wanted = copied(seen.output)
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(self.wanted)):
             return Finding(NOTHING, False, "its output is not finite")
         stack, wanted, why = self._stack(seen, known)
         del seen
         self._between()
         output, ends = self._tapped(stack, self.arguments, self.rows)
-        if not _same([output, ends], [self.wanted, wanted]):
+        if not identical([output, ends], [self.wanted, wanted]):
             self._between()
-            if not _same(self._run(self.arguments), self.wanted):
+            if not identical(self._run(self.arguments), self.wanted):
                 return Finding(NOTHING, False, "the same call gives another output: it keeps state, or is random")
             stack, ends, why = None, None, "its output, or what its blocks add, is another if they are tapped"
         try:
@@ -123,10 +124,10 @@ class _Examination:
         """Relative to the largest value of what is compared; less than what tells it from an `other` output."""
         eps = self._eps(streams)
         bound = eps * (ROUNDINGS if eps < 1e-6 else FEW_ROUNDINGS)
-        return bound if other is None else max(2 * eps, min(bound, _apart(other, self.wanted) / TELLING))
+        return bound if other is None else max(2 * eps, min(bound, largest_difference(other, self.wanted) / TELLING))
 
     def _run(self, arguments: Mapping[str, Any]) -> Any:
-        return self._call(_copied(arguments))
+        return self._call(copied(arguments))
 
     def _between(self) -> None:
         """Make another call, which a model may remember."""
@@ -135,10 +136,10 @@ class _Examination:
     def _tapped(self, stack: BlockStack | None, arguments: Mapping[str, Any], rows: int) -> tuple[Any, Any]:
         """The output, and the ends of the stack, if there is one."""
         if stack is None:
-            return _copied(self._run(arguments)), None
+            return copied(self._run(arguments)), None
         stack.enter(None, rows)
         try:
-            return _copied(self._run(arguments)), stack.ends()
+            return copied(self._run(arguments)), stack.ends()
         finally:
             stack.leave()
 
@@ -174,10 +175,10 @@ class _Examination:
                 stack.leave()
 
         output, error = _tried(lambda: output_with(residual))
-        if error or not (apart := _apart(output, self.wanted)) <= self._tolerance(residual):
+        if error or not (apart := largest_difference(output, self.wanted)) <= self._tolerance(residual):
             return error or f"with that in their place it is {apart:.2g} of its size away"
         output, error = _tried(lambda: output_with(torch.zeros_like(residual)))
-        if not error and _apart(output, self.wanted) <= TELLING * max(apart, self._eps(residual)):
+        if not error and largest_difference(output, self.wanted) <= TELLING * max(apart, self._eps(residual)):
             return "it is as near without them"
         return None
 
@@ -216,30 +217,30 @@ class _Examination:
         calls = [(alone, slice(0, self.rows)), ((self.wanted, ends), slice(self.rows, 2 * self.rows))]
         for (wanted, own), rows in calls:
             taken, error = _tried(partial(take_rows, together, rows))
-            if error or (apart := _apart(taken[0], wanted)) > self._tolerance(ends, alone[0]):
+            if error or (apart := largest_difference(taken[0], wanted)) > self._tolerance(ends, alone[0]):
                 why = error or f"it is {apart:.2g} of its size away"
                 return f"joined with another call, its output is not its own, its rows interact: {why}", 0.0
-            if _apart(taken[1], own) > self._tolerance(ends):
+            if largest_difference(taken[1], own) > self._tolerance(ends):
                 return "joined with another call, the rows of its blocks are not its own", 0.0
-        return None, _distance(taken[0], self.wanted)
+        return None, rms_difference(taken[0], self.wanted)
 
     def _unproven(self, roles: Roles, other: Mapping[str, Any], rounding: float) -> tuple[str, ...]:
         """Arguments of which the joined call may have taken the first row's, the other call's, for all.
 
         The call is made once more for each, with the other's value of it. As far as that moves the output, the joined
-        call would have been off. It was off by `rounding`: what moves the output by little more shows nothing. What does
-        not move it at all, whatever it is, is not used.
+        call would have been off. It was off by `rounding`: what moves the output by little more shows nothing. What
+        does not move it at all, whatever it is, is not used.
         """
 
         def moves(name: str, value: Any) -> float:
             output, error = _tried(lambda: self._run({**self.arguments, name: value}))
-            return 0.0 if error else _distance(output, self.wanted)
+            return 0.0 if error else rms_difference(output, self.wanted)
 
         def proven(name: str, value: Any) -> bool:
-            if _same(value, self.arguments[name]):
+            if identical(value, self.arguments[name]):
                 return False
             moved = moves(name, value)
-            return moved > TELLING * rounding if moved else not moves(name, _mapped(value, _far_off))
+            return moved > TELLING * rounding if moved else not moves(name, mapped(value, _far_off))
 
         latents = latents_of(self.arguments)
         own = [n for n in roles.rows if n not in roles.shared and self.arguments[n] is not latents]
@@ -280,33 +281,10 @@ def _tried(run: Callable[[], Any]) -> tuple[Any, str]:
 # -------------------------------------------------------------------------------------------------------------- values
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """The tensors in an output, or in an argument."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, Mapping | list | tuple):
-        return [t for entry in (value.values() if isinstance(value, Mapping) else value) for t in tensors_in(entry)]
-    return []
-
-
-def _mapped(value: Any, act: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same lists and mappings, with other tensors in them."""
-    if isinstance(value, torch.Tensor):
-        return act(value)
-    if isinstance(value, Mapping):
-        return {name: _mapped(entry, act) for name, entry in value.items()}
-    return type(value)(_mapped(v, act) for v in value) if type(value) in (list, tuple) else value
-
-
-def _copied(value: Any) -> Any:
-    """A copy that a call may write into."""
-    return _mapped(value, torch.Tensor.clone)
-
-
 def perturbed(arguments: Mapping[str, Any], roles: Roles) -> dict[str, Any]:
     """Another call of the same kind: other numbers in every argument that has its own for each sample."""
     own = [name for name in roles.rows if name not in roles.shared]
-    return {**arguments, **{name: _mapped(arguments[name], _other) for name in own}}
+    return {**arguments, **{name: mapped(arguments[name], _other) for name in own}}
 
 
 def _other(tensor: torch.Tensor) -> torch.Tensor:
@@ -339,36 +317,9 @@ def _is_mask(tensor: torch.Tensor) -> bool:
     return tensor.ndim > 1 and bool(tensor.any()) and bool(((tensor == 0) | (tensor == 1)).all())
 
 
-def _same(one: Any, other: Any) -> bool:
-    """Bit by bit."""
-    ones, others = tensors_in(one), tensors_in(other)
-    return len(ones) == len(others) and all(map(torch.equal, ones, others))
-
-
-def _apart(got: Any, wanted: Any) -> float:
-    """The largest difference, by the largest value; infinite if there is not the same to compare, or not a number."""
-    gots, wanteds = tensors_in(got), tensors_in(wanted)
-    if [tensor.shape for tensor in gots] != [tensor.shape for tensor in wanteds]:
-        return float("inf")
-    worst = 0.0
-    for one, other in zip(gots, wanteds, strict=True):
-        if other.numel():
-            size = max(float(other.abs().max()), torch.finfo(torch.float32).tiny)
-            apart = float((one.double() - other.double()).abs().max()) / size
-            worst = max(worst, apart if apart == apart else float("inf"))
-    return worst
-
-
-def _distance(got: Any, wanted: Any) -> float:
-    """The root mean square of the difference, by that of what is wanted: 1 of 1000 numbers that is off counts little."""
-    pairs = [(a.double(), b.double()) for a, b in zip(tensors_in(got), tensors_in(wanted), strict=True)]
-    size = sum(float(b.abs().pow(2).sum()) for _, b in pairs)
-    return (sum(float((a - b).abs().pow(2).sum()) for a, b in pairs) / max(size, 1e-300)) ** 0.5
-
-
 def makes(call: Call, arguments: Mapping[str, Any]) -> bool:
     """Whether the call can be made at all."""
-    return not _tried(lambda: call(_copied(arguments)))[1]
+    return not _tried(lambda: call(copied(arguments)))[1]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.entrypoints.cli.flags import add_flags, given, named_by_flag
 from vllm_omni.entrypoints.cli.values import cache_settings, json_object, lora_modules, parse_size
 
-MODEL = "'demo' (comes with the package), a diffusers model folder, or a hub id"
+MODEL = "'demo' (comes with the package), a diffusers model folder, a hub id, or module:function of your own"
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
