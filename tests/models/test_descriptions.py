@@ -14,8 +14,10 @@ from vllm_omni.diffusion.denoiser.prove import examine
 from vllm_omni.diffusion.denoiser.specs import BlockList, spec_of
 
 POSITIONS = "the ids of one call serve all, or are joined: both are right, and equal ids are asked for all the same"
+NO_PICTURE = "it asks whether all rows have none (zeros), which is the same for all requests of one pipeline"
 DIFFERENT = {  # by class and field: what is found, what the description says, and why both are right
     ("Flux2Transformer2DModel", "rows"): ({"img_ids", "txt_ids"}, set(), POSITIONS),
+    ("HunyuanVideo15Transformer3DModel", "shared"): ({"image_embeds"}, set(), NO_PICTURE),
     ("PixArtTransformer2DModel", "rows"): (set(), {"added_cond_kwargs"}, "this call has nothing in it"),
 }
 

@@ -283,6 +283,7 @@ def test_the_nodes_that_ask_for_the_model_and_set_an_adapter(drawer: Running) ->
         ({"lora_nickname": "x", "lora_path": "/etc"}, 403, "lora_path"),
         ({"lora_nickname": "demo", "lora_path": "ink"}, 400, "lora_nickname"),
         ({"lora_nickname": "a/b", "lora_path": "ink"}, 400, "lora_nickname"),
+        ({"lora_nickname": "own", "lora_path": "ink"}, 409, "lora_nickname"),  # the weights of that name are others
         ({"lora_nickname": []}, 400, "lora_nickname"),
         ({"lora_nickname": ["own", "own"]}, 400, "lora_nickname"),
         ({"lora_nickname": ["own"], "strength": [1.0, 2.0]}, 400, "strength"),

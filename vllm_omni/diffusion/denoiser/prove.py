@@ -243,7 +243,8 @@ class _Examination:
             return moved > TELLING * rounding if moved else not moves(name, mapped(value, _far_off))
 
         latents = latents_of(self.arguments)
-        own = [n for n in roles.rows if n not in roles.shared and self.arguments[n] is not latents]
+        of_rows = [n for n in roles.rows if n not in roles.shared and tensors_in(self.arguments[n])]
+        own = [name for name in of_rows if self.arguments[name] is not latents]  # plain values must be equal anyway
         return tuple(n for n in own if not all(proven(n, one) for one in _one_by_one(other[n], self.arguments[n])))
 
 

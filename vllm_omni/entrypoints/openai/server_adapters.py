@@ -7,6 +7,7 @@ served beside the others.
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any, Literal
 
 from fastapi import APIRouter, Request
@@ -85,13 +86,18 @@ async def list_loras(state: State) -> replies.ListedAdapters:
 
 
 async def _load(state: AppState, name: str, path: str | None) -> None:
-    if name in state.adapters:
-        return
     if path is None:
+        if name in state.adapters:
+            return
         raise ApiError(404, f"{name[:100]!r} is not loaded; send its lora_path", "not_found", "lora_nickname")
     if not ADAPTER_NAME.fullmatch(name) or name in state.config.model_names:
         raise invalid("lora_nickname", "must be of letters, digits, _ and -, and not the name of the model")
     found = await asyncio.to_thread(allowed, "lora_path", path, state.config.allowed_model_folders)
+    if name in state.adapters:
+        if Path(state.adapters[name]).expanduser().resolve() == found:
+            return
+        fix = f"{name!r} is loaded from another place ({state.folder_of(name)}); unload it first, or give a new name"
+        raise ApiError(409, fix, "conflict", "lora_nickname")
     await state.engine.control(LoadAdapter(name, str(found)))
 
 
