@@ -16,7 +16,6 @@ from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.scheduler import StepKind, StepScheduler
-from vllm_omni.diffusion.worker.arguments import refusal
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
 from vllm_omni.diffusion.worker.request import PlanOf, Request
 from vllm_omni.diffusion.worker.worker import DiffusionWorker
@@ -26,6 +25,7 @@ from vllm_omni.errors import (
     EngineClosedError,
     InvalidValueError,
     RequestAbortedError,
+    refusal,
 )
 from vllm_omni.kernels.device import DeviceClock, is_lost, lost_by, refuse_lost
 from vllm_omni.kernels.timing import RemainingWork, StepReport

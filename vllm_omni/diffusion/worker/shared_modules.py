@@ -1,6 +1,6 @@
 """What a pipeline changes on shared modules for the time of its call: attention processors of its denoiser, as PAG's
-pipelines do, settings on the denoiser itself, as SkyReels' do, or plain settings of another part, as LTX's long videos
-switch on the VAE's tiling.
+pipelines do, settings on the denoiser itself, as SkyReels' do, plain settings of another part, as LTX's long videos
+switch on the VAE's tiling, hooks, as guiders put on blocks, or what `torch.autocast` computes in.
 
 Such changes are there while the pipeline's own code runs and in its own forwards, and nowhere else: neighbours, and
 whoever comes after a request that was aborted, find the modules as they were. Such a request shares no forward.
@@ -21,7 +21,7 @@ _TORCHS_OWN = frozenset(vars(torch.nn.Module()))
 _PLAIN = (bool, int, float, str, type(None))  # of a setting; lists and tensors are what a part works with (Wan's VAE)
 _ABSENT, _NO_SETTING = object(), object()
 
-_Entry = tuple[dict[str, Any], str, Any]  # a module's attributes, a name, and what it is to be
+_Entry = tuple[Any, str, Any]  # a module's attributes, a name, and what it is to be
 
 
 class OwnChanges:
@@ -44,6 +44,24 @@ class OwnChanges:
             _put(own)
 
 
+class _Autocast:
+    """`torch.autocast` in this thread: by kind of device the type it computes in, or None."""
+
+    def keys(self) -> tuple[str, ...]:
+        return "cpu", "cuda"
+
+    def __getitem__(self, kind: str) -> torch.dtype | None:
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    def get(self, kind: str, default: object) -> torch.dtype | None:
+        return self[kind]
+
+    def __setitem__(self, kind: str, dtype: torch.dtype | None) -> None:
+        torch.set_autocast_enabled(kind, dtype is not None)
+        if dtype is not None:
+            torch.set_autocast_dtype(kind, dtype)
+
+
 class SharedModules:
     """The denoisers of a pipeline and its other parts, as they are between the turns of its requests."""
 
@@ -51,23 +69,30 @@ class SharedModules:
         self,
         denoisers: Callable[[], Iterable[torch.nn.Module]],
         others: Callable[[], Iterable[torch.nn.Module]] = tuple,
+        hooked: bool = True,
     ) -> None:
-        self._denoisers, self._others = denoisers, others
+        """`hooked`: the pipeline may put hooks or other children on any module, which takes some time to look for."""
+        self._denoisers, self._others, self._hooked = denoisers, others, hooked
         self.scan()
 
     def scan(self) -> None:
         """Look for the modules that can be changed: blocks may have been replaced since the last time."""
         denoisers = [unwrapped(denoiser) for denoiser in self._denoisers()]
-        self._tops = [vars(denoiser) for denoiser in denoisers]
-        modules = [vars(module) for denoiser in denoisers for module in denoiser.modules()]
-        self._attentions = [attributes for attributes in modules if _PROCESSOR in attributes]
-        self._parts = [vars(part) for part in self._others()]
+        modules = [module for denoiser in denoisers for module in denoiser.modules()]
+        self._attentions = [vars(module) for module in modules if _PROCESSOR in vars(module)]
+        # What is looked at, and how much of it.
+        self._views: list[tuple[Any, Callable[[Any], dict[str, Any]]]] = [(_Autocast(), dict)]
+        self._views += [(vars(part), _settings) for part in self._others()]
+        for module in modules if self._hooked else denoisers:
+            if (registry := vars(module).get("_diffusers_hook")) is not None and not registry.hooks:
+                del module._diffusers_hook  # an empty one is none, and each request can make its own
+            self._views += [(vars(module), _own), (module._modules, dict)]
+            self._views += [(module._forward_pre_hooks, dict), (module._forward_hooks, dict)]
 
     @contextmanager
     def lent_to(self, changes: OwnChanges) -> Iterator[None]:
         """Within, a request's pipeline runs: it finds what it has changed, and may change more."""
-        tops = [(attributes, dict(attributes)) for attributes in self._tops]
-        tops += [(attributes, _settings(attributes)) for attributes in self._parts]
+        seen = [(attributes, view, view(attributes)) for attributes, view in self._views]
         processors = [(attributes, attributes[_PROCESSOR]) for attributes in self._attentions]
         try:
             _put(changes.entries)
@@ -76,12 +101,15 @@ class SharedModules:
             changed = [a for a in processors if a[0][_PROCESSOR] is not a[1]]
             changes.entries = [(attributes, _PROCESSOR, attributes[_PROCESSOR]) for attributes, _ in changed]
             _put([(attributes, _PROCESSOR, processor) for attributes, processor in changed])
-            for i, (attributes, before) in enumerate(tops):
-                now = attributes if i < len(self._tops) else _settings(attributes)
-                names = [n for n in now.keys() | before.keys() if n not in _TORCHS_OWN]
-                names = [n for n in names if _differ(now.get(n, _ABSENT), before.get(n, _ABSENT))]
+            for attributes, view, before in seen:
+                now = view(attributes)
+                names = [n for n in {**before, **now} if _differ(now.get(n, _ABSENT), before.get(n, _ABSENT))]
                 changes.entries += [(attributes, name, now.get(name, _ABSENT)) for name in names]
                 _put([(attributes, name, before.get(name, _ABSENT)) for name in names])
+
+
+def _own(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if name not in _TORCHS_OWN}
 
 
 def _settings(attributes: dict[str, Any]) -> dict[str, Any]:
