@@ -20,6 +20,7 @@ RENAMED: dict[str, tuple[str, ...]] = {  # our names, and the pipelines' for the
     "seconds": ("audio_end_in_s", "duration", "audio_duration", "audio_duration_s", "audio_length_in_s"),
 }
 _OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
+_NOTHING = {"eta", "guidance_rescale", "cfg_normalize", "use_en_prompt"}
 _OURS |= {"boundary_ratio", "generator_device", "lora_scale"}
 # The frame rate that a family was trained at, by the beginning of its pipeline's name (the models' own cards).
 _FRAME_RATES = {"CogVideoX": 8, "HunyuanVideo": 24, "Kandinsky5": 24, "LTX": 25, "Mochi": 30, "SkyReels": 24, "Wan": 16}
@@ -55,8 +56,9 @@ class ArgumentBuilder:
         given = {k: v for k, v in request.params if v is not None and k not in _OURS}
         if given.get("num_outputs_per_prompt") == 1:
             del given["num_outputs_per_prompt"]
-        if given.get("eta") == 0 and "eta" not in self._accepted:  # upstream's default, which asks for nothing
-            del given["eta"]
+        for name in _NOTHING - self._accepted:  # upstream's defaults, which ask for nothing
+            if not given.get(name):
+                given.pop(name, None)
         given |= request.conditioning
         for name, value in given.items():
             target = next((n for n in RENAMED.get(name, (name,)) if n in self._accepted), None)

@@ -84,8 +84,9 @@ class SharedModules:
         self._views: list[tuple[Any, Callable[[Any], dict[str, Any]]]] = [(_Autocast(), dict)]
         self._views += [(vars(part), _settings) for part in self._others()]
         for module in modules if self._hooked else denoisers:
-            if (registry := vars(module).get("_diffusers_hook")) is not None and not registry.hooks:
-                del module._diffusers_hook  # an empty one is none, and each request can make its own
+            registry = None if module in denoisers else vars(module).get("_diffusers_hook")
+            if registry is not None and not registry.hooks:  # an empty one is none, and each request makes its own
+                del module._diffusers_hook
             self._views += [(vars(module), _own), (module._modules, dict)]
             self._views += [(module._forward_pre_hooks, dict), (module._forward_hooks, dict)]
 

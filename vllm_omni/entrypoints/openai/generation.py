@@ -36,6 +36,7 @@ _ARGUMENTS = {
     "control_image": ("control_image",),
 }
 _MEANT = {
+    "images": "image",
     "url": "image",
     "messages": "image",
     INPUT_REFERENCE: "image",
