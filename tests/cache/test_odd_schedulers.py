@@ -7,7 +7,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers as d
 import pytest
@@ -163,6 +163,8 @@ def test_a_second_scheduler_is_each_requests_own(same: bool) -> None:
 class Correcting(d.FlowMatchEulerDiscreteScheduler):
     """Asks the model that it holds, as correctors do."""
 
+    asked: ClassVar[list[int]] = []
+
     def step(self, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         self.asked.append(id(self.held["of"]))
         return super().step(output * self.scale, *args, **kwargs)
@@ -174,13 +176,10 @@ def test_what_a_scheduler_holds_of_its_pipeline_is_not_copied(of: str) -> None:
         pipe = tiny_flux()
         pipe.scheduler = Correcting.from_config(pipe.scheduler.config)
         pipe.scheduler.held, pipe.scheduler.scale = {"of": pipe.transformer if of == "transformer" else pipe}, 0.9
-        pipe.scheduler.asked = Unsharable()  # a list would be each request's own
-        pipe.scheduler.asked.append = asked.append
         return pipe
 
-    asked: list[int] = []
     wanted, pipe = plain(make()), make()
-    asked.clear()
+    (asked := Correcting.asked).clear()
     for output, latents in zip(served(pipe), wanted, strict=True):
         torch.testing.assert_close(output.latents, latents, rtol=0, atol=1e-5)
     assert set(asked) == {id(pipe.scheduler.held["of"])} and len(asked) == sum(STEPS)

@@ -128,6 +128,22 @@ def test_parameters_are_made_and_copied() -> None:
     assert Params(**dict(scaled)).lora_request == scaled.lora_request == (("a", 0.5),)  # once, however often it crosses
 
 
+def test_parameters_of_other_pipelines_ask_for_nothing_at_upstreams_defaults() -> None:
+    neutral = {"guidance_rescale": 0.0, "cfg_normalize": False, "use_en_prompt": False, "eta": 0.0}
+    with Omni.from_pipe(tiny_flux(), defaults=DEFAULTS) as omni:
+        plain, same = omni.generate([embeds(0)] * 2, [Params(**FEW), Params(**FEW, **neutral)], use_tqdm=False)
+        assert same.ok and torch.equal(same.latents, plain.latents)
+        for name, value in {"guidance_rescale": 0.7, "frame_rate": 24.0, "layers": 4, "use_en_prompt": True}.items():
+            refused = omni.generate(embeds(0), Params(**FEW, **{name: value}), use_tqdm=False)[0]
+            assert isinstance(refused.error, InvalidValueError) and refused.error.field == name
+
+
+def test_a_request_of_vllm_for_an_adapter_names_it() -> None:
+    theirs = SimpleNamespace(lora_name="ink", lora_int_id=1, lora_path="/adapters/ink")
+    assert Params(lora_request=theirs).lora_request == (("ink", 1.0),)
+    assert Params(lora_request=[theirs], lora_scale=0.5).lora_request == (("ink", 0.5),)
+
+
 def test_an_output_tells_what_it_is() -> None:
     with Omni.from_pipe(tiny_flux(), defaults=DEFAULTS) as omni:
 

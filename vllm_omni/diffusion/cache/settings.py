@@ -299,7 +299,8 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
     budget = next((name for name in BUDGETS if name in named), None)
     if budget and (rule := next((name for name in ("preset", *_SHORT, *_RULE) if name in named), None)):
         raise InvalidValueError(f"cache.{budget}", asked[budget], f"and {rule} each make the plan: give one")
-    backend = engine_backend(asked.get("backend") or (engine.backend if engine else "magcache"))
+    with in_their_words(given, {"backend": "cache_backend"}):
+        backend = engine_backend(asked.get("backend") or (engine.backend if engine else "magcache"))
     short: dict[str, str] = _SHORT if backend == "magcache" else _SHORT | {"threshold": "rel_l1_thresh"}
     own = {short.get(str(key), str(key)): asked[key] for key in asked if key not in ("enabled", "backend")}
     with in_their_words(given, OURS | short):

@@ -80,7 +80,6 @@ class SharedModules:
         denoisers = [unwrapped(denoiser) for denoiser in self._denoisers()]
         modules = [module for denoiser in denoisers for module in denoiser.modules()]
         self._attentions = [vars(module) for module in modules if _PROCESSOR in vars(module)]
-        # What is looked at, and how much of it.
         self._views: list[tuple[Any, Callable[[Any], dict[str, Any]]]] = [(_Autocast(), dict)]
         self._views += [(vars(part), _settings) for part in self._others()]
         for module in modules if self._hooked else denoisers:

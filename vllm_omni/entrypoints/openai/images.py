@@ -40,6 +40,8 @@ async def generations(http: Request, state: State) -> Any:
     """Pictures of a prompt: an ImagesReply, or with `stream` its events."""
     check_makes(state.info, "image")
     body = await read_json(http, state.config.limits)
+    if (name := next((name for name in PICTURES if body.fields.get(name) is not None), None)) is not None:
+        raise invalid(name, f"{name} is for /v1/images/edits: send it there", "unknown_parameter")
     request = check_request(ImageRequest, body, state.config, state.adapters, state.server_adapters)
     match_pictures(body, state.info, "image")
     generation = replace(plan_images(request, state.info, state.config.limits), salt=salt_of(http, request))

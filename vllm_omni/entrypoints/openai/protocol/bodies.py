@@ -191,7 +191,7 @@ def check_request(
         if name not in kind.model_fields:
             if key in NO_MEANING or config.allow_unknown_fields or (name == "n" and value in (None, 1, "1")):
                 continue
-            known = [*kind.model_fields, *ALIASES]
+            known = [*kind.model_fields, *(alias for alias, ours in ALIASES.items() if ours in kind.model_fields)]
             raise invalid(key[:100], str(UnknownKeyError("the request", key[:100], known)), "unknown_parameter")
         if name in values and values[name] != value:
             raise invalid(key, f"{key} and {name} mean the same and differ; give one")

@@ -155,6 +155,7 @@ class ChatRequest(BaseModel):
     functions: Any = None
     logit_bias: Any = None
     min_p: Any = None
+    moderation: Any = None
     parallel_tool_calls: Any = None
     prediction: Any = None
     prompt_cache_key: Any = None
