@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vllm_omni.diffusion.denoiser.specs import unwrapped
+from vllm_omni.kernels.device import Autocast
 
 _PROCESSOR = "processor"  # what diffusers' attention modules call it
 _TORCHS_OWN = frozenset(vars(torch.nn.Module()))
@@ -44,24 +45,6 @@ class OwnChanges:
             _put(own)
 
 
-class _Autocast:
-    """`torch.autocast` in this thread: by kind of device the type it computes in, or None."""
-
-    def keys(self) -> tuple[str, ...]:
-        return "cpu", "cuda"
-
-    def __getitem__(self, kind: str) -> torch.dtype | None:
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-    def get(self, kind: str, default: object) -> torch.dtype | None:
-        return self[kind]
-
-    def __setitem__(self, kind: str, dtype: torch.dtype | None) -> None:
-        torch.set_autocast_enabled(kind, dtype is not None)
-        if dtype is not None:
-            torch.set_autocast_dtype(kind, dtype)
-
-
 class SharedModules:
     """The denoisers of a pipeline and its other parts, as they are between the turns of its requests."""
 
@@ -80,7 +63,7 @@ class SharedModules:
         denoisers = [unwrapped(denoiser) for denoiser in self._denoisers()]
         modules = [module for denoiser in denoisers for module in denoiser.modules()]
         self._attentions = [vars(module) for module in modules if _PROCESSOR in vars(module)]
-        self._views: list[tuple[Any, Callable[[Any], dict[str, Any]]]] = [(_Autocast(), dict)]
+        self._views: list[tuple[Any, Callable[[Any], dict[str, Any]]]] = [(Autocast(), dict)]
         self._views += [(vars(part), _settings) for part in self._others()]
         for module in modules if self._hooked else denoisers:
             registry = None if module in denoisers else vars(module).get("_diffusers_hook")
