@@ -18,6 +18,7 @@ from vllm_omni.diffusion.denoiser.specs import unwrapped
 from vllm_omni.kernels.device import Autocast
 
 _PROCESSOR = "processor"  # what diffusers' attention modules call it
+_HOOKED = ("forward", "_diffusers_hook")  # what a hook of diffusers' sets on its module
 _TORCHS_OWN = frozenset(vars(torch.nn.Module()))
 _PLAIN = (bool, int, float, str, type(None))  # of a setting; lists and tensors are what a part works with (Wan's VAE)
 _ABSENT, _NO_SETTING = object(), object()
@@ -62,28 +63,32 @@ class SharedModules:
         """Look for the modules that can be changed: blocks may have been replaced since the last time."""
         denoisers = [unwrapped(denoiser) for denoiser in self._denoisers()]
         modules = [module for denoiser in denoisers for module in denoiser.modules()]
-        self._attentions = [vars(module) for module in modules if _PROCESSOR in vars(module)]
         self._views: list[tuple[Any, Callable[[Any], dict[str, Any]]]] = [(Autocast(), dict)]
-        self._views += [(vars(part), _settings) for part in self._others()]
+        self._views += [(vars(part), _settings) for part in self._others()] + [(vars(one), _own) for one in denoisers]
+        self._slots: list[tuple[Any, str]] = [(vars(one), _PROCESSOR) for one in modules if _PROCESSOR in vars(one)]
+        self._hooks: list[dict[Any, Any]] = []
         for module in modules if self._hooked else denoisers:
             registry = None if module in denoisers else vars(module).get("_diffusers_hook")
             if registry is not None and not registry.hooks:  # an empty one is none, and each request makes its own
                 del module._diffusers_hook
-            self._views += [(vars(module), _own), (module._modules, dict)]
-            self._views += [(module._forward_pre_hooks, dict), (module._forward_hooks, dict)]
+            self._slots += [(vars(module), name) for name in _HOOKED] + [(module._modules, n) for n in module._modules]
+            self._hooks += [module._forward_pre_hooks, module._forward_hooks]
 
     @contextmanager
     def lent_to(self, changes: OwnChanges) -> Iterator[None]:
         """Within, a request's pipeline runs: it finds what it has changed, and may change more."""
         seen = [(attributes, view, view(attributes)) for attributes, view in self._views]
-        processors = [(attributes, attributes[_PROCESSOR]) for attributes in self._attentions]
+        slots = [a.get(name, _ABSENT) for a, name in self._slots]
+        hooks = [dict(own) if own else {} for own in self._hooks]  # there are thousands, nearly all empty
         try:
             _put(changes.entries)
             yield
         finally:
-            changed = [a for a in processors if a[0][_PROCESSOR] is not a[1]]
-            changes.entries = [(attributes, _PROCESSOR, attributes[_PROCESSOR]) for attributes, _ in changed]
-            _put([(attributes, _PROCESSOR, processor) for attributes, processor in changed])
+            both = zip(self._slots, slots, strict=True)
+            changed = [(a, name, was) for (a, name), was in both if a.get(name, _ABSENT) is not was]
+            changes.entries = [(a, name, a.get(name, _ABSENT)) for a, name, _ in changed]
+            _put(changed)
+            seen += [(own, dict, before) for own, before in zip(self._hooks, hooks, strict=True) if own or before]
             for attributes, view, before in seen:
                 now = view(attributes)
                 names = [n for n in {**before, **now} if _differ(now.get(n, _ABSENT), before.get(n, _ABSENT))]
