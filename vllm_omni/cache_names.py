@@ -6,10 +6,14 @@ to give instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import zip_longest
 from typing import Any
 
-from vllm_omni.errors import InvalidValueError
+from vllm_omni.errors import InvalidValueError, check_keys
+
+MAX_MASK = 10_000
 
 _RENAMED = {
     "residual_diff_threshold": "rel_l1_thresh",
@@ -33,7 +37,19 @@ _PREDICTORS: dict[str, dict[Any, str]] = {
     "enable_taylorseer": {False: "reuse", True: "linear"},
     "sea_residual_order": {0: "reuse", 1: "linear"},
 }
-OTHER_NAMES = frozenset({*_RENAMED, *_FIXED, *_PREDICTORS, "max_warmup_steps"})
+OURS = {**_RENAMED, **dict.fromkeys(_PREDICTORS, "predictor"), "max_warmup_steps": "mag_retention_ratio"}
+OTHER_NAMES = frozenset({*OURS, *_FIXED})
+
+
+@contextmanager
+def in_their_words(given: Mapping[str, Any], ours: Mapping[str, str]) -> Iterator[None]:
+    """Errors within name a setting as it was `given`; `ours` are the names that it has here."""
+    try:
+        yield
+    except InvalidValueError as error:
+        if (name := next((name for name in given if ours.get(name) == error.field), None)) is None:
+            raise
+        raise error.named(name) from None
 
 
 def in_our_names(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -65,3 +81,14 @@ def _meaning(name: str, value: Any, values: Mapping[str, Any]) -> tuple[str, Any
         fix = "is a number of steps: give a larger num_inference_steps with it, or mag_retention_ratio, a share of them"
         raise InvalidValueError(name, value, fix)
     return "mag_retention_ratio", value / steps
+
+
+def mask_of_bins(value: Mapping[str, Any]) -> tuple[bool, ...]:
+    """A mask from {"compute": [6, 2], "skip": [1, 3]}: runs that alternate, computed first (cache-dit's bins)."""
+    check_keys("steps_mask", value, ("compute", "skip"))
+    computed, skipped = (list(value.get(name) or ()) for name in ("compute", "skip"))
+    lengths = computed + skipped
+    if any(not isinstance(length, int) or length < 0 for length in lengths) or sum(lengths) > MAX_MASK:
+        raise InvalidValueError("steps_mask", value, f"must hold whole numbers that add up to at most {MAX_MASK}")
+    pairs = zip_longest(computed, skipped, fillvalue=0)
+    return tuple(flag for run, gap in pairs for flag in (True,) * run + (False,) * gap)

@@ -22,7 +22,10 @@ OmniError
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import linecache
+import os
+import re
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from reprlib import Repr
@@ -162,6 +165,20 @@ class DeviceMemoryError(OmniError):
 
 class EngineClosedError(OmniError, RuntimeError):
     """The engine has been closed."""
+
+
+def refusal(error: Exception, arguments: Mapping[str, Any]) -> Exception:
+    """What a pipeline raised on purpose about its arguments, as a RefusedError; any other error as it is."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if not isinstance(error, ValueError) or isinstance(error, OmniError) or place is None:
+        return error
+    code, line = place.tb_frame.f_code, linecache.getline(place.tb_frame.f_code.co_filename, place.tb_lineno)
+    if not line.lstrip().startswith("raise") or f"{os.sep}diffusers{os.sep}" not in code.co_filename:
+        return error
+    named = [(found.start(), name) for name in arguments if (found := re.search(rf"(?i)\b{name}\b", str(error)))]
+    return RefusedError(max(named)[1] if named else "prompt", str(error))
 
 
 def _restored(kind: type[OmniError], args: tuple[Any, ...]) -> OmniError:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import pickle
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers as d
 import pytest
@@ -157,3 +158,38 @@ def test_a_second_scheduler_is_each_requests_own(same: bool) -> None:
     for output, latents in zip(served(pipe), wanted, strict=True):
         torch.testing.assert_close(output.latents, latents, rtol=0, atol=1e-5)
     assert vars(pipe.second_scheduler).keys() == before.keys() and pipe.second_scheduler.step_index is None
+
+
+class Correcting(d.FlowMatchEulerDiscreteScheduler):
+    """Asks the model that it holds, as correctors do."""
+
+    asked: ClassVar[list[int]] = []
+
+    def step(self, output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self.asked.append(id(self.held["of"]))
+        return super().step(output * self.scale, *args, **kwargs)
+
+
+@pytest.mark.parametrize("of", ["transformer", "pipeline"])
+def test_what_a_scheduler_holds_of_its_pipeline_is_not_copied(of: str) -> None:
+    def make() -> Any:
+        pipe = tiny_flux()
+        pipe.scheduler = Correcting.from_config(pipe.scheduler.config)
+        pipe.scheduler.held, pipe.scheduler.scale = {"of": pipe.transformer if of == "transformer" else pipe}, 0.9
+        return pipe
+
+    wanted, pipe = plain(make()), make()
+    (asked := Correcting.asked).clear()
+    for output, latents in zip(served(pipe), wanted, strict=True):
+        torch.testing.assert_close(output.latents, latents, rtol=0, atol=1e-5)
+    assert set(asked) == {id(pipe.scheduler.held["of"])} and len(asked) == sum(STEPS)
+
+
+def test_the_class_of_a_watched_scheduler_is_the_class_for_all_who_keep_it() -> None:
+    pipe = tiny_flux()
+    backend = MagCacheBackend(DiffusionCacheConfig(mag_ratios=CURVE))
+    backend.enable(pipe)
+    kind = type(pipe.scheduler)
+    assert pickle.loads(pickle.dumps(kind)) is d.FlowMatchEulerDiscreteScheduler
+    assert type(kind.from_config(pipe.scheduler.config)) is d.FlowMatchEulerDiscreteScheduler
+    backend.disable(pipe)

@@ -196,6 +196,32 @@ def test_a_cache_that_comes_after_the_engine_is_refused_by_the_request() -> None
     assert again.ok and torch.equal(again.latents, first.latents)
 
 
+@pytest.mark.parametrize("theirs", [name for name in THEIRS if name != "cache-dit"])
+def test_a_cache_that_comes_after_ours_is_refused_by_the_next_run(theirs: str) -> None:
+    put, take, how = THEIRS[theirs]
+    pipe = tiny_flux()
+    with cached(pipe) as backend:
+        own = run_latents(pipe, num_inference_steps=10)
+        put(pipe)
+        with pytest.raises(InvalidValueError) as refused:
+            run_latents(pipe, num_inference_steps=10)
+        assert how in str(refused.value)
+        take(pipe)
+        assert torch.equal(run_latents(pipe, num_inference_steps=10), own)
+        assert backend.last_request is not None and backend.last_request.skipped_steps > 0
+
+
+def test_a_hook_of_ours_says_how_to_take_it_off() -> None:
+    pipe = tiny_flux()
+    apply_mag_cache_hook(pipe.transformer, MagCacheConfig(mag_ratios=CURVE))
+    for attempt in (lambda: new_backend().enable(pipe), lambda: Omni.from_pipe(pipe, defaults=DEFAULTS)):
+        with pytest.raises(InvalidValueError, match=r"detach\(denoiser\)"):
+            attempt()
+    detach(pipe.transformer)
+    with cached(pipe):
+        pass
+
+
 def test_a_pipeline_dropped_while_enabled_is_freed() -> None:
     pipe = tiny_flux()
     backend = new_backend()

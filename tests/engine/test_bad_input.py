@@ -101,7 +101,7 @@ def test_bad_sampling_params_are_refused(omni: Omni, params: dict[str, Any], mes
         (5, "cache must be None, 'off', a preset's name or a dict"),
         ({"treshold": 0.1}, "cache has no 'treshold'; did you mean 'threshold'"),
         ({"mag_max_skip_step": 0.1}, "mag_max_skip_step.*did you mean.*'mag_max_skip_steps'"),
-        ({"backend": "magcash"}, "cache_backend must be one of .*'magcache'.*got 'magcash'"),
+        ({"backend": "magcash"}, "^backend must be one of .*'magcache'.*got 'magcash'"),
         ({"preset": "slow"}, "cache.preset must be one of .*'fast'.*got 'slow'"),
         ({"threshold": 0}, "threshold.*greater than 0, got 0"),
         ({"threshold": -0.1}, "threshold.*greater than 0"),

@@ -13,6 +13,8 @@ import pytest
 import pytest_asyncio
 import torch
 from calls import CACHED, final, within
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
+from PIL import Image
 from pipelines import embeds, run_latents, tiny_flux
 
 from vllm_omni import AsyncOmni, Omni
@@ -174,3 +176,31 @@ async def test_nor_while_the_engine_runs_elsewhere(async_omni: AsyncOmni) -> Non
     spoil()
     (*_, output) = [await first, *[output async for output in stream]]
     assert torch.equal(output.latents, expected.latents) and output.plan == expected.plan
+
+
+async def test_engines_over_one_denoiser_take_turns() -> None:
+    """Text to image and image to image over the same weights, each in its own thread: caches exchange its blocks."""
+    pipe = tiny_flux()
+    parts = {n: p for n, p in pipe.components.items() if n not in ("image_encoder", "feature_extractor", "scheduler")}
+    other = FluxImg2ImgPipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config))
+    image = {"multi_modal_data": {"image": Image.new("RGB", (32, 32), "red")}}
+
+    def asked(i: int, more: dict[str, Any]) -> tuple[dict[str, Any], Params]:
+        return embeds(i) | more, Params(num_inference_steps=10 + i, seed=i, output_type="latent")
+
+    async def latents(omni: AsyncOmni, i: int, more: dict[str, Any]) -> torch.Tensor:
+        *_, output = [output async for output in omni.generate(*asked(i, more))]
+        assert output.error is None and output.skipped_steps, output.error
+        return output.latents
+
+    wanted = []
+    for one, more in ((pipe, {}), (other, image)):
+        with Omni.from_pipe(one, **CACHED) as omni:
+            prompts, params = zip(*[asked(i, more) for i in range(4)], strict=True)
+            wanted += [output.latents for output in omni.generate(prompts, list(params), use_tqdm=False)]
+    async with AsyncOmni.from_pipe(pipe, **CACHED) as text, AsyncOmni.from_pipe(other, **CACHED) as edits:
+        for _ in range(3):
+            both = [(omni, i, more) for omni, more in ((text, {}), (edits, image)) for i in range(4)]
+            made = await within(60, asyncio.gather(*[latents(*one) for one in both]))
+            for got, alone in zip(made, wanted, strict=True):
+                torch.testing.assert_close(got, alone, rtol=1e-3, atol=1e-4)

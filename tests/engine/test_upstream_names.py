@@ -17,6 +17,7 @@ from pipelines import CURVE, DEFAULTS, embeds, run_latents, tiny_flux
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.selector import get_cache_backend
+from vllm_omni.diffusion.cache.settings import override, parse
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import EngineClosedError, EngineDeadError, InvalidValueError, OmniError, RequestAbortedError
 from vllm_omni.outputs import OmniRequestOutput
@@ -56,7 +57,7 @@ def test_settings_of_other_caches_mean_the_same(theirs: dict[str, Any], ours: di
         ({"sea_threshold": 0.3, "rel_l1_thresh": 0.2}, "sea_threshold says what rel_l1_thresh says"),
         ({"sea_power_exp": 3.0}, "leave it out"),
         ({"sea_residual_order": 2}, "must be one of 0, 1"),
-        ({"residual_diff_threshold": -1}, "rel_l1_thresh"),
+        ({"residual_diff_threshold": -1}, "residual_diff_threshold should be"),
         ({"residual_diff_treshold": 1}, "has no 'residual_diff_treshold'"),
     ],
 )
@@ -64,6 +65,32 @@ def test_what_is_not_done_here_says_what_is(theirs: dict[str, Any], told: str) -
     with pytest.raises(InvalidValueError) as refused:
         DiffusionCacheConfig(**theirs)
     assert told in str(refused.value)
+
+
+WRONG = {"residual_diff_threshold": -1, "sea_threshold": "x", "max_continuous_cached_steps": 0,
+         "sea_max_consecutive_cached": -2, "sea_residual_order": 3, "max_warmup_steps": -1}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*WRONG, "threshold", "max_skip_steps", "retention_ratio"])
+def test_an_error_has_the_name_that_was_typed(name: str) -> None:
+    """In a request too, where our own settings have shorter names."""
+    given = {name: WRONG.get(name, -1)}
+    for backend in ("magcache", "fbcache"):
+        with pytest.raises(InvalidValueError) as refused:
+            override(given | {"backend": backend}, None)
+        assert refused.value.field == name and str(refused.value).startswith(name)
+    if name in WRONG:
+        with pytest.raises(InvalidValueError) as refused:
+            DiffusionCacheConfig.from_dict(given)
+        assert refused.value.field == name
+
+
+def test_a_request_takes_their_names() -> None:
+    engine = parse("fbcache", DiffusionCacheConfig(rel_l1_thresh=0.1, mag_max_skip_steps=2))
+    theirs = {"residual_diff_threshold": 0.2, "max_continuous_cached_steps": 3}
+    assert override(theirs, engine) == override({"rel_l1_thresh": 0.2, "mag_max_skip_steps": 3}, engine)
+    with pytest.raises(InvalidValueError, match="residual_diff_threshold is a gate's setting"):
+        override(theirs, parse("magcache", DiffusionCacheConfig()))
 
 
 @pytest.mark.parametrize(
@@ -99,6 +126,22 @@ def test_parameters_are_made_and_copied() -> None:
     assert Params(lora_scale=1.0) == Params() and Params(lora_scale=0, lora_request="a").lora_request == ()
     scaled = Params(lora_scale=0.5, lora_request="a")
     assert Params(**dict(scaled)).lora_request == scaled.lora_request == (("a", 0.5),)  # once, however often it crosses
+
+
+def test_parameters_of_other_pipelines_ask_for_nothing_at_upstreams_defaults() -> None:
+    neutral = {"guidance_rescale": 0.0, "cfg_normalize": False, "use_en_prompt": False, "eta": 0.0}
+    with Omni.from_pipe(tiny_flux(), defaults=DEFAULTS) as omni:
+        plain, same = omni.generate([embeds(0)] * 2, [Params(**FEW), Params(**FEW, **neutral)], use_tqdm=False)
+        assert same.ok and torch.equal(same.latents, plain.latents)
+        for name, value in {"guidance_rescale": 0.7, "frame_rate": 24.0, "layers": 4, "use_en_prompt": True}.items():
+            refused = omni.generate(embeds(0), Params(**FEW, **{name: value}), use_tqdm=False)[0]
+            assert isinstance(refused.error, InvalidValueError) and refused.error.field == name
+
+
+def test_a_request_of_vllm_for_an_adapter_names_it() -> None:
+    theirs = SimpleNamespace(lora_name="ink", lora_int_id=1, lora_path="/adapters/ink")
+    assert Params(lora_request=theirs).lora_request == (("ink", 1.0),)
+    assert Params(lora_request=[theirs], lora_scale=0.5).lora_request == (("ink", 0.5),)
 
 
 def test_an_output_tells_what_it_is() -> None:

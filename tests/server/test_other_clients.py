@@ -16,6 +16,7 @@ import requests
 from hostile import saved, scene
 from http_replies import envelope, picture, pixels, told
 from http_server import AUTH, CHAT, EDITS, GENERATIONS, Running
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase
 from PIL import Image
 
 SGLANG = {"response_format": "b64_json", "generator_device": "cuda", "enable_teacache": True, "background": "auto"}
@@ -86,7 +87,75 @@ def test_a_lossless_quality_is_without_cache(http: httpx.Client) -> None:
     assert made["quality"] == "lossless" and made["omni"]["images"][0]["skipped_steps"] == 0
 
 
+CHAT_FIELDS: dict[str, Any] = {
+    "audio": {"voice": "x", "format": "wav"}, "function_call": "auto", "functions": [{"name": "f"}],
+    "prediction": {"type": "content", "content": "x"}, "tools": [{"type": "function", "function": {"name": "f"}}],
+    "web_search_options": {}, "n": 1, "seed": 1, "stream": False, "model": "demo", "safety_identifier": "u",
+    "user": "u", "stream_options": None, "modalities": ["image"],
+}  # fmt: skip
+
+
+def test_every_official_field_of_a_chat_is_taken(http: httpx.Client) -> None:
+    """What a client may expect to be acted on, and is not, is named."""
+    official = set(CompletionCreateParamsBase.__annotations__) - {"messages"}
+    assert set(CHAT_FIELDS) - {"stream"} <= official and {"tools", "logit_bias", "service_tier"} <= official
+    nested = {"steps": 2, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.0, "chat_template_kwargs": {}}  # vLLM's
+    reply = http.post(CHAT, json=message(**{name: CHAT_FIELDS.get(name, 1) for name in official}, extra_body=nested))
+    acted_on = {"audio", "function_call", "functions", "prediction", "tools"}
+    assert reply.status_code == 200 and set(warnings(reply)) == acted_on
+    for name in official:
+        assert http.post(CHAT, json=message(steps=1, **{name: None})).status_code == 200, name
+    error = told(http.post(CHAT, json=message(steps=1, tool=[])))
+    assert (error["param"], error["code"]) == ("tool", "unknown_parameter")
+
+
+def test_a_streamed_chat_ends_with_its_usage_if_asked_to(openai: Any) -> None:
+    asked = {
+        "model": "demo",
+        "messages": [{"role": "user", "content": "red apple"}],
+        "extra_body": {"steps": 2, "n": 2},
+    }
+    whole = openai.chat.completions.create(**asked).usage
+    chunks = list(openai.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+    assert chunks[-1].usage == whole and not chunks[-1].choices and whole.total_tokens > whole.prompt_tokens > 0
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks[:-1])
+    assert all(chunk.usage is None for chunk in openai.chat.completions.create(**asked, stream=True))
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
+
+
+URL = "data:image/png;base64," + base64.b64encode(saved(scene())).decode()
+
+
+@pytest.mark.parametrize(
+    "given", [{"images": [{"image_url": URL}]}, {"image": URL}, {"image": [URL]}, {"image": {"image_url": URL}}]
+)
+def test_an_edit_in_json_is_that_of_a_form(repainter: Running, given: dict[str, Any]) -> None:
+    fields, name = {"prompt": "cat", "steps": 3, "seed": 1}, next(iter(given))
+    form = httpx.post(repainter.url + EDITS, data=fields, files={"image": saved(scene())}, timeout=60)
+    made = httpx.post(repainter.url + EDITS, json=fields | given, timeout=60)
+    assert made.status_code == 200 and made.json()["data"] == form.json()["data"], made.text
+    for wrong, code in (
+        ([{"file_id": "file-1"}], "unsupported_parameter"),
+        ([5], "invalid_image"),
+        ([URL, URL], "invalid_value"),
+        ({"image_url": "https://a.b/c.png"}, "invalid_image"),
+    ):
+        envelope(httpx.post(repainter.url + EDITS, json=fields | {name: wrong}, timeout=60), 400, code, name)
+    envelope(httpx.post(repainter.url + EDITS, json=fields | {name: []}, timeout=60), 400, "invalid_value", "image")
+
+
+@pytest.mark.parametrize("name", ["image[0]", "image[17]", "images", "images[]"])
+def test_parts_may_be_numbered(repainter: Running, name: str) -> None:
+    """As PHP's clients name the files of a list."""
+    fields, file = {"prompt": "cat", "steps": "3", "seed": "1"}, saved(scene())
+    wanted = httpx.post(repainter.url + EDITS, data=fields, files={"image": file}, timeout=60).json()["data"]
+    made = httpx.post(repainter.url + EDITS, data=fields, files={name: file}, timeout=60)
+    assert made.status_code == 200 and made.json()["data"] == wanted, made.text
+    two = [(name, ("a.png", file)), (name, ("b.png", file))]
+    refused, word = httpx.post(repainter.url + EDITS, data=fields, files=two, timeout=60), name.partition("[")[0]
+    envelope(refused, 400, "invalid_value", word)
 
 
 def test_a_picture_as_a_file(http: httpx.Client) -> None:

@@ -77,6 +77,24 @@ def test_a_mask_is_read_in_gray_and_in_transparency(filler: Running) -> None:
     assert not np.array_equal(pixels(edit(filler, ("image", PICTURE), ("mask", all_of_it))), gray)
 
 
+def test_pictures_and_masks_in_json_or_numbered_are_those_of_a_form(filler: Running, klein: Running) -> None:
+    def url(data: bytes) -> dict[str, str]:
+        return {"image_url": "data:image/png;base64," + base64.b64encode(data).decode()}
+
+    mask, other = saved(left_half()), saved(scene().resize((SIDE, SIDE)))
+    numbers = {"prompt": FIELDS["prompt"], "seed": 3, "steps": 4}
+    wanted = pixels(edit(filler, ("image", PICTURE), ("mask", mask)))
+    for parts in ((("image[0]", PICTURE), ("mask[0]", mask)), (("image[]", PICTURE), ("mask[]", mask))):
+        np.testing.assert_array_equal(pixels(edit(filler, *parts)), wanted)
+    body = numbers | {"images": [url(PICTURE)], "mask": url(mask)}
+    np.testing.assert_array_equal(pixels(httpx.post(filler.url + EDITS, json=body, timeout=60)), wanted)
+    two = pixels(edit(klein, ("image[0]", PICTURE), ("image[1]", other)))
+    body = numbers | {"images": [url(PICTURE), url(other)]}
+    np.testing.assert_array_equal(pixels(httpx.post(klein.url + EDITS, json=body, timeout=60)), two)
+    too_many = numbers | {"images": [url(PICTURE)] * 40}
+    envelope(httpx.post(klein.url + EDITS, json=too_many, timeout=60), 400, "invalid_value", "images")
+
+
 def test_a_mask_of_another_size_is_refused(filler: Running) -> None:
     envelope(edit(filler, ("image", PICTURE), ("mask", saved(scene()))), 400, "invalid_value", "mask")
 

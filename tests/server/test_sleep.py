@@ -43,6 +43,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     first = next(iter(state))
     save("changed/transformer", state)
+    save("both/transformer", state)
+    save("both/vae", {name: 1.5 * tensor for name, tensor in load_file(DEMO / "vae" / WEIGHTS).items()})
     save("alone", {name: tensor.float() for name, tensor in state.items()})
     save("lacks/transformer", {name: tensor for name, tensor in state.items() if name != first})
     save("more/transformer", state | {"other.weight": torch.zeros(1)})
@@ -170,11 +172,8 @@ def test_a_sleeping_engine_is_changed_by_nothing_but_its_wake(
         assert "wake" in refused(http.post(path, json=body), 409, "conflict")
 
 
-def test_a_process_that_dies_asleep_is_replaced_by_one_that_sleeps(sleeper: Running, http: httpx.Client) -> None:
-    assert http.post("/v1/load_lora_adapter", json={"lora_name": "ink", "lora_path": "ink"}).status_code == 200
-    assert http.post(UPDATE, json={"model_path": "changed"}).status_code == 200
-    before = picture(http), picture(http, lora="ink")
-    http.post("/sleep?level=2")
+def killed(sleeper: Running, http: httpx.Client) -> None:
+    """The engine's process is killed, and another one answers."""
     engine = sleeper.engine._engine
     assert engine is not None
     engine.process.kill()
@@ -184,6 +183,14 @@ def test_a_process_that_dies_asleep_is_replaced_by_one_that_sleeps(sleeper: Runn
         if http.get("/health").status_code == 200:
             break
         time.sleep(0.05)
+
+
+def test_a_process_that_dies_asleep_is_replaced_by_one_that_sleeps(sleeper: Running, http: httpx.Client) -> None:
+    assert http.post("/v1/load_lora_adapter", json={"lora_name": "ink", "lora_path": "ink"}).status_code == 200
+    assert http.post(UPDATE, json={"model_path": "changed"}).status_code == 200
+    before = picture(http), picture(http, lora="ink")
+    http.post("/sleep?level=2")
+    killed(sleeper, http)
     assert http.get("/is_sleeping").json()["level"] == 2
     refused(http.post(GENERATIONS, json=FEW), 503, "asleep")
     assert http.post("/wake_up").json()["weights"] == "changed"
@@ -206,6 +213,25 @@ def test_new_weights_are_taken_and_survive_a_sleep(folders: Path, http: httpx.Cl
     assert picture(http) == old
     assert http.post(UPDATE, json={"model_path": "alone"}).status_code == 200  # the denoiser's weights alone, in fp32
     assert picture(http) == new
+
+
+def test_each_component_keeps_its_own_last_weights(sleeper: Running, folders: Path, http: httpx.Client) -> None:
+    """Updates of two components from two folders survive a sleep and a death; what was left out of one stays out."""
+    old = picture(http)
+    assert http.post(UPDATE, json={"model_path": "both", "target_modules": ["transformer"]}).status_code == 200
+    first = picture(http)
+    assert first not in (old, picture(http, prompt="blue apple"))
+    http.post("/sleep?level=2")
+    assert http.post("/wake_up").json()["weights"] == "both" and picture(http) == first  # not the VAE of that folder
+    assert http.post(UPDATE, json={"model_path": "both", "target_modules": ["vae"]}).status_code == 200
+    assert http.post(UPDATE, json={"model_path": str(DEMO), "target_modules": ["transformer"]}).status_code == 200
+    second = picture(http)
+    assert second not in (old, first)
+    for end in ("sleep", "death"):
+        if end == "death":
+            killed(sleeper, http)
+        http.post("/sleep?level=2")
+        assert http.post("/wake_up").status_code == 200 and picture(http) == second, end
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from threading import RLock
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -16,7 +19,6 @@ from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.scheduler import StepKind, StepScheduler
-from vllm_omni.diffusion.worker.arguments import refusal
 from vllm_omni.diffusion.worker.coroutine import Failed, Finished
 from vllm_omni.diffusion.worker.request import PlanOf, Request
 from vllm_omni.diffusion.worker.worker import DiffusionWorker
@@ -26,6 +28,7 @@ from vllm_omni.errors import (
     EngineClosedError,
     InvalidValueError,
     RequestAbortedError,
+    refusal,
 )
 from vllm_omni.kernels.device import DeviceClock, is_lost, lost_by, refuse_lost
 from vllm_omni.kernels.timing import RemainingWork, StepReport
@@ -34,6 +37,7 @@ from vllm_omni.outputs.made import fill
 
 T = TypeVar("T")
 KEPT_REPORTS = 1024  # of steps, until somebody asks
+_locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of denoisers, which several engines may serve
 GUESSED_STEPS = 50  # of a request that names none, until its schedule is known: what most pipelines take
 
 
@@ -101,7 +105,7 @@ class DiffusionEngine:
         entry = _Entry(request, arguments, self.worker.default_cache, 1.0, None, plan_of=plan_of)
         self._entries[request.request_id] = entry
         self.scheduler.fill(request.request_id)
-        with torch.inference_mode():
+        with self._turn():
             self._start(entry)
 
     def step(self) -> list[OmniRequestOutput]:
@@ -110,7 +114,7 @@ class DiffusionEngine:
         DeviceLostError if the device is of no use any more: no request can be run, and those in flight only be aborted.
         """
         try:
-            with torch.inference_mode():
+            with self._turn():
                 self._step()
         except Exception as error:
             if not is_lost(error):
@@ -119,6 +123,14 @@ class DiffusionEngine:
             self.worker.runner.clock.abandon()
             raise self._lost from None
         return self.collect()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Within, pipelines run, and no other engine over the same denoisers does, in whatever thread."""
+        with torch.inference_mode(), ExitStack() as held:
+            for denoiser in sorted(self.worker.runner.denoisers.values(), key=lambda one: id(one.module)):
+                held.enter_context(_locks.setdefault(denoiser.module, RLock()))
+            yield
 
     def _step(self) -> None:
         for request_id in self.scheduler.admit():
@@ -195,7 +207,7 @@ class DiffusionEngine:
             if entry.running is None or self._lost is not None:
                 self._end(entry, Failed(error))
             else:
-                with torch.inference_mode():
+                with self._turn():
                     self.worker.runner.abort(entry.running, error)
                 self._settle(entry.running)
 

@@ -43,7 +43,7 @@ class EngineControl:
         self._prompts = engine.worker.runner.prompts
         self._own = frozenset(engine.config.lora_modules)  # never pushed out
         self._leaving: set[str] = set()  # unloaded, and still used by requests that had been accepted
-        self._weights: str | None = None
+        self._weights: dict[str, str] = {}  # of components that were updated, where from; the latest last
         self._asleep = 0
         self._wake: Callable[[], None] = lambda: None
         self._profile: tuple[profile, Path] | None = None
@@ -51,7 +51,8 @@ class EngineControl:
 
     @property
     def condition(self) -> EngineCondition:
-        return EngineCondition(dict(self._adapters.loaded), self._weights, self._asleep, self._profile is not None)
+        adapters, profiling = dict(self._adapters.loaded), self._profile is not None
+        return EngineCondition(adapters, dict(self._weights), self._asleep, profiling)
 
     def may_do(self, action: Action) -> bool:
         """Whether the action can be done now; if not, the requests that must end first get room to do so."""
@@ -76,8 +77,9 @@ class EngineControl:
             case Wake():
                 self._wake_up()
             case UpdateWeights(path, modules):
-                weights.update(self._engine.worker.pipeline, Path(path), modules)
-                self._weights = path
+                replaced = weights.update(self._engine.worker.pipeline, Path(path), modules)
+                kept = {name: folder for name, folder in self._weights.items() if name not in replaced}
+                self._weights = kept | dict.fromkeys(replaced, path)
                 self._prompts.clear()
             case StartProfile(folder, steps):
                 self._start_profile(Path(folder), steps)
@@ -102,7 +104,7 @@ class EngineControl:
 
     def restore(self, condition: EngineCondition) -> None:
         """Bring a new engine to the condition of the one before it, as far as that goes: what is gone is logged."""
-        actions: list[Action] = [UpdateWeights(condition.weights)] if condition.weights else []
+        actions: list[Action] = [UpdateWeights(folder, [name]) for name, folder in condition.weights.items()]
         actions += [LoadAdapter(name, path) for name, path in condition.adapters.items() if name not in self._own]
         actions += [Sleep(condition.asleep)] if condition.asleep else []
         for action in actions:

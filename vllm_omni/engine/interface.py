@@ -49,7 +49,7 @@ class EngineCondition:
     """What can be changed of a loaded engine; a process that replaces another is brought to the same condition."""
 
     adapters: dict[str, str] = field(default_factory=dict)  # name -> where it was loaded from
-    weights: str | None = None  # the folder of the last update; None: those that the model came with
+    weights: dict[str, str] = field(default_factory=dict)  # component -> the folder of its last update, the latest last
     asleep: int = 0  # the level of sleep; 0: awake
     profiling: bool = False
 

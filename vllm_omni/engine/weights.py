@@ -5,7 +5,7 @@ LoRA adapters are no part of them: they stay where they are, and names are those
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +45,22 @@ def drop(pipeline: Any) -> None:
         torch.cuda.empty_cache()
 
 
-def reload(config: OmniDiffusionConfig, pipeline: Any, updated: str | None) -> None:
-    """Read dropped weights again, and those of the last update; ModelLoadError leaves all as it is."""
+def reload(config: OmniDiffusionConfig, pipeline: Any, updated: Mapping[str, str]) -> None:
+    """Read dropped weights again, of `updated` components from their folders; ModelLoadError leaves all as it is."""
     fresh = load_pipeline(config)
-    if updated is not None:
-        update(fresh, Path(updated), None)
+    for name, folder in updated.items():
+        update(fresh, Path(folder), [name])
     for name, module in modules_of(pipeline).items():
         source = _own_parameters(getattr(fresh, name))
         for key, parameter in _own_parameters(module).items():
             parameter.data = source[key].data
 
 
-def update(pipeline: Any, folder: Path, names: Sequence[str] | None) -> None:
+def update(pipeline: Any, folder: Path, names: Sequence[str] | None) -> list[str]:
     """Replace weights by those of a model's folder: of the components `names`, or of all that the folder has.
 
     A folder with weights and no components is taken for the denoiser's own. Names, shapes and types are checked, and
-    all is read, before anything changes.
+    all is read, before anything changes. Returns the components that have new weights.
     """
     modules = modules_of(pipeline)
     for name in names or ():
@@ -78,6 +78,7 @@ def update(pipeline: Any, folder: Path, names: Sequence[str] | None) -> None:
     with torch.no_grad(), torch.inference_mode(False):
         for held, new in staged:
             held.data.copy_(new)
+    return list(found)
 
 
 def modules_of(pipeline: Any) -> dict[str, torch.nn.Module]:

@@ -28,7 +28,8 @@ class OmniDiffusionSamplingParams(Settings):
     `seconds`: how long a sound is to be, of a model that makes sound alone.
     `boundary_ratio`: of the noise schedule, where a model's second expert takes over (Wan 2.2). `generator_device` is
     where random numbers are drawn (default: the CPU, which gives the same ones everywhere). `lora_scale` multiplies the
-    scales of `lora_request`. `resolution` and `eta` are for pipelines that have such arguments.
+    scales of `lora_request`. `resolution`, `eta`, `guidance_rescale`, `frame_rate`, `layers`, `cfg_normalize` and
+    `use_en_prompt` are for pipelines that have such arguments.
     """
 
     num_inference_steps: int | None = Field(default=None, ge=1)
@@ -56,6 +57,11 @@ class OmniDiffusionSamplingParams(Settings):
     generator_device: str | None = None
     resolution: int | None = Field(default=None, ge=1)
     eta: float | None = Field(default=None, ge=0, le=1)
+    guidance_rescale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    frame_rate: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    layers: int | None = Field(default=None, ge=1)
+    cfg_normalize: bool | None = None
+    use_en_prompt: bool | None = None
     extra_args: dict[str, Any] = Field(default_factory=dict)
     cache: Any = None
     preview_every: int | None = Field(default=None, ge=1)

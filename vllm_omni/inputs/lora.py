@@ -38,4 +38,6 @@ def _one(entry: Any) -> LoRARequest:
         return LoRARequest(name=entry)
     if isinstance(entry, dict):
         return LoRARequest.from_dict(entry)
+    if isinstance(name := getattr(entry, "lora_name", None), str):  # vLLM's request
+        return LoRARequest(name=name)
     raise InvalidValueError("lora_request", entry, "must be a registered name, or {'name': ..., 'scale': ...}")

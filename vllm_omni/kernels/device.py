@@ -163,3 +163,21 @@ class DeviceClock:
         """Do what was left for now; never waits."""
         while self._pending and self._pending[0][0].query():
             self._pending.popleft()[1]()
+
+
+class Autocast:
+    """`torch.autocast` in this thread: by kind of device the type it computes in, or None. Read and set like a dict."""
+
+    def keys(self) -> tuple[str, ...]:
+        return "cpu", "cuda"
+
+    def __getitem__(self, kind: str) -> torch.dtype | None:
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+    def get(self, kind: str, default: object) -> torch.dtype | None:
+        return self[kind]
+
+    def __setitem__(self, kind: str, dtype: torch.dtype | None) -> None:
+        torch.set_autocast_enabled(kind, dtype is not None)
+        if dtype is not None:
+            torch.set_autocast_dtype(kind, dtype)

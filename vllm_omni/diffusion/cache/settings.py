@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from vllm_omni.cache_names import in_our_names
+from vllm_omni.cache_names import OTHER_NAMES, OURS, in_our_names, in_their_words, mask_of_bins
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 from vllm_omni.settings import Settings
 
@@ -22,7 +21,6 @@ PredictorName = Literal["reuse", "gamma", "linear", "damped", "gram", "affine", 
 ENGINE_BACKENDS = ("magcache", "easycache", "seacache", "teacache", "fbcache")  # those with a state per request
 BACKENDS = (*ENGINE_BACKENDS, "cachedit")
 BUDGETS = ("nfe", "speedup", "seconds", "psnr")
-MAX_MASK = 10_000
 
 _RULE = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio")
 PLANS = (*BUDGETS, "steps_mask", "preset")
@@ -139,7 +137,8 @@ class DiffusionCacheConfig(Settings):
     """
 
     def __init__(self, **values: Any) -> None:
-        super().__init__(**in_our_names(values))
+        with in_their_words(values, OURS):
+            super().__init__(**in_our_names(values))
 
     mag_ratios: tuple[float, ...] | None = None
     num_inference_steps: int | None = Field(default=None, ge=1, le=10_000)
@@ -187,7 +186,7 @@ class DiffusionCacheConfig(Settings):
         if value is None:
             return None
         if isinstance(value, Mapping):
-            value = _runs(value)
+            value = mask_of_bins(value)
         if isinstance(value, str | bytes) or not isinstance(value, Iterable):
             raise InvalidValueError("steps_mask", value, "must be a list of flags, one per step")
         mask = tuple(bool(v) for v in value)
@@ -223,17 +222,6 @@ class DiffusionCacheConfig(Settings):
         return {name: values[name] for name in names if values[name] is not None}
 
 
-def _runs(value: Mapping[str, Any]) -> tuple[bool, ...]:
-    """A mask from {"compute": [6, 2], "skip": [1, 3]}: runs that alternate, computed first (cache-dit's bins)."""
-    check_keys("steps_mask", value, ("compute", "skip"))
-    computed, skipped = (list(value.get(name) or ()) for name in ("compute", "skip"))
-    lengths = computed + skipped
-    if any(not isinstance(length, int) or length < 0 for length in lengths) or sum(lengths) > MAX_MASK:
-        raise InvalidValueError("steps_mask", value, f"must hold whole numbers that add up to at most {MAX_MASK}")
-    pairs = zip_longest(computed, skipped, fillvalue=0)
-    return tuple(flag for run, gap in pairs for flag in (True,) * run + (False,) * gap)
-
-
 PlanChoice = Budget | Mask | Preset | Rule | GateSettings
 
 
@@ -265,6 +253,8 @@ def engine_backend(name: str | None) -> str:
 
 def parse(backend: str, config: DiffusionCacheConfig) -> CacheSettings:
     """The settings of `backend` (its canonical name) with the plan that `config` asks for: the one place that says."""
+    for name, value in config.given("coefficients", "rel_l1_thresh").items() if backend == "magcache" else ():
+        raise InvalidValueError(name, value, "is a gate's setting, magcache has no use for it; leave it out")
     rule = Rule(config.mag_threshold, config.mag_max_skip_steps, config.mag_retention_ratio)
     plan: PlanChoice
     if backend != "magcache":
@@ -298,7 +288,9 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
         asked = {"preset": asked}
     if not isinstance(asked, Mapping):
         raise InvalidValueError("cache", asked, "must be None, 'off', a preset's name or a dict of overrides")
-    check_keys("cache", asked, {"enabled", "backend", *_SHORT, *set(DiffusionCacheConfig.model_fields) - _ENGINE_ONLY})
+    known = {"enabled", "backend", *_SHORT, *OTHER_NAMES, *set(DiffusionCacheConfig.model_fields) - _ENGINE_ONLY}
+    check_keys("cache", asked, known)
+    given, asked = asked, in_our_names(asked)
     if asked.get("enabled", True) is False or asked.get("backend") in ("none", "off"):
         return None
     if (preset := asked.get("preset")) is not None and preset not in PRESET_NAMES:
@@ -307,10 +299,12 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
     budget = next((name for name in BUDGETS if name in named), None)
     if budget and (rule := next((name for name in ("preset", *_SHORT, *_RULE) if name in named), None)):
         raise InvalidValueError(f"cache.{budget}", asked[budget], f"and {rule} each make the plan: give one")
-    backend = engine_backend(asked.get("backend") or (engine.backend if engine else "magcache"))
+    with in_their_words(given, {"backend": "cache_backend"}):
+        backend = engine_backend(asked.get("backend") or (engine.backend if engine else "magcache"))
     short: dict[str, str] = _SHORT if backend == "magcache" else _SHORT | {"threshold": "rel_l1_thresh"}
     own = {short.get(str(key), str(key)): asked[key] for key in asked if key not in ("enabled", "backend")}
-    return parse(backend, DiffusionCacheConfig.from_dict(_inherited(engine, backend, own) | own))
+    with in_their_words(given, OURS | short):
+        return parse(backend, DiffusionCacheConfig.from_dict(_inherited(engine, backend, own) | own))
 
 
 def _inherited(engine: CacheSettings | None, backend: str, own: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,8 @@ class StandaloneHook(ModelHook):
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._close()
         state, position = self.session.locate(self.name, self.branch)
+        if position.step == 0:  # it may have come after ours
+            refuse_foreign_caches(self.denoiser.module)
         arguments = dict(zip(self._names, args, strict=False)) | kwargs
         scales, self._scales = self._scales, (scales_of(self.denoiser.module), scale_of_call(arguments))
         if scales != self._scales:
@@ -149,7 +151,14 @@ def refuse_other_caches(module: torch.nn.Module) -> None:
     name, inner = type(unwrapped(module)).__name__, unwrapped(module)
     hooked = any(HookRegistry.hook_of(one, HOOK_NAME) is not None for one in (module, inner))
     if hooked or isinstance(vars(inner).get("cache_context"), _BranchContext):  # through another wrapper
-        raise InvalidValueError(name, "cached", "has a cache backend enabled; disable(pipeline) that one first")
+        how = "has a cache of ours; call its backend's disable(pipeline) first, or detach(denoiser) after apply_…_hook"
+        raise InvalidValueError(name, "cached", how)
+    refuse_foreign_caches(inner)
+
+
+def refuse_foreign_caches(inner: torch.nn.Module) -> None:
+    """InvalidValueError if somebody else's cache is on the denoiser."""
+    name = type(inner).__name__
     if isinstance(inner, CacheMixin) and inner.is_cache_enabled:
         raise InvalidValueError(name, "cached", "has diffusers' own cache enabled; call its disable_cache() first")
     if vars(inner).get("_is_cached"):  # cache-dit's mark

@@ -275,6 +275,9 @@ class _WatchedClass(type):
         return hash(cls.__mro__[1])
 
 
+copyreg.pickle(_WatchedClass, lambda watched: (itself, (watched.__mro__[1],)))  # type: ignore[arg-type]
+
+
 class _PatchedMethod:
     """A method that somebody has set on a scheduler's instance, with its calls reported.
 
@@ -309,23 +312,24 @@ def own_schedulers(pipeline: Any) -> dict[str, Any]:
     """Copies for one request of all schedulers that a pipeline has: some step a second one, as LTX-2 does for sound."""
     found = {name: v for name, v in vars(pipeline).items() if isinstance(v, SchedulerMixin)}
     found["scheduler"] = pipeline.scheduler
-    twins = {id(scheduler): own_scheduler(scheduler) for scheduler in found.values()}
+    parts = {id(pipeline): pipeline} | {id(v): v for v in vars(pipeline).values() if isinstance(v, torch.nn.Module)}
+    twins = {id(scheduler): own_scheduler(scheduler, parts) for scheduler in found.values()}
     return {name: twins[id(scheduler)] for name, scheduler in found.items()}
 
 
-def own_scheduler(scheduler: Any) -> Any:
+def own_scheduler(scheduler: Any, parts: dict[int, Any]) -> Any:
     """A copy of a pipeline's scheduler for one request, with everything that was set or patched on the instance.
 
-    What cannot be copied, such as a lock or a file, is shared.
+    What cannot be copied, such as a lock or a file, is shared, and so are the pipeline's `parts`, by id.
     """
     methods = dir(type(scheduler))
     own = vars(scheduler).items()
     patches = {name: v for name, v in own if isinstance(v, _FUNCTIONS) or (callable(v) and name in methods)}
-    shared = {id(patch): patch for patch in patches.values()}
+    shared = parts | {id(patch): patch for patch in patches.values()}
     for value in vars(scheduler).values():
         if not isinstance(value, torch.Tensor | int | str | None):
             try:
-                copy.deepcopy(value)
+                copy.deepcopy(value, dict(shared))
             except TypeError:
                 shared[id(value)] = value
     twin = copy.deepcopy(scheduler, shared)

@@ -83,9 +83,7 @@ def _load(pipeline: Any, name: str, where: str) -> None:
     if not local and (where.count("/") != 1 or where.startswith((".", "/", "~"))):
         raise ModelLoadError(f"lora_modules {name!r}: {where!r} does not exist; give a file, a folder or a hub id")
     if local and path.is_file() and path.suffix != ".safetensors":
-        raise ModelLoadError(
-            f"lora_modules {name!r}: {path.name} is no .safetensors file; other formats can run code"
-        )
+        raise ModelLoadError(f"lora_modules {name!r}: {path.name} is no .safetensors file; other formats can run code")
     if not isinstance(pipeline, LoraBaseMixin):
         raise ModelLoadError(f"lora_modules {name!r}: {type(pipeline).__name__} takes no LoRA adapters")
     try:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import linecache
-import os
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.errors import InvalidValueError, OmniError, RefusedError, check_keys
+from vllm_omni.errors import InvalidValueError, check_keys
 from vllm_omni.inputs.data import has_embeds
 
 RENAMED: dict[str, tuple[str, ...]] = {  # our names, and the pipelines' for the same
@@ -23,6 +20,7 @@ RENAMED: dict[str, tuple[str, ...]] = {  # our names, and the pipelines' for the
     "seconds": ("audio_end_in_s", "duration", "audio_duration", "audio_duration_s", "audio_length_in_s"),
 }
 _OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
+_NOTHING = {"eta", "guidance_rescale", "cfg_normalize", "use_en_prompt"}
 _OURS |= {"boundary_ratio", "generator_device", "lora_scale"}
 # The frame rate that a family was trained at, by the beginning of its pipeline's name (the models' own cards).
 _FRAME_RATES = {"CogVideoX": 8, "HunyuanVideo": 24, "Kandinsky5": 24, "LTX": 25, "Mochi": 30, "SkyReels": 24, "Wan": 16}
@@ -58,8 +56,9 @@ class ArgumentBuilder:
         given = {k: v for k, v in request.params if v is not None and k not in _OURS}
         if given.get("num_outputs_per_prompt") == 1:
             del given["num_outputs_per_prompt"]
-        if given.get("eta") == 0 and "eta" not in self._accepted:  # upstream's default, which asks for nothing
-            del given["eta"]
+        for name in _NOTHING - self._accepted:  # upstream's defaults, which ask for nothing
+            if not given.get(name):
+                given.pop(name, None)
         given |= request.conditioning
         for name, value in given.items():
             target = next((n for n in RENAMED.get(name, (name,)) if n in self._accepted), None)
@@ -105,20 +104,6 @@ class ArgumentBuilder:
         height, width = arguments.get("height"), arguments.get("width")
         if height and width and height * width > (most := self._config.max_image_pixels):
             raise InvalidValueError("height x width", f"{height}x{width}", f"must be at most {most} pixels")
-
-
-def refusal(error: Exception, arguments: Mapping[str, Any]) -> Exception:
-    """What a pipeline raised on purpose about its arguments, as a RefusedError; any other error as it is."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    if not isinstance(error, ValueError) or isinstance(error, OmniError) or place is None:
-        return error
-    code, line = place.tb_frame.f_code, linecache.getline(place.tb_frame.f_code.co_filename, place.tb_lineno)
-    if not line.lstrip().startswith("raise") or f"{os.sep}diffusers{os.sep}" not in code.co_filename:
-        return error
-    named = [(found.start(), name) for name in arguments if (found := re.search(rf"(?i)\b{name}\b", str(error)))]
-    return RefusedError(max(named)[1] if named else "prompt", str(error))
 
 
 def _arguments_of(pipeline_class: type) -> tuple[set[str], set[str]]:

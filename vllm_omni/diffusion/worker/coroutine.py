@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy
 import torch
+from diffusers.guiders import BaseGuidance
 from greenlet import GreenletExit, greenlet
 
 from vllm_omni.diffusion.denoiser.lora_scales import has_adapters
@@ -57,6 +59,7 @@ class Failed:
 
 
 Event = DenoiserCall | ComponentCall | Finished | Failed
+_LOCK = type(threading.Lock())
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # Of a pipeline's own machinery. What a signal's handler raises (KeyboardInterrupt, SystemExit) is the caller's.
 _CONTROL_FLOW = (asyncio.CancelledError, GeneratorExit, GreenletExit)
@@ -195,8 +198,8 @@ class PipelineTask:
         own.pop("_num_timesteps", None)
         if device is not None:
             self.pipeline.__class__ = _on_device(type(pipeline), device)  # type: ignore[arg-type]
-        if own.get("guider") is not None:  # it notes step and branch
-            own["guider"] = copy.copy(pipeline.guider)
+        own |= {name: copy.copy(v) for name, v in own.items() if isinstance(v, BaseGuidance)}  # notes step and branch
+        own |= {name: threading.Lock() for name, v in own.items() if isinstance(v, _LOCK)}  # held while it is parked
         for name in DENOISER_NAMES:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)

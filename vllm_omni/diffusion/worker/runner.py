@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.guiders import BaseGuidance
 
 from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
 from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
@@ -68,7 +69,9 @@ class ModelRunner:
         self.binders = {name: CallBinder(name, denoiser) for name, denoiser in self.denoisers.items()}
         parts = [vars(pipeline).get(name) for name in TEXT_ENCODERS]
         self._encoders = [module for module in parts if isinstance(module, torch.nn.Module)]
-        self._shared = SharedModules(self.modules.values, self._other_parts)
+        own = type(pipeline).__module__.startswith("diffusers.pipelines.")  # what those hook, a guider does
+        hooked = not own or any(isinstance(part, BaseGuidance) for part in vars(pipeline).values())
+        self._shared = SharedModules(self.modules.values, self._other_parts, hooked)
         self.pace, self.clock, self.memory = Pace(), DeviceClock(self._device), Memory(self._device)
         self._retries = Retries(self.memory)
         self.forwards = {"computed": 0, "skipped": 0}
@@ -184,7 +187,7 @@ class ModelRunner:
         stack = self._stack(batch, name, arguments)
         self.adapters.use(batch[0].adapters)
         forward = CachedForward(stack, _batch_rows(batch, rows), [_parked(request).forecast for request in batch])
-        with forward, batch[0].changes.installed(), _scales_kept(self.modules[name], arguments):
+        with batch[0].changes.installed(), forward, _scales_kept(self.modules[name], arguments):
             output = self.modules[name](**arguments)
             results = [output] if len(batch) == 1 else [take_rows(output, own) for own in rows]
             forward.commit(output)
@@ -200,10 +203,11 @@ class ModelRunner:
 
         def run() -> Any:
             self.adapters.use(batch[0].adapters)
-            with batch[0].changes.installed(), _scales_kept(self.modules[name], arguments):
+            with _scales_kept(self.modules[name], arguments):
                 return self.modules[name](**arguments)
 
-        look(_batch_rows(batch, _rows_of(batch)), signal, stack, run)
+        with batch[0].changes.installed():
+            look(_batch_rows(batch, _rows_of(batch)), signal, stack, run)
         return [None] * len(batch)
 
     def _call_component(self, batch: Sequence[Request]) -> list[Any]:

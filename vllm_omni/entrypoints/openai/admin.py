@@ -171,10 +171,11 @@ async def read(http: Request, kind: type[B]) -> B:
 
 async def _do(state: AppState, action: Action) -> replies.Condition:
     condition = await state.engine.control(action)
+    folder = next(reversed(condition.weights.values()), None)
     return replies.Condition(
         message=f"{type(action).__name__} is done",
         adapters=list(condition.adapters),
-        weights=None if condition.weights is None else Path(condition.weights).name,
+        weights=None if folder is None else Path(folder).name,
         is_sleeping=condition.asleep > 0,
         level=condition.asleep,
         profiling=condition.profiling,

@@ -12,11 +12,11 @@ from fastapi import APIRouter, Request
 
 from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import check_makes, match_pictures, plan_images
-from vllm_omni.entrypoints.openai.images import Generation, data_url, encoded, respond
+from vllm_omni.entrypoints.openai.images import Generation, data_url, encoded, respond, usage_of
 from vllm_omni.entrypoints.openai.protocol import replies
 from vllm_omni.entrypoints.openai.protocol.bodies import Source, body_schema, check_request, read_json, validate
 from vllm_omni.entrypoints.openai.protocol.errors import invalid
-from vllm_omni.entrypoints.openai.protocol.requests import ChatRequest, ImageRequest
+from vllm_omni.entrypoints.openai.protocol.requests import ABOUT_WORDS, ChatRequest, ImageRequest
 from vllm_omni.entrypoints.openai.protocol.streams import Event, unless_gone
 from vllm_omni.entrypoints.openai.state import AppState, State, salt_of
 
@@ -37,15 +37,17 @@ async def completions(http: Request, state: State) -> Any:
     if "prompt" in given:
         raise invalid("prompt", "the prompt is the last user message", "unknown_parameter")
     own = {name: given.pop(name) for name in ChatRequest.model_fields if name in given}
-    messages = validate(ChatRequest, own, strict=True).messages
-    prompt, sources = read_messages(messages)
+    asked = validate(ChatRequest, own, strict=True)
+    body.warnings.extend(f"{name} was ignored: it is about words" for name in ABOUT_WORDS if own.get(name))
+    prompt, sources = read_messages(asked.messages)
     body = replace(body, fields={"prompt": prompt, **given})
     request = check_request(ImageRequest, body, state.config, state.adapters, state.server_adapters)
     matched = match_pictures(replace(body, sources=sources), state.info, "messages")
     loading = media.load(matched, state.config, state.jobs.decoder, request.n or 1)
     pictures = await unless_gone(http.receive, loading)
     generation = replace(plan_images(request, state.info, state.config.limits, pictures), salt=salt_of(http, request))
-    made = await respond(http, state, generation, _chunks(http, state, generation))
+    chunks = _chunks(http, state, generation, with_usage=(asked.stream_options or {}).get("include_usage") is True)
+    made = await respond(http, state, generation, chunks)
     return _completion(made, generation) if isinstance(made, replies.ImagesReply) else made
 
 
@@ -76,23 +78,29 @@ def _part(generation: Generation, b64: str) -> replies.Part:
 
 def _completion(made: replies.ImagesReply, generation: Generation) -> replies.ChatReply:
     message = replies.Message(content=[_part(generation, picture.b64_json) for picture in made.data])
-    usage = made.usage
     return replies.ChatReply(
         id=f"chatcmpl-{made.omni.request_id}",
         created=made.created,
         model=generation.model,
         choices=[replies.Choice(message=message)],
-        usage=replies.ChatUsage(
-            prompt_tokens=usage.input_tokens, completion_tokens=usage.output_tokens, total_tokens=usage.total_tokens
-        ),
+        usage=_as_words(made.usage),
         omni=made.omni,
     )
 
 
-async def _chunks(http: Request, state: AppState, generation: Generation) -> AsyncGenerator[Event, None]:
-    """A chunk per finished picture, then the reason of the end, then [DONE]."""
-    job_id = http.state.request_id
+def _as_words(usage: replies.Usage) -> replies.ChatUsage:
+    return replies.ChatUsage(
+        prompt_tokens=usage.input_tokens, completion_tokens=usage.output_tokens, total_tokens=usage.total_tokens
+    )
+
+
+async def _chunks(
+    http: Request, state: AppState, generation: Generation, *, with_usage: bool
+) -> AsyncGenerator[Event, None]:
+    """A chunk per finished picture, then the reason of the end, then the usage if it was asked for, then [DONE]."""
+    job_id, usage = http.state.request_id, None
     base = {"id": f"chatcmpl-{job_id}", "object": "chat.completion.chunk", "created": int(time.time())}
+    base |= {"usage": None} if with_usage else {}
 
     def chunk(delta: dict[str, Any], reason: str | None = None) -> tuple[None, dict[str, Any]]:
         choice = {"index": 0, "delta": delta, "finish_reason": reason}
@@ -101,8 +109,11 @@ async def _chunks(http: Request, state: AppState, generation: Generation) -> Asy
     async with aclosing(state.jobs.run(generation, job_id, http.state.facts)) as items:
         async for index, output in items:
             if output.finished:
+                usage = _as_words(usage_of(state, generation, output)).model_dump()
                 part = _part(generation, await encoded(state, generation, index, output))
                 yield chunk({"role": "assistant", "content": [part]})
     name, last = chunk({}, "stop")
     yield name, last | {"omni": {"request_id": job_id, "warnings": http.state.warnings}}
+    if with_usage:
+        yield None, {**base, "model": generation.model, "choices": [], "usage": usage}
     yield None, "[DONE]"

@@ -36,6 +36,7 @@ _ARGUMENTS = {
     "control_image": ("control_image",),
 }
 _MEANT = {
+    "images": "image",
     "url": "image",
     "messages": "image",
     INPUT_REFERENCE: "image",
@@ -161,7 +162,7 @@ def match_pictures(body: Body, info: ModelInfo, field: str) -> dict[str, list[So
             raise invalid(source[0], f"this model takes no {kind}", "unsupported_parameter")
         found.setdefault(argument, []).append(source)
         if len(found[argument]) > 1 and not info.pictures[argument].several:
-            raise invalid(source[0], f"this model takes one picture as {source[0]}, got {len(body.sources)}")
+            raise invalid(source[0], f"this model takes one picture as {source[0]}, got several")
         body.names[argument] = source[0]
     for argument, picture in info.pictures.items():
         if picture.needed and argument not in found:

@@ -27,7 +27,7 @@ from vllm_omni.outputs import OmniRequestOutput
 
 router = APIRouter(prefix="/v1/images", tags=["images"])
 Generation = GenerationRequest[ImageRequest]
-PICTURES = ("image", "url", "mask", "mask_image", "control_image")
+PICTURES = ("image", "images", "url", "mask", "mask_image", "control_image")
 
 
 @router.post(
@@ -40,6 +40,8 @@ async def generations(http: Request, state: State) -> Any:
     """Pictures of a prompt: an ImagesReply, or with `stream` its events."""
     check_makes(state.info, "image")
     body = await read_json(http, state.config.limits)
+    if (name := next((name for name in PICTURES if body.fields.get(name) is not None), None)) is not None:
+        raise invalid(name, f"{name} is for /v1/images/edits: send it there", "unknown_parameter")
     request = check_request(ImageRequest, body, state.config, state.adapters, state.server_adapters)
     match_pictures(body, state.info, "image")
     generation = replace(plan_images(request, state.info, state.config.limits), salt=salt_of(http, request))
@@ -55,10 +57,13 @@ async def generations(http: Request, state: State) -> Any:
     responses=replies.STREAM_OR_FILE,
 )
 async def edits(http: Request, state: State) -> Any:
-    """Pictures of a prompt and of pictures given."""
+    """Pictures of a prompt and of pictures given: files of a form, or URLs in a JSON object."""
     check_makes(state.info, "image")
     limits = state.config.limits
-    body = await read_form(http, limits, limits.max_input_images, PICTURES)
+    if http.headers.get("content-type", "").startswith("application/json"):
+        body = await read_json(http, limits, PICTURES)
+    else:
+        body = await read_form(http, limits, limits.max_input_images, PICTURES)
     request = check_request(ImageRequest, body, state.config, state.adapters, state.server_adapters)
     if not state.info.pictures:
         raise invalid("image", "this model takes no picture; it has /v1/images/generations", "unsupported_parameter")
@@ -127,7 +132,7 @@ async def _collect(http: Request, state: AppState, generation: Generation) -> re
         async for index, output in items:
             if output.finished:
                 facts, b64 = _facts(generation, index, output), await encoded(state, generation, index, output)
-                made[index] = replies.Picture(b64_json=b64, seed=facts.seed), facts, _usage(state, generation, output)
+                made[index] = replies.Picture(b64_json=b64, seed=facts.seed), facts, usage_of(state, generation, output)
     results = [made[index] for index in sorted(made)]
     return replies.ImagesReply(
         created=int(time.time()),
@@ -155,7 +160,7 @@ async def _events(http: Request, state: AppState, generation: Generation, kind: 
             base = {"created_at": int(time.time()), **_looks(generation)}
             if output.finished:
                 base["b64_json"] = await encoded(state, generation, index, output)
-                base["usage"] = _usage(state, generation, output).model_dump(exclude={"output_tokens_details"})
+                base["usage"] = usage_of(state, generation, output).model_dump(exclude={"output_tokens_details"})
                 base["omni"] = {"request_id": job_id, "warnings": http.state.warnings}
                 base["omni"] |= _facts(generation, index, output).model_dump()
                 yield f"{kind}.completed", {"type": f"{kind}.completed", **base}
@@ -187,7 +192,9 @@ def _looks(generation: Generation) -> dict[str, Any]:
     return {"size": generation.size, "quality": quality, "background": "opaque", "output_format": kind}
 
 
-def _usage(state: AppState, generation: Generation, output: OmniRequestOutput) -> replies.Usage:
+def usage_of(state: AppState, generation: Generation, output: OmniRequestOutput) -> replies.Usage:
+    """Of the whole request; `output` is any picture of it."""
+
     def tokens(pixels: int) -> int:
         return round(pixels * state.info.tokens_per_pixel)
 

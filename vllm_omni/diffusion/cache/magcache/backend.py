@@ -46,8 +46,6 @@ class MagCacheBackend(StackBackend):
 
     def __init__(self, config: DiffusionCacheConfig) -> None:
         super().__init__(config)
-        for name, value in config.given("coefficients", "rel_l1_thresh").items():
-            raise InvalidValueError(name, value, "is a gate's setting, magcache has no use for it; leave it out")
         self.calibration = Calibration() if config.mag_calibrate else None
         self.learning: Learning | None = None
         self._ratios: tuple[float, ...] | None = None

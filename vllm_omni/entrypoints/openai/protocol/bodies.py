@@ -52,6 +52,7 @@ NO_MEANING = {
 _BESIDE_A_NAME = {"local_path", "lora_path", "path", "int_id", "lora_int_id"}  # in an object of `lora`
 _NOTHING = (None, False, "", "false", "False", "cpu")
 _KEY = re.compile(r"([A-Za-z_]\w{0,63})((?:\[\w{0,64}\]){0,4})")
+_PLACE = re.compile(r"\[[0-9]{0,3}\]$")  # of one of several pictures: `image[]`, or `image[0]` as PHP's clients count
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
 _AS_JSON = ("cache", "lora", "lora_request", *NESTED)
 Source = tuple[str, Any]  # the client's name of a picture, and its bytes or URL
@@ -123,7 +124,7 @@ async def read_form(http: Request, limits: Limits, max_pictures: int, pictures: 
     try:
         async with http.form(max_files=max_pictures + 1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as got:
             for key, value in got.multi_items():
-                name = key.removesuffix("[]")
+                name = _PLACE.sub("", key)
                 if name in pictures:
                     sources.append((name, await value.read() if isinstance(value, UploadFile) else value))
                 elif isinstance(value, UploadFile):
@@ -145,7 +146,7 @@ async def read_form(http: Request, limits: Limits, max_pictures: int, pictures: 
 def _body(
     http: Request, fields: dict[str, Any], sources: list[Source], pictures: tuple[str, ...], *, strict: bool
 ) -> Body:
-    """Nested fields are taken out; pictures among the fields, as `URL` or `{"image_url": URL}`, become sources."""
+    """Nested fields are taken out; pictures among the fields, as `URL`, `{"image_url": URL}` or a list, are sources."""
     for outer in NESTED:
         nested = fields.pop(outer, None) or {}
         if not isinstance(nested, dict):
@@ -155,13 +156,14 @@ def _body(
                 raise invalid(key[:100], f"is given twice: in the body and in {outer}")
             fields[key] = value
     for name in pictures:
-        value = fields.pop(name, None)
-        if isinstance(value, dict):
-            if set(value) != {"image_url"}:
-                raise invalid(name, f"{name} takes image_url alone; no files are kept", "unsupported_parameter")
-            value = value["image_url"]
-        if value is not None:
-            sources.append((name, value))
+        given = fields.pop(name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, dict):
+                if set(value) != {"image_url"}:
+                    raise invalid(name, f"{name} takes image_url alone; no files are kept", "unsupported_parameter")
+                value = value["image_url"]
+            if value is not None:
+                sources.append((name, value))
     body = Body(fields, strict, sources)
     http.state.names, http.state.warnings = body.names, body.warnings
     return body
@@ -189,7 +191,7 @@ def check_request(
         if name not in kind.model_fields:
             if key in NO_MEANING or config.allow_unknown_fields or (name == "n" and value in (None, 1, "1")):
                 continue
-            known = [*kind.model_fields, *ALIASES]
+            known = [*kind.model_fields, *(alias for alias, ours in ALIASES.items() if ours in kind.model_fields)]
             raise invalid(key[:100], str(UnknownKeyError("the request", key[:100], known)), "unknown_parameter")
         if name in values and values[name] != value:
             raise invalid(key, f"{key} and {name} mean the same and differ; give one")

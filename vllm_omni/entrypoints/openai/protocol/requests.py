@@ -144,8 +144,33 @@ class ChatRequest(BaseModel):
     presence_penalty: Any = None
     logprobs: Any = None
     stop: Any = None
-    stream_options: Any = None
+    stream_options: dict[str, Any] | None = None
     modalities: Any = None
     response_format: Any = None
     metadata: Any = None
     store: Any = None
+    audio: Any = None
+    chat_template_kwargs: Any = None
+    function_call: Any = None
+    functions: Any = None
+    logit_bias: Any = None
+    min_p: Any = None
+    moderation: Any = None
+    parallel_tool_calls: Any = None
+    prediction: Any = None
+    prompt_cache_key: Any = None
+    prompt_cache_options: Any = None
+    prompt_cache_retention: Any = None
+    reasoning_effort: Any = None
+    repetition_penalty: Any = None
+    service_tier: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    top_k: Any = None
+    top_logprobs: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+
+# What a client may expect to be acted on; the others only tune a language model.
+ABOUT_WORDS = ("audio", "function_call", "functions", "prediction", "tools", "web_search_options")
