@@ -38,6 +38,8 @@ class Start(Struct, tag=True):
     log_json: bool = False
     condition: EngineCondition | None = None  # of the process that this one replaces
     log_prompts: bool = False
+    replica: int = 0  # which of several it is: they take the devices in turn
+    replicas: int = 1
 
 
 class Add(Struct, tag=True):
@@ -148,13 +150,16 @@ class UnitCosts(Struct):
     skipped: dict[int, float]
     ends: dict[int, float]
     cached_share: float  # how much of its steps a request with a cache computes, of late
+    alone: dict[int, float] = {}  # like `computed`, of a row that has the forward to itself
+    unshared: float = 1.0  # of that, what a row in company costs
 
 
 class StatsReport(Struct, tag=True):
-    """Counters and gauges, and what work costs."""
+    """Counters and gauges, what work costs, and each unfinished request's seconds left (by itself) and its pixels."""
 
     stats: EngineStats
     costs: UnitCosts
+    jobs: dict[str, tuple[float, int]] = {}
 
 
 class Heartbeat(Struct, tag=True):

@@ -1,0 +1,335 @@
+"""Several engines behind the interface of one: a request goes where it delays everybody least, and dies with no engine.
+
+All of it belongs to one event loop. `routing.py` decides where; here is what it decides about.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
+from contextlib import aclosing, suppress
+from functools import partial
+from typing import Any, Self
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.engine.client import ProcessEngineClient
+from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS, EngineCondition, EngineStats, ModelInfo
+from vllm_omni.engine.ledger import outcome
+from vllm_omni.engine.supervisor import Launch
+from vllm_omni.engine.wire import Action
+from vllm_omni.errors import (
+    DeadlineExceededError,
+    EngineAsleepError,
+    EngineClosedError,
+    EngineDeadError,
+    EngineDrainingError,
+    InvalidValueError,
+    OmniError,
+    QueueFullError,
+    RequestAbortedError,
+    UnknownAdapterError,
+)
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.logger import init_logger
+from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.replicas.control import PoolControl
+from vllm_omni.replicas.replica import Replica, ReplicaEngine
+from vllm_omni.replicas.request import MOST_AGAIN, PoolRequest
+from vllm_omni.replicas.routing import Asked, Load, choose
+from vllm_omni.replicas.stats import added_up
+
+logger = init_logger(__name__)
+
+Choice = Callable[[Sequence[Load], Asked, random.Random], int | None]
+
+
+class ReplicaPool:
+    """An `EngineClient` over several: `start` it (or `async with`), `generate`, `shutdown`.
+
+    At most `running` + `waiting` requests are taken at a time. One whose engine dies is asked again, with its seed and
+    what is left of its time-out, at most twice, and never after a picture of it has gone out; it waits if no engine is
+    there. `choice` is the rule by which a replica is chosen.
+    """
+
+    def __init__(self, engines: Sequence[ReplicaEngine], running: int, waiting: int, choice: Choice = choose) -> None:
+        self.replicas = tuple(Replica(index, engine) for index, engine in enumerate(engines))
+        self._limit, self._waiting, self._choice = running + waiting, waiting, choice
+        self._control = PoolControl(self.replicas)
+        self._asked: dict[str, PoolRequest] = {}
+        self._outcomes: Counter[str] = Counter()
+        self._draining = self._closed = False
+        self._draw = random.Random()
+        self._news = asyncio.Event()  # set for a moment whenever a request that waits should look again
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> Self:
+        """Return once all have loaded their model; raises the first one's reason if one cannot."""
+        await asyncio.gather(*(replica.engine.start() for replica in self.replicas))
+        return self
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.shutdown()
+
+    @property
+    def info(self) -> ModelInfo:
+        return next((one.engine for one in self.replicas if one.engine.ready), self.replicas[0].engine).info
+
+    @property
+    def condition(self) -> EngineCondition:
+        return self._control.condition
+
+    @property
+    def ready(self) -> bool:
+        weights = self._control.weights
+        return not (self._draining or self._closed) and any(one.able(weights) for one in self.replicas)
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: OmniDiffusionSamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        timeout_s: float | None = None,
+        salt: str = "",
+    ) -> AsyncIterator[OmniRequestOutput]:
+        """See `EngineClient`; all errors named there come at the first step of the iterator."""
+        self._refuse(request_id)
+        request = PoolRequest(request_id, prompt, sampling_params, priority, timeout_s, salt)
+        self._asked[request_id] = request
+        ended = "aborted"  # unless the iterator is left no earlier than at its end
+        try:
+            async with aclosing(self._answers(request)) as outputs:
+                async for output in outputs:
+                    if output.finished:
+                        ended = outcome(output.error)
+                    yield output
+        except Exception as error:
+            ended = outcome(error)
+            raise
+        finally:
+            del self._asked[request_id]
+            if request.taken:
+                self._outcomes[ended] += 1
+            if not self._asked:
+                self._tell()
+
+    async def abort(self, request_ids: str | Iterable[str]) -> None:
+        ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
+        for request_id in ids:
+            if (request := self._asked.get(request_id) if isinstance(request_id, str) else None) is not None:
+                request.aborted = True
+        self._tell()
+        for replica in self.replicas:
+            await replica.engine.abort(ids)
+
+    async def control(self, action: Action) -> EngineCondition:
+        """See `EngineClient` and `PoolControl`."""
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
+        try:
+            return await self._control.do(action)
+        finally:
+            self._tell()
+
+    async def check_health(self) -> None:
+        """Raise what the first replica says unless at least one answers."""
+        checks = (replica.engine.check_health() for replica in self.replicas)
+        answers = await asyncio.gather(*checks, return_exceptions=True)
+        failures = [answer for answer in answers if isinstance(answer, BaseException)]
+        if len(failures) == len(self.replicas):
+            raise failures[0]
+
+    async def stats(self) -> EngineStats:
+        every = [await replica.engine.stats() for replica in self.replicas]
+        weights = self._control.weights
+        told = [replica.told(stats, weights) for replica, stats in zip(self.replicas, every, strict=True)]
+        return added_up(every, self._outcomes, told)
+
+    async def drain(self, timeout_s: float) -> None:
+        """The engines take requests to the end: one whose engine dies meanwhile is still asked again."""
+        self._draining = True
+        try:
+            async with asyncio.timeout(timeout_s):
+                while self._asked:
+                    await self._news.wait()
+        except TimeoutError:
+            logger.warning("%d requests had not ended after %.1f s of draining", len(self._asked), timeout_s)
+
+    async def shutdown(self) -> None:
+        self._closed = True
+        self._tell()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*(replica.engine.shutdown() for replica in self.replicas))
+
+    def loaded(self, index: int) -> None:
+        """Note that the engine of a replica has started, or will not start any more."""
+        replica = self.replicas[index]
+        if replica.missed:
+            task = asyncio.create_task(self._catch_up(replica))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        self._tell()
+
+    async def _catch_up(self, replica: Replica) -> None:
+        await self._control.catch_up(replica)
+        self._tell()
+
+    def _tell(self) -> None:
+        self._news.set()
+        self._news.clear()
+
+    def _refuse(self, request_id: str) -> None:
+        """Refuse what no engine would be asked about."""
+        if self._closed:
+            raise EngineClosedError("the engine is closed")
+        if self._draining:
+            raise EngineDrainingError("the engine is shutting down and takes no new requests")
+        if request_id in self._asked:
+            raise InvalidValueError("request_id", request_id, "must not be in use")
+        if len(self._asked) >= self._limit:  # places are promised by each engine: one of them does it for all
+            raise QueueFullError(self._waiting, self._draw.choice(self.replicas).engine.retry_after_s())
+
+    async def _answers(self, request: PoolRequest) -> AsyncGenerator[OmniRequestOutput, None]:
+        """The outputs of one replica after another, until one has ended it."""
+        while True:
+            try:
+                replica = await self._place(request)
+            except OmniError as error:
+                if not request.taken:
+                    raise
+                yield OmniRequestOutput(request.request_id, request.prompt, error=error)
+                return
+            try:
+                async with aclosing(self._ask(replica, request)) as outputs:
+                    async for output in outputs:
+                        yield output
+                return
+            except (EngineAsleepError, UnknownAdapterError) as error:  # it has changed since it was last heard of
+                request.taken -= 1
+                request.refused_by.add(replica.index)
+                if len(request.refused_by) == len(self.replicas):
+                    raise
+                logger.info("replica %d does not take %s: %s", replica.index, request.request_id, error)
+            except _LostError as lost:
+                replica.lost += 1
+                again = f"{request.taken} of {MOST_AGAIN}"
+                logger.warning("request %s is asked again (%s): %s", request.request_id, again, lost)
+
+    async def _ask(self, replica: Replica, request: PoolRequest) -> AsyncGenerator[OmniRequestOutput, None]:
+        """The outputs of one replica. _LostError if its engine died and another one is to be asked."""
+        stream = replica.engine.generate(
+            request.prompt,
+            request.params,
+            request.request_id,
+            priority=request.priority_now,
+            timeout_s=request.left_s,
+            salt=request.salt,
+        )
+        request.taken += 1
+        async with aclosing(stream) as outputs:  # type: ignore[type-var]
+            async for output in outputs:
+                if isinstance(output.error, EngineDeadError) and request.may_be_asked_again and not self._closed:
+                    raise _LostError(str(output.error))
+                replica.answered += output.finished
+                if request.is_news(output):
+                    request.told = request.told or bool(output.images)
+                    yield output
+
+    async def _place(self, request: PoolRequest) -> Replica:
+        """The replica that is to take it; if there is none now, one that was taken before waits. Raises why none is."""
+        while True:
+            if request.aborted:
+                raise RequestAbortedError(f"request {request.request_id} was aborted")
+            left_s = request.left_s
+            if request.taken and left_s is not None and left_s <= 0:
+                raise DeadlineExceededError(f"request {request.request_id} did not end within its time-out")
+            if self._closed:
+                raise EngineClosedError(f"request {request.request_id} was aborted: the engine shuts down")
+            if (replica := self._chosen(request)) is not None:
+                return replica
+            if not request.taken or all(one.engine.state == "dead" for one in self.replicas):
+                raise await self._why_none()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._news.wait()
+
+    def _chosen(self, request: PoolRequest) -> Replica | None:
+        """The replica where it delays everybody least; None if none can take any request now.
+
+        InvalidValueError if there are some, but none has its adapters.
+        """
+        weights = self._control.weights
+        able = [one for one in self.replicas if one.able(weights) and one.index not in request.refused_by]
+        if not able:
+            return None
+        planned = [one.engine.planned(request.params) for one in able]
+        seconds = sum(seconds for seconds, _ in planned) / len(planned)
+        asked = Asked(seconds, planned[0][1], request.adapters)
+        index = self._choice([one.weighed() for one in able], asked, self._draw)
+        if index is None:
+            names = ", ".join(sorted(request.adapters))
+            raise UnknownAdapterError("lora_request", names, "must be loaded, all of them by one replica")
+        return able[index]
+
+    async def _why_none(self) -> OmniError:
+        """Why no replica takes a request, and when one should."""
+        states = {replica.engine.state for replica in self.replicas}
+        if "asleep" in states and "starting" not in states:
+            return EngineAsleepError()
+        if "ready" in states:
+            return EngineDeadError("the engines are being brought to one condition", retry_after_s=1.0)
+        excuses = []
+        for replica in self.replicas:
+            try:
+                await replica.engine.check_health()
+            except EngineDeadError as error:
+                excuses.append(error)
+        back = [error for error in excuses if error.retry_after_s is not None]
+        return min(back, key=lambda error: error.retry_after_s or 0.0) if back else excuses[0]
+
+
+class _LostError(Exception):
+    """The engine that had a request has died."""
+
+
+def local_pool(
+    engine_args: dict[str, Any],
+    size: int,
+    *,
+    max_queued_requests: int = MAX_QUEUED_REQUESTS,
+    launches: Sequence[Launch] = (),
+    choice: Choice = choose,
+    **options: Any,
+) -> ReplicaPool:
+    """A pool of `size` engine processes on this machine, which take its devices in turn.
+
+    `options` are those of `ProcessEngineClient`. Of all requests `max_queued_requests` may wait; each engine would take
+    all of them, so that none is refused when it comes from one that died. `launches` have been made already.
+    """
+    pool: ReplicaPool | None = None
+
+    def changed(index: int) -> None:
+        if pool is not None:
+            pool.loaded(index)
+
+    seqs = OmniDiffusionConfig(**engine_args).max_num_seqs
+    engines = [
+        ProcessEngineClient(
+            engine_args,
+            max_queued_requests=max_queued_requests + (size - 1) * seqs,
+            launch=launches[index] if index < len(launches) else None,
+            place=(index, size),
+            changed=partial(changed, index),
+            **options,
+        )
+        for index in range(size)
+    ]
+    pool = ReplicaPool(engines, size * seqs, max_queued_requests, choice)
+    return pool
