@@ -14,7 +14,7 @@ _WEIGHT = 0.1  # of a request's measurement
 _ROW_WEIGHT = 0.02  # of a row's
 UNKNOWN_UNSHARED = 0.7  # of a row in company, as long as all forwards had the same number of rows
 _LINE_KEPT = 0.995  # of what a line knows, at each further forward
-_ROWS_VARY = 0.25  # the variance of rows from which a line has a slope
+_ROWS_VARY = 0.05  # the variance of rows from which a line has a slope
 
 
 def no_costs() -> UnitCosts:

@@ -36,8 +36,8 @@ from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.replicas.control import PoolControl
 from vllm_omni.replicas.replica import Replica, ReplicaEngine
-from vllm_omni.replicas.request import MOST_AGAIN, PoolRequest
-from vllm_omni.replicas.routing import Asked, Load, choose
+from vllm_omni.replicas.request import PoolRequest
+from vllm_omni.replicas.routing import MOST_AGAIN, Asked, Load, choose
 from vllm_omni.replicas.stats import added_up
 
 logger = init_logger(__name__)

@@ -10,8 +10,7 @@ from typing import Any
 from vllm_omni.diffusion.scheduler import AGEING_S
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.outputs import OmniRequestOutput
-
-MOST_AGAIN = 2  # times that a request is asked again: one that kills engines must not kill them all
+from vllm_omni.replicas.routing import MOST_AGAIN
 
 
 @dataclass(eq=False)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 Job = tuple[float, int]  # seconds left, if it had the engine to itself, and pixels
+MOST_AGAIN = 2  # times that a request is asked again: one that kills engines must not kill them all
 LOOKED_AT = 32  # of more replicas, so many are drawn and compared: the front's time must not grow with their number
 
 
