@@ -109,7 +109,7 @@ class ReplicaPool:
                     if output.finished:
                         ended = outcome(output.error)
                     yield output
-        except Exception as error:
+        except OmniError as error:
             ended = outcome(error)
             raise
         finally:
