@@ -197,6 +197,10 @@ class ProcessEngineClient:
         stats = self._ledger.stats(self._requests.sizes)
         return replace(stats, max_num_seqs=self._max_num_seqs, restarts=self._restarts.count)
 
+    async def report(self) -> StatsReport:
+        """Statistics, costs and jobs, for a front elsewhere."""
+        return self._ledger.report(await self.stats(), self._requests.named_sizes)
+
     async def drain(self, timeout_s: float) -> None:
         self._draining = True
         try:
@@ -275,7 +279,7 @@ class ProcessEngineClient:
             served = False
             try:
                 if self._info is not None:
-                    self._start.condition = self.condition  # which it had before
+                    self._start.condition, self._start.costs = self.condition, self._ledger.costs  # as before
                 launch, self._launch = self._launch or Launch.of(self._start), None
                 self._load_began = launch.began
                 self._engine = await EngineProcess.adopt(launch)

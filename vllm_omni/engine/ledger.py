@@ -60,12 +60,12 @@ class Ledger:
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
         self._stats, self._before = EngineStats(), EngineStats()  # of the present process, and of those before it
-        self._costs = cost.no_costs()
+        self.costs = cost.no_costs()
         self._jobs: dict[str, tuple[float, int]] = {}  # as last reported
         self._promised = 0.0  # when the last request that was refused may come back
 
     def note(self, report: StatsReport) -> None:
-        self._stats, self._costs, self._jobs = report.stats, report.costs, report.jobs
+        self._stats, self.costs, self._jobs = report.stats, report.costs, report.jobs
 
     def process_ended(self) -> None:
         """Keep what it counted; nothing runs any more."""
@@ -94,17 +94,22 @@ class Ledger:
         self._promised = cost.come_back(now, self._promised, queued / max(1, len(in_flight)), queued)
         return max(1.0, self._promised - now)
 
+    def report(self, stats: EngineStats, in_flight: Mapping[str, RequestSize]) -> StatsReport:
+        """All of it, for a front elsewhere."""
+        jobs = {name: self._jobs.get(name) or (self.seconds(size), size.pixels) for name, size in in_flight.items()}
+        return StatsReport(stats, self.costs, jobs)
+
     def load(self, in_flight: Mapping[str, RequestSize]) -> EngineLoad:
         """What is in flight, by name: as last reported, or, of what the engine had not seen then, as planned."""
         jobs = (self._jobs.get(name) or (self.seconds(size), size.pixels) for name, size in in_flight.items())
-        return EngineLoad(tuple(jobs), self._costs.unshared)
+        return EngineLoad(tuple(jobs), self.costs.unshared)
 
     def seconds(self, size: RequestSize) -> float:
         """What a new request would take if it had the engine to itself."""
-        return cost.planned_seconds(cost.by_itself(self._costs), *self._need(size))
+        return cost.planned_seconds(cost.by_itself(self.costs), *self._need(size))
 
     def _need(self, size: RequestSize) -> tuple[int, float, float, float]:
-        share = self._costs.cached_share if size.computed is None else size.computed
+        share = self.costs.cached_share if size.computed is None else size.computed
         return size.pixels, size.steps * share, size.steps * (1 - share), 1.0
 
     def _queued_cost(self, in_flight: Collection[RequestSize]) -> float:
@@ -113,7 +118,7 @@ class Ledger:
             return 0.0
         unseen = len(in_flight) - self._stats.running - self._stats.waiting
         newest = list(in_flight)[-unseen:] if unseen > 0 else []
-        return self._stats.queued_cost_s + cost.total(self._costs, map(self._need, newest))
+        return self._stats.queued_cost_s + cost.total(self.costs, map(self._need, newest))
 
     def _sums(self) -> dict[str, Any]:
         return {name: _sum(vars(self._before)[name], vars(self._stats)[name]) for name in _COUNTERS}

@@ -206,6 +206,7 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
         config = config.model_copy(update={"device": device_in_turn(config.device, start.replica)})
     engine = DiffusionEngine(config)
     loop = EngineLoop(engine, link.commands, link.send, log_prompts=start.log_prompts)
+    loop.costs = start.costs or loop.costs
     info = describe(engine, {})
     tokens = warm_up(engine, info, loop.costs) if start.warmup else {}
     loop.learning = IdleLearning(engine, info)

@@ -40,6 +40,7 @@ class Start(Struct, tag=True):
     log_prompts: bool = False
     replica: int = 0  # which of several it is: they take the devices in turn
     replicas: int = 1
+    costs: UnitCosts | None = None  # as the process before it had measured them
 
 
 class Add(Struct, tag=True):
@@ -162,6 +163,14 @@ class StatsReport(Struct, tag=True):
     jobs: dict[str, tuple[float, int]] = {}
 
 
+class StateReport(Struct, tag=True):
+    """A report as a front on another machine needs it, with the word of `ReplicaStats.state`."""
+
+    state: str
+    condition: EngineCondition
+    report: StatsReport
+
+
 class Heartbeat(Struct, tag=True):
     """The process lives; `turn_s` is how long its loop has been in the present turn, None while it waits."""
 
@@ -175,7 +184,7 @@ class _Named(Struct):
 
 
 Command = Start | Add | Abort | Control | Close
-EngineEvent = Loaded | StartFailed | Refused | Outputs | Controlled | StatsReport | Heartbeat
+EngineEvent = Loaded | StartFailed | Refused | Outputs | Controlled | StatsReport | StateReport | Heartbeat
 
 
 def given_parameters(params: OmniDiffusionSamplingParams) -> dict[str, Any]:

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Sequence
 
 from vllm_omni.engine.interface import EngineCondition
-from vllm_omni.engine.wire import Action, LoadAdapter, UnloadAdapter, UpdateWeights
-from vllm_omni.errors import OmniError
+from vllm_omni.engine.wire import Action, LoadAdapter, Sleep, UnloadAdapter, UpdateWeights
+from vllm_omni.errors import EngineDeadError, OmniError
 from vllm_omni.logger import init_logger
 from vllm_omni.replicas.replica import Replica
 
@@ -35,7 +35,7 @@ class PoolControl:
         return EngineCondition(
             adapters={name: path for one in every for name, path in one.adapters.items()},
             weights=self.weights,
-            asleep=min(one.asleep for one in started),
+            asleep=min((one.asleep for one in started), default=0),
             profiling=any(one.profiling for one in every),
         )
 
@@ -44,7 +44,7 @@ class PoolControl:
         async with self._order:
             able = [one for one in self._replicas if one.engine.state in ("ready", "asleep") and not one.missed]
             if not able:
-                await self._replicas[0].engine.control(action)  # which says why it cannot
+                raise EngineDeadError("no engine is there that could do it", retry_after_s=5.0)
             careful = isinstance(action, LoadAdapter | UnloadAdapter | UpdateWeights)
             if careful:
                 await able[0].engine.control(action)
@@ -59,14 +59,27 @@ class PoolControl:
                 raise next(error for error in errors if error is not None)
             for replica, error in zip(rest, errors, strict=True):
                 if error is not None:
-                    logger.error("replica %d has not done what the others did (%s): %s", replica.index, action, error)
+                    logger.error("replica %s has not done what the others did (%s): %s", replica.name, action, error)
             return self.condition
+
+    def greet(self, replica: Replica) -> None:
+        """Note what a replica that joins the others has to do to be like them; of the first, the others take over."""
+        others = [one for one in self._replicas if one is not replica]
+        own = replica.engine.condition
+        if not others and self.weights is None:
+            self.weights = own.weights
+        if self.weights is not None and own.weights != self.weights:
+            replica.missed.append(UpdateWeights(self.weights))
+        there = {name: path for one in others for name, path in one.engine.condition.adapters.items()}
+        replica.missed += [LoadAdapter(name, path) for name, path in there.items() if name not in own.adapters]
+        if others and all(one.engine.state == "asleep" for one in others):
+            replica.missed.append(Sleep())
 
     async def catch_up(self, replica: Replica) -> None:
         """Let a replica that has just started do what was done to the others meanwhile."""
         while replica.missed:
             if (error := await self._do(replica.missed[0], replica)) is not None:
-                logger.error("replica %d could not do again %s: %s", replica.index, replica.missed[0], error)
+                logger.error("replica %s could not do again %s: %s", replica.name, replica.missed[0], error)
                 if replica.engine.state not in ("ready", "asleep"):
                     return  # it has died again: when it is back
             replica.missed.popleft()

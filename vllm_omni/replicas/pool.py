@@ -38,7 +38,7 @@ from vllm_omni.replicas.control import PoolControl
 from vllm_omni.replicas.replica import Replica, ReplicaEngine
 from vllm_omni.replicas.request import PoolRequest
 from vllm_omni.replicas.routing import MOST_AGAIN, Asked, Load, choose
-from vllm_omni.replicas.stats import added_up
+from vllm_omni.replicas.stats import added_up, counters_of
 
 logger = init_logger(__name__)
 
@@ -48,17 +48,19 @@ Choice = Callable[[Sequence[Load], Asked, random.Random], int | None]
 class ReplicaPool:
     """An `EngineClient` over several: `start` it (or `async with`), `generate`, `shutdown`.
 
-    At most `running` + `waiting` requests are taken at a time. One whose engine dies is asked again, with its seed and
-    what is left of its time-out, at most twice, and never after a picture of it has gone out; it waits if no engine is
-    there. `choice` is the rule by which a replica is chosen.
+    Of each engine `seqs` requests may run, and `waiting` may wait in all. One whose engine dies is asked again, with
+    its seed and what is left of its time-out, at most twice, and never after a picture of it has gone out; it waits if
+    no engine is there. `choice` is the rule by which a replica is chosen.
     """
 
-    def __init__(self, engines: Sequence[ReplicaEngine], running: int, waiting: int, choice: Choice = choose) -> None:
-        self.replicas = tuple(Replica(index, engine) for index, engine in enumerate(engines))
-        self._limit, self._waiting, self._choice = running + waiting, waiting, choice
+    def __init__(self, engines: Sequence[ReplicaEngine], seqs: int, waiting: int, choice: Choice = choose) -> None:
+        self.replicas = [Replica(str(index), engine) for index, engine in enumerate(engines)]
+        self._seqs, self._waiting, self._choice = seqs, waiting, choice
         self._control = PoolControl(self.replicas)
         self._asked: dict[str, PoolRequest] = {}
         self._outcomes: Counter[str] = Counter()
+        self._info: ModelInfo | None = None
+        self._gone: list[EngineStats] = []  # what those that have left had counted
         self._draining = self._closed = False
         self._draw = random.Random()
         self._news = asyncio.Event()  # set for a moment whenever a request that waits should look again
@@ -77,7 +79,11 @@ class ReplicaPool:
 
     @property
     def info(self) -> ModelInfo:
-        return next((one.engine for one in self.replicas if one.engine.ready), self.replicas[0].engine).info
+        if (engine := next((one.engine for one in self.replicas if one.engine.ready), None)) is not None:
+            self._info = engine.info
+        if self._info is None:
+            raise EngineDeadError("no engine has loaded its model yet")
+        return self._info
 
     @property
     def condition(self) -> EngineCondition:
@@ -141,15 +147,14 @@ class ReplicaPool:
         """Raise what the first replica says unless at least one answers."""
         checks = (replica.engine.check_health() for replica in self.replicas)
         answers = await asyncio.gather(*checks, return_exceptions=True)
-        failures = [answer for answer in answers if isinstance(answer, BaseException)]
-        if len(failures) == len(self.replicas):
-            raise failures[0]
+        if None not in answers:
+            raise next((answer for answer in answers if answer is not None), _no_engine())
 
     async def stats(self) -> EngineStats:
         every = [await replica.engine.stats() for replica in self.replicas]
         weights = self._control.weights
         told = [replica.told(stats, weights) for replica, stats in zip(self.replicas, every, strict=True)]
-        return added_up(every, self._outcomes, told)
+        return added_up([*self._gone, *every], self._outcomes, told)
 
     async def drain(self, timeout_s: float) -> None:
         """The engines take requests to the end: one whose engine dies meanwhile is still asked again."""
@@ -168,13 +173,28 @@ class ReplicaPool:
             task.cancel()
         await asyncio.gather(*(replica.engine.shutdown() for replica in self.replicas))
 
-    def loaded(self, index: int) -> None:
+    def join(self, name: str, engine: ReplicaEngine) -> None:
+        """One more, which has started; it is asked as soon as it is like the others."""
+        replica = Replica(name, engine)
+        self._control.greet(replica)
+        self.replicas.append(replica)
+        self.changed(name)
+
+    async def leave(self, name: str) -> None:
+        """One that will not be asked any more; what it has, it may end, or it is asked of another one."""
+        for replica in [one for one in self.replicas if one.name == name]:
+            self.replicas.remove(replica)
+            await replica.engine.shutdown()
+            counted = counters_of(await replica.engine.stats())
+            self._gone = [added_up([*self._gone, counted], {}, ())]
+
+    def changed(self, name: str) -> None:
         """Note that the engine of a replica has started, or will not start any more."""
-        replica = self.replicas[index]
-        if replica.missed:
-            task = asyncio.create_task(self._catch_up(replica))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        for replica in self.replicas:
+            if replica.name == name and replica.missed:
+                task = asyncio.create_task(self._catch_up(replica))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
         self._tell()
 
     async def _catch_up(self, replica: Replica) -> None:
@@ -193,8 +213,11 @@ class ReplicaPool:
             raise EngineDrainingError("the engine is shutting down and takes no new requests")
         if request_id in self._asked:
             raise InvalidValueError("request_id", request_id, "must not be in use")
-        if len(self._asked) >= self._limit:  # places are promised by each engine: one of them does it for all
-            raise QueueFullError(self._waiting, self._draw.choice(self.replicas).engine.retry_after_s())
+        if (
+            len(self._asked) >= self._seqs * max(1, len(self.replicas)) + self._waiting
+        ):  # places are promised by each engine: one of them does it for all
+            after_s = self._draw.choice(self.replicas).engine.retry_after_s() if self.replicas else 5.0
+            raise QueueFullError(self._waiting, after_s)
 
     async def _answers(self, request: PoolRequest) -> AsyncGenerator[OmniRequestOutput, None]:
         """The outputs of one replica after another, until one has ended it."""
@@ -213,10 +236,10 @@ class ReplicaPool:
                 return
             except (EngineAsleepError, UnknownAdapterError) as error:  # it has changed since it was last heard of
                 request.taken -= 1
-                request.refused_by.add(replica.index)
-                if len(request.refused_by) == len(self.replicas):
+                request.refused_by.add(replica.name)
+                if all(one.name in request.refused_by for one in self.replicas):
                     raise
-                logger.info("replica %d does not take %s: %s", replica.index, request.request_id, error)
+                logger.info("replica %s does not take %s: %s", replica.name, request.request_id, error)
             except _LostError as lost:
                 replica.lost += 1
                 again = f"{request.taken} of {MOST_AGAIN}"
@@ -254,7 +277,7 @@ class ReplicaPool:
                 raise EngineClosedError(f"request {request.request_id} was aborted: the engine shuts down")
             if (replica := self._chosen(request)) is not None:
                 return replica
-            if not request.taken or all(one.engine.state == "dead" for one in self.replicas):
+            if not request.taken or (self.replicas and all(one.engine.state == "dead" for one in self.replicas)):
                 raise await self._why_none()
             with suppress(TimeoutError):
                 async with asyncio.timeout(left_s):
@@ -266,7 +289,7 @@ class ReplicaPool:
         InvalidValueError if there are some, but none has its adapters.
         """
         weights = self._control.weights
-        able = [one for one in self.replicas if one.able(weights) and one.index not in request.refused_by]
+        able = [one for one in self.replicas if one.able(weights) and one.name not in request.refused_by]
         if not able:
             return None
         planned = [one.engine.planned(request.params) for one in able]
@@ -281,6 +304,8 @@ class ReplicaPool:
     async def _why_none(self) -> OmniError:
         """Why no replica takes a request, and when one should."""
         states = {replica.engine.state for replica in self.replicas}
+        if not states:
+            return _no_engine()
         if "asleep" in states and "starting" not in states:
             return EngineAsleepError()
         if "ready" in states:
@@ -293,6 +318,10 @@ class ReplicaPool:
                 excuses.append(error)
         back = [error for error in excuses if error.retry_after_s is not None]
         return min(back, key=lambda error: error.retry_after_s or 0.0) if back else excuses[0]
+
+
+def _no_engine() -> EngineDeadError:
+    return EngineDeadError("no engine is there yet", retry_after_s=5.0)
 
 
 class _LostError(Exception):
@@ -317,7 +346,7 @@ def local_pool(
 
     def changed(index: int) -> None:
         if pool is not None:
-            pool.loaded(index)
+            pool.changed(str(index))
 
     seqs = OmniDiffusionConfig(**engine_args).max_num_seqs
     engines = [
@@ -331,5 +360,5 @@ def local_pool(
         )
         for index in range(size)
     ]
-    pool = ReplicaPool(engines, size * seqs, max_queued_requests, choice)
+    pool = ReplicaPool(engines, seqs, max_queued_requests, choice)
     return pool

@@ -37,7 +37,7 @@ class ReplicaEngine(EngineClient, Protocol):
 class Replica:
     """An engine and what the pool knows about it."""
 
-    index: int
+    name: str
     engine: ReplicaEngine
     missed: deque[Action] = field(default_factory=deque)  # done to the others while it was starting
     answered: int = 0
@@ -59,7 +59,7 @@ class Replica:
         """What an operator sees of it."""
         state = self.engine.state
         return ReplicaStats(
-            name=str(self.index),
+            name=self.name,
             state="behind" if state == "ready" and self.behind(weights) else state,
             running=stats.running,
             waiting=stats.waiting,

@@ -28,7 +28,7 @@ class PoolRequest:
     told: bool = False  # a picture has gone out, if only a preview: another engine cannot continue that
     step: int = 0  # the last that was reported
     aborted: bool = False
-    refused_by: set[int] = field(default_factory=set)  # replicas that turned out to lack what it needs
+    refused_by: set[str] = field(default_factory=set)  # replicas that turned out to lack what it needs
 
     def __post_init__(self) -> None:
         """A seed is drawn here: an engine that drew its own would draw another one next time."""

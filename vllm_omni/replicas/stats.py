@@ -21,14 +21,30 @@ def added_up(
 
     `outcomes` are the pool's: a request that two engines have seen has ended once.
     """
+    every = every or [EngineStats()]
     sums = {name: _sum([vars(stats)[name] for stats in every]) for name in _SUMMED}
     return replace(
-        next((stats for stats in every if stats.denoisers), every[0]),
+        next((stats for stats in every if stats.denoisers), every[-1]),
         **sums,
         requests=dict(outcomes),
         replicas=tuple(replicas),
         learning="; ".join(dict.fromkeys(stats.learning for stats in every if stats.learning)),
         recent=tuple(entry for stats in every for entry in stats.recent[-max(1, RECENT // len(every)) :]),
+    )
+
+
+def counters_of(stats: EngineStats) -> EngineStats:
+    """What is left of the statistics of an engine that has gone."""
+    return replace(
+        stats,
+        running=0,
+        waiting=0,
+        max_num_seqs=0,
+        cache_bytes=0,
+        prompt_bytes=0,
+        queued_cost_s=0.0,
+        learning="",
+        recent=(),
     )
 
 
