@@ -33,11 +33,10 @@ QUEUED = "queued_seconds"  # the metric by which is scaled
 _SCALE_EVERY_S = 1.0
 
 
-@serve.deployment(name="Engine", health_check_period_s=2.0, health_check_timeout_s=10.0)
 class Engine:
     """One engine process, as a replica: the methods of `EngineHost`, with the replica's name for the router."""
 
-    async def __init__(self, engine_args: dict[str, Any], warmup: bool, max_queued_requests: int) -> None:
+    async def __init__(self, engine_args: dict[str, Any], warmup: bool, max_queued_requests: int) -> None:  # type: ignore[misc]
         engine = ProcessEngineClient(engine_args, max_queued_requests=max_queued_requests, warmup=warmup)
         self._host = EngineHost(await engine.start())
 
@@ -72,12 +71,10 @@ class Engine:
         await self._host.engine.shutdown()
 
 
-@serve.deployment(name="Front", num_replicas=1, max_ongoing_requests=4096, ray_actor_options={"num_cpus": 0.1})
-@serve.ingress()
 class Front:
     """The HTTP application before a pool of the engines that Serve has."""
 
-    async def __init__(self, engines: DeploymentHandle, config: dict[str, Any]) -> None:
+    async def __init__(self, engines: DeploymentHandle, config: dict[str, Any]) -> None:  # type: ignore[misc]
         self._config, self._handle = RayConfig(**config).serve_config(), engines
         limits, engine = self._config.limits, self._config.engine_config()
         self._pool = ReplicaPool([], engine.max_num_seqs, limits.max_queued_requests)
@@ -137,15 +134,27 @@ def application(config: RayConfig) -> Application:
     server = config.serve_config()  # raises what is wrong, before anything starts
     options, seqs = config.options, server.engine_config().max_num_seqs
     waiting = config.limits.max_queued_requests
-    engines = Engine.options(
+    drain_s = max(1.0, config.shutdown_timeout_s)
+    engines = serve.deployment(
+        name="Engine",
         ray_actor_options={"num_cpus": options.cpus_per_replica, "num_gpus": options.gpus_per_replica},
         max_ongoing_requests=seqs + waiting + 64,  # and what listens and controls
-        graceful_shutdown_timeout_s=max(1.0, config.shutdown_timeout_s),
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=drain_s,
         request_router_config=RequestRouterConfig(request_router_class=NamedRouter),
         **_replicas(options),
-    ).bind(server.engine_args, config.warmup, waiting)
-    front = Front.options(graceful_shutdown_timeout_s=max(1.0, config.shutdown_timeout_s))
-    return front.bind(engines, config.model_dump(mode="json", exclude_unset=True))
+    )(Engine)
+    front = serve.deployment(
+        name="Front",
+        num_replicas=1,
+        max_ongoing_requests=4096,
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_timeout_s=drain_s,
+    )(serve.ingress()(Front))
+    settings = config.model_dump(mode="json", exclude_unset=True)
+    built: Application = front.bind(engines.bind(server.engine_args, config.warmup, waiting), settings)
+    return built
 
 
 def _replicas(options: RayOptions) -> dict[str, Any]:
