@@ -107,7 +107,7 @@ def told(waits: Sequence[float], seconds: float) -> dict[str, Any]:
 
 def measured(pool: ReplicaPool) -> Costs:
     """What the engines have measured, on average."""
-    every = [replica.engine._ledger.costs for replica in pool.replicas]  # type: ignore[attr-defined]
+    every = [replica.engine.ledger.costs for replica in pool.replicas]
 
     def mean(field: str) -> dict[int, float]:
         tables = [vars_of(costs)[field] for costs in every]

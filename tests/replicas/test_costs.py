@@ -79,3 +79,16 @@ def test_engines_beside_each_other_share_the_processors() -> None:
         seen.append([entry for entry in environment if entry.startswith(b"OMP_NUM_THREADS=")])
         launch.discard()
     assert seen == [[], [f"OMP_NUM_THREADS={max(1, (os.cpu_count() or 1) // 2)}".encode()]]
+
+
+def test_an_engine_that_has_measured_nothing_takes_what_another_has() -> None:
+    ledger, costs = Ledger(), cost.no_costs()
+    costs.computed[100] = 0.1
+    ledger.assume(costs)
+    ledger.note(StatsReport(EngineStats(running=1), cost.no_costs(), {"one": (50.0, 100)}))  # by a guess of its own
+    assert ledger.load({"one": RequestSize(100, 50, 1.0)}).jobs == ((pytest.approx(5.0), 100),)
+    own = cost.no_costs()
+    own.computed[100] = 0.2
+    ledger.note(StatsReport(EngineStats(), own, {"one": (9.0, 100)}))
+    ledger.assume(costs)
+    assert ledger.load({"one": RequestSize(100, 50, 1.0)}).jobs == ((9.0, 100),)

@@ -37,7 +37,7 @@ async def test_what_a_dying_engine_had_is_answered_by_another_with_the_same_seed
             tasks = await asked(pool, 8, "kept", seed=None, num_inference_steps=60, cache="off")
             lost = held(pool)[0]
             assert lost >= 3
-            await until(lambda: pool.replicas[0].engine._ledger.costs.computed)
+            await until(lambda: pool.replicas[0].engine.ledger.costs.computed)
             kill(pool, 0)
             outputs = await asyncio.gather(*tasks)
         assert all(output.ok for output in outputs) and len({output.seed for output in outputs}) == 8

@@ -110,7 +110,7 @@ class ProcessEngineClient:
         self._started: asyncio.Future[None] | None = None
         self._empty = asyncio.Event()
         self._empty.set()
-        self._ledger = Ledger()
+        self.ledger = self._ledger = Ledger()  # what was counted, and what work costs
 
     async def start(self) -> Self:
         """Return once the model is loaded and warmed up; raises the engine's reason if it cannot."""

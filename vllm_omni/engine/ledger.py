@@ -10,7 +10,7 @@ from typing import Any
 
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineLoad, EngineStats
-from vllm_omni.engine.wire import StatsReport
+from vllm_omni.engine.wire import StatsReport, UnitCosts
 from vllm_omni.errors import DeadlineExceededError, EngineClosedError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
@@ -65,7 +65,14 @@ class Ledger:
         self._promised = 0.0  # when the last request that was refused may come back
 
     def note(self, report: StatsReport) -> None:
-        self._stats, self.costs, self._jobs = report.stats, report.costs, report.jobs
+        self._stats = report.stats
+        self._jobs = report.jobs if report.costs.computed else {}  # one that has measured nothing cannot plan
+        self.costs = report.costs if report.costs.computed else self.costs
+
+    def assume(self, costs: UnitCosts) -> None:
+        """Take what another engine has measured, until this one has measured something."""
+        if not self.costs.computed:
+            self.costs = costs
 
     def process_ended(self) -> None:
         """Keep what it counted; nothing runs any more."""

@@ -292,6 +292,9 @@ class ReplicaPool:
         able = [one for one in self.replicas if one.able(weights) and one.name not in request.refused_by]
         if not able:
             return None
+        if (measured := next((one for one in able if one.engine.ledger.costs.computed), None)) is not None:
+            for one in able:
+                one.engine.ledger.assume(measured.engine.ledger.costs)
         planned = [one.engine.planned(request.params) for one in able]
         seconds = sum(seconds for seconds, _ in planned) / len(planned)
         asked = Asked(seconds, planned[0][1], request.adapters)

@@ -115,7 +115,7 @@ class RemoteEngine:
         self._info: ModelInfo | None = None
         self.condition = EngineCondition()
         self.state = "starting"
-        self._ledger = Ledger()
+        self.ledger = Ledger()
         self._jobs: dict[str, tuple[float, int]] = {}  # as last reported, of all fronts, without those that ended here
         self._sizes: dict[str, RequestSize] = {}
         self._stats = EngineStats()
@@ -146,16 +146,16 @@ class RemoteEngine:
     @property
     def load(self) -> EngineLoad:
         """With what was sent a moment ago, and with what other fronts have sent."""
-        ours = {name: self._ledger.seconds(size) for name, size in self._sizes.items() if name not in self._jobs}
+        ours = {name: self.ledger.seconds(size) for name, size in self._sizes.items() if name not in self._jobs}
         jobs = [*self._jobs.values(), *((seconds, self._sizes[name].pixels) for name, seconds in ours.items())]
-        return EngineLoad(tuple(jobs), self._ledger.load({}).unshared)
+        return EngineLoad(tuple(jobs), self.ledger.load({}).unshared)
 
     def planned(self, params: OmniDiffusionSamplingParams) -> tuple[float, int]:
         size = RequestSize.of(params, self.info.defaults)
-        return self._ledger.seconds(size), size.pixels
+        return self.ledger.seconds(size), size.pixels
 
     def retry_after_s(self) -> float:
-        return self._ledger.retry_after_s(list(self._sizes.values()))
+        return self.ledger.retry_after_s(list(self._sizes.values()))
 
     async def generate(
         self,
@@ -249,8 +249,8 @@ class RemoteEngine:
         assert isinstance(event, StateReport)
         before, self._heard = self.state, time.monotonic()
         self.state, self.condition, report = event.state, event.condition, event.report
-        self._ledger.note(report)
-        self._jobs, self._stats = dict(report.jobs), report.stats
+        self.ledger.note(report)
+        self._jobs, self._stats = dict(report.jobs) if report.costs.computed else {}, report.stats
         if self.state != before:
             self.changed()
 

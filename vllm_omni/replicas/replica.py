@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from vllm_omni.engine.interface import EngineClient, EngineLoad, EngineStats, ReplicaStats
+from vllm_omni.engine.ledger import Ledger
 from vllm_omni.engine.wire import Action
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.replicas.routing import Load
@@ -21,6 +22,10 @@ class ReplicaEngine(EngineClient, Protocol):
     @property
     def state(self) -> str:
         """The word of `ReplicaStats.state`: "ready", "asleep", "starting" or "dead"."""
+
+    @property
+    def ledger(self) -> Ledger:
+        """What work costs there."""
 
     @property
     def load(self) -> EngineLoad:
