@@ -154,7 +154,7 @@ async def compare(options: argparse.Namespace) -> dict[str, Any]:
         print(f"{rate:.1f} requests a second at most; pauses of {pause:.1f} s on average", flush=True)
         for turn in range(options.rounds):
             for rule, make in RULES.items():
-                pool._choice = make()
+                pool._line.choice = make()
                 asked = script(options.requests, options.clients, pause, turn)
                 case = {"rule": rule, "round": turn} | await real(pool, asked, f"{rule.replace(' ', '-')}-{turn}")
                 costs = measured(pool)

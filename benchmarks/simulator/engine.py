@@ -51,6 +51,11 @@ class Job:
     ended: float = math.inf
     failed: bool = False
 
+    @property
+    def turn(self) -> float:
+        """When it would have come, had all the same priority."""
+        return self.arrived + self.work.priority * AGEING_S
+
 
 @dataclass(eq=False)
 class Engine:
@@ -91,8 +96,7 @@ class Engine:
         return self.clock + max(0.0, soonest)
 
     def add(self, job: Job) -> None:
-        place = job.arrived + job.work.priority * AGEING_S
-        heapq.heappush(self.waiting, (place, next(self.order), job))
+        heapq.heappush(self.waiting, (job.turn, next(self.order), job))
         self.told[job] = job.seconds
         self._admit()
 
@@ -130,10 +134,15 @@ class Engine:
                 for end, _, job in ends:
                     self.told[job] = end - self.turns[size] - (now - self.clock) * self._share(size)
         jobs = [(max(0.0, left), job.work.pixels) for job, left in self.told.items()]
-        return Load(jobs, self.costs.unshared, able=self.up and not self.leaving)
+        return Load(jobs, self.costs.unshared)
 
     def _share(self, size: int) -> float:
         return self.costs.row[size] / self._round()
+
+    @property
+    def free(self) -> bool:
+        """Whether the front would send it one more: one may wait, so that it never stands still."""
+        return self.up and not self.leaving and len(self.told) <= self.costs.places
 
     @property
     def left(self) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -13,6 +12,7 @@ from typing import Any
 
 from simulator.engine import Costs, Engine, Job, Work
 from vllm_omni.replicas.routing import LOOKED_AT, MOST_AGAIN, Asked, Load, choose
+from vllm_omni.replicas.scaling import Window, wanted_replicas
 
 Choice = Callable[[Sequence[Load], Asked, random.Random], int | None]
 
@@ -70,7 +70,8 @@ class Front:
     draw: random.Random = field(init=False)
     jobs: list[Job] = field(default_factory=list)
     engines: list[Engine] = field(default_factory=list)
-    held: list[Job] = field(default_factory=list)  # that wait for an engine
+    line: list[tuple[float, int, Job]] = field(default_factory=list)  # those that wait for an engine, by their turns
+    free: dict[Engine, None] = field(default_factory=dict)  # engines that would get one
     deaths: int = 0
     replica_seconds: float = 0.0
 
@@ -78,7 +79,7 @@ class Front:
         self.draw = random.Random(self.seed)
         self._events: list[tuple[float, int, str, Any]] = []
         self._order = count()
-        self._wanted: deque[tuple[float, int]] = deque()
+        self._window = Window(self.scaling.patience if self.scaling is not None else 0.0)
         self._open = 0  # requests to come or in flight
         self._routing = random.Random(self.seed + 1)
 
@@ -86,6 +87,7 @@ class Front:
         for index in range(self.replicas):
             self.engines.append(Engine(self.costs, index))
             self._may_die(self.engines[index], 0.0)
+            self._note(self.engines[index])
         for time, work in arrivals:
             self._open += 1
             self._at(time, "arrives", work)
@@ -105,9 +107,8 @@ class Front:
             elif what == "starts":
                 about.up, about.clock = True, now
                 self._may_die(about, now)
-                waiting, self.held = self.held, []
-                for job in waiting:
-                    self._place(job, now)
+                self._note(about)
+                self._move(now)
             elif what == "scale":
                 self._scale(now)
         return self.jobs
@@ -121,35 +122,46 @@ class Front:
         return job
 
     def _place(self, job: Job, now: float) -> None:
-        """Send a request where the rule says; of many replicas the front looks at some."""
-        engines = self.engines
-        if len(engines) > LOOKED_AT:
-            engines = self._routing.sample(engines, LOOKED_AT)
-            if not any(one.up and not one.leaving for one in engines):
-                engines = self.engines
-        loads = [engine.load(now) for engine in engines]
-        index = self.rule(loads, Asked(job.seconds, job.work.pixels), self._routing)
-        if index is None:
-            self.held.append(job)
-            return
-        engine = engines[index]
-        job.taken += 1
-        engine.advance(now)
-        engine.add(job)
-        self._expect(engine)
+        heapq.heappush(self.line, (job.turn, next(self._order), job))
+        self._move(now)
+
+    def _move(self, now: float) -> None:
+        """Send those that wait where the rule says, as far as there are places; of many engines it looks at some."""
+        while self.line and self.free:
+            engines = list(self.free)
+            if len(engines) > LOOKED_AT:
+                engines = self._routing.sample(engines, LOOKED_AT)
+            job = self.line[0][2]
+            asked = Asked(job.seconds, job.work.pixels)
+            index = self.rule([engine.load(now) for engine in engines], asked, self._routing)
+            assert index is not None
+            heapq.heappop(self.line)
+            job.taken += 1
+            engines[index].advance(now)
+            engines[index].add(job)
+            self._expect(engines[index])
 
     def _expect(self, engine: Engine) -> None:
+        """Note when its next request ends, and whether it would get another one."""
+        self._note(engine)
         engine.version += 1
         if engine.running:
             self._at(engine.next_end(), "ends", (engine, engine.version))
+
+    def _note(self, engine: Engine) -> None:
+        if engine.free:
+            self.free[engine] = None
+        else:
+            self.free.pop(engine, None)
 
     def _ended(self, engine: Engine, now: float) -> None:
         engine.advance(now)
         for job in engine.finish():
             self._close(job, now)
-        self._expect(engine)
         if engine.leaving and not engine.running:
             engine.up = False
+        self._expect(engine)
+        self._move(now)
 
     def _close(self, job: Job, now: float) -> None:
         job.ended = now
@@ -169,6 +181,7 @@ class Front:
         engine.up = False
         engine.version += 1
         lost = engine.lose()
+        self._note(engine)
         if not engine.leaving:
             self._at(now + self.costs.start, "starts", engine)
         for job in lost:
@@ -183,18 +196,20 @@ class Front:
         assert plan is not None
         staying = [one for one in self.engines if not one.leaving]
         flight = [one for one in self.engines if one.up or not one.leaving]
-        left = (sum(len(one.told) if plan.signal == "count" else one.left for one in flight)) + len(self.held)
-        wanted = min(plan.highest, max(plan.lowest, math.ceil(left / plan.target)))
+        waiting = [job for _, _, job in self.line]
+        if plan.signal == "count":
+            left = float(sum(len(one.told) for one in flight) + len(waiting))
+        else:
+            left = sum(one.left for one in flight) + sum(job.seconds for job in waiting)
+        wanted = wanted_replicas(left, plan.target, plan.lowest, plan.highest)
         for _ in range(wanted - len(staying)):
             engine = Engine(self.costs, len(self.engines), clock=now, up=False)
             self.engines.append(engine)
             self._at(now + self.costs.start, "starts", engine)
-        self._wanted.append((now, wanted))
-        while self._wanted[0][0] < now - plan.patience:
-            self._wanted.popleft()
-        most = max(number for _, number in self._wanted)
+        most = self._window.note(now, wanted)
         for engine in sorted(staying, key=lambda one: len(one.told))[: max(0, len(staying) - most)]:
             engine.leaving = True
             engine.up = engine.up and bool(engine.running)
+            self._note(engine)
         self.engines = [one for one in self.engines if one.up or not one.leaving]
         self._at(now + plan.every, "scale", None)

@@ -41,10 +41,10 @@ def held(pool: ReplicaPool) -> list[int]:
 
 
 async def asked(pool: ReplicaPool, count: int, prefix: str, **params: Any) -> list[asyncio.Task[OmniRequestOutput]]:
-    """So many requests with seeds of their own, all of them taken by an engine."""
-    before = sum(held(pool))
+    """So many requests with seeds of their own, all of them with an engine or in the line."""
+    before = sum(held(pool)) + len(pool._line)
     tasks = [asyncio.create_task(last(pool, f"{prefix}-{i}", **{"seed": i} | params)) for i in range(count)]
-    await until(lambda: sum(held(pool)) == before + count)
+    await until(lambda: sum(held(pool)) + len(pool._line) == before + count)
     return tasks
 
 

@@ -122,8 +122,37 @@ async def test_requests_beyond_the_places_of_all_are_refused_at_once(pool: Repli
         assert full.value.retry_after_s >= 1.0
     with pytest.raises(InvalidValueError, match="must not be in use"):
         await last(pool, "full-0")
-    assert not any(task.done() for task in tasks) and max(held(pool)) <= 7
+    assert not any(task.done() for task in tasks) and held(pool) == [5, 5]
+    stats = await pool.stats()
+    assert stats.waiting >= 2 and stats.queued_cost_s > 0
     assert all(output.ok for output in await asyncio.gather(*tasks))
+    await idle(pool)
+
+
+@one_loop
+async def test_those_that_wait_go_in_their_order_wherever_there_is_a_place_first(pool: ReplicaPool) -> None:
+    long = await asked(pool, 5, "long", num_inference_steps=900, cache="off")
+    short = await asked(pool, 5, "short", num_inference_steps=30, cache="off")
+    order: list[str] = []
+
+    async def one(name: str, priority: int) -> None:
+        assert (await last(pool, name, num_inference_steps=4, priority=priority)).ok
+        order.append(name)
+
+    late = asyncio.create_task(one("late", 5))
+    gone = asyncio.create_task(last(pool, "gone", num_inference_steps=4))
+    early = asyncio.create_task(one("early", -5))
+    await until(lambda: len(pool._line) == 3)
+    before = (await pool.stats()).aborts_by_stage.get("queued", 0)
+    await pool.abort("gone")
+    assert isinstance((await gone).error, RequestAbortedError)
+    expired = await last(pool, "expired", num_inference_steps=4, timeout_s=0.01)
+    assert isinstance(expired.error, DeadlineExceededError)
+    await asyncio.gather(early, late, *short)
+    assert order == ["early", "late"]
+    assert (await pool.stats()).aborts_by_stage["queued"] == before + 1
+    for task in long:
+        task.cancel()
     await idle(pool)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Sequence
-from contextlib import aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, Self
 
@@ -20,7 +21,6 @@ from vllm_omni.engine.ledger import outcome
 from vllm_omni.engine.supervisor import Launch
 from vllm_omni.engine.wire import Action
 from vllm_omni.errors import (
-    DeadlineExceededError,
     EngineAsleepError,
     EngineClosedError,
     EngineDeadError,
@@ -35,14 +35,13 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.replicas.control import PoolControl
+from vllm_omni.replicas.line import Choice, Line
 from vllm_omni.replicas.replica import Replica, ReplicaEngine
 from vllm_omni.replicas.request import PoolRequest
-from vllm_omni.replicas.routing import MOST_AGAIN, Asked, Load, choose
+from vllm_omni.replicas.routing import MOST_AGAIN, choose
 from vllm_omni.replicas.stats import added_up, counters_of
 
 logger = init_logger(__name__)
-
-Choice = Callable[[Sequence[Load], Asked, random.Random], int | None]
 
 
 class ReplicaPool:
@@ -55,15 +54,16 @@ class ReplicaPool:
 
     def __init__(self, engines: Sequence[ReplicaEngine], seqs: int, waiting: int, choice: Choice = choose) -> None:
         self.replicas = [Replica(str(index), engine) for index, engine in enumerate(engines)]
-        self._seqs, self._waiting, self._choice = seqs, waiting, choice
+        self._seqs, self._waiting = seqs, waiting
         self._control = PoolControl(self.replicas)
+        self._line = Line(self.replicas, self._control, seqs, choice)
         self._asked: dict[str, PoolRequest] = {}
         self._outcomes: Counter[str] = Counter()
+        self._left_queued = 0  # that were aborted before an engine had them
         self._info: ModelInfo | None = None
         self._gone: list[EngineStats] = []  # what those that have left had counted
         self._draining = self._closed = False
-        self._draw = random.Random()
-        self._news = asyncio.Event()  # set for a moment whenever a request that waits should look again
+        self._news = asyncio.Event()  # set for a moment whenever something has ended
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def start(self) -> Self:
@@ -120,17 +120,16 @@ class ReplicaPool:
             raise
         finally:
             del self._asked[request_id]
-            if request.taken:
+            if request.accepted:
                 self._outcomes[ended] += 1
-            if not self._asked:
-                self._tell()
+                self._left_queued += ended == "aborted" and not request.taken
+            self._tell()
 
     async def abort(self, request_ids: str | Iterable[str]) -> None:
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         for request_id in ids:
             if (request := self._asked.get(request_id) if isinstance(request_id, str) else None) is not None:
-                request.aborted = True
-        self._tell()
+                request.settle(RequestAbortedError(f"request {request_id} was aborted"))
         for replica in self.replicas:
             await replica.engine.abort(ids)
 
@@ -148,13 +147,16 @@ class ReplicaPool:
         checks = (replica.engine.check_health() for replica in self.replicas)
         answers = await asyncio.gather(*checks, return_exceptions=True)
         if None not in answers:
-            raise next((answer for answer in answers if answer is not None), _no_engine())
+            raise next((one for one in answers if one is not None), EngineDeadError("no engine is there yet", 5.0))
 
     async def stats(self) -> EngineStats:
         every = [await replica.engine.stats() for replica in self.replicas]
         weights = self._control.weights
         told = [replica.told(stats, weights) for replica, stats in zip(self.replicas, every, strict=True)]
-        return added_up([*self._gone, *every], self._outcomes, told)
+        total = added_up([*self._gone, *every], self._outcomes, told)
+        waiting, seconds = total.waiting + len(self._line), total.queued_cost_s + self._line.seconds
+        stages = dict(Counter(total.aborts_by_stage) + Counter(queued=self._left_queued))
+        return replace(total, waiting=waiting, queued_cost_s=seconds, aborts_by_stage=stages)
 
     async def drain(self, timeout_s: float) -> None:
         """The engines take requests to the end: one whose engine dies meanwhile is still asked again."""
@@ -168,7 +170,8 @@ class ReplicaPool:
 
     async def shutdown(self) -> None:
         self._closed = True
-        self._tell()
+        for request in self._line:
+            request.settle(EngineClosedError(f"request {request.request_id} was aborted: the engine shuts down"))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*(replica.engine.shutdown() for replica in self.replicas))
@@ -202,6 +205,8 @@ class ReplicaPool:
         self._tell()
 
     def _tell(self) -> None:
+        """Something has ended, or an engine has changed: who waits may go."""
+        self._line.move()
         self._news.set()
         self._news.clear()
 
@@ -213,19 +218,17 @@ class ReplicaPool:
             raise EngineDrainingError("the engine is shutting down and takes no new requests")
         if request_id in self._asked:
             raise InvalidValueError("request_id", request_id, "must not be in use")
-        if (
-            len(self._asked) >= self._seqs * max(1, len(self.replicas)) + self._waiting
-        ):  # places are promised by each engine: one of them does it for all
-            after_s = self._draw.choice(self.replicas).engine.retry_after_s() if self.replicas else 5.0
-            raise QueueFullError(self._waiting, after_s)
+        if len(self._asked) >= self._seqs * max(1, len(self.replicas)) + self._waiting:
+            after_s = random.choice(self.replicas).engine.retry_after_s() if self.replicas else 5.0
+            raise QueueFullError(self._waiting, after_s)  # places are promised by each engine: one does it for all
 
     async def _answers(self, request: PoolRequest) -> AsyncGenerator[OmniRequestOutput, None]:
         """The outputs of one replica after another, until one has ended it."""
         while True:
             try:
-                replica = await self._place(request)
+                replica = await self._line.place(request)
             except OmniError as error:
-                if not request.taken:
+                if not request.accepted or isinstance(error, InvalidValueError):
                     raise
                 yield OmniRequestOutput(request.request_id, request.prompt, error=error)
                 return
@@ -244,87 +247,33 @@ class ReplicaPool:
                 replica.lost += 1
                 again = f"{request.taken} of {MOST_AGAIN}"
                 logger.warning("request %s is asked again (%s): %s", request.request_id, again, lost)
+            finally:
+                self._tell()
 
     async def _ask(self, replica: Replica, request: PoolRequest) -> AsyncGenerator[OmniRequestOutput, None]:
         """The outputs of one replica. _LostError if its engine died and another one is to be asked."""
+        waited_s = request.waited_s
         stream = replica.engine.generate(
             request.prompt,
             request.params,
             request.request_id,
-            priority=request.priority_now,
+            priority=request.priority,
             timeout_s=request.left_s,
             salt=request.salt,
         )
         request.taken += 1
+        del replica.coming[request]  # from the next line on, the engine itself counts it
         async with aclosing(stream) as outputs:  # type: ignore[type-var]
             async for output in outputs:
                 if isinstance(output.error, EngineDeadError) and request.may_be_asked_again and not self._closed:
                     raise _LostError(str(output.error))
-                replica.answered += output.finished
+                if output.finished:
+                    replica.answered += 1
+                    for times, name in ((output.stage_durations, "queue_s"), (output.metrics, "total_s")):
+                        times[name] = times.get(name, 0.0) + waited_s
                 if request.is_news(output):
                     request.told = request.told or bool(output.images)
                     yield output
-
-    async def _place(self, request: PoolRequest) -> Replica:
-        """The replica that is to take it; if there is none now, one that was taken before waits. Raises why none is."""
-        while True:
-            if request.aborted:
-                raise RequestAbortedError(f"request {request.request_id} was aborted")
-            left_s = request.left_s
-            if request.taken and left_s is not None and left_s <= 0:
-                raise DeadlineExceededError(f"request {request.request_id} did not end within its time-out")
-            if self._closed:
-                raise EngineClosedError(f"request {request.request_id} was aborted: the engine shuts down")
-            if (replica := self._chosen(request)) is not None:
-                return replica
-            if not request.taken or (self.replicas and all(one.engine.state == "dead" for one in self.replicas)):
-                raise await self._why_none()
-            with suppress(TimeoutError):
-                async with asyncio.timeout(left_s):
-                    await self._news.wait()
-
-    def _chosen(self, request: PoolRequest) -> Replica | None:
-        """The replica where it delays everybody least; None if none can take any request now.
-
-        InvalidValueError if there are some, but none has its adapters.
-        """
-        weights = self._control.weights
-        able = [one for one in self.replicas if one.able(weights) and one.name not in request.refused_by]
-        if not able:
-            return None
-        if (measured := next((one for one in able if one.engine.ledger.costs.computed), None)) is not None:
-            for one in able:
-                one.engine.ledger.assume(measured.engine.ledger.costs)
-        planned = [one.engine.planned(request.params) for one in able]
-        seconds = sum(seconds for seconds, _ in planned) / len(planned)
-        asked = Asked(seconds, planned[0][1], request.adapters)
-        index = self._choice([one.weighed() for one in able], asked, self._draw)
-        if index is None:
-            names = ", ".join(sorted(request.adapters))
-            raise UnknownAdapterError("lora_request", names, "must be loaded, all of them by one replica")
-        return able[index]
-
-    async def _why_none(self) -> OmniError:
-        """Why no replica takes a request, and when one should."""
-        states = {replica.engine.state for replica in self.replicas}
-        if not states:
-            return _no_engine()
-        if "asleep" in states and "starting" not in states:
-            return EngineAsleepError()
-        if "ready" in states:
-            return EngineDeadError("the engines are being brought to one condition", retry_after_s=1.0)
-        excuses = []
-        for replica in self.replicas:
-            try:
-                await replica.engine.check_health()
-            except EngineDeadError as error:
-                excuses.append(error)
-        back = [error for error in excuses if error.retry_after_s is not None]
-        return min(back, key=lambda error: error.retry_after_s or 0.0) if back else excuses[0]
-
-
-def _no_engine() -> EngineDeadError:
-    return EngineDeadError("no engine is there yet", retry_after_s=5.0)
 
 
 class _LostError(Exception):

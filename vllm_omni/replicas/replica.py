@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from vllm_omni.engine.interface import EngineClient, EngineLoad, EngineStats, ReplicaStats
 from vllm_omni.engine.ledger import Ledger
@@ -45,6 +45,7 @@ class Replica:
     name: str
     engine: ReplicaEngine
     missed: deque[Action] = field(default_factory=deque)  # done to the others while it was starting
+    coming: dict[Any, tuple[float, int]] = field(default_factory=dict)  # requests on their way to it, as jobs
     answered: int = 0
     lost: int = 0
 
@@ -58,7 +59,13 @@ class Replica:
     def weighed(self) -> Load:
         """What `routing.choose` compares, of one that is able."""
         load = self.engine.load
-        return Load(load.jobs, load.unshared, adapters=frozenset(self.engine.condition.adapters))
+        jobs = (*load.jobs, *self.coming.values())
+        return Load(jobs, load.unshared, adapters=frozenset(self.engine.condition.adapters))
+
+    @property
+    def held(self) -> int:
+        """Requests that it has, or is about to have."""
+        return len(self.engine.load.jobs) + len(self.coming)
 
     def told(self, stats: EngineStats, weights: str | None) -> ReplicaStats:
         """What an operator sees of it."""
