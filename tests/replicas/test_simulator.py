@@ -82,8 +82,6 @@ def test_how_many_are_wanted() -> None:
     assert [wanted_replicas(left, 30.0, 1, 8) for left in (0.0, 29.0, 31.0, 100.0, 1e9)] == [1, 1, 2, 4, 8]
     window = Window(60.0)
     assert [window.note(now, number) for now, number in ((0, 1), (10, 5), (20, 2), (60, 2), (71, 2))] == [1, 5, 5, 5, 2]
-    again = Window.of(60.0, json.loads(json.dumps(window.kept)))
-    assert again.note(72.0, 1) == 2
 
 
 def test_the_table_and_the_last_line(simulator: Any) -> None:

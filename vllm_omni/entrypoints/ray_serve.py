@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from vllm_omni.engine.client import ProcessEngineClient
@@ -21,15 +21,15 @@ from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.ray_config import RayConfig, RayOptions
 from vllm_omni.errors import EngineDeadError, OmniError
 from vllm_omni.logger import init_logger
+from vllm_omni.replicas.members import members
 from vllm_omni.replicas.pool import ReplicaPool
-from vllm_omni.replicas.ray_link import NamedRouter, RayLink, members
+from vllm_omni.replicas.ray_link import RayLink, keep_to_loopback
+from vllm_omni.replicas.ray_policy import QUEUED, NamedRouter, QueuedSeconds
 from vllm_omni.replicas.remote import EngineHost, RemoteEngine
-from vllm_omni.replicas.scaling import Window, wanted_replicas
 
 logger = init_logger(__name__)
 
 LOOK_EVERY_S = 0.2  # at which replicas there are
-QUEUED = "queued_seconds"  # the metric by which is scaled
 _SCALE_EVERY_S = 1.0
 
 
@@ -37,6 +37,7 @@ class Engine:
     """One engine process, as a replica: the methods of `EngineHost`, with the replica's name for the router."""
 
     async def __init__(self, engine_args: dict[str, Any], warmup: bool, max_queued_requests: int) -> None:  # type: ignore[misc]
+        keep_to_loopback()
         engine = ProcessEngineClient(engine_args, max_queued_requests=max_queued_requests, warmup=warmup)
         self._host = EngineHost(await engine.start())
 
@@ -64,7 +65,7 @@ class Engine:
         if self._host.engine.state == "dead":
             raise EngineDeadError("the engine process is not restarted any more")
 
-    def record_autoscaling_stats(self) -> dict[str, float]:
+    async def record_autoscaling_stats(self) -> dict[str, float]:
         return {QUEUED: sum(seconds for seconds, _ in self._host.engine.load.jobs)}
 
     async def __del__(self) -> None:
@@ -75,6 +76,7 @@ class Front:
     """The HTTP application before a pool of the engines that Serve has."""
 
     async def __init__(self, engines: DeploymentHandle, config: dict[str, Any]) -> None:  # type: ignore[misc]
+        keep_to_loopback()
         self._config, self._handle = RayConfig(**config).serve_config(), engines
         limits, engine = self._config.limits, self._config.engine_config()
         self._pool = ReplicaPool([], engine.max_num_seqs, limits.max_queued_requests)
@@ -118,17 +120,6 @@ class Front:
             logger.info("replica %s has joined", name)
 
 
-def queued_seconds(
-    ctx: AutoscalingContext, target_s: float = 30.0, patience_s: float = 300.0
-) -> tuple[int, dict[str, Any]]:
-    """As many replicas as what is left to do asks for, fewer only after a while: Serve's policy function."""
-    left = sum((ctx.aggregated_metrics or {}).get(QUEUED, {}).values())
-    lowest, highest = ctx.capacity_adjusted_min_replicas, ctx.capacity_adjusted_max_replicas
-    window = Window.of(patience_s, (ctx.policy_state or {}).get("wanted", ()))
-    wanted = window.note(float(ctx.current_time or 0.0), wanted_replicas(left, target_s, lowest, highest))
-    return wanted, {"wanted": window.kept}
-
-
 def application(config: RayConfig) -> Application:
     """The application of these settings, for `serve.run`."""
     server = config.serve_config()  # raises what is wrong, before anything starts
@@ -168,7 +159,7 @@ def _replicas(options: RayOptions) -> dict[str, Any]:
         upscale_delay_s=0.0,
         downscale_delay_s=0.0,  # the policy itself waits
         policy=AutoscalingPolicy(
-            policy_function=queued_seconds,
+            policy_function=QueuedSeconds,
             policy_kwargs={"target_s": options.target_queued_s, "patience_s": options.downscale_delay_s},
         ),
     )

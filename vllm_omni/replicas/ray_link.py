@@ -1,4 +1,4 @@
-"""Ray Serve's replicas as engines of a pool: who there is, and frames to one of them by name. Needs the extra `[ray]`.
+"""Frames to one of Ray Serve's replicas, by its name. Needs the extra `[ray]`.
 
 Serve starts, watches, replaces and scales the replicas; the pool decides which of them takes a request.
 """
@@ -7,40 +7,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import contextmanager
+from contextvars import Context
 from typing import Any
 
 from ray.exceptions import RayError
+from ray.serve._private import replica as serve_replica
 from ray.serve.exceptions import RayServeException
-from ray.serve.request_router import PendingRequest, RequestRouter, RunningReplica
+from ray.util import get_node_ip_address
 
 from vllm_omni.replicas.remote import LinkLostError
-
-_members: set[str] = set()  # replicas that Serve routes to, in this process
-
-
-def members() -> set[str]:
-    """The names of the replicas, as Serve last said."""
-    return set(_members)
-
-
-class NamedRouter(RequestRouter):
-    """Sends a call to the replica that it names, and notes which there are."""
-
-    async def choose_replicas(
-        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
-    ) -> list[list[RunningReplica]]:
-        """The named one alone; all, if a call names none."""
-        name = pending_request.kwargs.get("replica") if pending_request is not None else None
-        return [[one for one in candidate_replicas if name in (None, one.replica_id.unique_id)]]
-
-    def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        super().update_replicas(replicas)
-        _members.clear()
-        _members.update(replica.replica_id.unique_id for replica in replicas)
-
-    def on_replica_actor_died(self, replica_id: Any) -> None:
-        super().on_replica_actor_died(replica_id)
-        _members.discard(replica_id.unique_id)
 
 
 class RayLink:
@@ -51,7 +26,7 @@ class RayLink:
 
     async def describe(self) -> bytes:
         with _lost():
-            answer: bytes = await self._handle.describe.remote(replica=self._replica)
+            answer: bytes = await self._call(self._handle.describe)
             return answer
 
     def watch(self) -> AsyncGenerator[bytes, None]:
@@ -62,22 +37,42 @@ class RayLink:
 
     async def control(self, frame: bytes) -> bytes:
         with _lost():
-            answer: bytes = await self._handle.control.remote(frame, replica=self._replica)
+            answer: bytes = await self._call(self._handle.control, frame)
             return answer
 
     async def abort(self, request_ids: list[str]) -> None:
         with _lost():
-            await self._handle.abort.remote(request_ids, replica=self._replica)
+            await self._call(self._handle.abort, request_ids)
+
+    def _call(self, method: Any, *args: Any) -> Any:
+        """Call a method, outside the HTTP request that it belongs to: Serve takes two calls of one request for one."""
+        return Context().run(method.remote, *args, replica=self._replica)
 
     async def _stream(self, method: Any, *args: Any) -> AsyncGenerator[bytes, None]:
         """What a method yields; leaving it cancels the method where it runs."""
-        stream = method.options(stream=True).remote(*args, replica=self._replica)
+        stream = self._call(method.options(stream=True), *args)
         try:
             with _lost():
                 async for frame in stream:
                     yield frame
         finally:
             stream.cancel()
+
+
+def keep_to_loopback() -> None:
+    """Let the server that Serve opens in each replica for the others listen on loopback, if all of this Ray does.
+
+    Serve binds it to every interface, whatever Ray itself does. To be called before a replica has been made.
+    """
+    if get_node_ip_address() != "127.0.0.1":
+        return
+    bind = serve_replica.add_port_to_grpc_server
+
+    def bind_here(server: Any, address: str) -> int:
+        port: int = bind(server, address.replace("[::]", "127.0.0.1"))
+        return port
+
+    serve_replica.add_port_to_grpc_server = bind_here
 
 
 @contextmanager

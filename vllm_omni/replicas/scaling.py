@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -29,12 +28,3 @@ class Window:
         while self.wanted[0][0] < now - self.patience_s:
             self.wanted.popleft()
         return max(number for _, number in self.wanted)
-
-    @classmethod
-    def of(cls, patience_s: float, kept: Sequence[Sequence[float]]) -> Window:
-        """One that was kept as plain numbers (`kept`)."""
-        return cls(patience_s, deque((float(time), int(number)) for time, number in kept))
-
-    @property
-    def kept(self) -> list[list[float]]:
-        return [[time, number] for time, number in self.wanted]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import signal
 import tempfile
 import threading
@@ -28,8 +29,9 @@ EXAMPLES = """
   vllm-omni ray demo --replicas 2 --cache-backend magcache
   vllm-omni ray MODEL --replicas 1 --max-replicas 8 --gpus-per-replica 1 --address auto --host 0.0.0.0 --api-key SECRET
 """
-_PRIVATE = {  # of the Ray that is started here: it reports nothing, and keeps its token where all of it goes again
+_PRIVATE = {  # of the Ray that is started here
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # else Ray takes this machine's outer address for 127.0.0.1
     "RAY_SERVE_ENABLE_TASK_EVENTS": "0",
 }
 
@@ -82,8 +84,11 @@ def ray_config(args: argparse.Namespace) -> RayConfig:
 
 
 def _serve(config: RayConfig, address: str | None, folder: Path) -> int:
-    for name, value in (_PRIVATE | {"RAY_AUTH_TOKEN_PATH": str(folder / "token")}).items():
-        os.environ.setdefault(name, value)
+    if address is None:
+        token = folder / "token"  # who has none cannot speak to this Ray, also on this machine
+        token.write_text(secrets.token_hex(32))
+        token.chmod(0o600)
+        os.environ.update(_PRIVATE | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)})
     import ray
     from ray import serve
 
