@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from vllm_omni.engine import cost
 from vllm_omni.engine.client import ALONE, launch_engine
@@ -13,6 +14,7 @@ from vllm_omni.engine.interface import EngineStats
 from vllm_omni.engine.ledger import Ledger, RequestSize
 from vllm_omni.engine.wire import StatsReport
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams as Params
+from vllm_omni.kernels.placement import device_in_turn
 
 
 @pytest.mark.parametrize(("fixed", "each"), [(0.8, 0.2), (0.0, 1.0), (1.0, 0.0)])
@@ -92,3 +94,17 @@ def test_an_engine_that_has_measured_nothing_takes_what_another_has() -> None:
     ledger.note(StatsReport(EngineStats(), own, {"one": (9.0, 100)}))
     ledger.assume(costs)
     assert ledger.load({"one": RequestSize(100, 50, 1.0)}).jobs == ((9.0, 100),)
+
+
+@pytest.mark.parametrize(
+    ("asked", "wanted"),
+    [(None, ["cuda:0", "cuda:1", "cuda:0"]), ("cuda", ["cuda:0", "cuda:1", "cuda:0"]), ("cuda:1", ["cuda:1"] * 3)],
+)
+def test_engines_take_the_devices_in_turn(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, wanted: list[str]
+) -> None:
+    assert [device_in_turn(asked, turn) for turn in range(3)] == [asked] * 3 or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [device_in_turn(asked, turn) for turn in range(3)] == wanted
+    assert device_in_turn("cpu", 1) == "cpu"
