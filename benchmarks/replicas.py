@@ -153,8 +153,8 @@ async def compare(options: argparse.Namespace) -> dict[str, Any]:
         pause = max(0.2, pause)
         print(f"{rate:.1f} requests a second at most; pauses of {pause:.1f} s on average", flush=True)
         for turn in range(options.rounds):
-            for rule, make in RULES.items():
-                pool._line.choice = make()
+            for rule in options.rules:
+                pool._line.choice = RULES[rule]()
                 asked = script(options.requests, options.clients, pause, turn)
                 case = {"rule": rule, "round": turn} | await real(pool, asked, f"{rule.replace(' ', '-')}-{turn}")
                 costs = measured(pool)
@@ -176,13 +176,14 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32, help="(default %(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="(default %(default)s)")
     parser.add_argument("--load", type=float, default=0.75, help="(default %(default)s)")
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES), help="(default: all)")
     parser.add_argument("--write-costs", type=Path, help="a file for `simulate.py --costs`")
     options = parser.parse_args()
     front = asyncio.run(added(100))
     print("the front: " + ", ".join(f"{name} {value:.3f}" for name, value in front.items()), flush=True)
     result = asyncio.run(compare(options))
     by_rule: dict[str, Any] = {}
-    for rule in RULES:
+    for rule in options.rules:
         own = [case for case in result["cases"] if case["rule"] == rule]
         by_rule[rule] = {key: statistics.mean(case[key] for case in own) for key in ("mean", "p99", "seconds")}
         by_rule[rule]["simulated_mean"] = statistics.mean(case["simulated"]["mean"] for case in own)

@@ -168,7 +168,7 @@ def test_a_replica_that_is_killed_loses_nothing_and_another_one_comes(
 
     def ask(seed: int) -> httpx.Response:
         body = {"prompt": "penguin", "steps": 80, "seed": seed, "cache": "off"}
-        return httpx.post(served[0] + GENERATIONS, json=body, timeout=300)
+        return httpx.post(served[0] + GENERATIONS, json=body, timeout=120)
 
     with ThreadPoolExecutor(8) as clients:
         answers = [clients.submit(ask, seed) for seed in range(8)]
@@ -200,8 +200,8 @@ def test_replicas_come_with_the_work_and_go_without_an_error(tmp_path: Path) -> 
 
             def client() -> None:
                 while time.monotonic() < until and 2 not in counts[-20:]:
-                    statuses.append(httpx.post(url + GENERATIONS, json=body, timeout=300).status_code)
-                statuses.append(httpx.post(url + GENERATIONS, json=body, timeout=300).status_code)
+                    statuses.append(httpx.post(url + GENERATIONS, json=body, timeout=120).status_code)
+                statuses.append(httpx.post(url + GENERATIONS, json=body, timeout=120).status_code)
 
             running = [clients.submit(client) for _ in range(16)]
             while not all(one.done() for one in running):

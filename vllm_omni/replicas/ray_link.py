@@ -5,7 +5,8 @@ Serve starts, watches, replaces and scales the replicas; the pool decides which 
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import contextmanager
 from contextvars import Context
 from typing import Any
@@ -23,11 +24,11 @@ class RayLink:
 
     def __init__(self, handle: Any, replica: str) -> None:
         self._handle, self._replica = handle, replica
+        self._gone = asyncio.Event()
 
     async def describe(self) -> bytes:
-        with _lost():
-            answer: bytes = await self._call(self._handle.describe)
-            return answer
+        answer: bytes = await self._answer(self._call(self._handle.describe))
+        return answer
 
     def watch(self) -> AsyncGenerator[bytes, None]:
         return self._stream(self._handle.watch)
@@ -36,27 +37,48 @@ class RayLink:
         return self._stream(self._handle.generate, frame, timeout_s)
 
     async def control(self, frame: bytes) -> bytes:
-        with _lost():
-            answer: bytes = await self._call(self._handle.control, frame)
-            return answer
+        answer: bytes = await self._answer(self._call(self._handle.control, frame))
+        return answer
 
     async def abort(self, request_ids: list[str]) -> None:
-        with _lost():
-            await self._call(self._handle.abort, request_ids)
+        await self._answer(self._call(self._handle.abort, request_ids))
+
+    def close(self) -> None:
+        """Note that the replica has left: Serve would look for it for ever."""
+        self._gone.set()
 
     def _call(self, method: Any, *args: Any) -> Any:
         """Call a method, outside the HTTP request that it belongs to: Serve takes two calls of one request for one."""
         return Context().run(method.remote, *args, replica=self._replica)
 
     async def _stream(self, method: Any, *args: Any) -> AsyncGenerator[bytes, None]:
-        """What a method yields; leaving it cancels the method where it runs."""
+        """What a method yields; leaving it cancels the method where it runs. One that has begun may end."""
         stream = self._call(method.options(stream=True), *args)
         try:
-            with _lost():
-                async for frame in stream:
-                    yield frame
+            frame = await self._answer(anext(stream, None))
+            while frame is not None:
+                yield frame
+                with _lost():
+                    frame = await anext(stream, None)
         finally:
             stream.cancel()
+
+    async def _answer(self, call: Awaitable[Any]) -> Any:
+        """What a call returns. LinkLostError if the replica dies, or leaves before it has answered."""
+        gone, answer = asyncio.ensure_future(self._gone.wait()), asyncio.ensure_future(_awaited(call))
+        try:
+            await asyncio.wait([gone, answer], return_when=asyncio.FIRST_COMPLETED)
+            if not answer.done():
+                raise LinkLostError("it has left")
+            with _lost():
+                return answer.result()
+        finally:
+            gone.cancel()
+            answer.cancel()
+
+
+async def _awaited(call: Awaitable[Any]) -> Any:
+    return await call
 
 
 def keep_to_loopback() -> None:

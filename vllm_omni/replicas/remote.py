@@ -59,6 +59,8 @@ class Link(Protocol):
 
     async def abort(self, request_ids: list[str]) -> None: ...
 
+    def close(self) -> None: ...
+
 
 class EngineHost:
     """An engine where it runs: takes frames and answers with frames."""
@@ -184,6 +186,7 @@ class RemoteEngine:
             lost = "without an answer"
         except LinkLostError as error:
             lost = f"({error})"
+            self._note_lost()
         finally:
             del self._sizes[request_id]
             self._jobs.pop(request_id, None)
@@ -222,6 +225,7 @@ class RemoteEngine:
     async def shutdown(self) -> None:
         """Listen no more."""
         self.state = "dead"
+        self._link.close()
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait([self._watching])
@@ -242,13 +246,20 @@ class RemoteEngine:
             logger.warning("a replica is lost: %s", error)
         except ValueError as error:
             logger.error("a report of a replica cannot be read:\n%s", told(error))
-        self.state = "dead"
-        self.changed()
+        self._note_lost()
+
+    def _note_lost(self) -> None:
+        """Ask it nothing before it reports again; whoever started it starts another one, if it is dead."""
+        if self.state != "dead":
+            self.state = "starting"
+            self.changed()
 
     def _note(self, event: EngineEvent) -> None:
         assert isinstance(event, StateReport)
         before, self._heard = self.state, time.monotonic()
         self.state, self.condition, report = event.state, event.condition, event.report
+        if self.state == "dead":
+            self.state = "starting"  # whoever started it replaces it
         self.ledger.note(report)
         self._jobs, self._stats = dict(report.jobs) if report.costs.computed else {}, report.stats
         if self.state != before:
