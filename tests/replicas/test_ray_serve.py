@@ -11,11 +11,9 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,50 +21,14 @@ import httpx
 import pytest
 from closeness import levels_apart
 from http_server import GENERATIONS
-from paths import ROOT
 from PIL import Image
 from process_client import ARGS
+from ray_command import descendants, engine_replicas, ray_command
 
 from vllm_omni import Omni
 
 pytest.importorskip("ray", reason="pip install 'vllm-omni-magcache[ray]'")
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
-START_S = 180.0
-
-
-@contextmanager
-def ray_command(folder: Path, *words: str) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
-    """`vllm-omni ray demo` with a home of its own, until the block ends by SIGTERM; address, process, log."""
-    home = folder / "home"
-    home.mkdir()
-    log = folder / "log"
-    port = 8200 + os.getpid() % 500
-    line = [
-        sys.executable,
-        "-m",
-        "vllm_omni",
-        "ray",
-        "demo",
-        "--cache-backend",
-        "magcache",
-        "--port",
-        str(port),
-        *words,
-    ]
-    places = {"PYTHONPATH": str(ROOT), "HOME": str(home), "OMP_WAIT_POLICY": "PASSIVE"}
-    with log.open("wb") as out:
-        process = subprocess.Popen([*line, *words], stdout=out, stderr=out, env=os.environ | places, cwd=folder)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        until = time.monotonic() + START_S
-        while b"serving demo on" not in log.read_bytes() and time.monotonic() < until:
-            assert process.poll() is None, log.read_text()[-3000:]
-            time.sleep(0.2)
-        assert httpx.get(url + "/health/ready", timeout=30).status_code == 200, log.read_text()[-3000:]
-        yield url, process, log
-    finally:
-        process.terminate()
-        process.wait(90)
 
 
 @pytest.fixture(scope="module")
@@ -90,26 +52,6 @@ def eventually(condition: Any, seconds: float = 60.0) -> None:
     while not condition():
         assert time.monotonic() < until, "it did not happen"
         time.sleep(0.1)
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """Processes below one, by their command lines."""
-    parents: dict[int, list[int]] = {}
-    lines: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text().rpartition(")")[2].split()
-                lines[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            parents.setdefault(int(stat[1]), []).append(int(entry.name))
-    found, todo = {}, [pid]
-    while todo:
-        for child in parents.get(todo.pop(), []):
-            found[child] = lines[child]
-            todo.append(child)
-    return found
 
 
 def picture(reply: dict[str, Any]) -> Image.Image:
@@ -173,7 +115,7 @@ def test_a_replica_that_is_killed_loses_nothing_and_another_one_comes(
     with ThreadPoolExecutor(8) as clients:
         answers = [clients.submit(ask, seed) for seed in range(8)]
         eventually(lambda: sum(one["running"] for one in replicas(http)) == 8)
-        victims = [pid for pid, line in descendants(served[1].pid).items() if "ServeReplica:omni:Engine" in line]
+        victims = engine_replicas(served[1].pid)
         assert len(victims) == 2
         os.kill(victims[0], signal.SIGKILL)
         made = [answer.result() for answer in answers]

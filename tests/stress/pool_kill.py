@@ -16,13 +16,18 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import engine_common as common
 import http_common as web
 import httpx
 from http_load import away, picture
+from ray_command import engine_replicas, ray_command
 
 
 def mixed(count: int) -> list[dict[str, Any]]:
@@ -42,10 +47,12 @@ def mixed(count: int) -> list[dict[str, Any]]:
 
 
 def engines(server: web.Command) -> list[int]:
-    return [pid for pid in common.children(server.process.pid) if "engine.process" in web.cmdline(pid)]
+    """The processes of which one is killed: of engines, or of Ray's replicas."""
+    own = [pid for pid in common.children(server.process.pid) if "engine.process" in web.cmdline(pid)]
+    return own or engine_replicas(server.process.pid)
 
 
-async def load(server: web.Command, bodies: list[dict[str, Any]], clients: int) -> dict[str, Any]:
+async def load(server: web.Command, bodies: list[dict[str, Any]], clients: int, replicas: int) -> dict[str, Any]:
     replies: dict[int, httpx.Response] = {}
     waits: list[float] = []
     todo = iter(enumerate(bodies))
@@ -67,7 +74,7 @@ async def load(server: web.Command, bodies: list[dict[str, Any]], clients: int) 
         began = time.perf_counter()
         *_, killed = await asyncio.gather(*(one_client() for _ in range(clients)), killer())
         seconds = time.perf_counter() - began
-        told = await until_settled(client, len(bodies))
+        told = await until_settled(client, replicas)
         worst, wrong = 0, [reply.text[:200] for reply in replies.values() if reply.status_code != 200]
         for index, body in enumerate(bodies) if not wrong else ():
             alone = await client.post(web.IMAGES, json=body)
@@ -80,12 +87,13 @@ async def load(server: web.Command, bodies: list[dict[str, Any]], clients: int) 
     }  # fmt: skip
 
 
-async def until_settled(client: httpx.AsyncClient, requests: int) -> dict[str, Any]:
-    """What the server says of itself once all engines are ready again."""
+async def until_settled(client: httpx.AsyncClient, count: int) -> dict[str, Any]:
+    """What the server says of itself once `count` engines are ready again."""
     began = time.perf_counter()
     while True:
         replicas = (await client.get("/v1/omni/replicas")).json()["data"]
-        if all(one["state"] == "ready" and not one["running"] for one in replicas) or time.perf_counter() - began > 90:
+        settled = len(replicas) == count and all(one["state"] == "ready" and not one["running"] for one in replicas)
+        if settled or time.perf_counter() - began > 90:
             break
         await asyncio.sleep(0.2)
     told = await asyncio.to_thread(web.metrics, str(client.base_url).rstrip("/"))
@@ -100,19 +108,35 @@ async def until_settled(client: httpx.AsyncClient, requests: int) -> dict[str, A
     }
 
 
+@contextmanager
+def serve(ray: bool, replicas: int) -> Iterator[web.Command]:
+    if not ray:
+        with web.command("--data-parallel-size", str(replicas)) as server:
+            yield server
+        return
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        ray_command(Path(folder), "--replicas", str(replicas)) as (url, process, log),
+    ):
+        yield web.Command(url, process, log)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--ray", action="store_true", help="through Ray Serve")
     options = parser.parse_args()
-    with web.command("--data-parallel-size", str(options.replicas)) as server:
-        result = asyncio.run(load(server, mixed(options.requests), options.clients))
+    with serve(options.ray, options.replicas) as server:
+        result = asyncio.run(load(server, mixed(options.requests), options.clients, options.replicas))
         log = server.log.read_text()
-        print(*[line for line in log.splitlines() if "replica" in line or "asked again" in line][:12], sep="\n")
+        shown = [line for line in log.splitlines() if " replica " in line or "asked again" in line]
+        print(*shown[:12], sep="\n")
     count = options.requests
     good = result["answered"] == result["finished"] == count and result["worst_difference_255"] <= 1
-    good = good and not result["failed"] and result["restarts"] == 1 and set(result["states"]) == {"ready"}
+    good = good and not result["failed"] and result["states"] == ["ready"] * options.replicas
+    good = good and (options.ray or result["restarts"] == 1)  # Ray's new replica has restarted nothing
     print(json.dumps(result | {"ok": good}))
     return 0 if good else 1
 
