@@ -105,34 +105,16 @@ def told(waits: Sequence[float], seconds: float) -> dict[str, Any]:
     }
 
 
-def measured(pool: ReplicaPool, step_s: float) -> Costs:
-    """What the engines have measured, on average, and `step_s` of each row's step beside its forward."""
+def measured(pool: ReplicaPool) -> Costs:
+    """What the engines have measured, on average."""
     every = [replica.engine.ledger.costs for replica in pool.replicas]
 
     def mean(field: str) -> dict[int, float]:
         tables = [vars_of(costs)[field] for costs in every]
         return {size: statistics.mean(table[size] for table in tables if size in table) for size in SIZES}
 
-    row, skipped = mean("alone"), mean("skipped")
     unshared = statistics.mean(costs.unshared for costs in every)
-    usual = row[SIZES[0]]
-    unshared = (unshared * usual + step_s) / (usual + step_s)  # nobody shares it
-    row = {size: seconds + step_s for size, seconds in row.items()}
-    skipped = {size: seconds + step_s for size, seconds in skipped.items()}
-    return Costs(row, skipped, mean("ends"), unshared, ARGS["max_num_seqs"])
-
-
-async def beside_forwards(pool: ReplicaPool) -> float:
-    """Seconds of a step that are not in its forward: the pipeline's own arithmetic, and the way there and back."""
-    found = []
-    for turn in range(5):
-        began = time.perf_counter()
-        async for _ in pool.generate("x", params(Work(SIZES[0], 50, 1.0), turn), f"alone-{turn}"):
-            pass
-        seconds = time.perf_counter() - began
-        costs = measured(pool, 0.0)
-        found.append((seconds - Work(SIZES[0], 50, 1.0).seconds(costs)) / 50)
-    return max(0.0, statistics.median(found))
+    return Costs(mean("alone"), mean("skipped"), mean("ends"), unshared, ARGS["max_num_seqs"])
 
 
 def vars_of(costs: Any) -> dict[str, dict[int, float]]:
@@ -169,20 +151,18 @@ async def compare(options: argparse.Namespace) -> dict[str, Any]:
         rate = 96 / (await real(pool, script(96, 32, 0.01, 98), "most"))["seconds"]  # as many as they can
         pause = options.clients / (options.load * rate) - 1.5 / rate * options.clients / 8
         pause = max(0.2, pause)
-        step_s = await beside_forwards(pool)
-        print(f"{1e3 * step_s:.2f} ms of a step are not in its forward")
         print(f"{rate:.1f} requests a second at most; pauses of {pause:.1f} s on average", flush=True)
         for turn in range(options.rounds):
             for rule in options.rules:
                 pool._line.choice = RULES[rule]()
                 asked = script(options.requests, options.clients, pause, turn)
                 case = {"rule": rule, "round": turn} | await real(pool, asked, f"{rule.replace(' ', '-')}-{turn}")
-                costs = measured(pool, step_s)
+                costs = measured(pool)
                 case["simulated"] = simulated(costs, asked, rule, turn)
                 cases.append(case)
                 ours, theirs = shown(case), shown(case["simulated"])
                 print(f"{rule:22} {ours}; simulated {theirs}", flush=True)
-        costs = measured(pool, step_s)
+        costs = measured(pool)
     return {"cases": cases, "costs": vars(costs), "most_per_s": rate}
 
 
