@@ -56,7 +56,7 @@ def test_both_engines_answer_and_a_killed_one_loses_nothing(pooled: Running, htt
     assert [one["state"] for one in replicas(http)] == ["ready", "ready"]
 
     def ask(seed: int) -> httpx.Response:
-        body = {"prompt": "penguin", "steps": 60, "seed": seed, "cache": "off"}
+        body = {"prompt": "penguin", "steps": 190, "seed": seed, "cache": "off"}
         return httpx.post(pooled.url + GENERATIONS, json=body, headers=AUTH, timeout=120)
 
     with ThreadPoolExecutor(8) as clients:
