@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
             "vllm_omni.packages",
         ),
     ),
+    (("vllm_omni.replicas",),),
     (("vllm_omni.engine",),),
     (("vllm_omni.trials",), ("vllm_omni.diffusion", "vllm_omni.diffusion.diffusion_engine")),
     (("vllm_omni.diffusion.worker",),),

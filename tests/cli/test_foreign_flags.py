@@ -28,6 +28,7 @@ ACCEPTED = (  # by the names that vLLM and the reference have for them, with a v
     "--quantization fp8", "--enable-layerwise-offload", "--attention-backend native", "--max-loras 2", "--log-stats",
     "--default-sampling-params {}", "--sse-keep-alive-interval 5", "--allowed-media-domains example.org",
     "--otlp-traces-endpoint http://127.0.0.1:1", "--gpu-memory-utilization 0.8",
+    "--data-parallel-size 2", "-dp 2",
 )  # fmt: skip
 
 

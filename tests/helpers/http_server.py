@@ -22,6 +22,7 @@ from paths import DEMO, ROOT
 from pipelines import tiny_wan
 
 from vllm_omni.engine.client import ProcessEngineClient
+from vllm_omni.entrypoints.engines import make_engine
 from vllm_omni.entrypoints.openai.app import build_app
 from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig
 
@@ -113,7 +114,7 @@ def serve(engine_args: dict[str, Any] | None = None, **settings: Any) -> Iterato
     up = threading.Event()
 
     async def main() -> None:
-        engine = ProcessEngineClient(config.engine_args, max_queued_requests=config.limits.max_queued_requests)
+        engine = make_engine(config)
         try:
             await engine.start()
             app = build_app(engine, config)

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.engine.in_flight import InFlight, InFlightRequest, OutputOrError
-from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS, EngineCondition, EngineStats, ModelInfo
+from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS, EngineCondition, EngineLoad, EngineStats, ModelInfo
 from vllm_omni.engine.ledger import Ledger, RequestSize, outcome
 from vllm_omni.engine.supervisor import EngineProcess, Launch, Restarts
 from vllm_omni.engine.wire import (
@@ -40,6 +40,7 @@ from vllm_omni.outputs import OmniRequestOutput
 logger = init_logger(__name__)
 
 WATCH_EVERY_S = 0.25
+ALONE = (0, 1)  # the place of an engine that has no others beside it
 _LOADING = 20  # times the patience, while imports and weights keep the process silent
 
 
@@ -50,9 +51,10 @@ def launch_engine(
     log_json: bool = False,
     log_prompts: bool = False,
     heartbeat_s: float = 0.5,
+    place: tuple[int, int] = ALONE,
 ) -> Launch:
     """Launch the engine process of a `ProcessEngineClient` with these settings; it loads while its front end does."""
-    return Launch.of(_start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts))
+    return Launch.of(_start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts, place))
 
 
 class ProcessEngineClient:
@@ -61,7 +63,8 @@ class ProcessEngineClient:
     `engine_args` are those of `OmniDiffusionConfig`. At most `max_num_seqs` requests run and `max_queued_requests`
     wait. An engine process that dies, is silent for `heartbeat_timeout_s`, or spends `step_timeout_s` in one step is
     ended and replaced, at most `max_restarts` times in `restart_window_s`. `launch` is the first one, if it was
-    launched with the same settings already; with others it is ended.
+    launched with the same settings already; with others it is ended. `place` is (which one, of how many) engines on
+    this machine, and `changed` is called when it has started, or will not start any more.
     """
 
     def __init__(
@@ -78,9 +81,13 @@ class ProcessEngineClient:
         max_restarts: int = 10,
         restart_window_s: float = 600.0,
         launch: Launch | None = None,
+        place: tuple[int, int] = ALONE,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         config = OmniDiffusionConfig(**engine_args)  # raises what is wrong
-        self._start = _start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts)
+        self._start = _start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts, place)
+        self._name = "the engine" if place == ALONE else f"replica {place[0]}"
+        self._changed = changed
         if launch is not None and launch.start != self._start:
             launch.discard()
             launch = None
@@ -103,7 +110,7 @@ class ProcessEngineClient:
         self._started: asyncio.Future[None] | None = None
         self._empty = asyncio.Event()
         self._empty.set()
-        self._ledger = Ledger()
+        self.ledger = self._ledger = Ledger()  # what was counted, and what work costs
 
     async def start(self) -> Self:
         """Return once the model is loaded and warmed up; raises the engine's reason if it cannot."""
@@ -132,6 +139,27 @@ class ProcessEngineClient:
     @property
     def ready(self) -> bool:
         return self._loaded and not (self._draining or self._closed or self.condition.asleep)
+
+    @property
+    def state(self) -> str:
+        """The word of `ReplicaStats.state`."""
+        if self._dead or self._closed:
+            return "dead"
+        return "starting" if not self._loaded else "asleep" if self.condition.asleep else "ready"
+
+    @property
+    def load(self) -> EngineLoad:
+        """What it has to do, with what was sent a moment ago."""
+        return self._ledger.load(self._requests.named_sizes)
+
+    def planned(self, params: OmniDiffusionSamplingParams) -> tuple[float, int]:
+        """Seconds that a new request would take if it had the engine to itself, and its pixels."""
+        size = RequestSize.of(params, self.info.defaults)
+        return self._ledger.seconds(size), size.pixels
+
+    def retry_after_s(self) -> float:
+        """Seconds until one that is refused now should come back."""
+        return self._ledger.retry_after_s(self._requests.sizes)
 
     def generate(
         self,
@@ -168,6 +196,10 @@ class ProcessEngineClient:
     async def stats(self) -> EngineStats:
         stats = self._ledger.stats(self._requests.sizes)
         return replace(stats, max_num_seqs=self._max_num_seqs, restarts=self._restarts.count)
+
+    async def report(self) -> StatsReport:
+        """Statistics, costs and jobs, for a front elsewhere."""
+        return self._ledger.report(await self.stats(), self._requests.named_sizes)
 
     async def drain(self, timeout_s: float) -> None:
         self._draining = True
@@ -222,10 +254,7 @@ class ProcessEngineClient:
         now = time.monotonic()
         deadline = None if timeout_s is None else now + timeout_s
         frame = encode(Add(request.engine_id, request.prompt, given, priority, now, deadline, salt))
-        defaults = self.info.defaults
-        height, width = (given.get(name) or defaults.get(name) or 0 for name in ("height", "width"))
-        steps = given.get("num_inference_steps") or defaults.get("num_inference_steps") or 50
-        request.size = RequestSize(height * width, steps * params.num_outputs_per_prompt)
+        request.size = RequestSize.of(params, self.info.defaults)
         assert self._engine is not None
         self._engine.send(frame)
         self._empty.clear()
@@ -250,7 +279,7 @@ class ProcessEngineClient:
             served = False
             try:
                 if self._info is not None:
-                    self._start.condition = self.condition  # which it had before
+                    self._start.condition, self._start.costs = self.condition, self._ledger.costs  # as before
                 launch, self._launch = self._launch or Launch.of(self._start), None
                 self._load_began = launch.began
                 self._engine = await EngineProcess.adopt(launch)
@@ -273,8 +302,9 @@ class ProcessEngineClient:
         if task.cancelled() or (error := task.exception()) is None:
             return
         self._loaded, self._dead = False, "the engine cannot be restarted any more; restart the server"
-        logger.critical("the supervisor of the engine process failed", exc_info=error)
+        logger.critical("the supervisor of %s's process failed", self._name, exc_info=error)
         self._end_all(lambda _: EngineDeadError(self._dead))
+        self._changed()
         if self._started is not None and not self._started.done():
             self._started.set_exception(EngineDeadError(self._dead))
 
@@ -295,7 +325,7 @@ class ProcessEngineClient:
                 continue  # this event loop stood still: read first what came meanwhile
             patience = self._heartbeat_timeout_s * (1 if self._loaded else _LOADING)
             if why := engine.hangs(patience, self._step_timeout_s):
-                logger.error("the engine process %d hangs and is killed: %s", engine.process.pid, why)
+                logger.error("%s's process %d hangs and is killed: %s", self._name, engine.process.pid, why)
                 engine.process.kill()
                 return
 
@@ -303,7 +333,8 @@ class ProcessEngineClient:
         """End the requests of a process that is gone, once each, and keep its counters."""
         if self._started is None or self._started.done():  # else `start` raises it
             ended = len(self._requests)
-            logger.error("the engine process %s; %d requests end%s", how, ended, f": {failure}" if failure else "")
+            reason = f": {failure}" if failure else ""
+            logger.error("%s's process %s; %d requests end%s", self._name, how, ended, reason)
         text = f"the engine process {how} while the request was in flight"
         self._end_all(lambda _: EngineDeadError(text, retry_after_s=self._load_s))
         self._ledger.process_ended()
@@ -322,16 +353,18 @@ class ProcessEngineClient:
         if pause is None:
             most, window = self._restarts.most, self._restarts.window_s
             self._dead = f"the engine process died more than {most} times within {window:.0f} s; restart the server"
-            logger.critical(self._dead)
+            logger.critical("%s: %s", self._name, self._dead)
+            self._changed()
         return pause
 
     def _handle(self, event: EngineEvent) -> None:
         if isinstance(event, Loaded):
             self._info, self.condition, self._loaded = event.info, event.condition, True
             self._load_s = time.monotonic() - self._load_began
-            logger.info("the engine is ready after %.1f s", self._load_s)
+            logger.info("%s is ready after %.1f s", self._name, self._load_s)
             if self._started is not None and not self._started.done():
                 self._started.set_result(None)
+            self._changed()
         elif isinstance(event, StatsReport):
             self._ledger.note(event)
         else:
@@ -349,9 +382,12 @@ class ProcessEngineClient:
         self._requests.end_all(lambda request_id: OmniRequestOutput(request_id, error=error_of(request_id)))
 
 
-def _start_of(args: dict[str, Any], warmup: bool, heartbeat_s: float, log_json: bool, log_prompts: bool) -> Start:
+def _start_of(
+    args: dict[str, Any], warmup: bool, heartbeat_s: float, log_json: bool, log_prompts: bool, place: tuple[int, int]
+) -> Start:
     plain = {name: _plain(value) for name, value in args.items()}
-    return Start(plain, warmup, heartbeat_s, log_json=log_json, log_prompts=log_prompts)
+    replica, replicas = place
+    return Start(plain, warmup, heartbeat_s, log_json, None, log_prompts, replica, replicas)
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 from vllm_omni.engine.wire import UnitCosts
 
@@ -11,6 +12,9 @@ _SHARE_SKIPPED = 0.1  # of a computed row, as long as no skipped one has been me
 _KEPT_SIZES = 64
 _WEIGHT = 0.1  # of a request's measurement
 _ROW_WEIGHT = 0.02  # of a row's
+UNKNOWN_UNSHARED = 0.7  # of a row in company, as long as all forwards had the same number of rows
+_LINE_KEPT = 0.995  # of what a line knows, at each further forward
+_ROWS_VARY = 0.05  # the variance of rows from which a line has a slope
 
 
 def no_costs() -> UnitCosts:
@@ -29,6 +33,59 @@ def note(table: dict[int, float], pixels: int, seconds: float, weight: float = _
 def note_rows(table: dict[int, float], pixels: int, seconds: float, rows: int) -> None:
     """A forward of so many `rows`. Each counts alike: a row of a small batch costs more, and there are few of them."""
     note(table, pixels, seconds / rows, 1.0 - (1.0 - _ROW_WEIGHT) ** rows)
+
+
+@dataclass
+class RowLine:
+    """Seconds of a forward as a line over its rows, by least squares in which old forwards fade.
+
+    What a forward costs however many share it, and what each row adds: a router must know both, and a mean per row
+    knows neither.
+    """
+
+    forwards: float = 0.0
+    rows: float = 0.0
+    squares: float = 0.0
+    seconds: float = 0.0
+    products: float = 0.0
+
+    def note(self, rows: int, seconds: float) -> None:
+        """One more forward."""
+        self.forwards = _LINE_KEPT * self.forwards + 1
+        self.rows = _LINE_KEPT * self.rows + rows
+        self.squares = _LINE_KEPT * self.squares + rows * rows
+        self.seconds = _LINE_KEPT * self.seconds + seconds
+        self.products = _LINE_KEPT * self.products + rows * seconds
+
+    def fit(self) -> tuple[float, float]:
+        """(seconds of a row by itself, the share of it that a row costs in company)."""
+        rows, seconds = self.rows / self.forwards, self.seconds / self.forwards
+        variance = self.squares / self.forwards - rows * rows
+        if variance < _ROWS_VARY:  # through the one point that is known
+            return seconds / (1 + UNKNOWN_UNSHARED * (rows - 1)), UNKNOWN_UNSHARED
+        slope = (self.products / self.forwards - rows * seconds) / variance
+        slope = min(max(slope, 0.0), seconds / rows)  # neither falls nor begins below nothing
+        alone = seconds + slope * (1 - rows)
+        return alone, slope / alone if alone > 0 else UNKNOWN_UNSHARED
+
+
+def note_line(lines: dict[int, RowLine], costs: UnitCosts, pixels: int, rows: int, seconds: float) -> None:
+    """One more computed forward of pictures of `pixels`; `costs` gets what the lines know by now."""
+    line = lines.pop(pixels, None) or RowLine()
+    line.note(rows, seconds)
+    lines[pixels] = line
+    while len(lines) > _KEPT_SIZES:
+        del lines[next(iter(lines))]
+    costs.alone[pixels], unshared = line.fit()
+    if line.forwards >= max(one.forwards for one in lines.values()):  # the size that is best known speaks for all
+        costs.unshared = unshared
+    for known in costs.alone.keys() - lines.keys():
+        del costs.alone[known]
+
+
+def by_itself(costs: UnitCosts) -> UnitCosts:
+    """The same costs, of rows that share their forward with no other."""
+    return UnitCosts(costs.computed | costs.alone, costs.skipped, costs.ends, costs.cached_share)
 
 
 def note_share(costs: UnitCosts, computed: int, skipped: int) -> None:

@@ -79,6 +79,11 @@ class InFlight:
         """The size of every request, oldest first."""
         return [request.size for request in list(self._requests.values())]
 
+    @property
+    def named_sizes(self) -> dict[str, RequestSize]:
+        """The same by the engine's names."""
+        return {name: request.size for name, request in list(self._requests.items())}
+
     async def stream(
         self, request_id: str, prompt: Any, begin: Callable[[InFlightRequest], None]
     ) -> AsyncGenerator[OmniRequestOutput, None]:

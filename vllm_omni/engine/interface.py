@@ -55,6 +55,32 @@ class EngineCondition:
 
 
 @dataclass(frozen=True)
+class EngineLoad:
+    """What an engine still has to do: seconds left, if it had the engine to itself, and pixels, of each request.
+
+    In company, a row of a forward costs `unshared` of what it costs by itself.
+    """
+
+    jobs: tuple[tuple[float, int], ...] = ()
+    unshared: float = 1.0
+
+
+@dataclass(frozen=True)
+class ReplicaStats:
+    """One of several engines behind one front."""
+
+    name: str
+    state: str  # "ready" | "asleep" | "behind" (not yet in the condition of the others) | "starting" | "dead"
+    running: int = 0
+    waiting: int = 0
+    queued_cost_s: float = 0.0
+    answered: int = 0  # requests that ended there, however they did
+    lost: int = 0  # that its process took with it, and that another was asked
+    restarts: int = 0
+    adapters: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class EngineStats:
     """Counters since the engine started, and gauges of this moment; histograms as {bucket bound: count}."""
 
@@ -81,6 +107,7 @@ class EngineStats:
     profiles: tuple[str, ...] = ()  # of the checkpoint, in use now
     learning: str = ""  # what is being learnt of the checkpoint, in words
     recent: tuple[dict[str, Any], ...] = ()  # the last requests: steps, computed, skipped, settings; no prompts
+    replicas: tuple[ReplicaStats, ...] = ()  # of several engines; empty: it is one
 
 
 class EngineClient(Protocol):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_omni.engine import cost
-from vllm_omni.engine.interface import EngineStats
-from vllm_omni.engine.wire import StatsReport
+from vllm_omni.engine.interface import EngineLoad, EngineStats
+from vllm_omni.engine.wire import StatsReport, UnitCosts
 from vllm_omni.errors import DeadlineExceededError, EngineClosedError, RequestAbortedError
+from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 _COUNTERS = (
     "steps_computed",
@@ -34,6 +35,23 @@ class RequestSize:
 
     pixels: int
     steps: int  # times the pictures that share them
+    computed: float | None = None  # the share of them that its cache computes; None: as others of late
+
+    @classmethod
+    def of(cls, params: OmniDiffusionSamplingParams, defaults: Mapping[str, Any]) -> RequestSize:
+        """The size of a request, where a model has `defaults` for what it leaves out."""
+        height, width = (vars(params)[name] or defaults.get(name) or 0 for name in ("height", "width"))
+        steps = params.num_inference_steps or defaults.get("num_inference_steps") or 50
+        asked, share = params.cache, None
+        if asked in ("off", "none"):
+            share = 1.0
+        elif isinstance(asked, Mapping):  # what is wrong with it, the engine says
+            speedup, nfe = asked.get("speedup"), asked.get("nfe")
+            if isinstance(speedup, int | float) and speedup >= 1:
+                share = 1 / speedup
+            elif isinstance(nfe, int) and nfe > 0:
+                share = min(1.0, nfe / steps)
+        return cls(height * width, steps * params.num_outputs_per_prompt, share)
 
 
 class Ledger:
@@ -42,16 +60,24 @@ class Ledger:
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
         self._stats, self._before = EngineStats(), EngineStats()  # of the present process, and of those before it
-        self._costs = cost.no_costs()
+        self.costs = cost.no_costs()
+        self._jobs: dict[str, tuple[float, int]] = {}  # as last reported
         self._promised = 0.0  # when the last request that was refused may come back
 
     def note(self, report: StatsReport) -> None:
-        self._stats, self._costs = report.stats, report.costs
+        self._stats = report.stats
+        self._jobs = report.jobs if report.costs.computed else {}  # one that has measured nothing cannot plan
+        self.costs = report.costs if report.costs.computed else self.costs
+
+    def assume(self, costs: UnitCosts) -> None:
+        """Take what another engine has measured, until this one has measured something."""
+        if not self.costs.computed:
+            self.costs = costs
 
     def process_ended(self) -> None:
         """Keep what it counted; nothing runs any more."""
         self._before = replace(self._before, **self._sums())
-        self._stats = EngineStats(recent=self._stats.recent)
+        self._stats, self._jobs = EngineStats(recent=self._stats.recent), {}
 
     def calm(self) -> None:
         """Note that nothing is in flight: there is room for whoever comes back."""
@@ -75,15 +101,31 @@ class Ledger:
         self._promised = cost.come_back(now, self._promised, queued / max(1, len(in_flight)), queued)
         return max(1.0, self._promised - now)
 
+    def report(self, stats: EngineStats, in_flight: Mapping[str, RequestSize]) -> StatsReport:
+        """All of it, for a front elsewhere."""
+        jobs = {name: self._jobs.get(name) or (self.seconds(size), size.pixels) for name, size in in_flight.items()}
+        return StatsReport(stats, self.costs, jobs)
+
+    def load(self, in_flight: Mapping[str, RequestSize]) -> EngineLoad:
+        """What is in flight, by name: as last reported, or, of what the engine had not seen then, as planned."""
+        jobs = (self._jobs.get(name) or (self.seconds(size), size.pixels) for name, size in in_flight.items())
+        return EngineLoad(tuple(jobs), self.costs.unshared)
+
+    def seconds(self, size: RequestSize) -> float:
+        """What a new request would take if it had the engine to itself."""
+        return cost.planned_seconds(cost.by_itself(self.costs), *self._need(size))
+
+    def _need(self, size: RequestSize) -> tuple[int, float, float, float]:
+        share = self.costs.cached_share if size.computed is None else size.computed
+        return size.pixels, size.steps * share, size.steps * (1 - share), 1.0
+
     def _queued_cost(self, in_flight: Collection[RequestSize]) -> float:
         """Planned seconds of all that is in flight: as last reported, and of what the engine had not seen then."""
         if not in_flight:
             return 0.0
         unseen = len(in_flight) - self._stats.running - self._stats.waiting
         newest = list(in_flight)[-unseen:] if unseen > 0 else []
-        share = self._costs.cached_share
-        needs = [(size.pixels, size.steps * share, size.steps * (1 - share), 1.0) for size in newest]
-        return self._stats.queued_cost_s + cost.total(self._costs, needs)
+        return self._stats.queued_cost_s + cost.total(self.costs, map(self._need, newest))
 
     def _sums(self) -> dict[str, Any]:
         return {name: _sum(vars(self._before)[name], vars(self._stats)[name]) for name in _COUNTERS}

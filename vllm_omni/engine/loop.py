@@ -57,6 +57,7 @@ class EngineLoop:
         self.learning: IdleLearning | None = None
         self.turn_began: float | None = None  # monotonic; None while there is nothing to do. Read by the heartbeat
         self.costs = cost.no_costs()
+        self._lines: dict[int, cost.RowLine] = {}
         self.control = EngineControl(engine)
         self._controls: deque[Control] = deque()  # to be done, in this order
         self._commands, self._send = commands, send
@@ -214,6 +215,8 @@ class EngineLoop:
                 self._seconds["denoise"] += done.forward_s
                 table = self.costs.skipped if done.skipped else self.costs.computed
                 cost.note_rows(table, done.pixels, done.forward_s, done.rows)
+                if not done.skipped:
+                    cost.note_line(self._lines, self.costs, done.pixels, done.rows, done.forward_s)
             if done.ended:
                 cost.note(self.costs.ends, done.pixels, done.coding_s / done.ended)
 
@@ -221,6 +224,7 @@ class EngineLoop:
         """Send counters and gauges as they stand."""
         self._reported = time.monotonic()
         worker, scheduler, running = self.engine.worker, self.engine.scheduler, self.engine.progress_steps()
+        needs, alone = self._needs(), cost.by_itself(self.costs)
         stats = EngineStats(
             running=len(scheduler.running) - len(scheduler.idle),
             waiting=len(scheduler.waiting),
@@ -238,23 +242,24 @@ class EngineLoop:
             queue_wait_s=self._seconds["queue"],
             denoise_s=self._seconds["denoise"],
             decode_s=self._seconds["decode"],
-            queued_cost_s=self._queued_cost(),
+            queued_cost_s=cost.total(self.costs, needs.values()),
             denoisers={name: denoiser.facts() for name, denoiser in worker.runner.denoisers.items()},
             recent=tuple(self._recent),
             profiles=tuple(worker.profile_names),
             learning=self.learning.progress if self.learning is not None else "",
         )
-        self._send(StatsReport(stats, self.costs))
+        jobs = {name: (cost.planned_seconds(alone, *need), need[0]) for name, need in needs.items()}
+        self._send(StatsReport(stats, self.costs, jobs))
 
-    def _queued_cost(self) -> float:
-        share = self.costs.cached_share
-        needs = []
+    def _needs(self) -> dict[str, tuple[int, float, float, float]]:
+        """Pixels, rows to compute, rows to skip, and ends, of every unfinished request."""
+        share, needs = self.costs.cached_share, {}
         for need in self.engine.remaining_work():
             computed, skipped = need.computed, need.skipped
             if need.cached and not need.begun and not skipped:  # no plan and no promise yet
                 computed, skipped = computed * share, computed * (1 - share)
-            needs.append((need.pixels, computed, skipped, 1.0))
-        return cost.total(self.costs, needs)
+            needs[need.request_id] = (need.pixels, computed, skipped, 1.0)
+        return needs
 
 
 def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[int, int]:

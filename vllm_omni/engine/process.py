@@ -199,10 +199,14 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     from vllm_omni.engine.learning import IdleLearning
     from vllm_omni.engine.loop import EngineLoop, warm_up
     from vllm_omni.engine.malloc import keep_freed_memory
+    from vllm_omni.kernels.placement import device_in_turn
 
     keep_freed_memory()
+    if start.replicas > 1:
+        config = config.model_copy(update={"device": device_in_turn(config.device, start.replica)})
     engine = DiffusionEngine(config)
     loop = EngineLoop(engine, link.commands, link.send, log_prompts=start.log_prompts)
+    loop.costs = start.costs or loop.costs
     info = describe(engine, {})
     tokens = warm_up(engine, info, loop.costs) if start.warmup else {}
     loop.learning = IdleLearning(engine, info)

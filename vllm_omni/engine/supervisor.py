@@ -53,6 +53,8 @@ class Launch:
         paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # a spinning team of threads starves the front end
+        if start.replicas > 1:  # else each takes all processors, and each waits for the others
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // start.replicas)))
         environment.setdefault("TQDM_DISABLE", "1")  # bars are no log lines
         if not start.log_prompts:  # their warnings repeat what they cut off a prompt
             environment |= {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error"}

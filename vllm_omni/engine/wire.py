@@ -38,6 +38,9 @@ class Start(Struct, tag=True):
     log_json: bool = False
     condition: EngineCondition | None = None  # of the process that this one replaces
     log_prompts: bool = False
+    replica: int = 0  # which of several it is: they take the devices in turn
+    replicas: int = 1
+    costs: UnitCosts | None = None  # as the process before it had measured them
 
 
 class Add(Struct, tag=True):
@@ -148,13 +151,24 @@ class UnitCosts(Struct):
     skipped: dict[int, float]
     ends: dict[int, float]
     cached_share: float  # how much of its steps a request with a cache computes, of late
+    alone: dict[int, float] = {}  # like `computed`, of a row that has the forward to itself
+    unshared: float = 1.0  # of that, what a row in company costs
 
 
 class StatsReport(Struct, tag=True):
-    """Counters and gauges, and what work costs."""
+    """Counters and gauges, what work costs, and each unfinished request's seconds left (by itself) and its pixels."""
 
     stats: EngineStats
     costs: UnitCosts
+    jobs: dict[str, tuple[float, int]] = {}
+
+
+class StateReport(Struct, tag=True):
+    """A report as a front on another machine needs it, with the word of `ReplicaStats.state`."""
+
+    state: str
+    condition: EngineCondition
+    report: StatsReport
 
 
 class Heartbeat(Struct, tag=True):
@@ -170,7 +184,7 @@ class _Named(Struct):
 
 
 Command = Start | Add | Abort | Control | Close
-EngineEvent = Loaded | StartFailed | Refused | Outputs | Controlled | StatsReport | Heartbeat
+EngineEvent = Loaded | StartFailed | Refused | Outputs | Controlled | StatsReport | StateReport | Heartbeat
 
 
 def given_parameters(params: OmniDiffusionSamplingParams) -> dict[str, Any]:

@@ -105,6 +105,9 @@ class ServeConfig(Settings):
     served_model_name: tuple[str, ...] = Field(
         default=(), description="names of the model in the API (default: its folder's); replies carry the first"
     )
+    data_parallel_size: int = Field(
+        default=1, ge=1, le=256, description="engines on this machine, each with the whole model, behind one address"
+    )
     ui: bool = Field(default=False, description="serve a small page to try the model, at /ui")
     warmup: bool = Field(default=True, description="make one picture before the server is ready")
     shutdown_timeout_s: float = Field(
@@ -147,6 +150,11 @@ class ServeConfig(Settings):
     def engine_config(self) -> OmniDiffusionConfig:
         """The engine's arguments, checked."""
         return OmniDiffusionConfig(**self.engine_args)
+
+    @property
+    def places(self) -> int:
+        """Requests that may run or wait."""
+        return self.data_parallel_size * self.engine_config().max_num_seqs + self.limits.max_queued_requests
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -26,6 +26,13 @@ def device_for(asked: str | None) -> str:
     return "cuda" if available else "cpu"
 
 
+def device_in_turn(asked: str | None, turn: int) -> str | None:
+    """The device of one of several engines: they take the CUDA devices in turn, unless one of them was asked for."""
+    if asked not in (None, "cuda") or not torch.cuda.is_available():
+        return asked
+    return f"cuda:{turn % torch.cuda.device_count()}"
+
+
 def put_on(pipeline: Any, device: str, offload: bool) -> None:
     """Move the pipeline's parts to the device, or let them come when they are needed.
 

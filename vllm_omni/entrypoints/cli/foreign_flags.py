@@ -6,7 +6,6 @@ from __future__ import annotations
 PARALLEL: dict[str, tuple[str, ...]] = {
     "tensor_parallel_size": ("-tp",),
     "pipeline_parallel_size": ("-pp",),
-    "data_parallel_size": ("-dp",),
     "cfg_parallel_size": (),
     "ulysses_degree": ("--usp",),
     "ring_degree": ("--ring",),

@@ -14,6 +14,7 @@ from vllm_omni.version import __version__
 
 COMMANDS = {  # a module's name and the first line of its help; the module has `add_parser` and `run`
     "serve": "Serve a model behind the OpenAI API for images and videos.",
+    "ray": "Serve a model from several machines, on Ray Serve.",
     "generate": "Draw prompts (and pictures) to PNG or video files, and print a table.",
     "calibrate": "Measure a model into a profile, from which the cache plans its steps.",
     "bench": "Put load on a running server, and print throughput, latency and errors.",

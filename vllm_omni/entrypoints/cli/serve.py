@@ -15,9 +15,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllm_omni import _vllm_compat
-from vllm_omni.engine.client import ProcessEngineClient, launch_engine
 from vllm_omni.engine.supervisor import Launch
 from vllm_omni.entrypoints.cli.serve_flags import build_parser, described, refuse_early, serve_config
+from vllm_omni.entrypoints.engines import launch_engines, make_engine
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import JsonLines, init_logger, log_as_json
@@ -45,10 +45,9 @@ def run(args: argparse.Namespace) -> int:
     hide_keys(words)
     _vllm_compat.require()
     early = refuse_early(words)
-    launch = None
+    launches: list[Launch] = []
     if early:
-        logs = {"log_json": early.log_json, "log_prompts": early.log_prompts}
-        launch = launch_engine(early.engine_args, warmup=early.warmup, **logs)
+        launches = launch_engines(early)
         if early.log_json:
             log_as_json()
     try:  # vLLM is imported from here on, and the engine loads meanwhile
@@ -60,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
         from vllm_omni.entrypoints.openai.connections import Loop
 
         with asyncio.Runner(loop_factory=Loop) as runner:
-            return runner.run(_serve(config, uvicorn_options(parsed, config.trusted_proxies), launch))
+            return runner.run(_serve(config, uvicorn_options(parsed, config.trusted_proxies), launches))
     finally:
-        if launch is not None:
+        for launch in launches:
             launch.discard()
 
 
@@ -102,7 +101,7 @@ def uvicorn_options(args: argparse.Namespace, proxies: Sequence[str]) -> dict[st
     }
 
 
-async def _serve(config: ServeConfig, options: dict[str, Any], launch: Launch | None) -> int:
+async def _serve(config: ServeConfig, options: dict[str, Any], launches: list[Launch]) -> int:
     from vllm_omni.entrypoints.openai.app import build_app
     from vllm_omni.entrypoints.openai.connections import Accepting, guarded, room
 
@@ -114,15 +113,7 @@ async def _serve(config: ServeConfig, options: dict[str, Any], launch: Launch | 
         raise InvalidValueError(flag, where, f"cannot be used ({error.strerror})") from None
     _vllm_compat.adopt_logging(JsonLines() if config.log_json else None)
     logger.info("serving %s: %s", config.model_names[0], json.dumps(config.engine_args, default=str))
-    engine = ProcessEngineClient(
-        config.engine_args,
-        max_queued_requests=config.limits.max_queued_requests,
-        warmup=config.warmup,
-        log_json=config.log_json,
-        log_prompts=config.log_prompts,
-        launch=launch,
-    )
-
+    engine = make_engine(config, launches)
     connections, backlog = room(config.limits.max_connections)
     options |= {"http": guarded(connections, config.limits.client_timeout_s), "backlog": backlog}
     loop = asyncio.get_running_loop()

@@ -31,12 +31,14 @@ examples:
   vllm serve demo --omni --cache-backend magcache                the model that comes with the package
   vllm serve MODEL --omni --cache-backend magcache --cache-config fast
   vllm serve MODEL --omni --cache-backend magcache --cache-config '{"speedup": 2.0}'
+  vllm serve MODEL --omni --data-parallel-size 4                 four engines, on four devices if there are
   vllm serve MODEL --omni --host 0.0.0.0 --api-key SECRET --max-num-seqs 32 --ui
 then, with the official client:
   OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="any").images.generate(prompt="red apple")
 """
 _BEHAVIOUR = [name for name, field in ServeConfig.model_fields.items() if field.description]
-_BEHAVIOUR.remove("served_model_name")  # beside the model's flags
+_ENGINE = ["served_model_name", "data_parallel_size"]  # beside the engine's flags
+_BEHAVIOUR = [name for name in _BEHAVIOUR if name not in _ENGINE]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -113,7 +115,7 @@ def _check_port(host: str, port: int) -> None:
 def add_own_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the engine, the limits and the server's behaviour."""
     engine = parser.add_argument_group("engine", "The model, its cache and its batch.")
-    add_flags(engine, ServeConfig, "served_model_name")
+    add_flags(engine, ServeConfig, *_ENGINE)
     add_engine_flags(engine)
     for name, others in PARALLEL.items():
         engine.add_argument(flag_of(name), *others, dest=name, type=int, default=1, help=argparse.SUPPRESS)

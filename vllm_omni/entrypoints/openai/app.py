@@ -39,8 +39,8 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
     )
     if config.otlp_traces_endpoint:
         _vllm_compat.start_tracing(config.otlp_traces_endpoint)
-    places, keys = config.engine_config().max_num_seqs + config.limits.max_queued_requests, len(config.http.api_key)
-    jobs = Jobs(engine, Decoder(config.limits.max_input_pixels), max(1, places // keys) if keys > 1 else None)
+    keys = len(config.http.api_key)
+    jobs = Jobs(engine, Decoder(config.limits.max_input_pixels), max(1, config.places // keys) if keys > 1 else None)
     state = app.state.omni = AppState(engine, config, jobs, videos.open_jobs(jobs, config))
     for part in (images, videos, sounds, chat, info, metrics, admin, server_adapters):
         app.include_router(part.router)

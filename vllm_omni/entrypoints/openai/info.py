@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from vllm_omni.engine.interface import ReplicaStats
 from vllm_omni.entrypoints.openai.protocol import replies
 from vllm_omni.entrypoints.openai.protocol.bodies import check_model
 from vllm_omni.entrypoints.openai.protocol.errors import unavailable
@@ -107,6 +108,24 @@ async def health(state: State) -> Response:
 async def version() -> replies.Version:
     """The package's version."""
     return replies.Version(version=__version__)
+
+
+@router.get("/v1/omni/replicas")
+async def replicas(state: State) -> replies.Replicas:
+    """The engines behind this front; with a single one, it alone."""
+    stats = await state.engine.stats()
+    asleep = state.engine.condition.asleep
+    alone = ReplicaStats(
+        name="0",
+        state="ready" if state.engine.ready else "asleep" if asleep else "starting",
+        running=stats.running,
+        waiting=stats.waiting,
+        queued_cost_s=stats.queued_cost_s,
+        answered=sum(stats.requests.values()),
+        restarts=stats.restarts,
+        adapters=tuple(state.adapters),
+    )
+    return replies.Replicas(data=[replies.Replica(**vars(one)) for one in stats.replicas or (alone,)])
 
 
 @router.get("/v1/omni/cache")

@@ -90,12 +90,34 @@ class _Snapshot:
         forwards = {"computed": s.forwards_computed, "skipped": s.forwards_skipped}
         yield self._counters("vllm_omni:denoiser_forwards", "Forwards of batches.", "kind", forwards)
         yield self._counters("vllm_omni:aborted", "Aborted requests.", "where", s.aborts_by_stage)
+        yield from self._of_replicas()
         statuses = {str(status): count for status, count in state.statuses.items()}
         yield self._counters("vllm_omni:http_replies", "Replies by status; 0: none was sent.", "status", statuses)
         rows = sum(rows * count for rows, count in s.batch_sizes.items())
         yield self._histogram("vllm_omni:denoise_batch_size", "Rows of a forward.", BATCH_BOUNDS, s.batch_sizes, rows)
         name, seconds = "vllm:e2e_request_latency_seconds", state.latency_sum
         yield self._histogram(name, "Seconds of a reply.", LATENCY_BOUNDS, state.latencies, seconds)
+
+    def _of_replicas(self) -> Iterator[Metric]:
+        """Of each engine behind a front of several."""
+        gauges = {
+            "vllm_omni:replica_ready": ("1 while requests can be sent there.", "ready"),
+            "vllm_omni:replica_requests_running": ("Requests in its batch.", "running"),
+            "vllm_omni:replica_requests_waiting": ("Requests that wait there.", "waiting"),
+            "vllm_omni:replica_queued_cost_seconds": ("Planned seconds of all in flight there.", "queued_cost_s"),
+        }
+        counters = {
+            "vllm_omni:replica_requests": ("Requests that ended there.", "answered"),
+            "vllm_omni:replica_lost_requests": ("Requests that died with it and were asked again.", "lost"),
+            "vllm_omni:replica_restarts": ("Times that its process was replaced.", "restarts"),
+        }
+        told = {one.name: vars(one) | {"ready": int(one.state == "ready")} for one in self.stats.replicas}
+        for names, kind in ((gauges, GaugeMetricFamily), (counters, CounterMetricFamily)):
+            for name, (text, field) in names.items() if told else ():
+                family = kind(name, text, labels=["model_name", "replica"])
+                for replica, values in told.items():
+                    family.add_metric([self.model, replica], values[field])
+                yield family
 
     def _gauge(self, name: str, text: str, value: float) -> GaugeMetricFamily:
         family = GaugeMetricFamily(name, text, labels=["model_name"])

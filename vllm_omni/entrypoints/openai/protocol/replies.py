@@ -193,6 +193,25 @@ class CacheReply(BaseModel):
     recent: list[dict[str, Any]]
 
 
+class Replica(Reply):
+    """One of the engines behind a front; `lost` requests died with it and were asked again of another."""
+
+    name: str
+    state: Literal["ready", "asleep", "behind", "starting", "dead"]
+    running: int
+    waiting: int
+    queued_cost_s: float
+    answered: int
+    lost: int
+    restarts: int
+    adapters: list[str]
+
+
+class Replicas(Reply):
+    object: Literal["list"] = "list"
+    data: list[Replica]
+
+
 class Sleeping(Reply):
     is_sleeping: bool
     level: int

@@ -1,0 +1,60 @@
+"""The settings of an application on Ray Serve. Imports no Ray."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig
+from vllm_omni.errors import InvalidValueError
+from vllm_omni.settings import Settings
+
+
+class RayOptions(Settings):
+    """How many engines there are, and what each of them takes of the cluster."""
+
+    replicas: int = Field(default=1, ge=1, description="engines at the beginning, and never fewer")
+    max_replicas: int | None = Field(
+        default=None, ge=1, description="engines at most, by what is left to do (default: always as many)"
+    )
+    target_queued_s: float = Field(
+        default=30.0, gt=0, allow_inf_nan=False, description="work that each engine may have before another one starts"
+    )
+    downscale_delay_s: float = Field(
+        default=300.0, ge=0, allow_inf_nan=False, description="how long fewer must have been wanted before one ends"
+    )
+    cpus_per_replica: float = Field(default=1.0, ge=0, description="processors that Ray reserves for an engine")
+    gpus_per_replica: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for an engine")
+
+    @model_validator(mode="after")
+    def _bounds(self) -> RayOptions:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            fix = f"must be at least replicas, {self.replicas}"
+            raise InvalidValueError("max_replicas", self.max_replicas, fix)
+        return self
+
+
+class RayConfig(Settings):
+    """An application: what `serve run` and the `args` of a Serve config file take, as plain data."""
+
+    model: str = Field(min_length=1)
+    engine_args: dict[str, Any] = Field(default_factory=dict)  # the others of `OmniDiffusionConfig`
+    options: RayOptions = RayOptions()
+    limits: Limits = Limits()
+    http: HttpOptions = HttpOptions()
+    served_model_name: tuple[str, ...] = ()
+    warmup: bool = True
+    shutdown_timeout_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+
+    def serve_config(self) -> ServeConfig:
+        """The settings of the HTTP application, checked."""
+        bounds = {"max_inference_steps": self.limits.max_steps, "max_image_pixels": self.limits.max_pixels}
+        return ServeConfig(
+            engine_args={"model": self.model} | bounds | self.engine_args,
+            limits=self.limits,
+            http=self.http,
+            served_model_name=self.served_model_name,
+            warmup=self.warmup,
+            shutdown_timeout_s=self.shutdown_timeout_s,
+        )

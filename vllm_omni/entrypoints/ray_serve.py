@@ -1,0 +1,178 @@
+"""The server on Ray Serve: one front with the whole HTTP application, and engines as replicas of a deployment.
+
+`serve run vllm_omni.entrypoints.ray_serve:app model=demo` and the `import_path` of a Serve config file take `app`; the
+command `vllm-omni ray` takes `application`. Needs the extra `[ray]`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve import Application
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy, RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from vllm_omni.engine.client import ProcessEngineClient
+from vllm_omni.entrypoints.openai.app import build_app
+from vllm_omni.entrypoints.ray_config import RayConfig, RayOptions
+from vllm_omni.errors import EngineDeadError, OmniError
+from vllm_omni.logger import init_logger
+from vllm_omni.replicas.members import members
+from vllm_omni.replicas.pool import ReplicaPool
+from vllm_omni.replicas.ray_link import RayLink, keep_to_loopback
+from vllm_omni.replicas.ray_policy import QUEUED, NamedRouter, QueuedSeconds
+from vllm_omni.replicas.remote import EngineHost, RemoteEngine
+
+logger = init_logger(__name__)
+
+LOOK_EVERY_S = 0.2  # at which replicas there are
+_SCALE_EVERY_S = 1.0
+
+
+class Engine:
+    """One engine process, as a replica: the methods of `EngineHost`, with the replica's name for the router."""
+
+    async def __init__(self, engine_args: dict[str, Any], warmup: bool, max_queued_requests: int) -> None:  # type: ignore[misc]
+        keep_to_loopback()
+        engine = ProcessEngineClient(engine_args, max_queued_requests=max_queued_requests, warmup=warmup)
+        self._host = EngineHost(await engine.start())
+
+    async def describe(self, replica: str | None = None) -> bytes:
+        return await self._host.describe()
+
+    async def watch(self, replica: str | None = None) -> AsyncGenerator[bytes, None]:
+        async for frame in self._host.watch():
+            yield frame
+
+    async def generate(
+        self, frame: bytes, timeout_s: float | None, replica: str | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        async for answer in self._host.generate(frame, timeout_s):
+            yield answer
+
+    async def control(self, frame: bytes, replica: str | None = None) -> bytes:
+        return await self._host.control(frame)
+
+    async def abort(self, request_ids: list[str], replica: str | None = None) -> None:
+        await self._host.abort(request_ids)
+
+    async def check_health(self) -> None:
+        """Raise if no engine process will come any more: Serve then replaces the replica."""
+        if self._host.engine.state == "dead":
+            raise EngineDeadError("the engine process is not restarted any more")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {QUEUED: sum(seconds for seconds, _ in self._host.engine.load.jobs)}
+
+    async def __del__(self) -> None:
+        await self._host.engine.shutdown()
+
+
+class Front:
+    """The HTTP application before a pool of the engines that Serve has."""
+
+    async def __init__(self, engines: DeploymentHandle, config: dict[str, Any]) -> None:  # type: ignore[misc]
+        keep_to_loopback()
+        self._config, self._handle = RayConfig(**config).serve_config(), engines
+        limits, engine = self._config.limits, self._config.engine_config()
+        self._pool = ReplicaPool([], engine.max_num_seqs, limits.max_queued_requests)
+        await self._handle.describe.remote()  # returns once there is a replica
+        await self._meet()
+        self._following = asyncio.create_task(self._follow())
+
+    async def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_app(self._pool, self._config)
+
+    async def check_health(self) -> None:
+        """Raise if nobody looks after the replicas any more."""
+        if self._following.done():
+            raise EngineDeadError("the front does not follow its replicas any more")
+
+    async def __del__(self) -> None:
+        self._following.cancel()
+        await self._pool.shutdown()
+
+    async def _follow(self) -> None:
+        while True:
+            await self._meet()
+            await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _meet(self) -> None:
+        """Let the pool have the replicas that Serve has."""
+        there, known = members(), {replica.name: replica for replica in self._pool.replicas}
+        for name in known.keys() - there:
+            logger.info("replica %s has left", name)
+            await self._pool.leave(name)
+        for name in there - known.keys():
+            engine = RemoteEngine(RayLink(self._handle, name))
+            try:
+                async with asyncio.timeout(10.0):
+                    await engine.start()
+            except (OmniError, TimeoutError) as error:
+                logger.warning("replica %s does not answer: %s", name, error)
+                continue
+            engine.changed = lambda name=name: self._pool.changed(name)  # type: ignore[misc]
+            self._pool.join(name, engine)
+            logger.info("replica %s has joined", name)
+
+
+def application(config: RayConfig) -> Application:
+    """The application of these settings, for `serve.run`."""
+    server = config.serve_config()  # raises what is wrong, before anything starts
+    options, seqs = config.options, server.engine_config().max_num_seqs
+    waiting = config.limits.max_queued_requests
+    drain_s = max(1.0, config.shutdown_timeout_s)
+    engines = serve.deployment(
+        name="Engine",
+        ray_actor_options={"num_cpus": options.cpus_per_replica, "num_gpus": options.gpus_per_replica},
+        max_ongoing_requests=seqs + waiting + 64,  # and what listens and controls
+        health_check_period_s=2.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=drain_s,
+        request_router_config=RequestRouterConfig(request_router_class=NamedRouter),
+        **_replicas(options),
+    )(Engine)
+    front = serve.deployment(
+        name="Front",
+        num_replicas=1,
+        max_ongoing_requests=4096,
+        ray_actor_options={"num_cpus": 0.1},
+        graceful_shutdown_timeout_s=drain_s,
+    )(serve.ingress()(Front))
+    settings = config.model_dump(mode="json", exclude_unset=True)
+    built: Application = front.bind(engines.bind(server.engine_args, config.warmup, waiting), settings)
+    return built
+
+
+def _replicas(options: RayOptions) -> dict[str, Any]:
+    if options.max_replicas is None or options.max_replicas == options.replicas:
+        return {"num_replicas": options.replicas}
+    scaling = AutoscalingConfig(
+        min_replicas=options.replicas,
+        max_replicas=options.max_replicas,
+        metrics_interval_s=_SCALE_EVERY_S,
+        look_back_period_s=2 * _SCALE_EVERY_S,
+        upscale_delay_s=0.0,
+        downscale_delay_s=0.0,  # the policy itself waits
+        policy=AutoscalingPolicy(
+            policy_function=QueuedSeconds,
+            policy_kwargs={"target_s": options.target_queued_s, "patience_s": options.downscale_delay_s},
+        ),
+    )
+    return {"num_replicas": None, "autoscaling_config": scaling}
+
+
+def app(args: dict[str, Any]) -> Application:
+    """The application of a Serve config file, or of `serve run ... model=demo`; `args` are `RayConfig`'s fields.
+
+    From a command line, fields of `RayOptions` may stand beside `model`, and are texts.
+    """
+    own = {name: value for name, value in args.items() if name in RayOptions.model_fields}
+    rest = {name: value for name, value in args.items() if name not in own}
+    if own:
+        rest["options"] = RayOptions(**{**rest.get("options", {}), **own})
+    return application(RayConfig(**rest))

@@ -1,0 +1,93 @@
+"""What an operator does to a pool is done to all of its engines: adapters, sleep, weights, traces."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from vllm_omni.engine.interface import EngineCondition
+from vllm_omni.engine.wire import Action, LoadAdapter, Sleep, UnloadAdapter, UpdateWeights
+from vllm_omni.errors import EngineDeadError, OmniError
+from vllm_omni.logger import init_logger
+from vllm_omni.replicas.replica import Replica
+
+logger = init_logger(__name__)
+
+
+class PoolControl:
+    """Does an action to every replica, one action after another. What the first one refuses is done to none.
+
+    Those that are starting do it once they have started, before they take a request. One that cannot do what the
+    others did is logged and reported as it is: it gets no request that needs what it lacks, and none at all if its
+    weights are not those of the others.
+    """
+
+    def __init__(self, replicas: Sequence[Replica]) -> None:
+        self._replicas = replicas
+        self._order = asyncio.Lock()
+        self.weights: str | None = None  # the folder of the last update
+
+    @property
+    def condition(self) -> EngineCondition:
+        """Of all together: the adapters that any has, the sleep of the one that sleeps least."""
+        every = [replica.engine.condition for replica in self._replicas]
+        started = [one.engine.condition for one in self._replicas if one.engine.state in ("ready", "asleep")] or every
+        return EngineCondition(
+            adapters={name: path for one in every for name, path in one.adapters.items()},
+            weights=self.weights,
+            asleep=min((one.asleep for one in started), default=0),
+            profiling=any(one.profiling for one in every),
+        )
+
+    async def do(self, action: Action) -> EngineCondition:
+        """The condition after it; raises why the first replica refused it, or why all did."""
+        async with self._order:
+            able = [one for one in self._replicas if one.engine.state in ("ready", "asleep") and not one.missed]
+            if not able:
+                raise EngineDeadError("no engine is there that could do it", retry_after_s=5.0)
+            careful = isinstance(action, LoadAdapter | UnloadAdapter | UpdateWeights)
+            if careful:
+                await able[0].engine.control(action)
+            if isinstance(action, UpdateWeights):
+                self.weights = action.path
+            for replica in self._replicas:
+                if replica not in able:
+                    replica.missed.append(action)
+            rest = able[1:] if careful else able
+            errors = await asyncio.gather(*(self._do(action, replica) for replica in rest))
+            if not careful and None not in errors:
+                raise next(error for error in errors if error is not None)
+            for replica, error in zip(rest, errors, strict=True):
+                if error is not None:
+                    logger.error("replica %s has not done what the others did (%s): %s", replica.name, action, error)
+            return self.condition
+
+    def greet(self, replica: Replica) -> None:
+        """Note what a replica that joins the others has to do to be like them; of the first, the others take over."""
+        others = [one for one in self._replicas if one is not replica]
+        own = replica.engine.condition
+        if not others and self.weights is None:
+            self.weights = own.weights
+        if self.weights is not None and own.weights != self.weights:
+            replica.missed.append(UpdateWeights(self.weights))
+        there = {name: path for one in others for name, path in one.engine.condition.adapters.items()}
+        replica.missed += [LoadAdapter(name, path) for name, path in there.items() if name not in own.adapters]
+        if others and all(one.engine.state == "asleep" for one in others):
+            replica.missed.append(Sleep())
+
+    async def catch_up(self, replica: Replica) -> None:
+        """Let a replica that has just started do what was done to the others meanwhile."""
+        while replica.missed:
+            if (error := await self._do(replica.missed[0], replica)) is not None:
+                logger.error("replica %s could not do again %s: %s", replica.name, replica.missed[0], error)
+                if replica.engine.state not in ("ready", "asleep"):
+                    return  # it has died again: when it is back
+            replica.missed.popleft()
+
+    @staticmethod
+    async def _do(action: Action, replica: Replica) -> OmniError | None:
+        try:
+            await replica.engine.control(action)
+        except OmniError as error:
+            return error
+        return None
