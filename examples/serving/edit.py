@@ -9,7 +9,7 @@ from pathlib import Path
 from openai import OpenAI
 
 if len(sys.argv) < 3:
-    sys.exit("usage: serve_edit.py PICTURE PROMPT")
+    sys.exit("usage: edit.py PICTURE PROMPT")
 client = OpenAI()  # OPENAI_BASE_URL=http://127.0.0.1:8000/v1 OPENAI_API_KEY=none
 
 made = client.images.edit(image=Path(sys.argv[1]), prompt=sys.argv[2], extra_body={"seed": 7})

@@ -237,3 +237,52 @@ def test_no_error_of_the_command_reveals_internals_or_the_key(process: Command, 
     assert len(told) > 200 and all(reply.status_code == 400 and reply.json()["error"]["code"] for reply in told)
     everything = [reply.text for reply in told] + [process.log.read_text()]
     assert not any(map(says_too_much, everything[:-1])) and not any(PROCESS_KEY in text for text in everything)
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/v1/images/generation", "did you mean /v1/images/generations?"),
+        ("/images/generations", "did you mean /v1/images/generations?"),
+        ("/v1/v1/images/edits", "did you mean /v1/images/edits?"),
+        ("/v1/chat/completion", "did you mean /v1/chat/completions?"),
+        ("/", "/docs lists them all"),
+        ("/" + "x" * 5000, "/docs lists them all"),
+    ],
+)
+def test_a_wrong_address_is_answered_with_the_right_one(http: httpx.Client, path: str, text: str) -> None:
+    reply = http.post(path, json={"prompt": "x"})
+    envelope(reply, 404, "not_found")
+    assert text in reply.json()["error"]["message"]
+
+
+def test_a_wrong_method_is_answered_with_the_right_ones(http: httpx.Client) -> None:
+    for path, method, allowed in ((GENERATIONS, "GET", "POST"), ("/v1/videos", "PUT", "GET, POST")):
+        reply = http.request(method, path)
+        envelope(reply, 405, "method_not_allowed")
+        assert reply.json()["error"]["message"] == f"this address takes {allowed}, not {method}"
+        assert reply.headers["allow"] == allowed
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "text"),
+    [
+        (b"{'prompt': 'x'}", "application/json", "line 1 column 2"),
+        (b'{"prompt": "x",\n "steps": 4,}', "application/json", "line 2 column"),
+        (b'{"prompt": "x"}', "application/x-www-form-urlencoded", "send the body with Content-Type: application/json"),
+        (b"prompt=x", "text/plain", "got 'text/plain'"),
+    ],
+)
+def test_a_body_that_cannot_be_read_is_told_where_or_how(http: httpx.Client, body: bytes, kind: str, text: str) -> None:
+    reply = http.post(GENERATIONS, content=body, headers={"Content-Type": kind})
+    assert text in told(reply)["message"]
+
+
+@pytest.mark.parametrize(
+    ("change", "shown"),
+    [({"seed": -1}, "-1"), ({"steps": "4x"}, "'4x'"), ({"n": 99}, "99"), ({"stream": "yes"}, "'yes'"), ({"n": 0}, "0"),
+     ({"output_format": "gif"}, "'gif'"), ({"priority": 9}, "9"), ({"prompt": ["cat"]}, None)],
+)  # fmt: skip
+def test_an_error_shows_the_wrong_value_but_never_a_prompt(http: httpx.Client, change: dict, shown: str | None) -> None:
+    message = told(http.post(GENERATIONS, json={"prompt": "x"} | change))["message"]
+    assert message.endswith(f", got {shown}") if shown else "cat" not in message

@@ -72,9 +72,10 @@ class Run:
             sent |= {"response_format": "file"}
         for _ in range(1000):
             reply = await client.post(path, json=sent)
-            if reply.status_code == 200:
-                return _picture(reply, way)
-            error = reply.json()["error"]
+            last = _last_event(reply) if reply.status_code == 200 and way == "stream" else {}
+            if reply.status_code == 200 and "error" not in last:
+                return base64.b64decode(last["b64_json"]) if last else _picture(reply, way)
+            error = last["error"] if last else reply.json()["error"]
             reason = "lora" if error["param"] in ("lora", "lora_request") else error["code"]
             if reason not in COME_BACK:
                 break
@@ -146,12 +147,14 @@ class Run:
             print(f"\r{line}, {sum(self.operations.values())} operations", end="", file=sys.stderr, flush=True)
 
 
+def _last_event(reply: httpx.Response) -> dict[str, Any]:
+    """Of a stream: the picture, or an error that came when the stream had begun, a second after the request."""
+    return [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")][-1]
+
+
 def _picture(reply: httpx.Response, way: str) -> bytes:
     if way == "file":
         return reply.content
-    if way == "stream":
-        events = [json.loads(line[6:]) for line in reply.text.splitlines() if line.startswith("data: {")]
-        return base64.b64decode(events[-1]["b64_json"])
     told = reply.json()
     if way == "chat":
         url = told["choices"][0]["message"]["content"][0]["image_url"]["url"]

@@ -52,8 +52,8 @@ class AdapterSwitch:
         """InvalidValueError for a name that is not loaded."""
         for name, _ in adapters:
             if name not in self.loaded:
-                known = f"must be one of: {', '.join(self.loaded)}" if self.loaded else "is not known: none is loaded"
-                raise InvalidValueError("lora_request", name, f"{known} (or load it first)")
+                known = f"must be one of: {', '.join(self.loaded)}" if self.loaded else "is not there: none is loaded"
+                raise InvalidValueError("lora_request", name, f"{known}; load it first")
             self.loaded[name] = self.loaded.pop(name)
 
     def use(self, adapters: Adapters) -> None:

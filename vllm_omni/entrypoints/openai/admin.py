@@ -25,7 +25,7 @@ from vllm_omni.engine.wire import (
     Wake,
 )
 from vllm_omni.entrypoints.openai.protocol import replies
-from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, parse_json, read_text, validate
+from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, parse_json, read_text, validate, wrong_type
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.state import AppState, State
 
@@ -162,7 +162,7 @@ async def read(http: Request, kind: type[B]) -> B:
     """The body as JSON, the query's `level` beside it; a page of another site cannot send what this takes."""
     data, media = await read_text(http, http.app.state.omni.config.limits), http.headers.get("content-type", "")
     if media.partition(";")[0].strip().lower() != "application/json" and (data or media or "origin" in http.headers):
-        raise ApiError(400, "the body must be application/json", "invalid_request")
+        raise wrong_type("application/json", media)
     fields: dict[str, Any] = parse_json(data) if data else {}
     if issubclass(kind, SleepBody) and (level := http.query_params.get("level")) is not None:
         fields.setdefault("level", int(level) if level in ("1", "2") else level)

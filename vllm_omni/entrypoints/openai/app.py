@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
+from difflib import get_close_matches
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Match, Route
 
 from vllm_omni import _vllm_compat
 from vllm_omni.engine.interface import EngineClient
@@ -23,6 +25,8 @@ from vllm_omni.entrypoints.openai.state import AppState
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import forget_locals
 from vllm_omni.version import __version__
+
+_MOST_SHOWN = 60  # characters of a wrong address that are compared, or of a method that are shown
 
 
 def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
@@ -77,7 +81,23 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
 
 
+def _no_route(request: Request, error: HTTPException) -> ApiError:
+    """What a request that met no route could have asked for."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    if error.status_code == 405:
+        here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+        allowed = ", ".join(sorted({method for route in here for method in route.methods or ()}))
+        text = f"this address takes {allowed}, not {request.method[:_MOST_SHOWN]}"
+        return ApiError(405, text, "method_not_allowed", headers={"Allow": allowed})
+    known = {route.path for route in routes if "{" not in route.path}
+    close = get_close_matches(request.url.path[:_MOST_SHOWN], sorted(known), n=1, cutoff=0.75)
+    hint = f"did you mean {close[0]}?" if close else f"{request.app.docs_url or 'docs/serving.md'} lists them all"
+    return ApiError(404, f"this server has no such address; {hint}", "not_found")
+
+
 async def _error_reply(request: Request, error: Exception) -> Response:
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        error = _no_route(request, error)
     if isinstance(error, RequestValidationError):  # of a path or a query
         first = error.errors()[0]
         error = invalid(".".join(str(part) for part in first["loc"][1:]) or None, str(first["msg"]))

@@ -179,8 +179,8 @@ def _parameters(
     """The sampling parameters that pictures, videos and sounds share."""
     _at_most(limits.max_steps, num_inference_steps=request.num_inference_steps)
     _at_most(limits.request_timeout_s, timeout_s=request.timeout_s)
-    if abs(request.priority or 0) > limits.most_priority:
-        raise invalid("priority", f"priority must be between -{limits.most_priority} and {limits.most_priority}")
+    if abs(priority := request.priority or 0) > (most := limits.most_priority):
+        raise invalid("priority", f"priority must be between -{most} and {most}, got {priority}")
     return {
         **_supported(
             info,
@@ -208,7 +208,7 @@ def _supported(info: ModelInfo, **values: Any) -> dict[str, Any]:
 def _at_most(limit: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is not None and value > limit:
-            raise invalid(name, f"{name} must be at most {limit:g}")
+            raise invalid(name, f"{name} must be at most {limit:g}, got {value:g}")
 
 
 def _cache(request: BaseRequest, info: ModelInfo) -> Any:

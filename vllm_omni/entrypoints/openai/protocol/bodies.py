@@ -54,6 +54,9 @@ _NOTHING = (None, False, "", "false", "False", "cpu")
 _KEY = re.compile(r"([A-Za-z_]\w{0,63})((?:\[\w{0,64}\]){0,4})")
 _PLACE = re.compile(r"\[[0-9]{0,3}\]$")  # of one of several pictures: `image[]`, or `image[0]` as PHP's clients count
 _FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+# What is wrong with a value that is then shown. A prompt never is: errors are in the log.
+_SHOWN = {f"{kind}_{what}" for kind in ("int", "float", "bool") for what in ("type", "parsing")} | {"literal_error"}
+_MAX_SHOWN = 60
 _AS_JSON = ("cache", "lora", "lora_request", *NESTED)
 Source = tuple[str, Any]  # the client's name of a picture, and its bytes or URL
 R = TypeVar("R", bound=BaseRequest)
@@ -96,8 +99,13 @@ async def read_json(http: Request, limits: Limits, pictures: tuple[str, ...] = (
     """
     kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not (curl and kind == _FORMS[1]):
-        raise ApiError(400, "the body must be application/json", "invalid_request")
+        raise wrong_type("application/json", kind)
     return _body(http, parse_json(await read_text(http, limits)), [], pictures, strict=True)
+
+
+def wrong_type(wanted: str, got: str) -> ApiError:
+    """A 400 that says which header to send."""
+    return ApiError(400, f"send the body with Content-Type: {wanted}, got {got[:100]!r}", "invalid_request")
 
 
 async def read_text(http: Request, limits: Limits) -> bytes:
@@ -116,7 +124,7 @@ async def read_form(http: Request, limits: Limits, max_pictures: int, pictures: 
     """
     kind = http.headers.get("content-type", "")
     if not kind.startswith(_FORMS):
-        raise ApiError(400, "the body must be multipart/form-data", "invalid_request")
+        raise wrong_type(_FORMS[0], kind)
     if kind.startswith(_FORMS[1]) and len(await http.body()) > limits.max_json_bytes:
         raise _too_large("this form", limits.max_json_bytes, "send pictures as multipart/form-data")
     fields: dict[str, Any] = {}
@@ -239,9 +247,10 @@ def validate(kind: type[M], values: dict[str, Any], *, strict: bool) -> M:
     try:
         return kind.model_validate(values, strict=strict)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        name = str(first["loc"][0])
-        raise invalid(name, f"{name}: {first['msg'].removeprefix('Value error, ')}") from None
+        first = error.errors(include_url=False, include_context=False)[0]
+        name, value = str(first["loc"][0]), first["input"]
+        wrong = f", got {value!r}" if type(value) in (int, float, bool) or first["type"] in _SHOWN else ""
+        raise invalid(name, f"{name}: {first['msg'].removeprefix('Value error, ')}{wrong[:_MAX_SHOWN]}") from None
 
 
 def check_model(name: str | None, config: ServeConfig, adapters: Collection[str]) -> None:
@@ -256,8 +265,9 @@ def parse_json(body: bytes) -> dict[str, Any]:
     """A JSON object; no NaN, no key twice, no depth that breaks a parser."""
     try:
         value = _load_json(body)
-    except (ValueError, RecursionError):
-        raise ApiError(400, "the body must be a JSON object in UTF-8", "invalid_json") from None
+    except (ValueError, RecursionError) as error:
+        where = f": {error}" if body and isinstance(error, json.JSONDecodeError) else ""  # it quotes nothing
+        raise ApiError(400, f"the body must be a JSON object in UTF-8{where}", "invalid_json") from None
     if not isinstance(value, dict):
         raise ApiError(400, "the body must be a JSON object", "invalid_json")
     return value
