@@ -155,9 +155,18 @@ def test_a_driver_that_torch_cannot_use_is_an_error(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(placement, "driver_cuda", lambda: (12, 4))
     with pytest.raises(InvalidValueError, match="update the driver"):
         placement.device_for(None)
+    with pytest.raises(InvalidValueError, match=r"update the driver.*cuda:1"):
+        placement.device_for("cuda:1")
     assert placement.device_for("cpu") == "cpu"
     monkeypatch.setattr(placement, "driver_cuda", lambda: None)
     assert placement.device_for(None) == "cpu"
+    with pytest.raises(InvalidValueError, match="there is no driver"):
+        placement.device_for("cuda")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(InvalidValueError, match="torch is a CPU build"):
+        placement.device_for("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (placement.device_for(None), placement.device_for("cuda:1")) == ("cuda", "cuda:1")
 
 
 def test_weights_without_values_have_a_fingerprint() -> None:
@@ -167,3 +176,12 @@ def test_weights_without_values_have_a_fingerprint() -> None:
     known = fingerprint(transformer)
     assert fingerprint(transformer.to("cuda")) == known
     assert len(fingerprint(transformer.to("meta"))) == len(known)
+
+
+def test_the_report_names_every_device() -> None:
+    from vllm_omni.collect_env import report
+
+    with fake_cuda.limit(2**31, 1):
+        facts = report().facts
+    assert facts["will run on"].startswith("cuda, bfloat16")
+    assert "80.0 GiB free" in facts["cuda:0"] and facts["cuda:1"].endswith("2.0 GiB free")

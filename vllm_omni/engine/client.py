@@ -40,6 +40,7 @@ from vllm_omni.outputs import OmniRequestOutput
 logger = init_logger(__name__)
 
 WATCH_EVERY_S = 0.25
+STEP_TIMEOUT_S = 600.0
 _LOADING = 20  # times the patience, while imports and weights keep the process silent
 
 
@@ -50,9 +51,10 @@ def launch_engine(
     log_json: bool = False,
     log_prompts: bool = False,
     heartbeat_s: float = 0.5,
+    step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> Launch:
     """Launch the engine process of a `ProcessEngineClient` with these settings; it loads while its front end does."""
-    return Launch.of(_start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts))
+    return Launch.of(_start_of(engine_args, warmup, heartbeat_s, step_timeout_s, log_json, log_prompts))
 
 
 class ProcessEngineClient:
@@ -74,13 +76,13 @@ class ProcessEngineClient:
         log_prompts: bool = False,
         heartbeat_s: float = 0.5,
         heartbeat_timeout_s: float = 15.0,
-        step_timeout_s: float = 600.0,
+        step_timeout_s: float = STEP_TIMEOUT_S,
         max_restarts: int = 10,
         restart_window_s: float = 600.0,
         launch: Launch | None = None,
     ) -> None:
         config = OmniDiffusionConfig(**engine_args)  # raises what is wrong
-        self._start = _start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts)
+        self._start = _start_of(engine_args, warmup, heartbeat_s, step_timeout_s, log_json, log_prompts)
         if launch is not None and launch.start != self._start:
             launch.discard()
             launch = None
@@ -349,9 +351,11 @@ class ProcessEngineClient:
         self._requests.end_all(lambda request_id: OmniRequestOutput(request_id, error=error_of(request_id)))
 
 
-def _start_of(args: dict[str, Any], warmup: bool, heartbeat_s: float, log_json: bool, log_prompts: bool) -> Start:
+def _start_of(
+    args: dict[str, Any], warmup: bool, heartbeat_s: float, step_timeout_s: float, log_json: bool, log_prompts: bool
+) -> Start:
     plain = {name: _plain(value) for name, value in args.items()}
-    return Start(plain, warmup, heartbeat_s, log_json=log_json, log_prompts=log_prompts)
+    return Start(plain, warmup, heartbeat_s, log_json, log_prompts=log_prompts, step_timeout_s=step_timeout_s)
 
 
 def _plain(value: Any) -> Any:

@@ -38,6 +38,7 @@ class Start(Struct, tag=True):
     log_json: bool = False
     condition: EngineCondition | None = None  # of the process that this one replaces
     log_prompts: bool = False
+    step_timeout_s: float | None = None  # what the front end takes for a hang
 
 
 class Add(Struct, tag=True):

@@ -10,8 +10,8 @@ import re
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,6 +19,7 @@ from vllm_omni.errors import DeviceLostError, DeviceMemoryError, forget_locals
 
 Mark = Any  # a float of the host's clock, or a CUDA event
 Span = tuple[Mark, Mark]
+T = TypeVar("T")
 
 # What cuBLAS and cuDNN report as plain RuntimeErrors after the context has gone; a lack of memory or of an
 # implementation is not among it.
@@ -56,9 +57,23 @@ def refuse_lost(error: BaseException | None) -> None:
 
 
 def without_tensors(error: Exception | BaseException) -> Any:
-    """The error, whose traceback holds the locals of no frame: tensors of a failed forward would stay in memory."""
+    """The error, whose traceback holds the locals of no frame: tensors of a failed forward would stay in memory.
+
+    Of a lack of memory the message alone stays: what a frame's closures hold outlives its locals.
+    """
     forget_locals(error)
+    if is_out_of_memory(error):
+        error.__traceback__ = error.__context__ = error.__cause__ = None
     return error
+
+
+def tried(batch: Sequence[T], act: Callable[[Sequence[T]], list[Any]]) -> tuple[list[Any], Exception | None]:
+    """What an action on a batch returns, or raises; DeviceLostError if the device is lost."""
+    try:
+        return act(batch), None
+    except Exception as error:  # out of memory or a bad input of one must not end the others
+        refuse_lost(error)
+        return [], without_tensors(error)
 
 
 def moved(value: Any, device: torch.device | None) -> Any:
@@ -77,14 +92,27 @@ class Memory:
 
     def __init__(self, device: torch.device | None) -> None:
         self._device = device if device is not None and device.type == "cuda" else None
+        self._peak = 0  # before the last `begin`
 
     def peak(self) -> int:
         """The most bytes that were in use since the last time it was asked; on a CPU, ever."""
         if self._device is None:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        most = torch.cuda.max_memory_allocated(self._device)
+        most, self._peak = max(self._peak, self.most()), 0
         torch.cuda.reset_peak_memory_stats(self._device)
         return most
+
+    def begin(self) -> int:
+        """Bytes in use now; `most` counts from here."""
+        if self._device is None:
+            return 0
+        self._peak = max(self._peak, self.most())
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return torch.cuda.memory_allocated(self._device)
+
+    def most(self) -> int:
+        """The most bytes that were in use since `begin` or `peak`; 0 on a CPU."""
+        return 0 if self._device is None else torch.cuda.max_memory_allocated(self._device)
 
     def free(self, share: float = 1.0) -> int | None:
         """Bytes that this process may still take of `share` of the device; None on a CPU."""

@@ -16,6 +16,7 @@ from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
 from vllm_omni.diffusion.cache.state import CacheState, PlannedState, Signal
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.discover import rows_in
 from vllm_omni.diffusion.denoiser.known import Denoiser
@@ -41,14 +42,15 @@ from vllm_omni.diffusion.worker.coroutine import (
     Finished,
     PipelineTask,
 )
-from vllm_omni.diffusion.worker.memory import Retries, tried
+from vllm_omni.diffusion.worker.memory import Retries, work_of
 from vllm_omni.diffusion.worker.pace import settle, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.diffusion.worker.request import ParkedCall, PlanOf, Previews, Request
 from vllm_omni.diffusion.worker.shared_modules import SharedModules
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.prompt_cache import PromptCache
-from vllm_omni.kernels.device import DeviceClock, Memory, Span, moved, refuse_lost
+from vllm_omni.kernels.device import DeviceClock, Memory, Span, moved, refuse_lost, tried, without_tensors
+from vllm_omni.kernels.room import Room
 from vllm_omni.kernels.timing import Pace
 from vllm_omni.logger import init_logger
 
@@ -58,10 +60,8 @@ logger = init_logger(__name__)
 class ModelRunner:
     """Runs parked calls on the pipeline's denoisers, text encoders and decoder."""
 
-    def __init__(
-        self, pipeline: Any, lora_modules: dict[str, str] | None = None, prompts: PromptCache | None = None
-    ) -> None:
-        self.pipeline, self.prompts = pipeline, prompts or PromptCache(0)
+    def __init__(self, pipeline: Any, config: OmniDiffusionConfig) -> None:
+        self.pipeline, self.prompts = pipeline, PromptCache(int(config.prompt_cache_mb * 2**20))
         self._device = _device_of(pipeline)
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
         self.denoisers = {name: Denoiser(module) for name, module in self.modules.items()}
@@ -70,9 +70,10 @@ class ModelRunner:
         self._encoders = [module for module in parts if isinstance(module, torch.nn.Module)]
         self._shared = SharedModules(self.modules.values, self._other_parts)
         self.pace, self.clock, self.memory = Pace(), DeviceClock(self._device), Memory(self._device)
-        self._retries = Retries(self.memory)
+        self.room = Room(self.memory.free(config.gpu_memory_utilization), config.max_num_seqs)
+        self.retries = Retries(self.memory, self.room)
         self.forwards = {"computed": 0, "skipped": 0}
-        self.adapters = AdapterSwitch(pipeline, lora_modules or {})
+        self.adapters = AdapterSwitch(pipeline, config.lora_modules)
 
     def start(
         self,
@@ -105,7 +106,7 @@ class ModelRunner:
         request = Request(
             asked.request_id, task, backend, settings, StepTracker(task.pipeline), adapters, plan_of, previews=previews
         )
-        self._retries.add(request)
+        self.retries.add(request)
         self.adapters.use(adapters)  # text encoders can have adapters too
         began = self.clock.mark()
         self._ran_component(request, self._advance(request), (began, self.clock.mark()))
@@ -140,8 +141,10 @@ class ModelRunner:
     def _run_denoiser(self, batch: Sequence[Request]) -> None:
         skips, alone = _parked(batch[0]).kind is StepKind.SKIP, len(batch) == 1
         began = self.clock.mark()
-        results = self._retries.each_or_errors(batch, self._forward)
+        work, count = work_of(batch[0]), len(batch)
+        results = self.retries.each_or_errors(batch, self._forward)
         done = self.clock.mark()
+        self.clock.later(done, lambda: self.room.lasted(work, count, self.clock.seconds(began, done)))
         for request, result in zip(batch, results, strict=True):
             step, resumed = request.step, self.clock.mark()
             event = self._advance(request, result)
@@ -159,7 +162,7 @@ class ModelRunner:
         for chunk in component_chunks([_component_call(request) for request in batch]):
             sharing = batch[chunk]
             began = self.clock.mark()
-            results = self._retries.each_or_errors(sharing, self._call_component)
+            results = self.retries.each_or_errors(sharing, self._call_component)
             done = self.clock.mark()
             for request, result in zip(sharing, results, strict=True):
                 resumed = self.clock.mark()
@@ -168,7 +171,7 @@ class ModelRunner:
 
     def _look(self, batch: Sequence[Request], signal: Signal) -> None:
         """Let the gates of parked calls see them; each waits again, for a full forward or for one without blocks."""
-        results = self._retries.each_or_errors(batch, partial(self._show, signal))
+        results = self.retries.each_or_errors(batch, partial(self._show, signal))
         for request, result in zip(batch, results, strict=True):
             if isinstance(result, Exception):
                 self._arrive(request, self._advance(request, result))
@@ -219,7 +222,9 @@ class ModelRunner:
         """Let the request go on with what its call returned, or raised."""
         with self._shared.lent_to(request.changes), scales_kept(self._encoders):
             event = request.task.throw(result) if isinstance(result, Exception) else request.task.resume(result)
-        refuse_lost(event.error if isinstance(event, Failed) else None)
+        if isinstance(event, Failed):
+            refuse_lost(event.error)
+            without_tensors(event.error)
         return event
 
     def _ran_component(self, request: Request, event: Event, own: Span, joint: Span | None = None, n: int = 1) -> None:
