@@ -104,6 +104,4 @@ class StepScheduler:
 
     def postpone(self, request_ids: list[str]) -> None:
         """Let scheduled requests that found no room wait on, behind the other groups: those before them end first."""
-        for request_id in request_ids:
-            if (place := self.running[request_id]) is not None:
-                self.running[request_id] = place._replace(since=self._tick)
+        self.running |= {i: p._replace(since=self._tick) for i in request_ids if (p := self.running[i]) is not None}

@@ -67,13 +67,20 @@ def without_tensors(error: Exception | BaseException) -> Any:
     return error
 
 
+def let_go(error: BaseException | None) -> None:
+    """Free the tensors that a failure holds; DeviceLostError if the device is lost."""
+    if error is not None:
+        refuse_lost(error)
+        without_tensors(error)
+
+
 def tried(batch: Sequence[T], act: Callable[[Sequence[T]], list[Any]]) -> tuple[list[Any], Exception | None]:
     """What an action on a batch returns, or raises; DeviceLostError if the device is lost."""
     try:
         return act(batch), None
     except Exception as error:  # out of memory or a bad input of one must not end the others
-        refuse_lost(error)
-        return [], without_tensors(error)
+        let_go(error)
+        return [], error
 
 
 def moved(value: Any, device: torch.device | None) -> Any:

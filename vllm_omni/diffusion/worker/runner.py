@@ -49,7 +49,7 @@ from vllm_omni.diffusion.worker.request import ParkedCall, PlanOf, Previews, Req
 from vllm_omni.diffusion.worker.shared_modules import SharedModules
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.prompt_cache import PromptCache
-from vllm_omni.kernels.device import DeviceClock, Memory, Span, moved, refuse_lost, tried, without_tensors
+from vllm_omni.kernels.device import DeviceClock, Memory, Span, let_go, moved, tried
 from vllm_omni.kernels.room import Room
 from vllm_omni.kernels.timing import Pace
 from vllm_omni.logger import init_logger
@@ -222,9 +222,7 @@ class ModelRunner:
         """Let the request go on with what its call returned, or raised."""
         with self._shared.lent_to(request.changes), scales_kept(self._encoders):
             event = request.task.throw(result) if isinstance(result, Exception) else request.task.resume(result)
-        if isinstance(event, Failed):
-            refuse_lost(event.error)
-            without_tensors(event.error)
+        let_go(event.error if isinstance(event, Failed) else None)
         return event
 
     def _ran_component(self, request: Request, event: Event, own: Span, joint: Span | None = None, n: int = 1) -> None:
