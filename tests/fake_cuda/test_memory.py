@@ -83,6 +83,17 @@ def test_what_helped_is_remembered(omni: Omni) -> None:
     assert STEPS < runner.forwards["computed"] - computed <= STEPS * 6  # not one by one
 
 
+def test_one_that_fits_alone_but_for_its_cache_goes_on_without(omni: Omni) -> None:
+    """A cached step also keeps what went into the blocks, and what it adds: there is nothing to drop before it."""
+    (_, alone), (_, cached) = peak_of(omni, "off", 1), peak_of(omni, None, 1)
+    assert cached > 1.02 * alone
+    with fake_cuda.limit((alone + cached) // 2):
+        (output,) = run(omni, None, 1)
+    assert output.error is None and output.computed_steps == STEPS
+    (output,) = run(omni, None, 1)
+    assert output.error is None and output.skipped_steps > 0  # with room again
+
+
 def test_one_that_does_not_fit_alone_says_what_would(omni: Omni) -> None:
     assert not any(output.error for output in run(omni, "off", 1, 32))
     gc.collect()

@@ -55,8 +55,21 @@ def test_residuals_get_what_a_whole_batch_leaves_but_half_at_least() -> None:
     assert residuals.budget == 500
     room.took(Work("compute", "huge", 9000), 1, 700, blocks=True)
     assert residuals.budget == 300  # alone it must run
-    room.ceiling = 100
-    assert room.budget == 100
+    room.keep_less(100)
+    room.keep_less(200)
+    assert room.budget == residuals.budget == 100
+
+
+def test_a_budget_that_was_asked_for_stands() -> None:
+    room, residuals = Room(1000, 4), Residuals(budget=900)
+    room.govern(residuals)
+    room.took(LARGE, 1, 80, blocks=True)
+    assert residuals.budget == 900
+    room.keep_less(300)
+    assert residuals.budget == 300
+    on_cpu, residuals = Room(None, 4), Residuals(budget=7)
+    on_cpu.govern(residuals)
+    assert residuals.budget == 7
 
 
 def test_what_residuals_hold_is_not_free() -> None:

@@ -129,6 +129,13 @@ class Memory:
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return max(0, int(free + kept - (1.0 - share) * total))
 
+    def spare(self) -> int:
+        """Bytes that nobody needed since `begin`, less a part that cannot be had in one piece; 0 on a CPU."""
+        if self._device is None:
+            return 0
+        free, most = self.free() or 0, self.most()
+        return max(0, int(0.9 * (free + torch.cuda.memory_allocated(self._device) - most)))
+
     def collect(self) -> int:
         """Let go of what only a garbage collection finds, and of what torch keeps for later; returns the bytes."""
         if self._device is None:

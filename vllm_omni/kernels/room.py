@@ -10,6 +10,9 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
 MARGIN = 1.1  # of each request's bytes: the next request may have a longer text
 KEPT_SIZES = 256
 
@@ -48,32 +51,50 @@ class Measured:
 
 
 class Room:
-    """Of one device: `free` bytes after the model is loaded, None on one that knows no limit."""
+    """Of one device: `free` bytes after the model is loaded, None on one that knows no limit.
 
-    def __init__(self, free: int | None, most: int) -> None:
-        self.free, self.most = free, most  # `most` requests run at a time
+    At most `most` requests run at a time. `loaded` bytes are in use before any of them.
+    """
+
+    def __init__(self, free: int | None, most: int, loaded: int = 0) -> None:
+        self.free, self.most, self._loaded = free, most, loaded
+        self._beside = 0  # what requests hold beside their residuals, when it was last seen
         self.longest_s: float | None = None  # that one turn of the engine's loop should take
-        self.ceiling: int | None = None  # of the residuals, once they were found to be too many
+        self._ceiling: int | None = None  # of the residuals, once they were found to be too many
+        self._given: int | None = None  # their budget as somebody asked for it
         self._held: Held | None = None
         self._sizes: dict[Work, Measured] = {}
         self._budget_of: Hashable = None  # the kind of work that a whole batch is wanted for
 
     def govern(self, held: Held) -> None:
-        """Set the residuals' budget, from now on with each new measurement."""
-        self._held = held
+        """Set the residuals' budget, from now on with each new measurement, unless they have one."""
+        self._held, self._given = held, held.budget
         held.budget = self.budget
+
+    def keep_less(self, most: int) -> None:
+        """Let residuals take no more than that: more were in the way."""
+        self._ceiling = most if self._ceiling is None else min(most, self._ceiling)
+        if self._held is not None:
+            self._held.budget = self.budget
+        logger.warning("residuals are kept in %d MiB from now on", self._ceiling >> 20)
 
     @property
     def budget(self) -> int | None:
-        """Bytes for residuals: what a forward of all requests at once leaves, and half of what is free at least."""
+        """Bytes for residuals; None is no limit."""
+        wanted = self._left if self._given is None else self._given
+        return min((limit for limit in (wanted, self._ceiling) if limit is not None), default=None)
+
+    @property
+    def _left(self) -> int | None:
+        """What a forward of all requests at once leaves, and half of what is free at least."""
         if self.free is None:
             return None
         works = {work: measured.line for work, measured in self._sizes.items() if measured.nbytes}
-        alone = max((fixed + each for fixed, each in works.values()), default=self.free / 2)
+        free = self.free - self._beside
+        alone = max((fixed + each for fixed, each in works.values()), default=free / 2)
         whole = [fixed + self.most * each for work, (fixed, each) in works.items() if work.kind == self._budget_of]
-        forwards = max(alone, min(max(whole, default=self.free / 2), self.free / 2))
-        left = max(0, int(self.free - forwards))
-        return left if self.ceiling is None else min(left, self.ceiling)
+        forwards = max(alone, min(max(whole, default=free / 2), free / 2))
+        return max(0, int(free - forwards))
 
     def unknown(self, work: Work, count: int) -> bool:
         """Whether it is worth measuring what `count` requests take."""
@@ -82,9 +103,13 @@ class Room:
         measured = self._sizes.get(work)
         return measured is None or not measured.nbytes or count > max(measured.nbytes) or count < min(measured.nbytes)
 
-    def took(self, work: Work, count: int, nbytes: int, blocks: bool = False) -> None:
-        """Note the bytes of a forward; `blocks`: it is the kind that the budget leaves room for."""
+    def took(self, work: Work, count: int, nbytes: int, blocks: bool = False, beside: int = 0) -> None:
+        """Note the bytes of a forward; `blocks`: it is the kind that the budget leaves room for.
+
+        `beside`: bytes in use when it began, without the residuals.
+        """
         self._of(work).nbytes[count] = nbytes
+        self._beside = max(0, beside - self._loaded)
         if blocks:
             self._budget_of = work.kind
         if self._held is not None:
@@ -100,7 +125,7 @@ class Room:
         limits = []
         if self.free is not None and (line := self._bytes_of(work)) is not None and line[1] > 0:
             held = self._held.used if self._held is not None else 0
-            limits.append((self.free - held - line[0]) / (MARGIN * line[1]))
+            limits.append((self.free - self._beside - held - line[0]) / (MARGIN * line[1]))
         if self.longest_s is not None and (each := self._seconds_of(work)):
             limits.append(self.longest_s / each)
         return max(1, int(min(limits))) if limits else None

@@ -33,23 +33,29 @@ class Retries:
     def at_once(self, batch: Sequence[Request]) -> int:
         """How many of a batch there is room and time for in one turn; one at least."""
         work = work_of(batch[0])
-        return min(len(batch), self._most.get(work, len(batch)), self.room.at_once(work) or len(batch))
+        return min(len(batch), self._most.get(work) or len(batch), self.room.at_once(work) or len(batch))
 
     def each_or_errors(self, batch: Sequence[Request], act: Act) -> list[Any]:
         """Each request's result, or the exception its own call raises: a joint failure is looked for one by one.
 
+        There are fewer results than requests if memory has run out: the last ones must wait for another turn.
         `act` changes a request's state after everything that can fail, so that a retry starts from untouched state.
         DeviceLostError if there is nothing left to retry on.
         """
+        for request in batch if self._most.get(work_of(batch[0])) == 0 else ():  # with a cache not one has room
+            self._drop_own([request])
         results, failure = self._measured(batch, act)
         for make_room in (self._drop_others, self._drop_own):
             if failure is None or not is_out_of_memory(failure):
                 break
-            dropped, kept = make_room(batch), self._kept()
+            work, dropped, kept = work_of(batch[0]), make_room(batch), self._kept()
             if dropped or self.memory.collect():
+                self.memory.begin()
                 results, failure = self._measured(batch, act)
-            if dropped and failure is None:  # residuals were the reason: from now on there are fewer
-                self._keep_less(batch[0], kept + dropped // 2)
+            if failure is None and work != work_of(batch[0]):
+                self._most[work] = 0
+            elif failure is None and dropped:  # residuals were the reason: from now on no more than what was left
+                self.room.keep_less(kept + min(dropped // 2, self.memory.spare()))
         if failure is None:
             return results
         if is_out_of_memory(failure):
@@ -58,9 +64,7 @@ class Retries:
                 return [self.memory.too_large(failure, not work.elements, work.elements, self.room.largest)]
             self._most[work] = half = (len(batch) + 1) // 2
             logger.warning("%s has no room for %d such requests at once; from now on %d", self.memory, len(batch), half)
-            while len(results) < len(batch):
-                results += self.each_or_errors(batch[len(results) :][: self._most[work]], act)
-            return results
+            return self.each_or_errors(batch[:half], act)
         if len(batch) == 1:
             return [failure]
         return [self.each_or_errors([request], act)[0] for request in batch]
@@ -73,7 +77,8 @@ class Retries:
         before = self.memory.begin()
         results, failure = tried(batch, act)
         if failure is None:
-            self.room.took(work, len(batch), self.memory.most() - before, work.kind is StepKind.COMPUTE)
+            took = self.memory.most() - before
+            self.room.took(work, len(batch), took, work.kind is StepKind.COMPUTE, beside=before - self._kept())
         return results, failure
 
     def _kept(self) -> int:
@@ -102,12 +107,6 @@ class Retries:
         if request.parked is not None and request.parked.forecast is not None:
             request.parked = replace(request.parked, kind=StepKind.COMPUTE, forecast=None)
         return dropped or 1
-
-    def _keep_less(self, request: Request, most: int) -> None:
-        if request.backend is not None:
-            store = request.backend.store
-            store.budget = self.room.ceiling = most if store.budget is None else min(most, store.budget)
-            logger.warning("%s: residuals are kept in %d MiB from now on", self.memory, store.budget >> 20)
 
 
 def work_of(request: Request) -> Work:

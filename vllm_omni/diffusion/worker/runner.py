@@ -70,7 +70,8 @@ class ModelRunner:
         self._encoders = [module for module in parts if isinstance(module, torch.nn.Module)]
         self._shared = SharedModules(self.modules.values, self._other_parts)
         self.pace, self.clock, self.memory = Pace(), DeviceClock(self._device), Memory(self._device)
-        self.room = Room(self.memory.free(config.gpu_memory_utilization), config.max_num_seqs)
+        loaded = self.memory.begin()
+        self.room = Room(self.memory.free(config.gpu_memory_utilization), config.max_num_seqs, loaded)
         self.retries = Retries(self.memory, self.room)
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, config.lora_modules)
@@ -141,11 +142,12 @@ class ModelRunner:
     def _run_denoiser(self, batch: Sequence[Request]) -> None:
         skips, alone = _parked(batch[0]).kind is StepKind.SKIP, len(batch) == 1
         began = self.clock.mark()
-        work, count = work_of(batch[0]), len(batch)
+        work = work_of(batch[0])
         results = self.retries.each_or_errors(batch, self._forward)
+        count = len(results)
         done = self.clock.mark()
         self.clock.later(done, lambda: self.room.lasted(work, count, self.clock.seconds(began, done)))
-        for request, result in zip(batch, results, strict=True):
+        for request, result in zip(batch, results, strict=False):
             step, resumed = request.step, self.clock.mark()
             event = self._advance(request, result)
             own, forward = (resumed, self.clock.mark()), (began, done)
@@ -164,7 +166,7 @@ class ModelRunner:
             began = self.clock.mark()
             results = self.retries.each_or_errors(sharing, self._call_component)
             done = self.clock.mark()
-            for request, result in zip(sharing, results, strict=True):
+            for request, result in zip(sharing, results, strict=False):
                 resumed = self.clock.mark()
                 event = self._advance(request, result)
                 self._ran_component(request, event, (resumed, self.clock.mark()), (began, done), len(sharing))
@@ -172,7 +174,7 @@ class ModelRunner:
     def _look(self, batch: Sequence[Request], signal: Signal) -> None:
         """Let the gates of parked calls see them; each waits again, for a full forward or for one without blocks."""
         results = self.retries.each_or_errors(batch, partial(self._show, signal))
-        for request, result in zip(batch, results, strict=True):
+        for request, result in zip(batch, results, strict=False):
             if isinstance(result, Exception):
                 self._arrive(request, self._advance(request, result))
             else:

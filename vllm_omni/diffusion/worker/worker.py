@@ -127,7 +127,7 @@ class DiffusionWorker:
             backend.enable(self.pipeline, standalone=False, known=self.runner.denoisers)
             for other in self._backends.values():  # one budget for all
                 backend.store = other.store
-            if backend.store.budget is None:
+            if not self._backends:
                 self.runner.room.govern(backend.store)
             self._backends[name] = backend
         return self._backends[name]
