@@ -185,6 +185,7 @@ def memory(bench: Bench) -> Iterator[Finding]:
     yield Finding("MiB in use before", before / 2**20)
     yield Finding("MiB of a row alone, uncached", (one - before) / 2**20)
     yield Finding(f"MiB of each of {rows} rows", (plain - before) / rows / 2**20)
+    yield Finding("by the engine", bench.omni.engine.worker.runner.room.told())
     limit = max(before + (plain - before) // 4, int(before + 1.1 * (one - before)))
     seconds, failed = {}, {}
     for cache in ("off", "mask"):

@@ -54,6 +54,7 @@ class Retries:
                 results, failure = self._measured(batch, act)
             if failure is None and work != work_of(batch[0]):
                 self._most[work] = 0
+                logger.warning("%s has no room for such a request with a cache; from now on without", self.memory)
             elif failure is None and dropped:  # residuals were the reason: from now on no more than what was left
                 self.room.keep_less(kept + min(dropped // 2, self.memory.spare()))
         if failure is None:
