@@ -16,7 +16,7 @@ SOURCES = ("pyproject.toml", "README.md", "LICENSE", "CMakeLists.txt", "csrc", "
 TOOLKITS = (Path("/usr/local/cuda/bin"), Path("/usr/local/cuda-13.0/bin"))
 SERVED = """
 import sys
-sys.meta_path[:] = [one for one in sys.meta_path if type(one).__name__ != "ScikitBuildRedirectingFinder"]  # the checkout's
+sys.meta_path[:] = [one for one in sys.meta_path if type(one).__name__ != "ScikitBuildRedirectingFinder"]
 from pipelines import CURVE, DEFAULTS, embeds, tiny_flux
 import fake_cuda
 import vllm_omni
