@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # All checks, the same here and in CI: ruff, mypy, pytest. Two files of tests run at a time, with a thread each; those
 # that measure time or memory (marked alone) follow one by one, with as many threads as there are cores.
-# With `--fast`, the tests marked slow are left out. With other arguments: only pytest, with those arguments.
+# With `--fast`, the tests marked slow are left out. With `--gpu`: the whole set on the fake CUDA device and no other, a
+# quarter of an hour. With other arguments: only pytest, with those arguments.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
@@ -12,6 +13,12 @@ but_slow=""
 if [[ ${1:-} == --fast ]]; then
     but_slow=" and not slow"
     shift
+fi
+if [[ ${1:-} == --gpu ]]; then
+    export VLLM_OMNI_FAKE_CUDA=all OMP_NUM_THREADS=1
+    tests=(tests/fake_cuda tests/test_gpu_check.py)
+    "$bin/python" -m pytest -n 2 --dist load -m "not alone" -rP "${tests[@]}" && exec "$bin/python" -m pytest -m alone "${tests[@]}"
+    exit 1
 fi
 if [[ $# -ne 0 ]]; then
     exec "$bin/python" -m pytest "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -74,8 +75,18 @@ def _torch(found: Report) -> None:
     found.facts["torch build"] = f"for CUDA {built}" if built else "for the CPU"
     found.facts["CUDA driver"] = f"for CUDA {dotted(driver)} and older" if driver else "none"
     found.facts["device"] = torch.cuda.get_device_name() if cuda else f"cpu, {platform.machine()}"
+    for index in range(torch.cuda.device_count() if cuda else 0):
+        free, total = (nbytes / 2**30 for nbytes in torch.cuda.mem_get_info(index))
+        capability = dotted(torch.cuda.get_device_capability(index))
+        found.facts[f"cuda:{index}"] = f"capability {capability}, {free:.1f} of {total:.1f} GiB free"
     if (problem := device_problem(built, driver, cuda)) is not None:
         found.problems.append(problem)
+    refused = driver is not None and not cuda  # `kernels.placement.device_for` does so
+    unless = "unless --device and --dtype say otherwise"
+    runs = "nothing, unless --device cpu is given" if refused else ("cuda, bfloat16" if cuda else "cpu, float32")
+    found.facts["will run on"] = runs if refused else f"{runs}, {unless}"
+    compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)
+    found.facts["C compiler"] = compiler or "none: --no-enforce-eager needs one"
     cores, threads = usable_cores(), torch.get_num_threads()
     found.facts["cores"] = f"{cores} of {os.cpu_count()}"
     found.facts["threads"] = f"{threads} of torch; {_settings(os.environ)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 
 DRIVER = "libcuda.so.1"
+NO_DEVICE = "torch is a CPU build, and there is no driver"
 _NO_DRIVER = "torch is built for CUDA {}, but there is no driver, so that everything runs on the CPU; install a driver"
 
 

@@ -55,6 +55,7 @@ def test_this_machine_is_reported() -> None:
     facts = report().facts
     assert facts["torch"].startswith("2.") and facts["greenlet"] and facts["device"] and facts["native ops"]
     assert facts["cores"].split()[0] == str(usable_cores())
+    assert facts["will run on"].startswith(("cpu, float32", "cuda, bfloat16"))
     assert "OMP_NUM_THREADS" in facts["threads"]
 
 

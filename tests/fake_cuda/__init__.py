@@ -82,12 +82,24 @@ def installed() -> Iterator[Device]:
             undo.enter_context(mock.patch.object(torch.cuda, name, value))
         for name, answer in (("is_pinned", False), ("pin_memory", None), ("record_stream", None)):
             undo.enter_context(mock.patch.object(torch.Tensor, name, _tensor_method(name, answer)))
+        undo.enter_context(mock.patch.object(torch.Tensor, "__deepcopy__", _deep_copy(torch.Tensor.__deepcopy__)))
         yield device
         device.lost = device.kernels_left = None
 
 
 def _tensor_method(name: str, answer: Any) -> Any:
     return lambda tensor, *arguments, **named: tensor if name == "pin_memory" else answer
+
+
+def _deep_copy(own: Any) -> Any:
+    """Torch copies a storage by its device's name, which a CPU build does not know."""
+
+    def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        if not tensor.is_cuda or isinstance(tensor, torch.nn.Parameter):
+            return own(tensor, memo)
+        return memo.setdefault(id(tensor), tensor.detach().clone())
+
+    return copied
 
 
 def _answers(counters: ctypes.CDLL) -> dict[str, Any]:

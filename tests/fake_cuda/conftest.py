@@ -1,7 +1,7 @@
 """The fake devices for the tests of this folder; where they cannot be built, the tests are skipped with the reason.
 
 The core set runs with all other tests. The rest, every family and every limit, takes minutes more and runs by
-`VLLM_OMNI_FAKE_CUDA=all .venv/bin/python -m pytest tests/fake_cuda`.
+`bash tools/test.sh --gpu`, or with `VLLM_OMNI_FAKE_CUDA=all` in the environment of pytest.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +90,8 @@ class Device:
         library, _, name = operation._schema.name.partition("::")
         if library not in LIBRARIES:
             raise NotImplementedError(f"'{library}::{name}' has no kernel for the CUDA backend")
-        self._count(name)
+        launched = not _is_view(operation)
+        self._count(name, launched)
         flat, tree = tree_flatten((arguments, named))
         index = self._placed(name, flat)
         self._waits_for(name, arguments, named)
@@ -106,11 +108,12 @@ class Device:
         results, shape = tree_flatten(returned)
         known = {id(view): tensor for tensor, view in views} | {id(x): x for x in flat}
         placed = [self._result(x, known, index, name, arguments) for x in results]
-        self.clock.launch(operation._schema.name, flat, [x for x in placed if isinstance(x, torch.Tensor)])
+        if launched:
+            self.clock.launch(operation._schema.name, flat, [x for x in placed if isinstance(x, torch.Tensor)])
         return tree_unflatten(placed, shape)
 
-    def _count(self, name: str) -> None:
-        self.kernels[name] += 1
+    def _count(self, name: str, launched: bool) -> None:
+        self.kernels[name] += launched
         if self.kernels_left is not None:
             self.kernels_left -= 1
             if self.kernels_left <= 0:
@@ -175,6 +178,14 @@ def register(device: Device) -> list[torch.library.Library]:
                 operation = getattr(packet, overload)
                 some.impl(operation.name().removeprefix("aten::"), through(operation), "CUDA")
     return [every, some]
+
+
+@cache
+def _is_view(operation: Any) -> bool:
+    """Whether the operation launches nothing: its result is another look at an operand, or memory without values."""
+    returned = operation._schema.returns
+    alias = returned[0].alias_info if returned else None
+    return (alias is not None and not alias.is_write) or operation.__name__.startswith(("empty", "new_empty"))
 
 
 def _host_device(x: Any) -> Any:

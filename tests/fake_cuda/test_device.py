@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import time
 
@@ -43,6 +44,20 @@ def test_views_share_memory_and_bytes_are_counted() -> None:
     assert (fake_cuda.used(0) - before[0], fake_cuda.used(1) - before[1]) == (whole.nbytes, out.nbytes)
     del whole, part, out
     assert (fake_cuda.used(0), fake_cuda.used(1)) == before
+
+
+def test_what_launches_nothing_is_no_kernel() -> None:
+    x = torch.ones(4, 6, device="cuda")
+    fake_cuda.device.kernels.clear()
+    copied = copy.deepcopy([x, x])
+    assert copied[0] is copied[1] and copied[0].is_cuda and fake_cuda.device.kernels.total() == 1
+    x.view(24)[3:].unsqueeze(0).expand(2, -1)
+    torch.empty(3, device="cuda")
+    x.t().detach()
+    assert fake_cuda.device.kernels.total() == 1
+    x.add_(1)
+    x[0] = 2
+    assert fake_cuda.device.kernels.total() == 3
 
 
 def test_memory_is_short_on_one_device() -> None:

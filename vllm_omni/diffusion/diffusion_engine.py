@@ -137,6 +137,9 @@ class DiffusionEngine:
             self._start(self._entries[request_id])
         entries = [self._entries[request_id] for request_id in self.scheduler.schedule()]
         batch = [entry.running for entry in entries if entry.running is not None]
+        if batch and (fit := self.worker.runner.retries.at_once(batch)) < len(batch):
+            self.scheduler.postpone([entry.request.request_id for entry in entries[fit:]])
+            entries, batch = entries[:fit], batch[:fit]
         self.worked = bool(batch)
         rows = self._run(entries[0].pixels, batch) if batch else 0
         peak = self.worker.runner.memory.peak()

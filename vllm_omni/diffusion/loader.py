@@ -34,8 +34,6 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
     if config.vae_use_tiling:
         pipeline.vae.enable_tiling()
     prepare(pipeline, config, device, dtype)
-    if not config.enforce_eager:
-        pipeline.transformer.compile_repeated_blocks(dynamic=True)
     return pipeline
 
 
@@ -53,7 +51,7 @@ def _pipeline(config: OmniDiffusionConfig, where: str, dtype: Any) -> Any:
 
 
 def prepare(pipeline: Any, config: OmniDiffusionConfig, device: str, dtype: Any) -> None:
-    """Quantisation, attention kernels, and where the weights are kept: diffusers does it all."""
+    """Quantisation, attention kernels, where the weights are kept, compiled blocks: diffusers does it all."""
     import torch
 
     from vllm_omni.diffusion.denoiser.specs import denoisers_of
@@ -72,3 +70,5 @@ def prepare(pipeline: Any, config: OmniDiffusionConfig, device: str, dtype: Any)
         pipeline.enable_group_offload(torch.device(device), offload_type="block_level", num_blocks_per_group=1)
     else:
         put_on(pipeline, device, config.enable_cpu_offload)
+    for denoiser in denoisers_of(pipeline).values() if not config.enforce_eager else ():
+        denoiser.compile_repeated_blocks(dynamic=True)

@@ -101,3 +101,7 @@ class StepScheduler:
             return []
         _, oldest = min(parked, key=lambda item: (item[1].kind, item[1].since))
         return [i for i, p in parked if p.key == oldest.key and p.kind == oldest.kind]
+
+    def postpone(self, request_ids: list[str]) -> None:
+        """Let scheduled requests that found no room wait on, behind the other groups: those before them end first."""
+        self.running |= {i: p._replace(since=self._tick) for i in request_ids if (p := self.running[i]) is not None}

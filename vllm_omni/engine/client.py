@@ -41,6 +41,7 @@ logger = init_logger(__name__)
 
 WATCH_EVERY_S = 0.25
 ALONE = (0, 1)  # the place of an engine that has no others beside it
+STEP_TIMEOUT_S = 600.0
 _LOADING = 20  # times the patience, while imports and weights keep the process silent
 
 
@@ -52,9 +53,10 @@ def launch_engine(
     log_prompts: bool = False,
     heartbeat_s: float = 0.5,
     place: tuple[int, int] = ALONE,
+    step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> Launch:
     """Launch the engine process of a `ProcessEngineClient` with these settings; it loads while its front end does."""
-    return Launch.of(_start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts, place))
+    return Launch.of(_start_of(engine_args, warmup, heartbeat_s, step_timeout_s, log_json, log_prompts, place))
 
 
 class ProcessEngineClient:
@@ -77,7 +79,7 @@ class ProcessEngineClient:
         log_prompts: bool = False,
         heartbeat_s: float = 0.5,
         heartbeat_timeout_s: float = 15.0,
-        step_timeout_s: float = 600.0,
+        step_timeout_s: float = STEP_TIMEOUT_S,
         max_restarts: int = 10,
         restart_window_s: float = 600.0,
         launch: Launch | None = None,
@@ -85,7 +87,7 @@ class ProcessEngineClient:
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         config = OmniDiffusionConfig(**engine_args)  # raises what is wrong
-        self._start = _start_of(engine_args, warmup, heartbeat_s, log_json, log_prompts, place)
+        self._start = _start_of(engine_args, warmup, heartbeat_s, step_timeout_s, log_json, log_prompts, place)
         self._name = "the engine" if place == ALONE else f"replica {place[0]}"
         self._changed = changed
         if launch is not None and launch.start != self._start:
@@ -383,11 +385,10 @@ class ProcessEngineClient:
 
 
 def _start_of(
-    args: dict[str, Any], warmup: bool, heartbeat_s: float, log_json: bool, log_prompts: bool, place: tuple[int, int]
+    args: dict[str, Any], warmup: bool, heartbeat_s: float, hang_s: float, as_json: bool, prompts: bool, place: Any
 ) -> Start:
     plain = {name: _plain(value) for name, value in args.items()}
-    replica, replicas = place
-    return Start(plain, warmup, heartbeat_s, log_json, None, log_prompts, replica, replicas)
+    return Start(plain, warmup, heartbeat_s, as_json, None, prompts, *place, step_timeout_s=hang_s)
 
 
 def _plain(value: Any) -> Any:

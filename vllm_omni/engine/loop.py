@@ -262,10 +262,35 @@ class EngineLoop:
         return needs
 
 
+def _run_alone(engine: DiffusionEngine, costs: UnitCosts) -> None:
+    """Run what is in the engine to its end, and note what it cost."""
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.error is not None:
+                logger.warning("warm-up did not work: %s", output.error)
+        for done in engine.reports():
+            if done.rows:  # the last forward's time stands: the first ones paid for what is loaded once
+                costs.computed[done.pixels] = done.forward_s / done.rows
+            if done.ended:
+                costs.ends[done.pixels] = done.coding_s / done.ended
+
+
+def _report_graphs() -> None:
+    """Say what was compiled, and where a graph is broken: there Python runs in every step."""
+    from vllm_omni.kernels.graphs import graph_breaks, graphs_made
+
+    breaks = list(graph_breaks())
+    for reason in breaks:
+        logger.warning("a graph breaks at: %s", reason)
+    logger.info("compiled %d graphs%s", graphs_made(), "" if breaks else ", none of them broken")
+
+
 def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[int, int]:
     """Run once, shortly, at the model's own size (few frames): first-call costs are paid, and a row's cost is known.
 
-    Returns the denoiser's latent tokens by pixels of the picture. A model that will not run so is served all the same.
+    Where it matters, two requests at once follow: what is compiled is compiled for one row and for several, and memory
+    grows from one to two by what each further one takes. Returns the denoiser's latent tokens by pixels of the picture.
+    A model that will not run so is served all the same.
     """
     seen: dict[int, int] = {}
     prompt, size = sample_prompt(info, "warm-up")
@@ -279,17 +304,18 @@ def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[
     few: dict[str, Any] = {"num_frames": 1 + info.frame_multiple} if info.video_output else {}
     params = OmniDiffusionSamplingParams(num_inference_steps=3, seed=0, cache="off", **size, **few)
     hooks = [m.register_forward_pre_hook(look, with_kwargs=True) for m in engine.worker.runner.modules.values()]
+    room = engine.worker.runner.room
+    several = engine.config.max_num_seqs > 1 and (room.free is not None or not engine.config.enforce_eager)
     try:
-        engine.add_request(OmniDiffusionRequest("warm-up", prompt, normalise_prompt(prompt), params))
-        while engine.has_unfinished_requests():
-            for output in engine.step():
-                if output.error is not None:
-                    logger.warning("warm-up did not work: %s", output.error)
-            for done in engine.reports():
-                if done.rows:  # the last forward's time stands: the first ones paid for what is loaded once
-                    costs.computed[done.pixels] = done.forward_s / done.rows
-                if done.ended:
-                    costs.ends[done.pixels] = done.coding_s
+        for count in (1, 2) if several else (1,):
+            for i in range(count):
+                asked = OmniDiffusionRequest(f"warm-up {count}.{i}", prompt, normalise_prompt(prompt), params)
+                engine.add_request(asked)
+            _run_alone(engine, costs if count == 1 else cost.no_costs())
+        if told := room.told():
+            logger.info("memory: %s", told)
+        if not engine.config.enforce_eager:
+            _report_graphs()
     except OmniError as error:
         logger.warning("no warm-up: %s", error)
     finally:

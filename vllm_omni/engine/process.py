@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
 MAX_BACKLOG = 256  # events not read yet; beyond, no progress is sent
 FLUSH_S = 5.0
+TURNS_PER_TIMEOUT = 3  # a forward that is expected to take longer is shared by fewer requests
 _PR_SET_PDEATHSIG = 1
 
 
@@ -205,6 +206,8 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     if start.replicas > 1:
         config = config.model_copy(update={"device": device_in_turn(config.device, start.replica)})
     engine = DiffusionEngine(config)
+    if start.step_timeout_s is not None:
+        engine.worker.runner.room.longest_s = start.step_timeout_s / TURNS_PER_TIMEOUT
     loop = EngineLoop(engine, link.commands, link.send, log_prompts=start.log_prompts)
     loop.costs = start.costs or loop.costs
     info = describe(engine, {})

@@ -41,6 +41,7 @@ class Start(Struct, tag=True):
     replica: int = 0  # which of several it is: they take the devices in turn
     replicas: int = 1
     costs: UnitCosts | None = None  # as the process before it had measured them
+    step_timeout_s: float | None = None  # what the front end takes for a hang
 
 
 class Add(Struct, tag=True):

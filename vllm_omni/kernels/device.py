@@ -10,8 +10,8 @@ import re
 import resource
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from vllm_omni.nested import mapped
 
 Mark = Any  # a float of the host's clock, or a CUDA event
 Span = tuple[Mark, Mark]
+T = TypeVar("T")
 
 # What cuBLAS and cuDNN report as plain RuntimeErrors after the context has gone; a lack of memory or of an
 # implementation is not among it.
@@ -57,9 +58,30 @@ def refuse_lost(error: BaseException | None) -> None:
 
 
 def without_tensors(error: Exception | BaseException) -> Any:
-    """The error, whose traceback holds the locals of no frame: tensors of a failed forward would stay in memory."""
+    """The error, whose traceback holds the locals of no frame: tensors of a failed forward would stay in memory.
+
+    Of a lack of memory the message alone stays: what a frame's closures hold outlives its locals.
+    """
     forget_locals(error)
+    if is_out_of_memory(error):
+        error.__traceback__ = error.__context__ = error.__cause__ = None
     return error
+
+
+def let_go(error: BaseException | None) -> None:
+    """Free the tensors that a failure holds; DeviceLostError if the device is lost."""
+    if error is not None:
+        refuse_lost(error)
+        without_tensors(error)
+
+
+def tried(batch: Sequence[T], act: Callable[[Sequence[T]], list[Any]]) -> tuple[list[Any], Exception | None]:
+    """What an action on a batch returns, or raises; DeviceLostError if the device is lost."""
+    try:
+        return act(batch), None
+    except Exception as error:  # out of memory or a bad input of one must not end the others
+        let_go(error)
+        return [], error
 
 
 def moved(value: Any, device: torch.device | None) -> Any:
@@ -72,14 +94,27 @@ class Memory:
 
     def __init__(self, device: torch.device | None) -> None:
         self._device = device if device is not None and device.type == "cuda" else None
+        self._peak = 0  # before the last `begin`
 
     def peak(self) -> int:
         """The most bytes that were in use since the last time it was asked; on a CPU, ever."""
         if self._device is None:
             return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        most = torch.cuda.max_memory_allocated(self._device)
+        most, self._peak = max(self._peak, self.most()), 0
         torch.cuda.reset_peak_memory_stats(self._device)
         return most
+
+    def begin(self) -> int:
+        """Bytes in use now; `most` counts from here."""
+        if self._device is None:
+            return 0
+        self._peak = max(self._peak, self.most())
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return torch.cuda.memory_allocated(self._device)
+
+    def most(self) -> int:
+        """The most bytes that were in use since `begin` or `peak`; 0 on a CPU."""
+        return 0 if self._device is None else torch.cuda.max_memory_allocated(self._device)
 
     def free(self, share: float = 1.0) -> int | None:
         """Bytes that this process may still take of `share` of the device; None on a CPU."""
@@ -88,6 +123,13 @@ class Memory:
         free, total = torch.cuda.mem_get_info(self._device)
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return max(0, int(free + kept - (1.0 - share) * total))
+
+    def spare(self) -> int:
+        """Bytes that nobody needed since `begin`, less a part that cannot be had in one piece; 0 on a CPU."""
+        if self._device is None:
+            return 0
+        free, most = self.free() or 0, self.most()
+        return max(0, int(0.9 * (free + torch.cuda.memory_allocated(self._device) - most)))
 
     def collect(self) -> int:
         """Let go of what only a garbage collection finds, and of what torch keeps for later; returns the bytes."""

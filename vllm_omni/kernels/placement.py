@@ -6,24 +6,33 @@ from typing import Any
 
 import torch
 
-from vllm_omni.driver import device_problem, driver_cuda
+from vllm_omni.driver import NO_DEVICE, device_problem, driver_cuda
 from vllm_omni.errors import InvalidValueError, ModelLoadError
 from vllm_omni.kernels.device import is_out_of_memory
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
 
 
 def device_for(asked: str | None) -> str:
     """The device as asked, or CUDA if there is one.
 
-    InvalidValueError if there is a driver that torch cannot use: a server would run on the CPU, and nobody know why.
+    InvalidValueError if CUDA is asked for and is not there, or if there is a driver that torch cannot use: a server
+    would run on the CPU, and nobody know why.
     """
     available = torch.cuda.is_available()
-    if asked is not None:
-        return asked
+    wanted = asked is not None and asked.partition(":")[0] == "cuda"
+    if available or (asked is not None and not wanted):
+        return asked or "cuda"
     driver = driver_cuda()
     problem = device_problem(torch.version.cuda, driver, available)
+    if wanted:
+        raise InvalidValueError("device", asked, f"cannot be used: {problem or NO_DEVICE}")
     if problem is not None and driver is not None:
         raise InvalidValueError("device", None, f"must be given, e.g. 'cpu', or this mended: {problem}")
-    return "cuda" if available else "cpu"
+    if problem is not None:
+        logger.warning("%s", problem)
+    return "cpu"
 
 
 def device_in_turn(asked: str | None, turn: int) -> str | None:

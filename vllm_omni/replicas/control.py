@@ -25,7 +25,7 @@ class PoolControl:
     def __init__(self, replicas: Sequence[Replica]) -> None:
         self._replicas = replicas
         self._order = asyncio.Lock()
-        self.weights: str | None = None  # the folder of the last update
+        self.weights: dict[str, str] = {}  # component -> the folder of its last update, the latest last
 
     @property
     def condition(self) -> EngineCondition:
@@ -47,9 +47,9 @@ class PoolControl:
                 raise EngineDeadError("no engine is there that could do it", retry_after_s=5.0)
             careful = isinstance(action, LoadAdapter | UnloadAdapter | UpdateWeights)
             if careful:
-                await able[0].engine.control(action)
-            if isinstance(action, UpdateWeights):
-                self.weights = action.path
+                after = await able[0].engine.control(action)
+                if isinstance(action, UpdateWeights):
+                    self.weights = after.weights
             for replica in self._replicas:
                 if replica not in able:
                     replica.missed.append(action)
@@ -66,10 +66,10 @@ class PoolControl:
         """Note what a replica that joins the others has to do to be like them; of the first, the others take over."""
         others = [one for one in self._replicas if one is not replica]
         own = replica.engine.condition
-        if not others and self.weights is None:
+        if not others and not self.weights:
             self.weights = own.weights
-        if self.weights is not None and own.weights != self.weights:
-            replica.missed.append(UpdateWeights(self.weights))
+        if own.weights != self.weights:
+            replica.missed += [UpdateWeights(folder, [name]) for name, folder in self.weights.items()]
         there = {name: path for one in others for name, path in one.engine.condition.adapters.items()}
         replica.missed += [LoadAdapter(name, path) for name, path in there.items() if name not in own.adapters]
         if others and all(one.engine.state == "asleep" for one in others):

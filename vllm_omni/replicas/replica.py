@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -49,11 +50,11 @@ class Replica:
     answered: int = 0
     lost: int = 0
 
-    def behind(self, weights: str | None) -> bool:
+    def behind(self, weights: Mapping[str, str]) -> bool:
         """Whether it has yet to do what was done to the others, or has weights other than `weights`."""
         return bool(self.missed) or self.engine.condition.weights != weights
 
-    def able(self, weights: str | None) -> bool:
+    def able(self, weights: Mapping[str, str]) -> bool:
         return self.engine.ready and not self.behind(weights)
 
     def weighed(self) -> Load:
@@ -67,7 +68,7 @@ class Replica:
         """Requests that it has, or is about to have."""
         return len(self.engine.load.jobs) + len(self.coming)
 
-    def told(self, stats: EngineStats, weights: str | None) -> ReplicaStats:
+    def told(self, stats: EngineStats, weights: Mapping[str, str]) -> ReplicaStats:
         """What an operator sees of it."""
         state = self.engine.state
         return ReplicaStats(

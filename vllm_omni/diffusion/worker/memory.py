@@ -10,7 +10,8 @@ from typing import Any
 from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall
 from vllm_omni.diffusion.worker.request import Request
-from vllm_omni.kernels.device import Memory, is_out_of_memory, refuse_lost, without_tensors
+from vllm_omni.kernels.device import Memory, is_out_of_memory, tried
+from vllm_omni.kernels.room import Room, Work
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -20,88 +21,100 @@ Act = Callable[[Sequence[Request]], list[Any]]
 class Retries:
     """Runs what may fail for a batch, and finds for each request its own result."""
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+    def __init__(self, memory: Memory, room: Room) -> None:
+        self.memory, self.room = memory, room
         self.running: list[Request] = []
         self._most: dict[Hashable, int] = {}  # requests of a size at once, where more had no room
-        self._largest = 0  # elements of the latents that have been denoised here
 
     def add(self, request: Request) -> None:
         """Take in a request, and forget those that have ended."""
         self.running = [*(other for other in self.running if other.ended is None), request]
 
+    def at_once(self, batch: Sequence[Request]) -> int:
+        """How many of a batch there is room and time for in one turn; one at least."""
+        work = work_of(batch[0])
+        return min(len(batch), self._most.get(work) or len(batch), self.room.at_once(work) or len(batch))
+
     def each_or_errors(self, batch: Sequence[Request], act: Act) -> list[Any]:
         """Each request's result, or the exception its own call raises: a joint failure is looked for one by one.
 
+        There are fewer results than requests if memory has run out: the last ones must wait for another turn.
         `act` changes a request's state after everything that can fail, so that a retry starts from untouched state.
         DeviceLostError if there is nothing left to retry on.
         """
-        most = max(1, self._most.get(_size(batch[0]), len(batch)))
-        if len(batch) > most:
-            parts = [batch[first : first + most] for first in range(0, len(batch), most)]
-            return [result for part in parts for result in self.each_or_errors(part, act)]
-        results, failure = tried(batch, act)
-        if failure is not None and is_out_of_memory(failure):
-            kept, freed = self._drop_residuals(batch), self.memory.collect()
-            if kept or freed:
-                results, failure = tried(batch, act)
-            if kept and failure is None:  # residuals were the reason: from now on there are fewer
-                self._keep_less(batch[0], kept)
+        for request in batch if self._most.get(work_of(batch[0])) == 0 else ():  # with a cache not one has room
+            self._drop_own([request])
+        results, failure = self._measured(batch, act)
+        for make_room in (self._drop_others, self._drop_own):
+            if failure is None or not is_out_of_memory(failure):
+                break
+            work, dropped, kept = work_of(batch[0]), make_room(batch), self._kept()
+            if dropped or self.memory.collect():
+                self.memory.begin()
+                results, failure = self._measured(batch, act)
+            if failure is None and work != work_of(batch[0]):
+                self._most[work] = 0
+                logger.warning("%s has no room for such a request with a cache; from now on without", self.memory)
+            elif failure is None and dropped:  # residuals were the reason: from now on no more than what was left
+                self.room.keep_less(kept + min(dropped // 2, self.memory.spare()))
         if failure is None:
-            self._largest = max(self._largest, _elements(batch[0]))
             return results
         if is_out_of_memory(failure):
+            work = work_of(batch[0])
             if len(batch) == 1:
-                decoding, wanted = not isinstance(batch[0].call, DenoiserCall), _elements(batch[0])
-                return [self.memory.too_large(failure, decoding, wanted, self._largest)]
-            self._most[_size(batch[0])] = half = (len(batch) + 1) // 2
+                return [self.memory.too_large(failure, not work.elements, work.elements, self.room.largest)]
+            self._most[work] = half = (len(batch) + 1) // 2
             logger.warning("%s has no room for %d such requests at once; from now on %d", self.memory, len(batch), half)
-            return self.each_or_errors(batch, act)
+            return self.each_or_errors(batch[:half], act)
         if len(batch) == 1:
             return [failure]
         return [self.each_or_errors([request], act)[0] for request in batch]
 
-    def _drop_residuals(self, batch: Sequence[Request]) -> int:
-        """Drop what others keep for later steps, which then compute; one alone drops its own too. Returns the bytes."""
+    def _measured(self, batch: Sequence[Request], act: Act) -> tuple[list[Any], Exception | None]:
+        """`tried`, with an account of the bytes that this took if that is not known yet."""
+        work = work_of(batch[0])
+        if not self.room.unknown(work, len(batch)):
+            return tried(batch, act)
+        before = self.memory.begin()
+        results, failure = tried(batch, act)
+        if failure is None:
+            took = self.memory.most() - before
+            self.room.took(work, len(batch), took, work.kind is StepKind.COMPUTE, beside=before - self._kept())
+        return results, failure
+
+    def _kept(self) -> int:
+        """Bytes of all residuals."""
         stores = {id(r.backend.store): r.backend.store for r in self.running if r.backend is not None}
-        before = sum(store.used for store in stores.values())
+        return sum(store.used for store in stores.values())
+
+    def _drop_others(self, batch: Sequence[Request]) -> int:
+        """Drop what others keep for later steps, which then compute; returns the bytes."""
+        before = self._kept()
         for other in self.running:
             used_next = other.parked is not None and other.parked.forecast is not None
             if not used_next and not any(other is request for request in batch):
                 other.cache.drop()
-        if before == sum(store.used for store in stores.values()) and len(batch) == 1:
-            request = batch[0]
-            request.cache.drop()
-            request.backend = None
-            if request.parked is not None and request.parked.forecast is not None:
-                request.parked = replace(request.parked, kind=StepKind.COMPUTE, forecast=None)
-        return before - sum(store.used for store in stores.values())
+        return before - self._kept()
 
-    def _keep_less(self, request: Request, kept: int) -> None:
-        if request.backend is not None:
-            store = request.backend.store
-            store.budget = min(kept // 2, store.budget if store.budget is not None else kept)
-            logger.warning("%s: residuals are kept in %d MiB from now on", self.memory, store.budget >> 20)
-
-
-def tried(batch: Sequence[Request], act: Act) -> tuple[list[Any], Exception | None]:
-    """The results, or what was raised; DeviceLostError if the device is lost."""
-    try:
-        return act(batch), None
-    except Exception as error:  # out of memory or a bad input of one must not end the others
-        refuse_lost(error)
-        return [], without_tensors(error)
+    def _drop_own(self, batch: Sequence[Request]) -> int:
+        """Let a request that is alone go on without a cache; returns the bytes, one if there was a cache at all."""
+        request = batch[0]
+        if len(batch) > 1 or request.backend is None:
+            return 0
+        before = self._kept()
+        request.cache.drop()
+        dropped = before - self._kept()
+        request.backend = None
+        if request.parked is not None and request.parked.forecast is not None:
+            request.parked = replace(request.parked, kind=StepKind.COMPUTE, forecast=None)
+        return dropped or 1
 
 
-def _size(request: Request) -> Hashable:
+def work_of(request: Request) -> Work:
     """By which a batch's need is remembered."""
     parked = request.parked
     kind = None if parked is None else parked.kind
     if parked is None or isinstance(parked.call, DenoiserCall):
-        return kind, request.size
-    return kind, parked.key
-
-
-def _elements(request: Request) -> int:
-    shapes = request.size[1] if isinstance(request.size, tuple) else ()
-    return sum(prod(shape) for shape in shapes)
+        shapes = request.size[1] if isinstance(request.size, tuple) else ()
+        return Work(kind, (request.size, request.backend is not None), sum(prod(shape) for shape in shapes))
+    return Work((kind, parked.call.component), parked.key)

@@ -17,6 +17,7 @@ from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
 from vllm_omni.diffusion.cache.state import CacheState, PlannedState, Signal
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.discover import rows_in
 from vllm_omni.diffusion.denoiser.known import Denoiser
@@ -42,14 +43,15 @@ from vllm_omni.diffusion.worker.coroutine import (
     Finished,
     PipelineTask,
 )
-from vllm_omni.diffusion.worker.memory import Retries, tried
+from vllm_omni.diffusion.worker.memory import Retries, work_of
 from vllm_omni.diffusion.worker.pace import settle, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.diffusion.worker.request import ParkedCall, PlanOf, Previews, Request
 from vllm_omni.diffusion.worker.shared_modules import SharedModules
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.prompt_cache import PromptCache
-from vllm_omni.kernels.device import DeviceClock, Memory, Span, moved, refuse_lost
+from vllm_omni.kernels.device import DeviceClock, Memory, Span, let_go, moved, tried
+from vllm_omni.kernels.room import Room
 from vllm_omni.kernels.timing import Pace
 from vllm_omni.logger import init_logger
 
@@ -59,10 +61,8 @@ logger = init_logger(__name__)
 class ModelRunner:
     """Runs parked calls on the pipeline's denoisers, text encoders and decoder."""
 
-    def __init__(
-        self, pipeline: Any, lora_modules: dict[str, str] | None = None, prompts: PromptCache | None = None
-    ) -> None:
-        self.pipeline, self.prompts = pipeline, prompts or PromptCache(0)
+    def __init__(self, pipeline: Any, config: OmniDiffusionConfig) -> None:
+        self.pipeline, self.prompts = pipeline, PromptCache(int(config.prompt_cache_mb * 2**20))
         self._device = _device_of(pipeline)
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
         self.denoisers = {name: Denoiser(module) for name, module in self.modules.items()}
@@ -73,9 +73,11 @@ class ModelRunner:
         hooked = not own or any(isinstance(part, BaseGuidance) for part in vars(pipeline).values())
         self._shared = SharedModules(self.modules.values, self._other_parts, hooked)
         self.pace, self.clock, self.memory = Pace(), DeviceClock(self._device), Memory(self._device)
-        self._retries = Retries(self.memory)
+        loaded = self.memory.begin()
+        self.room = Room(self.memory.free(config.gpu_memory_utilization), config.max_num_seqs, loaded)
+        self.retries = Retries(self.memory, self.room)
         self.forwards = {"computed": 0, "skipped": 0}
-        self.adapters = AdapterSwitch(pipeline, lora_modules or {})
+        self.adapters = AdapterSwitch(pipeline, config.lora_modules)
 
     def start(
         self,
@@ -108,7 +110,7 @@ class ModelRunner:
         request = Request(
             asked.request_id, task, backend, settings, StepTracker(task.pipeline), adapters, plan_of, previews=previews
         )
-        self._retries.add(request)
+        self.retries.add(request)
         self.adapters.use(adapters)  # text encoders can have adapters too
         began = self.clock.mark()
         self._ran_component(request, self._advance(request), (began, self.clock.mark()))
@@ -143,9 +145,12 @@ class ModelRunner:
     def _run_denoiser(self, batch: Sequence[Request]) -> None:
         skips, alone = _parked(batch[0]).kind is StepKind.SKIP, len(batch) == 1
         began = self.clock.mark()
-        results = self._retries.each_or_errors(batch, self._forward)
+        work = work_of(batch[0])
+        results = self.retries.each_or_errors(batch, self._forward)
+        count = len(results)
         done = self.clock.mark()
-        for request, result in zip(batch, results, strict=True):
+        self.clock.later(done, lambda: self.room.lasted(work, count, self.clock.seconds(began, done)))
+        for request, result in zip(batch, results, strict=False):
             step, resumed = request.step, self.clock.mark()
             event = self._advance(request, result)
             own, forward = (resumed, self.clock.mark()), (began, done)
@@ -162,17 +167,17 @@ class ModelRunner:
         for chunk in component_chunks([_component_call(request) for request in batch]):
             sharing = batch[chunk]
             began = self.clock.mark()
-            results = self._retries.each_or_errors(sharing, self._call_component)
+            results = self.retries.each_or_errors(sharing, self._call_component)
             done = self.clock.mark()
-            for request, result in zip(sharing, results, strict=True):
+            for request, result in zip(sharing, results, strict=False):
                 resumed = self.clock.mark()
                 event = self._advance(request, result)
                 self._ran_component(request, event, (resumed, self.clock.mark()), (began, done), len(sharing))
 
     def _look(self, batch: Sequence[Request], signal: Signal) -> None:
         """Let the gates of parked calls see them; each waits again, for a full forward or for one without blocks."""
-        results = self._retries.each_or_errors(batch, partial(self._show, signal))
-        for request, result in zip(batch, results, strict=True):
+        results = self.retries.each_or_errors(batch, partial(self._show, signal))
+        for request, result in zip(batch, results, strict=False):
             if isinstance(result, Exception):
                 self._arrive(request, self._advance(request, result))
             else:
@@ -223,7 +228,7 @@ class ModelRunner:
         """Let the request go on with what its call returned, or raised."""
         with self._shared.lent_to(request.changes), scales_kept(self._encoders):
             event = request.task.throw(result) if isinstance(result, Exception) else request.task.resume(result)
-        refuse_lost(event.error if isinstance(event, Failed) else None)
+        let_go(event.error if isinstance(event, Failed) else None)
         return event
 
     def _ran_component(self, request: Request, event: Event, own: Span, joint: Span | None = None, n: int = 1) -> None:

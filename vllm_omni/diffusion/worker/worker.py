@@ -18,7 +18,6 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
 from vllm_omni.diffusion.worker.request import PlanOf, Request
 from vllm_omni.diffusion.worker.runner import ModelRunner
-from vllm_omni.inputs.prompt_cache import PromptCache
 from vllm_omni.model_folder import generation_defaults
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -47,8 +46,7 @@ class DiffusionWorker:
         self.pipeline = pipeline
         for module in denoisers_of(pipeline).values():
             refuse_other_caches(module)
-        prompts = PromptCache(int(self.config.prompt_cache_mb * 2**20))
-        self.runner = ModelRunner(pipeline, self.config.lora_modules, prompts)
+        self.runner = ModelRunner(pipeline, self.config)
         self.arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
         if self.default_cache is not None:
             self._backend(self.default_cache)
@@ -127,11 +125,10 @@ class DiffusionWorker:
             backend = get_cache_backend(name, settings.config)
             assert isinstance(backend, StackBackend)  # `engine_backend` let no other through
             backend.enable(self.pipeline, standalone=False, known=self.runner.denoisers)
-            if backend.store.budget is None:  # the other half is for forwards
-                room = self.runner.memory.free(self.config.gpu_memory_utilization)
-                backend.store.budget = None if room is None else room // 2
             for other in self._backends.values():  # one budget for all
                 backend.store = other.store
+            if not self._backends:
+                self.runner.room.govern(backend.store)
             self._backends[name] = backend
         return self._backends[name]
 

@@ -1,0 +1,115 @@
+"""How many requests a device has room and time for: arithmetic on what was measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from vllm_omni.kernels.room import MARGIN, Room, Work
+
+SMALL, LARGE = Work("compute", "small", 1000), Work("compute", "large", 4000)
+DECODE = Work(("component", "vae"), "key")
+
+
+@dataclass
+class Residuals:
+    used: int = 0
+    budget: int | None = None
+
+
+def test_a_device_without_a_limit_limits_nothing() -> None:
+    room, residuals = Room(None, 16), Residuals()
+    room.govern(residuals)
+    assert not room.unknown(SMALL, 1) and room.at_once(SMALL) is None
+    assert room.budget is None and residuals.budget is None and room.told() == ""
+
+
+def test_before_anything_ran_half_is_for_residuals() -> None:
+    room = Room(1000, 16)
+    assert room.budget == 500 and room.at_once(SMALL) is None and room.unknown(SMALL, 1)
+
+
+def test_what_two_batches_took_says_what_each_further_request_takes() -> None:
+    room = Room(1000, 16)
+    room.took(SMALL, 1, 150, blocks=True)
+    assert room.at_once(SMALL) == int(1000 / (150 * MARGIN))
+    assert room.unknown(SMALL, 2) and not room.unknown(SMALL, 1)
+    room.took(SMALL, 3, 250, blocks=True)
+    assert room.at_once(SMALL) == int(900 / (50 * MARGIN))
+    assert not room.unknown(SMALL, 2) and room.unknown(SMALL, 4)
+    room.took(SMALL, 4, 250, blocks=True)
+    assert room.at_once(SMALL) == int((1000 - 350 / 3) / (100 / 3 * MARGIN))
+
+
+def test_residuals_get_what_a_whole_batch_leaves_but_half_at_least() -> None:
+    room, residuals = Room(1000, 4), Residuals()
+    room.govern(residuals)
+    room.took(SMALL, 1, 20, blocks=True)
+    assert residuals.budget == 1000 - 4 * 20
+    room.took(LARGE, 1, 80, blocks=True)
+    assert residuals.budget == 1000 - 4 * 80
+    room.took(DECODE, 1, 400)
+    assert residuals.budget == 600  # a decode must fit, too
+    room.took(LARGE, 2, 400, blocks=True)
+    assert residuals.budget == 500
+    room.took(Work("compute", "huge", 9000), 1, 700, blocks=True)
+    assert residuals.budget == 300  # alone it must run
+    room.keep_less(100)
+    room.keep_less(200)
+    assert room.budget == residuals.budget == 100
+
+
+def test_a_budget_that_was_asked_for_stands() -> None:
+    room, residuals = Room(1000, 4), Residuals(budget=900)
+    room.govern(residuals)
+    room.took(LARGE, 1, 80, blocks=True)
+    assert residuals.budget == 900
+    room.keep_less(300)
+    assert residuals.budget == 300
+    on_cpu, residuals = Room(None, 4), Residuals(budget=7)
+    on_cpu.govern(residuals)
+    assert residuals.budget == 7
+
+
+def test_what_residuals_hold_is_not_free() -> None:
+    room, residuals = Room(1000, 16), Residuals(used=450)
+    room.took(SMALL, 1, 50, blocks=True)
+    free = room.at_once(SMALL)
+    room.govern(residuals)
+    assert free == int(1000 / (50 * MARGIN)) and room.at_once(SMALL) == int(550 / (50 * MARGIN))
+    residuals.used = 2000
+    assert room.at_once(SMALL) == 1
+
+
+def test_a_size_that_never_ran_is_judged_by_the_largest_that_did() -> None:
+    room = Room(1000, 16)
+    room.took(SMALL, 1, 50, blocks=True)
+    assert room.at_once(LARGE) == int(1000 / (200 * MARGIN))
+    assert room.at_once(DECODE) is None and room.at_once(Work("skip", "large", 4000)) is None
+    room.longest_s = 10.0
+    room.lasted(SMALL, 2, 0.2)
+    assert room.at_once(LARGE) == min(int(10 / (0.1 * 4**2)), int(1000 / (200 * MARGIN)))
+    room.lasted(LARGE, 1, 5.0)
+    assert room.at_once(LARGE) == 2 and room.at_once(SMALL) == int(1000 / (50 * MARGIN))
+    room.lasted(LARGE, 1, 50.0)
+    assert room.at_once(LARGE) == 2  # the quickest counts: a first run loads and compiles
+    room.lasted(Work("compute", "long", 40_000), 1, 50.0)
+    assert room.at_once(Work("compute", "long", 40_000)) == 1
+
+
+def test_it_says_what_it_found() -> None:
+    room, residuals = Room(2**30, 16), Residuals()
+    room.govern(residuals)
+    room.took(SMALL, 1, 2**28, blocks=True)
+    room.took(SMALL, 2, 3 * 2**27, blocks=True)
+    told = room.told()
+    assert "1024 MiB are free" in told and "takes 128.0 MiB and 128.0 MiB per request" in told
+    assert "6 of 16 at once" in told and "residuals may take 512 MiB" in told
+
+
+def test_clients_cannot_fill_it() -> None:
+    room = Room(1000, 16)
+    for size in range(2000):
+        room.took(Work("compute", size, 10), 1, 10, blocks=True)
+    assert len(room._sizes) <= 256 and room.at_once(Work("compute", 1999, 10)) == pytest.approx(90, abs=1)

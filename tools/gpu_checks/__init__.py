@@ -1,0 +1,1 @@
+"""What `tools/gpu_check.py` measures, on what models, and what it asks of a device."""

@@ -1,0 +1,178 @@
+"""How many requests at once a device has room and time for, and what residuals may take: from what was measured.
+
+A forward of n requests of one size takes `fixed + n * each` bytes beside what is held anyway, and `n * each` seconds.
+Nothing is guessed of a kind of work that never ran; of a size that never ran, from the largest one that did.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+from vllm_omni.logger import init_logger
+
+logger = init_logger(__name__)
+MARGIN = 1.1  # of each request's bytes: the next request may have a longer text
+KEPT_SIZES = 256
+
+
+class Work(NamedTuple):
+    """A kind of work, and the size of a request in it."""
+
+    kind: Hashable  # forwards with all blocks, those without, text encoders and decoders by their call
+    size: Hashable
+    elements: int = 0  # of the request's latents, by which sizes are compared; 0: they cannot be
+
+
+class Held(Protocol):
+    """Residuals: what they take, and what they may."""
+
+    used: int
+    budget: int | None
+
+
+@dataclass
+class Measured:
+    """What a size took: the most bytes by the number of requests, and the seconds of each at best."""
+
+    elements: int
+    nbytes: dict[int, int] = field(default_factory=dict)
+    each_s: float | None = None
+
+    @property
+    def line(self) -> tuple[float, float]:
+        """Bytes that do not depend on the number of requests, and those of each."""
+        few, many = min(self.nbytes), max(self.nbytes)
+        if few == many:
+            return 0.0, self.nbytes[few] / few
+        each = max(0.0, (self.nbytes[many] - self.nbytes[few]) / (many - few))
+        return max(0.0, self.nbytes[few] - few * each), each
+
+
+class Room:
+    """Of one device: `free` bytes after the model is loaded, None on one that knows no limit.
+
+    At most `most` requests run at a time. `loaded` bytes are in use before any of them.
+    """
+
+    def __init__(self, free: int | None, most: int, loaded: int = 0) -> None:
+        self.free, self.most, self._loaded = free, most, loaded
+        self._beside = 0  # what requests hold beside their residuals, when it was last seen
+        self.longest_s: float | None = None  # that one turn of the engine's loop should take
+        self._ceiling: int | None = None  # of the residuals, once they were found to be too many
+        self._given: int | None = None  # their budget as somebody asked for it
+        self._held: Held | None = None
+        self._sizes: dict[Work, Measured] = {}
+        self._budget_of: Hashable = None  # the kind of work that a whole batch is wanted for
+
+    def govern(self, held: Held) -> None:
+        """Set the residuals' budget, from now on with each new measurement, unless they have one."""
+        self._held, self._given = held, held.budget
+        held.budget = self.budget
+
+    def keep_less(self, most: int) -> None:
+        """Let residuals take no more than that: more were in the way."""
+        self._ceiling = most if self._ceiling is None else min(most, self._ceiling)
+        if self._held is not None:
+            self._held.budget = self.budget
+        logger.warning("residuals are kept in %d MiB from now on", self._ceiling >> 20)
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes for residuals; None is no limit."""
+        wanted = self._left if self._given is None else self._given
+        return min((limit for limit in (wanted, self._ceiling) if limit is not None), default=None)
+
+    @property
+    def _left(self) -> int | None:
+        """What a forward of all requests at once leaves, and half of what is free at least."""
+        if self.free is None:
+            return None
+        works = {work: measured.line for work, measured in self._sizes.items() if measured.nbytes}
+        free = self.free - self._beside
+        alone = max((fixed + each for fixed, each in works.values()), default=free / 2)
+        whole = [fixed + self.most * each for work, (fixed, each) in works.items() if work.kind == self._budget_of]
+        forwards = max(alone, min(max(whole, default=free / 2), free / 2))
+        return max(0, int(free - forwards))
+
+    def unknown(self, work: Work, count: int) -> bool:
+        """Whether it is worth measuring what `count` requests take."""
+        if self.free is None:
+            return False
+        measured = self._sizes.get(work)
+        return measured is None or not measured.nbytes or count > max(measured.nbytes) or count < min(measured.nbytes)
+
+    def took(self, work: Work, count: int, nbytes: int, blocks: bool = False, beside: int = 0) -> None:
+        """Note the bytes of a forward; `blocks`: it is the kind that the budget leaves room for.
+
+        `beside`: bytes in use when it began, without the residuals.
+        """
+        self._of(work).nbytes[count] = nbytes
+        self._beside = max(0, beside - self._loaded)
+        if blocks:
+            self._budget_of = work.kind
+        if self._held is not None:
+            self._held.budget = self.budget
+
+    def lasted(self, work: Work, count: int, seconds: float) -> None:
+        """Note the seconds of a forward."""
+        measured, each = self._of(work), seconds / count
+        measured.each_s = each if measured.each_s is None else min(each, measured.each_s)
+
+    def at_once(self, work: Work) -> int | None:
+        """How many requests may share a forward, one at least; None if nothing speaks against any number."""
+        limits = []
+        if self.free is not None and (line := self._bytes_of(work)) is not None and line[1] > 0:
+            held = self._held.used if self._held is not None else 0
+            limits.append((self.free - self._beside - held - line[0]) / (MARGIN * line[1]))
+        if self.longest_s is not None and (each := self._seconds_of(work)):
+            limits.append(self.longest_s / each)
+        return max(1, int(min(limits))) if limits else None
+
+    def told(self) -> str:
+        """What was found, in words; empty if nothing was, or nothing is limited."""
+        works = [work for work, measured in self._sizes.items() if work.kind == self._budget_of and measured.nbytes]
+        if self.free is None or not works:
+            return ""
+        work = max(works, key=lambda work: work.elements)
+        fixed, each = self._sizes[work].line
+        most, budget = min(self.most, self.at_once(work) or self.most), self.budget
+        kept = "as their budget says" if self._held is None or budget is None else f"{budget / 2**20:.0f} MiB"
+        return (
+            f"{self.free / 2**20:.0f} MiB are free beside the model; a forward takes {fixed / 2**20:.1f} MiB and "
+            f"{each / 2**20:.1f} MiB per request of {work.elements} latent elements: {most} of {self.most} at once; "
+            f"residuals may take {kept}"
+        )
+
+    @property
+    def largest(self) -> int:
+        """Elements of the largest latents that have been denoised."""
+        return max((work.elements for work, measured in self._sizes.items() if measured.nbytes), default=0)
+
+    def _of(self, work: Work) -> Measured:
+        while len(self._sizes) >= KEPT_SIZES and work not in self._sizes:  # sizes are the clients' choice
+            del self._sizes[next(iter(self._sizes))]
+        return self._sizes.setdefault(work, Measured(work.elements))
+
+    def _bytes_of(self, work: Work) -> tuple[float, float] | None:
+        known = self._sizes.get(work)
+        if known is not None and known.nbytes:
+            return known.line
+        alike = [m for other, m in self._sizes.items() if other.kind == work.kind and m.nbytes and m.elements]
+        if not alike or not work.elements:
+            return None
+        fixed, each = (largest := max(alike, key=lambda measured: measured.elements)).line
+        return fixed, each * work.elements / largest.elements
+
+    def _seconds_of(self, work: Work) -> float | None:
+        """Of a size that never ran: attention takes more than its share of a larger one."""
+        known = self._sizes.get(work)
+        if known is not None and known.each_s is not None:
+            return known.each_s
+        alike = [m for other, m in self._sizes.items() if other.kind == work.kind and m.each_s and m.elements]
+        if not alike or not work.elements:
+            return None
+        largest = max(alike, key=lambda measured: measured.elements)
+        more = work.elements / largest.elements
+        return (largest.each_s or 0.0) * max(more, more**2)
