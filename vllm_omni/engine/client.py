@@ -40,7 +40,8 @@ from vllm_omni.outputs import OmniRequestOutput
 logger = init_logger(__name__)
 
 WATCH_EVERY_S = 0.25
-ALONE = (0, 1)  # the place of an engine that has no others beside it
+Place = tuple[int, int]  # which of several engines it is, and of how many
+ALONE: Place = (0, 1)
 STEP_TIMEOUT_S = 600.0
 _LOADING = 20  # times the patience, while imports and weights keep the process silent
 
@@ -52,7 +53,7 @@ def launch_engine(
     log_json: bool = False,
     log_prompts: bool = False,
     heartbeat_s: float = 0.5,
-    place: tuple[int, int] = ALONE,
+    place: Place = ALONE,
     step_timeout_s: float = STEP_TIMEOUT_S,
 ) -> Launch:
     """Launch the engine process of a `ProcessEngineClient` with these settings; it loads while its front end does."""
@@ -83,7 +84,7 @@ class ProcessEngineClient:
         max_restarts: int = 10,
         restart_window_s: float = 600.0,
         launch: Launch | None = None,
-        place: tuple[int, int] = ALONE,
+        place: Place = ALONE,
         changed: Callable[[], None] = lambda: None,
     ) -> None:
         config = OmniDiffusionConfig(**engine_args)  # raises what is wrong
@@ -385,10 +386,10 @@ class ProcessEngineClient:
 
 
 def _start_of(
-    args: dict[str, Any], warmup: bool, heartbeat_s: float, hang_s: float, as_json: bool, prompts: bool, place: Any
+    args: dict[str, Any], warmup: bool, beat_s: float, hang_s: float, as_json: bool, prompts: bool, place: Place
 ) -> Start:
     plain = {name: _plain(value) for name, value in args.items()}
-    return Start(plain, warmup, heartbeat_s, as_json, None, prompts, *place, step_timeout_s=hang_s)
+    return Start(plain, warmup, beat_s, as_json, None, prompts, place[0], place[1], step_timeout_s=hang_s)
 
 
 def _plain(value: Any) -> Any:
