@@ -46,6 +46,7 @@ class OmniDiffusionConfig(Settings):
     attention_backend: str | None = Field(
         default=None, description="diffusers' name of an attention kernel: native, flash, sage, _native_math, ..."
     )
+    join_guidance: bool = Field(default=True, description="make the two calls of a guided step in one forward")
     prompt_cache_mb: float = Field(
         default=64.0, ge=0, allow_inf_nan=False, description="embeddings kept for prompts that come again; 0 for none"
     )

@@ -23,7 +23,7 @@ class Retries:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.running: list[Request] = []
-        self._most: dict[Hashable, int] = {}  # requests of a size at once, where more had no room
+        self._most: dict[Hashable, int] = {}  # requests of a size at once, where more had no room; 0: half of one
         self._largest = 0  # elements of the latents that have been denoised here
 
     def add(self, request: Request) -> None:
@@ -36,11 +36,19 @@ class Retries:
         `act` changes a request's state after everything that can fail, so that a retry starts from untouched state.
         DeviceLostError if there is nothing left to retry on.
         """
-        most = max(1, self._most.get(_size(batch[0]), len(batch)))
+        most = self._most.get(_size(batch[0]), len(batch))
+        if most < 1 and len(batch) == 1:
+            batch[0].take_apart()
+        most = max(1, most)
         if len(batch) > most:
             parts = [batch[first : first + most] for first in range(0, len(batch), most)]
             return [result for part in parts for result in self.each_or_errors(part, act)]
         results, failure = tried(batch, act)
+        if failure is not None and len(batch) == 1 and batch[0].parked is not None and batch[0].parked.earlier:
+            if is_out_of_memory(failure):
+                self._most[_size(batch[0])] = 0
+            batch[0].take_apart()
+            return self.each_or_errors(batch, act)
         if failure is not None and is_out_of_memory(failure):
             kept, freed = self._drop_residuals(batch), self.memory.collect()
             if kept or freed:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from vllm_omni.diffusion.cache.base import StackBackend
@@ -16,7 +17,9 @@ from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, StepTracker
 from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Failed, Finished, PipelineTask
 from vllm_omni.diffusion.worker.shared_modules import OwnChanges
+from vllm_omni.guidance import StepCalls
 from vllm_omni.inputs.lora import Adapters
+from vllm_omni.kernels.promise import Promise
 from vllm_omni.kernels.timing import Timings
 
 PlanOf = Callable[[Schedule], CachePlan | None]  # None: every step computes
@@ -31,8 +34,33 @@ class ParkedCall:
     kind: StepKind
     arguments: Mapping[str, Any] = field(default_factory=dict)
     rows: int = 0
+    position: StepPosition | None = None
+    promise: Promise | None = None  # what the pipeline got in the place of its result
+    seen: bool = False  # by a gate that wanted to
+    earlier: tuple[ParkedCall, ...] = ()  # calls of the same step that are made with it
     signal: Signal | None = None  # what its gate must see before the step is decided
     forecast: Forecast | None = None
+
+    @property
+    def together(self) -> tuple[ParkedCall, ...]:
+        """The calls that are made as one, this one last."""
+        return (*self.earlier, self)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Run and step."""
+        assert self.position is not None
+        return self.position[:2]
+
+    @property
+    def step(self) -> int:
+        return self.place[1]
+
+    @property
+    def branch(self) -> tuple[str, str]:
+        """Denoiser and guidance branch."""
+        assert isinstance(self.call, DenoiserCall) and self.position is not None
+        return self.call.denoiser, self.position.branch
 
 
 @dataclass
@@ -72,6 +100,9 @@ class Request:
     schedule: Schedule | None = None
     position: StepPosition | None = None  # of the last denoiser call
     parked: ParkedCall | None = None
+    queue: list[ParkedCall] = field(default_factory=list)  # denoiser calls still to be made, the parked one's first
+    calls: StepCalls = field(default_factory=StepCalls)
+    apart: bool = False  # its calls are made one by one
     ended: Finished | Failed | None = None
     text_tokens: int = 0
     shared_content: dict[int, Any] = field(default_factory=dict)  # of arguments that neighbours must share, hashed once
@@ -98,9 +129,53 @@ class Request:
         assert self.parked is not None
         return self.parked.call
 
+    @property
+    def rows(self) -> int:
+        """Of the forward that it waits for."""
+        return sum(call.rows for call in self.parked.together) if self.parked is not None else 0
+
+    def park(
+        self, signal_of: Callable[[ParkedCall], Signal | None], decided: Callable[[ParkedCall], ParkedCall]
+    ) -> None:
+        """Wait at the next call that a gate must see, or else at as many calls of a step as can be made as one."""
+        calls = [call for call in self.queue if call.place == self.queue[0].place]
+        for call in calls:
+            if (signal := signal_of(call)) is not None:
+                alike = None if signal is Signal.LATENTS else call.key
+                self.parked = replace(call, key=(signal, alike), kind=StepKind.SKIP, signal=signal)
+                return
+        first, *others = map(decided, calls)
+        fitting = takewhile(lambda call: (call.key, call.kind) == (first.key, first.kind), others)
+        together = [first] if self.apart else [first, *fitting]
+        self.parked = replace(together[-1], earlier=tuple(together[:-1]))
+
+    def looked(self) -> None:
+        """Note that a gate has seen the parked call."""
+        self.queue = [replace(call, seen=True) if call.call is self.call else call for call in self.queue]
+
+    def made(self, results: Sequence[Any]) -> Any:
+        """Take in what the parked calls have returned, and keep promises; returns what was not promised."""
+        assert self.parked is not None
+        rest = None
+        for call, result in zip(self.parked.together, results, strict=True):
+            self.calls.returned(call.branch, result)
+            if call.promise is None:
+                rest = result
+            else:
+                call.promise.keep(result)
+        del self.queue[: len(results)]
+        return rest
+
+    def take_apart(self) -> None:
+        """Have the calls that were to be made as one made one by one."""
+        self.apart = True
+        if self.parked is not None:
+            self.parked = self.parked.together[0]
+
     def end(self, event: Finished | Failed) -> None:
         """Give back every byte that the request holds; what it has counted stays."""
         self.ended, self.parked = event, None
+        self.queue.clear()
         self.cache.drop()
         self.tracker.stop()
         self.tracker.observe = None  # no cycle keeps a tensor until a garbage collection

@@ -48,7 +48,7 @@ class DiffusionWorker:
         for module in denoisers_of(pipeline).values():
             refuse_other_caches(module)
         prompts = PromptCache(int(self.config.prompt_cache_mb * 2**20))
-        self.runner = ModelRunner(pipeline, self.config.lora_modules, prompts)
+        self.runner = ModelRunner(pipeline, self.config.lora_modules, prompts, self.config.join_guidance)
         self.arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
         if self.default_cache is not None:
             self._backend(self.default_cache)
