@@ -37,11 +37,11 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
             "vllm_omni.packages",
         ),
     ),
-    (("vllm_omni.engine",),),
+    (("vllm_omni.engine", "vllm_omni.distributed"),),
     (("vllm_omni.trials",), ("vllm_omni.diffusion", "vllm_omni.diffusion.diffusion_engine")),
     (("vllm_omni.diffusion.worker",),),
     (("vllm_omni.diffusion.scheduler",), ("vllm_omni.diffusion.cache",), ("vllm_omni.diffusion.loader",)),
-    (("vllm_omni.diffusion.denoiser",),),
+    (("vllm_omni.diffusion.denoiser",), ("vllm_omni.guidance",), ("vllm_omni.distributed.peers",)),
     (("vllm_omni.diffusion.hooks",), ("vllm_omni.kernels",), ("vllm_omni.diffusion.cache.plan.schedule",)),
     (
         (
@@ -53,7 +53,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
             "vllm_omni._vllm_compat",
         ),
     ),
-    (("vllm_omni.diffusion.cache.settings",),),
+    (("vllm_omni.diffusion.cache.settings",), ("vllm_omni.distributed.config",)),
     (
         ("vllm_omni.settings",),
         ("vllm_omni.model_folder",),

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from vllm_omni.kernels.promise import form_of, tensors_in
+from vllm_omni.logger import init_logger
 
+logger = init_logger(__name__)
 TRIES = 2  # steps with several calls that are looked at before a request is let be
 
 Place = tuple[int, int]  # run and step
@@ -98,6 +100,24 @@ class StepCalls:
             return
         self._tries += 1
         self.over = self._tries >= TRIES
+
+
+class Readers:
+    """The arguments with which a pipeline reads the result of a step's first call before it makes the second."""
+
+    def __init__(self, pipeline: str) -> None:
+        self._pipeline = pipeline
+        self._known: set[frozenset[str]] = set()
+
+    def __contains__(self, given: frozenset[str]) -> bool:
+        return given in self._known
+
+    def add(self, given: frozenset[str]) -> None:
+        """Remember it, and say so once."""
+        if not self._known:
+            why = "it reads the result of the first before the second"
+            logger.info("the guidance of %s is made call by call: %s", self._pipeline, why)
+        self._known.add(given)
 
 
 def _changed(branch: Branch) -> bool:

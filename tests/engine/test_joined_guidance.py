@@ -1,4 +1,4 @@
-"""Both calls of a guided step in one forward: the same results, half of the forwards, whatever a pipeline does between."""
+"""Both calls of a guided step in one forward: the same results, half of the forwards, whatever comes between."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_gates_decide_the_same(gate: str) -> None:
     assert fewer["computed"] < counts["computed"]
 
 
-# ------------------------------------------------------------------------------------------- what a pipeline does between
+# ------------------------------------------------------------------------------------------- what comes between
 
 
 def calls_of(way: str) -> tuple[dict[str, int], dict[str, int], str]:
@@ -157,7 +157,7 @@ def test_who_needs_the_first_result_gets_it(way: str, caplog: pytest.LogCaptureF
     with caplog.at_level("INFO", "vllm_omni"):
         counts, fewer, _ = calls_of(way)
     assert counts == fewer and counts["computed"] == 32
-    assert caplog.text.count("reads the first one's result") == 1
+    assert caplog.text.count("is made call by call") == 1
 
 
 def test_a_buffer_that_is_used_again_keeps_its_first_content() -> None:
@@ -213,7 +213,7 @@ def test_without_room_for_two_rows_the_calls_are_made_one_by_one(omni: Omni, cac
     same(wanted, got)
     met = limit.met
     same(wanted, guided(omni, (1, 2), cache=cache))
-    assert 0 < met and limit.met == met  # what helped is remembered
+    assert met > 0 and limit.met == met  # what helped is remembered
 
 
 def test_a_joint_failure_is_made_again_call_by_call(omni: Omni) -> None:

@@ -1,4 +1,4 @@
-"""A pipeline of two denoiser calls per step that does something of its own with the first result, or with its buffers."""
+"""A pipeline of two denoiser calls per step that does something with the first result, or with its buffers."""
 
 from __future__ import annotations
 

@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy
 import torch
+from diffusers import DiffusionPipeline
 from greenlet import GreenletExit, greenlet
 
 from vllm_omni.diffusion.denoiser.lora_scales import has_adapters
-from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES
+from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES, denoisers_of
 from vllm_omni.diffusion.denoiser.step_tracker import own_schedulers
 from vllm_omni.errors import NumericalError
 from vllm_omni.kernels.promise import Promise, kept
@@ -289,6 +290,16 @@ class PipelineTask:
 def _on_device(pipeline_class: type, device: torch.device) -> type:
     """The class with its execution device known: diffusers walks through all modules for it, in every request."""
     return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
+
+
+def device_of(pipeline: Any) -> torch.device | None:
+    """Where the pipeline runs; a module of the user's own does not say where it is, its weights do."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        return None
+    try:
+        return pipeline._execution_device
+    except AttributeError:
+        return next((p.device for module in denoisers_of(pipeline).values() for p in module.parameters()), None)
 
 
 def _no_number(kind: str, flag: int) -> None:

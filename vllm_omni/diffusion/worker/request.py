@@ -15,7 +15,7 @@ from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.state import CacheState, Forecast, Signal
 from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, StepTracker
 from vllm_omni.diffusion.scheduler import StepKind
-from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Failed, Finished, PipelineTask
+from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Event, Failed, Finished, PipelineTask
 from vllm_omni.diffusion.worker.shared_modules import OwnChanges
 from vllm_omni.guidance import StepCalls
 from vllm_omni.inputs.lora import Adapters
@@ -38,6 +38,7 @@ class ParkedCall:
     promise: Promise | None = None  # what the pipeline got in the place of its result
     seen: bool = False  # by a gate that wanted to
     earlier: tuple[ParkedCall, ...] = ()  # calls of the same step that are made with it
+    mine: int | None = None  # which of them this rank makes, if others make the rest
     signal: Signal | None = None  # what its gate must see before the step is decided
     forecast: Forecast | None = None
 
@@ -45,6 +46,16 @@ class ParkedCall:
     def together(self) -> tuple[ParkedCall, ...]:
         """The calls that are made as one, this one last."""
         return (*self.earlier, self)
+
+    @property
+    def here(self) -> tuple[ParkedCall, ...]:
+        """Those that are made on this rank."""
+        return self.together if self.mine is None else (self.together[self.mine],)
+
+    def elsewhere(self, results: Sequence[Any]) -> list[tuple[ParkedCall, Any]]:
+        """Those that are not, each with its result of all the `results`."""
+        every = zip(self.together, results, strict=True)
+        return [one for i, one in enumerate(every) if self.mine not in (None, i)]
 
     @property
     def place(self) -> tuple[int, int]:
@@ -135,19 +146,37 @@ class Request:
         return sum(call.rows for call in self.parked.together) if self.parked is not None else 0
 
     def park(
-        self, signal_of: Callable[[ParkedCall], Signal | None], decided: Callable[[ParkedCall], ParkedCall]
+        self,
+        signal_of: Callable[[ParkedCall], Signal | None],
+        decided: Callable[[ParkedCall], ParkedCall],
+        share: tuple[int, int] | None,
     ) -> None:
-        """Wait at the next call that a gate must see, or else at as many calls of a step as can be made as one."""
+        """Wait at the next call that a gate must see, or else at as many calls of a step as can be made as one.
+
+        `share`: which of how many calls of a guided step this rank makes. It alone can say if its call skips.
+        """
         calls = [call for call in self.queue if call.place == self.queue[0].place]
         for call in calls:
             if (signal := signal_of(call)) is not None:
                 alike = None if signal is Signal.LATENTS else call.key
                 self.parked = replace(call, key=(signal, alike), kind=StepKind.SKIP, signal=signal)
                 return
-        first, *others = map(decided, calls)
-        fitting = takewhile(lambda call: (call.key, call.kind) == (first.key, first.kind), others)
-        together = [first] if self.apart else [first, *fitting]
-        self.parked = replace(together[-1], earlier=tuple(together[:-1]))
+        made = [*map(decided, calls)]
+        mine = share[0] if share is not None and len(made) == self.calls.known == share[1] else None
+        if mine is not None:
+            ours = made[mine]
+            made = [replace(call, kind=ours.kind, forecast=ours.forecast) for call in made]
+        fitting = [*takewhile(lambda call: (call.key, call.kind) == (made[0].key, made[0].kind), made)]
+        if mine is not None and len(fitting) < len(made):
+            self.undivide()
+            return self.park(signal_of, decided, None)
+        together = made[:1] if self.apart else fitting
+        self.parked = replace(together[-1], earlier=tuple(together[:-1]), mine=mine)
+
+    def undivide(self) -> None:
+        """Make every call on every rank from now on. None has all residuals, so that all begin without."""
+        self.calls.over = True
+        self.cache.drop()
 
     def looked(self) -> None:
         """Note that a gate has seen the parked call."""
@@ -170,10 +199,14 @@ class Request:
         """Have the calls that were to be made as one made one by one."""
         self.apart = True
         if self.parked is not None:
-            self.parked = self.parked.together[0]
+            first, divided = self.parked.together[0], self.parked.mine is not None
+            if divided:
+                self.undivide()
+            self.parked = replace(first, kind=StepKind.COMPUTE, forecast=None) if divided else first
 
-    def end(self, event: Finished | Failed) -> None:
+    def end(self, event: Event) -> None:
         """Give back every byte that the request holds; what it has counted stays."""
+        assert isinstance(event, Finished | Failed)
         self.ended, self.parked = event, None
         self.queue.clear()
         self.cache.drop()

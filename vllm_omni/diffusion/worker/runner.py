@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 
 from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
 from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
@@ -41,13 +40,16 @@ from vllm_omni.diffusion.worker.coroutine import (
     Failed,
     Finished,
     PipelineTask,
+    device_of,
 )
 from vllm_omni.diffusion.worker.memory import Retries, tried
 from vllm_omni.diffusion.worker.pace import settle, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.diffusion.worker.request import ParkedCall, PlanOf, Previews, Request
 from vllm_omni.diffusion.worker.shared_modules import SharedModules
+from vllm_omni.distributed.peers import Peers
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.guidance import Readers
 from vllm_omni.inputs.prompt_cache import PromptCache
 from vllm_omni.kernels.device import DeviceClock, Memory, Span, moved, refuse_lost
 from vllm_omni.kernels.timing import Pace
@@ -69,8 +71,9 @@ class ModelRunner:
         """`joins`: whether the guidance branches of a step are made in one forward."""
         self.pipeline, self.prompts = pipeline, prompts or PromptCache(0)
         self.joins = joins
-        self._lookers: set[frozenset[str]] = set()  # arguments with which the pipeline needs its first result early
-        self._device = _device_of(pipeline)
+        self.peers: Peers | None = None  # other ranks that make the same forwards
+        self._readers = Readers(type(pipeline).__name__)
+        self._device = device_of(pipeline)
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
         self.denoisers = {name: Denoiser(module) for name, module in self.modules.items()}
         self.binders = {name: CallBinder(name, denoiser) for name, denoiser in self.denoisers.items()}
@@ -195,39 +198,43 @@ class ModelRunner:
 
     def _forward(self, batch: Sequence[Request]) -> list[Any]:
         name, arguments, rows = self._joined(batch)
-        forecasts = [call.forecast for request in batch for call in _parked(request).together]
-        forward = CachedForward(self._stack(batch, name, arguments), rows, forecasts)
+        calls = [call for request in batch for call in _parked(request).here]
+        forward = CachedForward(self._stack(batch, name, arguments), rows, [call.forecast for call in calls])
         with forward:
             output = self._call(batch[0], name, arguments)
-            results = [output] if len(rows) == 1 else [take_rows(output, own.rows) for own in rows]
+            each = iter([output] if len(rows) == 1 else [take_rows(output, own.rows) for own in rows])
+            results = [[next(each) for _ in _parked(request).here] for request in batch]
+            if self.peers is not None:
+                results = self.peers.completed(results, [_parked(request).mine is not None for request in batch])
             forward.commit(output)
         if batch[0].plan_of is None:
             self.forwards["skipped" if forward.skips else "computed"] += 1
-        each = iter(results)
-        return [[next(each) for _ in _parked(request).together] for request in batch]
+        for request, made in zip(batch, results, strict=True):
+            for call, result in _parked(request).elsewhere(made):
+                _rows_of(request, call, slice(None)).made_elsewhere(result, forward.skips)
+        return results
 
     def _show(self, signal: Signal, batch: Sequence[Request]) -> list[None]:
         name, arguments, rows = self._joined(batch)
         stack = self._stack(batch, name, arguments)
         assert stack is not None
-        look(rows, signal, stack, partial(self._call, batch[0], name, arguments))
+        agree = list if self.peers is None else self.peers.agree
+        look(rows, signal, stack, partial(self._call, batch[0], name, arguments), agree)
         return [None] * len(batch)
 
     def _joined(self, batch: Sequence[Request]) -> tuple[str, dict[str, Any], list[BatchRows]]:
         """The denoiser of a batch, the arguments of its joint call, and what is whose in it."""
-        calls = [(request, call) for request in batch for call in _parked(request).together]
+        calls = [(request, call) for request in batch for call in _parked(request).here]
         name, rows = calls[0][1].branch[0], row_slices([call.rows for _, call in calls])
-        entries = [
-            BatchRows(request.cache, call.branch, call.step, own, call.arguments)
-            for (request, call), own in zip(calls, rows, strict=True)
-        ]
+        entries = [_rows_of(request, call, own) for (request, call), own in zip(calls, rows, strict=True)]
         return name, self.binders[name].join([call.arguments for _, call in calls]), entries
 
     def _call(self, request: Request, name: str, arguments: Mapping[str, Any]) -> Any:
         """Call a denoiser as `request` wants it."""
         self.adapters.use(request.adapters)
+        call = partial(self.modules[name], **arguments)
         with request.changes.installed(), _scales_kept(self.modules[name], arguments):
-            return self.modules[name](**arguments)
+            return call() if self.peers is None else self.peers.guarded(call)
 
     def _call_component(self, batch: Sequence[Request]) -> list[Any]:
         calls = [_component_call(request) for request in batch]
@@ -271,37 +278,38 @@ class ModelRunner:
         else:
             _, error = tried([request], lambda _: [self._take(request, event)])
             if error is not None:  # the request's own arguments or schedule: it alone ends
-                request.end(_ended(self._advance(request, error)))
+                request.end(self._advance(request, error))
 
     def _take(self, request: Request, event: DenoiserCall | Awaited) -> None:
         """Queue a call; if the pipeline can go on without its result, it waits for the step's next call."""
         if isinstance(event, Awaited):
             request.calls.asked()
+            if self.peers is not None and self.peers.share is not None:
+                request.undivide()
         else:
             call = self._park(request, event)
             if (form := self._form(request, call)) is not None:
                 promise = request.task.promise(form)
                 request.queue.append(replace(call, promise=promise))
-                return self._arrive(request, self._advance(request, promise.value))
+                self._arrive(request, self._advance(request, promise.value))
+                return
             request.queue.append(call)
         self._next(request)
 
     def _form(self, request: Request, call: ParkedCall) -> Any:
         """The form of the call's result, if its pipeline may have a promise of it; else None."""
-        assert call.position is not None
-        place, given = call.position[:2], frozenset(request.task.arguments)
-        request.calls.over |= bool(request.changes) or not self.joins or given in self._lookers
+        given = frozenset(request.task.arguments)
+        request.calls.over |= bool(request.changes) or not self.joins or given in self._readers
         alone = call.key == ((call.branch[0], request.request_id), request.adapters)
-        form = request.calls.comes(place, call.branch, None if alone else call.key, call.arguments)
-        if request.calls.looked_at == place and given not in self._lookers:
-            self._lookers.add(given)
-            why = "its pipeline reads the first one's result before the second"
-            logger.info("guidance of %s is made in two calls: %s", type(self.pipeline).__name__, why)
+        form = request.calls.comes(call.place, call.branch, None if alone else call.key, call.arguments)
+        if request.calls.looked_at == call.place:
+            self._readers.add(given)
         return form
 
     def _next(self, request: Request) -> None:
         """Park the request at its next calls."""
-        request.park(partial(self._signal, request), partial(self._decided, request))
+        share = None if self.peers is None else self.peers.share
+        request.park(partial(self._signal, request), partial(self._decided, request), share)
 
     def _park(self, request: Request, call: DenoiserCall) -> ParkedCall:
         binder = self.binders[call.denoiser]
@@ -371,29 +379,18 @@ class ModelRunner:
             request.cache = state
 
 
-def _device_of(pipeline: Any) -> torch.device | None:
-    """Where the pipeline runs; a module of the user's own does not say where it is, its weights do."""
-    if not isinstance(pipeline, DiffusionPipeline):
-        return None
-    try:
-        return pipeline._execution_device
-    except AttributeError:
-        return next((p.device for module in denoisers_of(pipeline).values() for p in module.parameters()), None)
-
-
 def _scales_kept(module: torch.nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
     """The module's adapters are as strong after a call as before, also if the call scales them and fails."""
     return scales_kept([module] if scale_of_call(arguments) is not None else [])
 
 
-def _ended(event: Event) -> Finished | Failed:
-    assert isinstance(event, Finished | Failed)
-    return event
-
-
 def _parked(request: Request) -> ParkedCall:
     assert request.parked is not None
     return request.parked
+
+
+def _rows_of(request: Request, call: ParkedCall, rows: slice) -> BatchRows:
+    return BatchRows(request.cache, call.branch, call.step, rows, call.arguments)
 
 
 def _component_call(request: Request) -> ComponentCall:

@@ -19,6 +19,7 @@ from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
 from vllm_omni.diffusion.worker.request import PlanOf, Request
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.inputs.prompt_cache import PromptCache
+from vllm_omni.kernels.device import Memory
 from vllm_omni.model_folder import generation_defaults
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -120,6 +121,17 @@ class DiffusionWorker:
         self._backends.clear()
         self.runner.adapters.close()
 
+    def use_memory(self, memory: Memory) -> None:
+        """Plan with `memory` from now on."""
+        self.runner.memory = memory
+        for backend in self._backends.values():
+            if backend.config.memory_budget_mb is None:
+                self._limit(backend)
+
+    def _limit(self, backend: StackBackend) -> None:
+        room = self.runner.memory.free(self.config.gpu_memory_utilization)
+        backend.store.budget = None if room is None else room // 2  # the other half is for forwards
+
     def _backend(self, settings: CacheSettings) -> StackBackend:
         """The backend of these settings, enabled on the pipeline when it is first asked for."""
         name = settings.backend
@@ -127,9 +139,8 @@ class DiffusionWorker:
             backend = get_cache_backend(name, settings.config)
             assert isinstance(backend, StackBackend)  # `engine_backend` let no other through
             backend.enable(self.pipeline, standalone=False, known=self.runner.denoisers)
-            if backend.store.budget is None:  # the other half is for forwards
-                room = self.runner.memory.free(self.config.gpu_memory_utilization)
-                backend.store.budget = None if room is None else room // 2
+            if backend.store.budget is None:
+                self._limit(backend)
             for other in self._backends.values():  # one budget for all
                 backend.store = other.store
             self._backends[name] = backend
