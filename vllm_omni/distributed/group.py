@@ -30,7 +30,7 @@ from vllm_omni.distributed.messages import (
     send,
 )
 from vllm_omni.engine.wire import Close
-from vllm_omni.errors import DeviceLostError, InvalidValueError, OmniError
+from vllm_omni.errors import DeviceLostError, OmniError
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -210,8 +210,3 @@ class Group:
                 if time.monotonic() - member.heard > patience:
                     self._end(f"rank {member.rank} has been silent for {patience:.0f} s")
 
-
-def check_devices(kind: str, ranks: int, count: int) -> None:
-    """InvalidValueError if there are fewer devices than ranks."""
-    if kind != "cpu" and count < ranks:
-        raise InvalidValueError("parallel_config", f"{ranks} ranks", f"has more ranks than devices; there are {count}")

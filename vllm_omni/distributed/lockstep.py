@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -59,15 +60,14 @@ class LeaderEngine(DiffusionEngine):
         self.group = Group(parallel.ranks, parallel.rank_timeout_s, lost)
         self._acts: list[Add | Abort | Control] = []
         self.turns = 0
-        try:
+        with ExitStack() as undo:
+            undo.callback(leave_group)
+            undo.callback(self.group.close)
             self.group.start(plain_arguments(config), seed)
             super().__init__(config_of(config, 0))
             self.group.meet()
             join_group(self, 0, self.group.rendezvous, seed, self._alike)
-        except BaseException:
-            self.group.close()
-            leave_group()
-            raise
+            undo.pop_all()
 
     def add_request(self, request: OmniDiffusionRequest, priority: int = 0, arrived: float | None = None) -> None:
         """As of one device. What is left open is settled here, and the request read as all others will read it."""

@@ -4,8 +4,8 @@ Its parallel modes count accelerators, want an attention kernel that also return
 "cpu" as no device for tensor parallelism; tests alone stand in for these. Variables, without effect where they are not:
 
 - OMNI_RANK_FAMILY: the model of that name in `families.py` is loaded, whatever model is asked for
-- OMNI_RANK_FAULT: `RANK KIND FORWARD`, of a process of that rank: at its so many-th forward it is killed (`kill`),
-  raises (`raise`), has no memory (`oom`), stops (`stop`) or sleeps (`sleep`); once, if OMNI_RANK_ONCE names a file
+- OMNI_RANK_FAULT: a file; as soon as it is there with `RANK KIND` in it, that rank removes it in the middle of its next
+  forward and is killed (`kill`), raises (`raise`), has no memory (`oom`), stops (`stop`) or sleeps (`sleep`)
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
-
-FOLLOWER = "vllm_omni.distributed.rank" in sys.orig_argv
 
 
 def split_on_cpu() -> None:
@@ -57,48 +55,41 @@ def load(name: str) -> None:
     worker.load_pipeline = lambda config: family.build()
 
 
-def fail(rank: int, kind: str, forward: int) -> None:
+def fail(asked: Path) -> None:
     import torch
 
     from vllm_omni.distributed import setup
 
     split = setup.split
 
-    def with_fault(module: Any, parallel: Any) -> None:
+    def met(*args: Any) -> None:
+        if not asked.exists():
+            return
+        rank, kind = asked.read_text().split()
+        if int(rank) != torch.distributed.get_rank():
+            return
+        asked.unlink()
+        if kind in ("kill", "stop"):
+            os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+        elif kind == "sleep":
+            time.sleep(1000)
+        elif kind == "oom":
+            raise torch.OutOfMemoryError("CUDA out of memory, on one rank")
+        else:
+            raise RuntimeError("on one rank")
+
+    def split_with_fault(module: Any, parallel: Any) -> None:
         split(module, parallel)
-        count = 0
-        once = os.environ.get("OMNI_RANK_ONCE")
-
-        def met(*args: Any) -> None:
-            nonlocal count
-            count += 1
-            if count != forward or torch.distributed.get_rank() != rank:
-                return
-            if once is not None:
-                if Path(once).exists():
-                    return
-                Path(once).touch()
-            if kind in ("kill", "stop"):
-                os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
-            elif kind == "sleep":
-                time.sleep(1000)
-            elif kind == "oom":
-                raise torch.OutOfMemoryError("CUDA out of memory, on one rank")
-            else:
-                raise RuntimeError("on one rank")
-
         blocks = next(part for part in module.children() if isinstance(part, torch.nn.ModuleList))
-        blocks[1].register_forward_pre_hook(met)  # after the others have begun to wait
+        blocks[1].register_forward_pre_hook(met)  # the first block's collectives are done
 
-    setup.split = with_fault
+    setup.split = split_with_fault
 
 
-if "vllm_omni.distributed.rank" in sys.orig_argv or "OMNI_RANK_LEADER" in os.environ or (
-    "vllm_omni.engine.process" in sys.orig_argv
-):  # fmt: skip
+ENGINES = {"vllm_omni.distributed.rank", "vllm_omni.engine.process"}
+if ENGINES & {*sys.orig_argv} or "OMNI_RANK_LEADER" in os.environ:
     split_on_cpu()
     if "OMNI_RANK_FAMILY" in os.environ:
         load(os.environ["OMNI_RANK_FAMILY"])
     if "OMNI_RANK_FAULT" in os.environ:
-        number, what, at = os.environ["OMNI_RANK_FAULT"].split()
-        fail(int(number), what, int(at))
+        fail(Path(os.environ["OMNI_RANK_FAULT"]))
