@@ -209,4 +209,3 @@ class Group:
                 patience = min(SILENT_S, self.timeout_s) * (1 if member.loaded else 20)
                 if time.monotonic() - member.heard > patience:
                     self._end(f"rank {member.rank} has been silent for {patience:.0f} s")
-
