@@ -31,7 +31,7 @@ from vllm_omni.distributed.messages import (
 )
 from vllm_omni.engine.wire import Close
 from vllm_omni.errors import DeviceLostError, OmniError
-from vllm_omni.logger import init_logger
+from vllm_omni.logger import init_logger, logs_json
 
 logger = init_logger(__name__)
 
@@ -75,6 +75,7 @@ class Group:
             paths = [_PARENT, environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
             environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+            environment.setdefault("TQDM_DISABLE", "1")
             command = [sys.executable, "-P", "-m", "vllm_omni.distributed.rank", str(theirs.fileno())]
             try:
                 process = subprocess.Popen(
@@ -93,7 +94,7 @@ class Group:
             member = Member(rank, process, ours)
             self.members.append(member)
             threading.Thread(target=self._hear, args=(member,), name=f"vllm-omni-rank-{rank}", daemon=True).start()
-            send(ours, Join(engine_args, rank, self.rendezvous, seed))
+            send(ours, Join(engine_args, rank, self.rendezvous, seed, logs_json()))
         threading.Thread(target=self._watch, name="vllm-omni-ranks", daemon=True).start()
 
     def meet(self) -> None:

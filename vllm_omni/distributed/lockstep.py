@@ -152,9 +152,9 @@ def told(error: Exception) -> str:
 
 def digest_of(engine: DiffusionEngine) -> str:
     """What the next step will run, and what all steps have made so far, in a few characters."""
-    scheduler, runner = engine.scheduler, engine.worker.runner
+    scheduler = engine.scheduler
     places = [(name, place and (int(place.kind), place.since)) for name, place in scheduler.running.items()]
-    state = (scheduler.waiting, scheduler.held, places, runner.forwards, engine.progress_steps())
+    state = (scheduler.waiting, scheduler.held, places, engine.progress_steps())
     work = [(need.request_id, need.computed, need.skipped) for need in engine.remaining_work()]
     return hashlib.blake2b(repr((state, work, engine.worker.cache_bytes)).encode(), digest_size=8).hexdigest()
 

@@ -22,6 +22,7 @@ class Join(Struct, tag=True):
     rank: int
     rendezvous: str  # a file that all ranks can reach
     seed: int  # of numbers that no request's own generator draws
+    log_json: bool = False
 
 
 class Meet(Struct, tag=True):

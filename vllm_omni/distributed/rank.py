@@ -5,7 +5,6 @@ The main thread does what rank 0 says; one thread reads, another sends heartbeat
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import signal
@@ -18,12 +17,11 @@ from typing import Any
 from vllm_omni.distributed.messages import Beat, Done, Failed, Join, Loaded, Meet, Turn, Verdict, receive, send
 from vllm_omni.engine.wire import Abort, Add, Close
 from vllm_omni.errors import OmniError
-from vllm_omni.logger import init_logger
+from vllm_omni.logger import init_logger, log_as_json
 
 logger = init_logger("vllm_omni.distributed.rank")
 
 DIFFERS = 4  # the exit code of a rank that would have run something else
-_PR_SET_PDEATHSIG = 1
 
 
 class Rank:
@@ -93,13 +91,13 @@ class Rank:
 
 
 def main() -> int:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # rank 0 decides
         signal.signal(number, signal.SIG_IGN)
     rank = Rank(socket.socket(fileno=int(sys.argv[1])))
     join = rank.next()
     assert isinstance(join, Join)
+    if join.log_json:
+        log_as_json()
     from vllm_omni.distributed.group import BEAT_S
 
     threading.Thread(target=rank.beat, args=(BEAT_S,), daemon=True).start()

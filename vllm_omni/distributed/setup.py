@@ -18,22 +18,6 @@ from vllm_omni.distributed.config import ParallelConfig
 from vllm_omni.distributed.pace import GroupPace
 from vllm_omni.distributed.peers import Peers
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.kernels.device import Memory
-
-
-class GroupMemory(Memory):
-    """A device's memory with the free bytes that all ranks have: what is kept or not is decided alike."""
-
-    def __init__(self, device: torch.device, room: int | None) -> None:
-        super().__init__(device)
-        self._room = room
-
-    def free(self, share: float = 1.0) -> int | None:
-        return self._room
-
-    def collect(self) -> int:
-        super().collect()
-        return 0
 
 
 def config_of(config: OmniDiffusionConfig, rank: int) -> OmniDiffusionConfig:
@@ -79,8 +63,7 @@ def join_group(
     )
     for module in denoisers_of(engine.worker.pipeline).values():
         split(unwrapped(module), parallel)
-    room = _least(runner.memory.free(engine.config.gpu_memory_utilization), device)
-    engine.worker.use_memory(GroupMemory(device, room))
+    engine.worker.agree_on_memory(_least(runner.memory.free(engine.config.gpu_memory_utilization), device))
     runner.peers = Peers(rank, parallel.ranks, parallel.cfg_parallel_size > 1, device, alike)
     runner.pace = GroupPace()
     torch.manual_seed(seed)

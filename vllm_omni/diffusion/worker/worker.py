@@ -19,7 +19,6 @@ from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
 from vllm_omni.diffusion.worker.request import PlanOf, Request
 from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.inputs.prompt_cache import PromptCache
-from vllm_omni.kernels.device import Memory
 from vllm_omni.model_folder import generation_defaults
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -121,9 +120,9 @@ class DiffusionWorker:
         self._backends.clear()
         self.runner.adapters.close()
 
-    def use_memory(self, memory: Memory) -> None:
-        """Plan with `memory` from now on."""
-        self.runner.memory = memory
+    def agree_on_memory(self, room: int | None) -> None:
+        """Plan with `room` free bytes from now on, as all ranks do."""
+        self.runner.memory.agree(room)
         for backend in self._backends.values():
             if backend.config.memory_budget_mb is None:
                 self._limit(backend)
