@@ -23,7 +23,8 @@ class Retries:
     def __init__(self, memory: Memory) -> None:
         self.memory = memory
         self.running: list[Request] = []
-        self._most: dict[Hashable, int] = {}  # requests of a size at once, where more had no room; 0: half of one
+        self._most: dict[Hashable, int] = {}  # requests of a size at once, where more had no room
+        self._apart: set[Hashable] = set()  # sizes of which no two calls of a request are made as one
         self._largest = 0  # elements of the latents that have been denoised here
 
     def add(self, request: Request) -> None:
@@ -36,18 +37,18 @@ class Retries:
         `act` changes a request's state after everything that can fail, so that a retry starts from untouched state.
         DeviceLostError if there is nothing left to retry on.
         """
-        most = self._most.get(_size(batch[0]), len(batch))
-        if most < 1 and len(batch) == 1:
-            batch[0].take_apart()
-        most = max(1, most)
+        most = max(1, self._most.get(_size(batch[0]), len(batch)))
         if len(batch) > most:
             parts = [batch[first : first + most] for first in range(0, len(batch), most)]
             return [result for part in parts for result in self.each_or_errors(part, act)]
+        joined = [request for request in batch if request.parked is not None and request.parked.earlier]
+        if joined and _size(batch[0]) in self._apart:
+            _take_apart(joined)
         results, failure = tried(batch, act)
-        if failure is not None and len(batch) == 1 and batch[0].parked is not None and batch[0].parked.earlier:
+        if failure is not None and joined and (len(batch) == 1 or is_out_of_memory(failure)):
             if is_out_of_memory(failure):
-                self._most[_size(batch[0])] = 0
-            batch[0].take_apart()
+                self._apart.add(_size(batch[0]))
+            _take_apart(joined)
             return self.each_or_errors(batch, act)
         if failure is not None and is_out_of_memory(failure):
             kept, freed = self._drop_residuals(batch), self.memory.collect()
@@ -99,6 +100,11 @@ def tried(batch: Sequence[Request], act: Act) -> tuple[list[Any], Exception | No
     except Exception as error:  # out of memory or a bad input of one must not end the others
         refuse_lost(error)
         return [], without_tensors(error)
+
+
+def _take_apart(requests: Sequence[Request]) -> None:
+    for request in requests:
+        request.take_apart()
 
 
 def _size(request: Request) -> Hashable:

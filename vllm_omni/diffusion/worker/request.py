@@ -198,7 +198,7 @@ class Request:
     def take_apart(self) -> None:
         """Have the calls that were to be made as one made one by one."""
         self.apart = True
-        if self.parked is not None:
+        if self.parked is not None and self.parked.earlier:
             first, divided = self.parked.together[0], self.parked.mine is not None
             if divided:
                 self.undivide()
