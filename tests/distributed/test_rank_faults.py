@@ -95,7 +95,7 @@ async def aborted(client: ProcessEngineClient, wanted: Any) -> None:
 async def own_fault(client: ProcessEngineClient, wanted: Any) -> None:
     """A size whose tokens cannot be shared fails on all ranks alike: the request alone ends."""
     restarts = (await client.stats()).restarts
-    output = await made(client, "odd", params(height=24, width=24))
+    output = await made(client, "odd", params(height=20, width=20))
     assert isinstance(output.error, OmniError) and "ranks can share" in str(output.error)
     assert ((await made(client, "last", params())).latents == wanted).all()
     assert (await client.stats()).restarts == restarts
