@@ -66,6 +66,8 @@ def join_group(
     engine.worker.agree_on_memory(_least(runner.memory.free(engine.config.gpu_memory_utilization), device))
     runner.peers = Peers(rank, parallel.ranks, parallel.cfg_parallel_size > 1, device, alike)
     runner.pace = GroupPace()
+    for binder in runner.binders.values():
+        binder.pads = parallel.ring_degree == 1  # a ring takes no mask
     torch.manual_seed(seed)
 
 
