@@ -124,6 +124,9 @@ class LeaderEngine(DiffusionEngine):
 class GroupControl(EngineControl):
     """What can be done to all ranks alike: adapters come and go. The rest needs a restart."""
 
+    def may_do(self, action: Action) -> bool:
+        return not isinstance(action, LoadAdapter | UnloadAdapter) or super().may_do(action)  # `do` refuses at once
+
     def do(self, action: Action) -> None:
         if not isinstance(action, LoadAdapter | UnloadAdapter):
             raise ConflictError(f"{type(action).__name__} is for one device; restart the engine instead")
