@@ -19,7 +19,7 @@ CORE = "vllm_omni.diffusion"  # what must stay readable in an afternoon; serving
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_CORE_LINES = 7540  # 6000 until 2026-11-28; CHANGELOG.md says what came in
+MAX_CORE_LINES = 7780  # 6000 until 2026-11-28; CHANGELOG.md says what came in
 
 # Top to bottom; a module may import its own layer and every layer below. A name covers all that is under it and the
 # longest name wins. A layer is one tuple per sibling; siblings never import each other.
@@ -38,11 +38,11 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ),
     ),
     (("vllm_omni.replicas",),),
-    (("vllm_omni.engine",),),
+    (("vllm_omni.engine", "vllm_omni.distributed"),),
     (("vllm_omni.trials",), ("vllm_omni.diffusion", "vllm_omni.diffusion.diffusion_engine")),
     (("vllm_omni.diffusion.worker",),),
     (("vllm_omni.diffusion.scheduler",), ("vllm_omni.diffusion.cache",), ("vllm_omni.diffusion.loader",)),
-    (("vllm_omni.diffusion.denoiser",),),
+    (("vllm_omni.diffusion.denoiser",), ("vllm_omni.guidance",), ("vllm_omni.distributed.peers",)),
     (("vllm_omni.diffusion.hooks",), ("vllm_omni.kernels",), ("vllm_omni.diffusion.cache.plan.schedule",)),
     (
         (
@@ -54,7 +54,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
             "vllm_omni._vllm_compat",
         ),
     ),
-    (("vllm_omni.diffusion.cache.settings",),),
+    (("vllm_omni.diffusion.cache.settings",), ("vllm_omni.distributed.config",)),
     (
         ("vllm_omni.settings",),
         ("vllm_omni.model_folder",),

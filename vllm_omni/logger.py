@@ -64,6 +64,11 @@ def log_as_json() -> None:
             handler.setStream(sys.stderr)
 
 
+def logs_json() -> bool:
+    """Whether this process does."""
+    return isinstance(sys.stderr, JsonStream)
+
+
 def told(error: BaseException, private: Sequence[str] = ()) -> str:
     """The traceback, without what it repeats of `private` texts, also of a part of one in other letters."""
     text = "".join(traceback.format_exception(error))

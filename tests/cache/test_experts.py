@@ -77,7 +77,7 @@ def test_a_run_that_ends_before_the_switch_is_one_segment() -> None:
     pipeline = wan22(0.0)
     settings = {"mag_ratios": CURVE, "nfe": 2}
     with Omni.from_pipe(pipeline, cache_backend="magcache", cache_config=settings, defaults=WAN22.settings) as omni:
-        blocks = Blocks(pipeline)
+        blocks = Blocks(pipeline, rows=True)
         params = Params(num_inference_steps=8, seed=1, output_type="latent", guidance_scale=3.0)
         output = omni.generate(WAN22.prompt(0), params, use_tqdm=False)[0]
         assert output.error is None and output.computed_steps == 2

@@ -153,13 +153,13 @@ def test_both_branches_of_guidance_follow_one_decision(family: Family, name: str
     prompts = [family.prompt(i) for i in range(2)]
     with Omni.from_pipe(pipeline, defaults=family.settings) as omni:
         omni.generate(prompts[:1], requests[:1], use_tqdm=False)
-        per_step = sum(counter.count for counter in counters) // 6
+        per_step = sum(counter.rows for counter in counters) // 6
     for counter in counters:
         counter.reset()
     with Omni.from_pipe(pipeline, cache_backend=name, cache_config=settings, defaults=family.settings) as omni:
         alone = omni.generate(prompts[:1], requests[:1], use_tqdm=False)[0]
         assert alone.error is None, alone.error
-        assert sum(counter.count for counter in counters) == per_step * alone.computed_steps
+        assert sum(counter.rows for counter in counters) == per_step * alone.computed_steps
         assert alone.computed_steps + alone.skipped_steps == 6
         check_batch(omni, prompts, requests)
 

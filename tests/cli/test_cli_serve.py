@@ -44,7 +44,7 @@ BAD = [
     ("demo --host 0.0.0.0 --max-steps 0", "--max-steps should be greater than or equal to 1, got 0"),
     ("demo --max-steps many", "argument --max-steps: invalid int value: 'many'"),
     ("demo --port 1 --max-body-mb nan", "--max-body-mb should be a finite number"),
-    ("demo --tensor-parallel-size 2", "--tensor-parallel-size must be 1"),
+    ("demo --pipeline-parallel-size 2", "--pipeline-parallel-size must be 1"),
     ("demo --lora-modules ink", "--lora-modules must be NAME=PATH"),
     ("demo --cache-backnd magcache", "--cache-backnd is not a flag of this command; did you mean '--cache-backend'?"),
     ("no/such/model --ui", "'no/such/model' does not exist"),

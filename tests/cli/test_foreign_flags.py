@@ -27,8 +27,8 @@ ACCEPTED = (  # by the names that vLLM and the reference have for them, with a v
     "--vae-use-slicing", "--vae-use-tiling", "--lora-modules ink=ink.safetensors", "--shutdown-timeout 5",
     "--quantization fp8", "--enable-layerwise-offload", "--attention-backend native", "--max-loras 2", "--log-stats",
     "--default-sampling-params {}", "--sse-keep-alive-interval 5", "--allowed-media-domains example.org",
-    "--otlp-traces-endpoint http://127.0.0.1:1", "--gpu-memory-utilization 0.8",
-    "--data-parallel-size 2", "-dp 2",
+    "--otlp-traces-endpoint http://127.0.0.1:1", "--gpu-memory-utilization 0.8", "--tensor-parallel-size 1",
+    "--cfg-parallel-size 1", "--ulysses-degree 1", "--ring-degree 1", "--data-parallel-size 2", "-dp 2",
 )  # fmt: skip
 
 

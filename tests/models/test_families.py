@@ -133,10 +133,10 @@ def test_a_schedule_of_few_steps_is_computed_in_full(caplog: pytest.LogCaptureFi
     """As FLUX.1-schnell runs: the plan computes all, says so once, and no residual is ever taken."""
     family, pipeline = named("FLUX.1"), tiny_flux()
     plain = latents_of(family, pipeline, 4)
-    settings = {"mag_ratios": [1.0, 1.3, 1.3, 1.3], "mag_threshold": 0.12}
+    engine = {"cache_config": {"mag_ratios": [1.0, 1.3, 1.3, 1.3], "mag_threshold": 0.12}, "join_guidance": False}
     with (
         caplog.at_level("INFO", "vllm_omni"),
-        Omni.from_pipe(pipeline, cache_backend="magcache", cache_config=settings, defaults=family.settings) as omni,
+        Omni.from_pipe(pipeline, cache_backend="magcache", defaults=family.settings, **engine) as omni,
     ):
         params = Params(num_inference_steps=4, seed=7, output_type="latent", **family.guided(3.0))
         outputs = [omni.generate(family.prompt(0), params, use_tqdm=False)[0] for _ in range(3)]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from vllm_omni.diffusion.cache.settings import PRESET_NAMES, DiffusionCacheConfig
+from vllm_omni.distributed.config import ParallelConfig, check_combination, gathered
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.settings import Settings
@@ -46,6 +47,8 @@ class OmniDiffusionConfig(Settings):
     attention_backend: str | None = Field(
         default=None, description="diffusers' name of an attention kernel: native, flash, sage, _native_math, ..."
     )
+    join_guidance: bool = Field(default=True, description="make the two calls of a guided step in one forward")
+    parallel_config: ParallelConfig = Field(default_factory=ParallelConfig)
     prompt_cache_mb: float = Field(
         default=64.0, ge=0, allow_inf_nan=False, description="embeddings kept for prompts that come again; 0 for none"
     )
@@ -60,6 +63,15 @@ class OmniDiffusionConfig(Settings):
     max_loras: int = Field(
         default=16, ge=1, description="adapters at a time; another one pushes out the least recently asked for"
     )
+
+    def __init__(self, **values: Any) -> None:
+        """Also by the names of the fields of `parallel_config`."""
+        super().__init__(**gathered(values))
+
+    @field_validator("parallel_config", mode="before")
+    @classmethod
+    def _parallel_config(cls, value: Any) -> Any:
+        return value if isinstance(value, ParallelConfig) else ParallelConfig.from_dict(value)
 
     @field_validator("cache_config", mode="before")
     @classmethod
@@ -92,6 +104,7 @@ class OmniDiffusionConfig(Settings):
 
     @model_validator(mode="after")
     def _combinations(self) -> OmniDiffusionConfig:
+        check_combination(self.parallel_config, self)
         if self.enable_layerwise_offload and self.enable_cpu_offload:
             raise InvalidValueError("enable_layerwise_offload", True, "does what enable_cpu_offload does; give one")
         if self.cache_config is not None and self.cache_backend in (None, "none"):

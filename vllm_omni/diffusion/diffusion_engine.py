@@ -167,7 +167,7 @@ class DiffusionEngine:
 
         Returns the rows of its forward.
         """
-        kind, rows = batch[0].parked, sum(request.parked.rows for request in batch if request.parked is not None)
+        kind, rows = batch[0].parked, sum(request.rows for request in batch)
         skipped, clock = kind is not None and kind.kind is StepKind.SKIP, self.worker.runner.clock
         began, decoded = clock.mark(), [request.times.decode_s for request in batch]
         if (error := _failure_of(self.worker.runner.run, batch)) is not None:
@@ -306,8 +306,7 @@ def _remaining_work(entry: _Entry) -> RemainingWork:
         if running.schedule is not None:
             steps = running.schedule.steps
         done = running.step
-        if running.parked is not None and running.parked.rows:
-            rows = running.parked.rows
+        rows = running.rows or rows
         rows *= max(1.0, entry.calls / max(1, done)) if done > 1 else 1.0
     left = steps - done
     if running is not None and running.plan is not None:

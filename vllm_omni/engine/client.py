@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import replace
 from typing import Any, Self
 
-from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
+from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.engine.in_flight import InFlight, InFlightRequest, OutputOrError
 from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS, EngineCondition, EngineLoad, EngineStats, ModelInfo
 from vllm_omni.engine.ledger import Ledger, RequestSize, outcome
@@ -36,6 +36,7 @@ from vllm_omni.errors import (
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.settings import Settings
 
 logger = init_logger(__name__)
 
@@ -393,4 +394,4 @@ def _start_of(
 
 
 def _plain(value: Any) -> Any:
-    return value.model_dump(exclude_none=True) if isinstance(value, DiffusionCacheConfig) else value
+    return value.model_dump(exclude_none=True) if isinstance(value, Settings) else value

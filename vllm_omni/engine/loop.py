@@ -12,8 +12,8 @@ import torch
 
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.distributed.lockstep import control_of
 from vllm_omni.engine import cost
-from vllm_omni.engine.control import EngineControl
 from vllm_omni.engine.interface import EngineStats, ModelInfo
 from vllm_omni.engine.learning import IDLE_S, IdleLearning, sample_prompt
 from vllm_omni.engine.wire import (
@@ -58,7 +58,7 @@ class EngineLoop:
         self.turn_began: float | None = None  # monotonic; None while there is nothing to do. Read by the heartbeat
         self.costs = cost.no_costs()
         self._lines: dict[int, cost.RowLine] = {}
-        self.control = EngineControl(engine)
+        self.control = control_of(engine)
         self._controls: deque[Control] = deque()  # to be done, in this order
         self._commands, self._send = commands, send
         self._log_prompts = log_prompts

@@ -195,7 +195,7 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     resolve_model(config.model)
     gc.disable()  # what is imported and loaded stays: looking through it again and again is a seventh of the start
 
-    from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+    from vllm_omni.distributed.lockstep import open_engine
     from vllm_omni.engine.describe import describe
     from vllm_omni.engine.learning import IdleLearning
     from vllm_omni.engine.loop import EngineLoop, warm_up
@@ -205,14 +205,15 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     keep_freed_memory()
     if start.replicas > 1:
         config = config.model_copy(update={"device": device_in_turn(config.device, start.replica)})
-    engine = DiffusionEngine(config)
-    if start.step_timeout_s is not None:
+    engine = open_engine(config, lambda: os._exit(DEVICE_LOST))
+    if start.step_timeout_s is not None and config.parallel_config.ranks == 1:
         engine.worker.runner.room.longest_s = start.step_timeout_s / TURNS_PER_TIMEOUT
     loop = EngineLoop(engine, link.commands, link.send, log_prompts=start.log_prompts)
     loop.costs = start.costs or loop.costs
     info = describe(engine, {})
     tokens = warm_up(engine, info, loop.costs) if start.warmup else {}
-    loop.learning = IdleLearning(engine, info)
+    if config.parallel_config.ranks == 1:  # trials follow the clock, which is not the same on all ranks
+        loop.learning = IdleLearning(engine, info)
     if start.condition is not None:
         loop.control.restore(start.condition)
     gc.freeze()

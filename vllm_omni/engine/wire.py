@@ -196,7 +196,7 @@ def given_parameters(params: OmniDiffusionSamplingParams) -> dict[str, Any]:
     return given
 
 
-def encode(message: Command | EngineEvent) -> bytearray:
+def encode(message: Struct) -> bytearray:
     """A message as a frame; InvalidValueError if something in it must not cross, or is too long."""
     frame = bytearray(HEADER.size)  # pictures are large: one buffer, no copy of it
     try:
@@ -348,7 +348,11 @@ def _decode_custom(kind: type, value: Any) -> Any:
     return error
 
 
+def decoder_of(kinds: Any) -> msgspec.msgpack.Decoder[Any]:
+    """A decoder of frames' bodies of these kinds, and of nothing else."""
+    return msgspec.msgpack.Decoder(kinds, ext_hook=_decode_ext, dec_hook=_decode_custom)
+
+
 _ENCODER = msgspec.msgpack.Encoder(enc_hook=_encode_other)
 _NAMED = msgspec.msgpack.Decoder(_Named)
-_COMMANDS = msgspec.msgpack.Decoder(Command, ext_hook=_decode_ext, dec_hook=_decode_custom)
-_EVENTS = msgspec.msgpack.Decoder(EngineEvent, ext_hook=_decode_ext, dec_hook=_decode_custom)
+_COMMANDS, _EVENTS = decoder_of(Command), decoder_of(EngineEvent)

@@ -17,6 +17,7 @@ from uuid import uuid4
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+from vllm_omni.distributed.lockstep import open_engine
 from vllm_omni.engine.in_flight import InFlight, InFlightRequest
 from vllm_omni.engine.interface import EngineCondition
 from vllm_omni.engine.loop import EngineLoop
@@ -49,7 +50,7 @@ class AsyncOmni:
     """
 
     def __init__(self, model: str, **engine_args: Any) -> None:
-        self._open(DiffusionEngine(OmniDiffusionConfig(model=model, **engine_args)))
+        self._open(open_engine(OmniDiffusionConfig(model=model, **engine_args)))
 
     @classmethod
     def from_pipe(cls, pipe: Any, *, defaults: dict[str, Any] | None = None, **engine_args: Any) -> Self:

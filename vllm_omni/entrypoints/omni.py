@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.engine.control import EngineControl
+from vllm_omni.distributed.lockstep import control_of, open_engine
 from vllm_omni.engine.in_flight import refuse_after_fork
 from vllm_omni.engine.wire import Action, LoadAdapter, Sleep, UnloadAdapter, UpdateWeights, Wake
 from vllm_omni.errors import (
@@ -41,7 +41,7 @@ class Omni:
     """
 
     def __init__(self, model: str, **engine_args: Any) -> None:
-        self._open(DiffusionEngine(OmniDiffusionConfig(model=model, **engine_args)))
+        self._open(open_engine(OmniDiffusionConfig(model=model, **engine_args)))
 
     @classmethod
     def from_pipe(cls, pipe: Any, *, defaults: dict[str, Any] | None = None, **engine_args: Any) -> Self:
@@ -51,7 +51,7 @@ class Omni:
         return omni
 
     def _open(self, engine: DiffusionEngine) -> None:
-        self.engine, self.control = engine, EngineControl(engine)
+        self.engine, self.control = engine, control_of(engine)
         self._ids = itertools.count()
         self._turn = threading.Lock()
         self._closing = self._broken = False
@@ -197,7 +197,11 @@ def engine_over(pipe: Any, defaults: dict[str, Any] | None, engine_args: dict[st
     """An engine over a diffusers pipeline that is loaded already."""
     pipe, name = whole(pipe), str(pipe.config.get("_name_or_path") or type(pipe).__name__)
     own = {"prompt_cache_mb": 0} | engine_args  # its owner may change an encoder at any time
-    return DiffusionEngine(OmniDiffusionConfig(model=name, **own), pipe, defaults)
+    config = OmniDiffusionConfig(model=name, **own)
+    if (ranks := config.parallel_config.ranks) > 1:
+        fix = "needs a model that every rank can load; give a folder or a hub id to Omni(...)"
+        raise InvalidValueError("parallel_config", f"{ranks} ranks", fix)
+    return DiffusionEngine(config, pipe, defaults)
 
 
 @contextmanager

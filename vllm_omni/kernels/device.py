@@ -95,6 +95,11 @@ class Memory:
     def __init__(self, device: torch.device | None) -> None:
         self._device = device if device is not None and device.type == "cuda" else None
         self._peak = 0  # before the last `begin`
+        self._agreed: int | None = None
+
+    def agree(self, room: int | None) -> None:
+        """Plan with `room` free bytes from now on, whatever is free here: several ranks decide alike."""
+        self._agreed = room
 
     def peak(self) -> int:
         """The most bytes that were in use since the last time it was asked; on a CPU, ever."""
@@ -118,8 +123,8 @@ class Memory:
 
     def free(self, share: float = 1.0) -> int | None:
         """Bytes that this process may still take of `share` of the device; None on a CPU."""
-        if self._device is None:
-            return None
+        if self._device is None or self._agreed is not None:
+            return self._agreed
         free, total = torch.cuda.mem_get_info(self._device)
         kept = torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return max(0, int(free + kept - (1.0 - share) * total))
@@ -138,7 +143,8 @@ class Memory:
         before = torch.cuda.memory_allocated(self._device)
         gc.collect()
         torch.cuda.empty_cache()
-        return max(0, before - torch.cuda.memory_allocated(self._device))
+        freed = max(0, before - torch.cuda.memory_allocated(self._device))
+        return freed if self._agreed is None else 0
 
     def too_large(self, error: Exception, decoding: bool, wanted: int, largest: int) -> DeviceMemoryError:
         """What to say of a request that met `error` alone: of `wanted` latent elements, where `largest` have run."""

@@ -31,15 +31,29 @@ class BatchRows:
     rows: slice
     arguments: Mapping[str, Any]
 
+    def made_elsewhere(self, result: Any, skipped: bool) -> None:
+        """Count the step of a call that another rank has made: `result`. Its residuals are kept there."""
+        computed = Computed(None, slice(None), latents_of(self.arguments), result)
+        kept = None if skipped else self.state.prepare(self.key, self.step, computed)
+        self.state.forget(self.key)
+        self.state.commit(self.key, self.step, kept)
+
     @property
     def wants(self) -> bool:
         return self.state.wants(self.key, self.step)
 
 
-def look(batch: Sequence[BatchRows], signal: Signal, stack: BlockStack, run: Callable[[], Any]) -> None:
+def look(
+    batch: Sequence[BatchRows],
+    signal: Signal,
+    stack: BlockStack,
+    run: Callable[[], Any],
+    agree: Callable[[list[float | None]], list[float | None]] = list,
+) -> None:
     """Show each request's gate its rows, and take the decisions: one device read for all, none if none hangs on data.
 
-    `run` is a forward of the denoiser with the batch's arguments; a gate that compares latents needs none.
+    `run` is a forward of the denoiser with the batch's arguments; a gate that compares latents needs none. `agree`
+    returns the changes by which all ranks decide.
     """
     if signal is Signal.LATENTS:
         shown = [row.state.describe(row.arguments, row.step) for row in batch]
@@ -49,8 +63,9 @@ def look(batch: Sequence[BatchRows], signal: Signal, stack: BlockStack, run: Cal
     changes = [row.state.change(row.key, row.step, now) for row, now in zip(batch, shown, strict=True)]
     known = [change for change in changes if change is not None]
     values = iter(torch.stack(known).tolist() if known else ())
-    for row, now, change in zip(batch, shown, changes, strict=True):
-        row.state.decide(row.key, row.step, now, None if change is None else next(values))
+    decisive = agree([None if change is None else next(values) for change in changes])
+    for row, now, change in zip(batch, shown, decisive, strict=True):
+        row.state.decide(row.key, row.step, now, change)
 
 
 def corrected(forecasts: Sequence[tuple[slice, Forecast]], hidden_states: torch.Tensor) -> torch.Tensor:

@@ -82,7 +82,11 @@ class CacheState:
         shape = latents.shape if isinstance(latents, torch.Tensor) else [entry.shape for entry in latents]
         if self._shapes.setdefault(key, shape) != shape:
             self._shapes[key] = shape
-            self._residuals_of(key).clear()
+            self.forget(key)
+
+    def forget(self, key: Key) -> None:
+        """Give back a branch's residuals."""
+        self._residuals_of(key).clear()
 
     def signal(self, key: Key, step: int) -> Signal | None:
         """What must be seen of this call before its step can be decided; None: nothing."""

@@ -18,6 +18,7 @@ import torch
 
 from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.kernels.splits import splits_of
 
 Correction = Callable[[torch.Tensor], torch.Tensor]
 Streams = list[torch.Tensor]
@@ -42,8 +43,9 @@ class StandIn(torch.nn.Module):
         return dict(kwargs) | dict(zip(self.of.takes, args, strict=False))
 
     def given(self, values: Mapping[str, Any]) -> Streams:
-        """The streams on their way in."""
-        return [values[name] for name in self.of.streams]
+        """The streams on their way in: of a block that splits them among ranks, this rank's part."""
+        splits = splits_of(self.block)
+        return [splits[name](values[name]) if name in splits else values[name] for name in self.of.streams]
 
     def made(self, output: Any) -> Streams:
         """The streams on their way out."""

@@ -27,6 +27,7 @@ class CallBinder:
     def __init__(self, name: str, denoiser: Denoiser) -> None:
         self.name, self.denoiser = name, denoiser
         self._names = names_of(denoiser.module)
+        self.pads = True  # shorter texts, with a mask
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name."""
@@ -46,9 +47,9 @@ class CallBinder:
         parts: list[Hashable] = [self.name, self.denoiser.kind_of(arguments)]
         try:
             for name, value in arguments.items():
-                if name in masks:
+                if name in masks and self.pads:
                     continue  # of texts that are padded to each other's length
-                if name in texts:
+                if name in texts and self.pads:
                     parts.append((name, _text_shape(texts[name], value, latents_of(arguments))))
                 elif name in spec.rows:
                     parts.append((name, row_shape(value, rows, int(name in spec.rows_in_dim_1))))

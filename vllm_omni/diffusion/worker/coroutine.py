@@ -14,18 +14,20 @@ import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.guiders import BaseGuidance
 from greenlet import GreenletExit, greenlet
 
 from vllm_omni.diffusion.denoiser.lora_scales import has_adapters
-from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES
+from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES, denoisers_of
 from vllm_omni.diffusion.denoiser.step_tracker import own_schedulers
 from vllm_omni.errors import NumericalError
+from vllm_omni.kernels.promise import Promise, kept
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,12 @@ class Failed:
     error: Exception
 
 
-Event = DenoiserCall | ComponentCall | Finished | Failed
+@dataclass(frozen=True)
+class Awaited:
+    """The pipeline needs the results that were promised to it."""
+
+
+Event = DenoiserCall | ComponentCall | Awaited | Finished | Failed
 _LOCK = type(threading.Lock())
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 # Of a pipeline's own machinery. What a signal's handler raises (KeyboardInterrupt, SystemExit) is the caller's.
@@ -212,6 +219,7 @@ class PipelineTask:
         self._prelude = prelude
         self._greenlet: greenlet | None = None
         self._engine: greenlet | None = None
+        self._promises: list[Promise] = []
 
     def resume(self, result: Any = None) -> Event:
         """Run until the next call that parks, or the end. The first call starts it."""
@@ -227,20 +235,29 @@ class PipelineTask:
         if self._greenlet is None or self._greenlet.dead:
             return Failed(error)
         event = self._greenlet.throw(type(error), error, error.__traceback__)
-        while isinstance(event, DenoiserCall | ComponentCall):  # one that catches errors and calls again must end, too
+        while not isinstance(event, Finished | Failed):  # one that catches errors and calls again must end, too
             event = self._greenlet.throw(type(error), error, error.__traceback__)
         return event
+
+    def promise(self, form: Any) -> Promise:
+        """A result to resume with before its call is made; `keep` it as soon as it is."""
+        promise = Promise(form, self._wait)
+        self._promises.append(promise)
+        return promise
 
     def release(self) -> None:
         """Let go of the pipeline's copy, whose proxies hold this task, and of the prelude, which holds the request."""
         self.pipeline = self._prelude = self._vae = None
+        self._promises.clear()
 
     def _run(self) -> Event:
         try:
             if self._prelude is not None:
                 self._prelude()
             with numpy.errstate(invalid="call", call=_no_number):  # of this greenlet alone
-                return Finished(self.pipeline(**self.arguments))
+                output = self.pipeline(**self.arguments)
+                self._wait()
+                return Finished(output)
         except Exception as error:  # whatever a pipeline raises ends this request alone
             return Failed(error)
         except _CONTROL_FLOW as error:
@@ -252,15 +269,40 @@ class PipelineTask:
             self._greenlet.parent = self._engine
 
     def _park(self, call: DenoiserCall | ComponentCall) -> Any:
+        if not isinstance(call, DenoiserCall):
+            self._wait()
+        args, kwargs = kept((call.args, call.kwargs))
+        return self._switch(replace(call, args=args, kwargs=kwargs))
+
+    def _wait(self) -> None:
+        """Let the engine make the calls whose results are promised."""
+        self._promises = [promise for promise in self._promises if not promise.kept]
+        if self._promises and greenlet.getcurrent() is not self._greenlet:
+            raise RuntimeError("a result that is promised to a pipeline was used outside of it")
+        while self._promises:
+            self._switch(Awaited())
+            self._promises = [promise for promise in self._promises if not promise.kept]
+
+    def _switch(self, event: Event) -> Any:
         assert self._engine is not None
         with self._vae.put_back() if self._vae is not None else nullcontext():
-            return self._engine.switch(call)
+            return self._engine.switch(event)
 
 
 @functools.lru_cache(maxsize=32)
 def _on_device(pipeline_class: type, device: torch.device) -> type:
     """The class with its execution device known: diffusers walks through all modules for it, in every request."""
     return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
+
+
+def device_of(pipeline: Any) -> torch.device | None:
+    """Where the pipeline runs; a module of the user's own does not say where it is, its weights do."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        return None
+    try:
+        return pipeline._execution_device
+    except AttributeError:
+        return next((p.device for module in denoisers_of(pipeline).values() for p in module.parameters()), None)
 
 
 def _no_number(kind: str, flag: int) -> None:

@@ -25,6 +25,7 @@ class Retries:
         self.memory, self.room = memory, room
         self.running: list[Request] = []
         self._most: dict[Hashable, int] = {}  # requests of a size at once, where more had no room
+        self._apart: set[Work] = set()  # of which no two calls of a request are made as one
 
     def add(self, request: Request) -> None:
         """Take in a request, and forget those that have ended."""
@@ -42,9 +43,18 @@ class Retries:
         `act` changes a request's state after everything that can fail, so that a retry starts from untouched state.
         DeviceLostError if there is nothing left to retry on.
         """
+        joined = [request for request in batch if request.parked is not None and request.parked.earlier]
+        if joined and work_of(batch[0]) in self._apart:
+            _take_apart(joined)
+            joined = []
         for request in batch if self._most.get(work_of(batch[0])) == 0 else ():  # with a cache not one has room
             self._drop_own([request])
         results, failure = self._measured(batch, act)
+        if failure is not None and joined and (len(batch) == 1 or is_out_of_memory(failure)):
+            if is_out_of_memory(failure):
+                self._apart.add(work_of(batch[0]))
+            _take_apart(joined)
+            return self.each_or_errors(batch, act)
         for make_room in (self._drop_others, self._drop_own):
             if failure is None or not is_out_of_memory(failure):
                 break
@@ -110,11 +120,18 @@ class Retries:
         return dropped or 1
 
 
+def _take_apart(requests: Sequence[Request]) -> None:
+    for request in requests:
+        request.take_apart()
+
+
 def work_of(request: Request) -> Work:
     """By which a batch's need is remembered."""
     parked = request.parked
     kind = None if parked is None else parked.kind
     if parked is None or isinstance(parked.call, DenoiserCall):
         shapes = request.size[1] if isinstance(request.size, tuple) else ()
-        return Work(kind, (request.size, request.backend is not None), sum(prod(shape) for shape in shapes))
+        calls = 1 if parked is None else len(parked.here)
+        size = request.size, request.backend is not None, calls
+        return Work(kind, size, calls * sum(prod(shape) for shape in shapes))
     return Work((kind, parked.call.component), parked.key)

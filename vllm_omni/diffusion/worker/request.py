@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Any
 
 from vllm_omni.diffusion.cache.base import StackBackend
@@ -14,9 +15,11 @@ from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.state import CacheState, Forecast, Signal
 from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, StepTracker
 from vllm_omni.diffusion.scheduler import StepKind
-from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Failed, Finished, PipelineTask
+from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Event, Failed, Finished, PipelineTask
 from vllm_omni.diffusion.worker.shared_modules import OwnChanges
+from vllm_omni.guidance import StepCalls
 from vllm_omni.inputs.lora import Adapters
+from vllm_omni.kernels.promise import Promise
 from vllm_omni.kernels.timing import Timings
 
 PlanOf = Callable[[Schedule], CachePlan | None]  # None: every step computes
@@ -31,8 +34,44 @@ class ParkedCall:
     kind: StepKind
     arguments: Mapping[str, Any] = field(default_factory=dict)
     rows: int = 0
+    position: StepPosition | None = None
+    promise: Promise | None = None  # what the pipeline got in the place of its result
+    seen: bool = False  # by a gate that wanted to
+    earlier: tuple[ParkedCall, ...] = ()  # calls of the same step that are made with it
+    mine: int | None = None  # which of them this rank makes, if others make the rest
     signal: Signal | None = None  # what its gate must see before the step is decided
     forecast: Forecast | None = None
+
+    @property
+    def together(self) -> tuple[ParkedCall, ...]:
+        """The calls that are made as one, this one last."""
+        return (*self.earlier, self)
+
+    @property
+    def here(self) -> tuple[ParkedCall, ...]:
+        """Those that are made on this rank."""
+        return self.together if self.mine is None else (self.together[self.mine],)
+
+    def elsewhere(self, results: Sequence[Any]) -> list[tuple[ParkedCall, Any]]:
+        """Those that are not, each with its result of all the `results`."""
+        every = zip(self.together, results, strict=True)
+        return [one for i, one in enumerate(every) if self.mine not in (None, i)]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Run and step."""
+        assert self.position is not None
+        return self.position[:2]
+
+    @property
+    def step(self) -> int:
+        return self.place[1]
+
+    @property
+    def branch(self) -> tuple[str, str]:
+        """Denoiser and guidance branch."""
+        assert isinstance(self.call, DenoiserCall) and self.position is not None
+        return self.call.denoiser, self.position.branch
 
 
 @dataclass
@@ -72,6 +111,9 @@ class Request:
     schedule: Schedule | None = None
     position: StepPosition | None = None  # of the last denoiser call
     parked: ParkedCall | None = None
+    queue: list[ParkedCall] = field(default_factory=list)  # denoiser calls still to be made, the parked one's first
+    calls: StepCalls = field(default_factory=StepCalls)
+    apart: bool = False  # its calls are made one by one
     ended: Finished | Failed | None = None
     text_tokens: int = 0
     shared_content: dict[int, Any] = field(default_factory=dict)  # of arguments that neighbours must share, hashed once
@@ -98,9 +140,75 @@ class Request:
         assert self.parked is not None
         return self.parked.call
 
-    def end(self, event: Finished | Failed) -> None:
+    @property
+    def rows(self) -> int:
+        """Of the forward that it waits for."""
+        return sum(call.rows for call in self.parked.together) if self.parked is not None else 0
+
+    def park(
+        self,
+        signal_of: Callable[[ParkedCall], Signal | None],
+        decided: Callable[[ParkedCall], ParkedCall],
+        share: tuple[int, int] | None,
+    ) -> None:
+        """Wait at the next call that a gate must see, or else at as many calls of a step as can be made as one.
+
+        `share`: which of how many calls of a guided step this rank makes. It alone can say if its call skips.
+        """
+        calls = [call for call in self.queue if call.place == self.queue[0].place]
+        for call in calls:
+            if (signal := signal_of(call)) is not None:
+                alike = None if signal is Signal.LATENTS else call.key
+                self.parked = replace(call, key=(signal, alike), kind=StepKind.SKIP, signal=signal)
+                return
+        made = [*map(decided, calls)]
+        mine = share[0] if share is not None and len(made) == self.calls.known == share[1] else None
+        if mine is not None:
+            ours = made[mine]
+            made = [replace(call, kind=ours.kind, forecast=ours.forecast) for call in made]
+        fitting = [*takewhile(lambda call: (call.key, call.kind) == (made[0].key, made[0].kind), made)]
+        if mine is not None and len(fitting) < len(made):
+            self.undivide()
+            return self.park(signal_of, decided, None)
+        together = made[:1] if self.apart else fitting
+        self.parked = replace(together[-1], earlier=tuple(together[:-1]), mine=mine)
+
+    def undivide(self) -> None:
+        """Make every call on every rank from now on. None has all residuals, so that all begin without."""
+        self.calls.over = True
+        self.cache.drop()
+
+    def looked(self) -> None:
+        """Note that a gate has seen the parked call."""
+        self.queue = [replace(call, seen=True) if call.call is self.call else call for call in self.queue]
+
+    def made(self, results: Sequence[Any]) -> Any:
+        """Take in what the parked calls have returned, and keep promises; returns what was not promised."""
+        assert self.parked is not None
+        rest = None
+        for call, result in zip(self.parked.together, results, strict=True):
+            self.calls.returned(call.branch, result)
+            if call.promise is None:
+                rest = result
+            else:
+                call.promise.keep(result)
+        del self.queue[: len(results)]
+        return rest
+
+    def take_apart(self) -> None:
+        """Have the calls that were to be made as one made one by one."""
+        self.apart = True
+        if self.parked is not None and self.parked.earlier:
+            first, divided = self.parked.together[0], self.parked.mine is not None
+            if divided:
+                self.undivide()
+            self.parked = replace(first, kind=StepKind.COMPUTE, forecast=None) if divided else first
+
+    def end(self, event: Event) -> None:
         """Give back every byte that the request holds; what it has counted stays."""
+        assert isinstance(event, Finished | Failed)
         self.ended, self.parked = event, None
+        self.queue.clear()
         self.cache.drop()
         self.tracker.stop()
         self.tracker.observe = None  # no cycle keeps a tensor until a garbage collection

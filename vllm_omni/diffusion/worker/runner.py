@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from diffusers.guiders import BaseGuidance
 
 from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
@@ -36,19 +35,23 @@ from vllm_omni.diffusion.worker.batching import (
 )
 from vllm_omni.diffusion.worker.coroutine import (
     TEXT_ENCODERS,
+    Awaited,
     ComponentCall,
     DenoiserCall,
     Event,
     Failed,
     Finished,
     PipelineTask,
+    device_of,
 )
 from vllm_omni.diffusion.worker.memory import Retries, work_of
 from vllm_omni.diffusion.worker.pace import settle, size_of
 from vllm_omni.diffusion.worker.preview import can_preview, preview
 from vllm_omni.diffusion.worker.request import ParkedCall, PlanOf, Previews, Request
 from vllm_omni.diffusion.worker.shared_modules import SharedModules
+from vllm_omni.distributed.peers import Peers
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.guidance import Readers
 from vllm_omni.inputs.prompt_cache import PromptCache
 from vllm_omni.kernels.device import DeviceClock, Memory, Span, let_go, moved, tried
 from vllm_omni.kernels.room import Room
@@ -63,7 +66,10 @@ class ModelRunner:
 
     def __init__(self, pipeline: Any, config: OmniDiffusionConfig) -> None:
         self.pipeline, self.prompts = pipeline, PromptCache(int(config.prompt_cache_mb * 2**20))
-        self._device = _device_of(pipeline)
+        self.joins = config.join_guidance  # the branches of a step are made in one forward
+        self.peers: Peers | None = None  # other ranks that make the same forwards
+        self._readers = Readers(type(pipeline).__name__)
+        self._device = device_of(pipeline)
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
         self.denoisers = {name: Denoiser(module) for name, module in self.modules.items()}
         self.binders = {name: CallBinder(name, denoiser) for name, denoiser in self.denoisers.items()}
@@ -74,7 +80,8 @@ class ModelRunner:
         self._shared = SharedModules(self.modules.values, self._other_parts, hooked)
         self.pace, self.clock, self.memory = Pace(), DeviceClock(self._device), Memory(self._device)
         loaded = self.memory.begin()
-        self.room = Room(self.memory.free(config.gpu_memory_utilization), config.max_num_seqs, loaded)
+        free = self.memory.free(config.gpu_memory_utilization) if config.parallel_config.ranks == 1 else None
+        self.room = Room(free, config.max_num_seqs, loaded)  # ranks must not decide by what each has measured
         self.retries = Retries(self.memory, self.room)
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, config.lora_modules)
@@ -152,15 +159,22 @@ class ModelRunner:
         self.clock.later(done, lambda: self.room.lasted(work, count, self.clock.seconds(began, done)))
         for request, result in zip(batch, results, strict=False):
             step, resumed = request.step, self.clock.mark()
-            event = self._advance(request, result)
+            event = self._advance(request, result) if isinstance(result, Exception) else self._deliver(request, result)
             own, forward = (resumed, self.clock.mark()), (began, done)
-            goes_on = isinstance(event, DenoiserCall)
+            goes_on = event is None or isinstance(event, DenoiserCall | Awaited)
             self.pace.step_done(self.clock, request.size, request.times, step, forward, own, goes_on, alone, skips)
-            if goes_on:
+            if event is None:
+                self._next(request)
+            elif goes_on:
                 self._arrive(request, event)
             else:
                 self._ran_component(request, event, own)
             self._preview(request)
+
+    def _deliver(self, request: Request, results: Sequence[Any]) -> Event | None:
+        """Bring the request what its calls have returned; None if others must be made before it can go on."""
+        last = request.made(results)
+        return None if request.queue else self._advance(request, last)
 
     def _run_components(self, batch: Sequence[Request]) -> None:
         """Text encoders or decoders: as few calls as their size allows, then each request goes on."""
@@ -181,39 +195,51 @@ class ModelRunner:
             if isinstance(result, Exception):
                 self._arrive(request, self._advance(request, result))
             else:
-                request.parked = self._decided(request, _parked(request))
+                request.looked()
+                self._next(request)
 
     # --------------------------------------------------------------------------------------------- what can be retried
 
     def _forward(self, batch: Sequence[Request]) -> list[Any]:
-        name = batch[0].call.denoiser if isinstance(batch[0].call, DenoiserCall) else ""
-        binder, rows = self.binders[name], _rows_of(batch)
-        arguments = binder.join([_parked(request).arguments for request in batch])
-        stack = self._stack(batch, name, arguments)
-        self.adapters.use(batch[0].adapters)
-        forward = CachedForward(stack, _batch_rows(batch, rows), [_parked(request).forecast for request in batch])
-        with batch[0].changes.installed(), forward, _scales_kept(self.modules[name], arguments):
-            output = self.modules[name](**arguments)
-            results = [output] if len(batch) == 1 else [take_rows(output, own) for own in rows]
+        name, arguments, rows = self._joined(batch)
+        calls = [call for request in batch for call in _parked(request).here]
+        forward = CachedForward(self._stack(batch, name, arguments), rows, [call.forecast for call in calls])
+        with batch[0].changes.installed(), forward:
+            output = self._call(batch[0], name, arguments)
+            each = iter([output] if len(rows) == 1 else [take_rows(output, own.rows) for own in rows])
+            results = [[next(each) for _ in _parked(request).here] for request in batch]
+            if self.peers is not None:
+                results = self.peers.completed(results, [_parked(request).mine is not None for request in batch])
             forward.commit(output)
         if batch[0].plan_of is None:
             self.forwards["skipped" if forward.skips else "computed"] += 1
+        for request, made in zip(batch, results, strict=True):
+            for call, result in _parked(request).elsewhere(made):
+                _rows_of(request, call, slice(None)).made_elsewhere(result, forward.skips)
         return results
 
     def _show(self, signal: Signal, batch: Sequence[Request]) -> list[None]:
-        name = batch[0].call.denoiser if isinstance(batch[0].call, DenoiserCall) else ""
-        arguments = self.binders[name].join([_parked(request).arguments for request in batch])
+        name, arguments, rows = self._joined(batch)
         stack = self._stack(batch, name, arguments)
         assert stack is not None
-
-        def run() -> Any:
-            self.adapters.use(batch[0].adapters)
-            with _scales_kept(self.modules[name], arguments):
-                return self.modules[name](**arguments)
-
+        agree = list if self.peers is None else self.peers.agree
         with batch[0].changes.installed():
-            look(_batch_rows(batch, _rows_of(batch)), signal, stack, run)
+            look(rows, signal, stack, partial(self._call, batch[0], name, arguments), agree)
         return [None] * len(batch)
+
+    def _joined(self, batch: Sequence[Request]) -> tuple[str, dict[str, Any], list[BatchRows]]:
+        """The denoiser of a batch, the arguments of its joint call, and what is whose in it."""
+        calls = [(request, call) for request in batch for call in _parked(request).here]
+        name, rows = calls[0][1].branch[0], row_slices([call.rows for _, call in calls])
+        entries = [_rows_of(request, call, own) for (request, call), own in zip(calls, rows, strict=True)]
+        return name, self.binders[name].join([call.arguments for _, call in calls]), entries
+
+    def _call(self, request: Request, name: str, arguments: Mapping[str, Any]) -> Any:
+        """Call a denoiser with the adapters of `request`."""
+        self.adapters.use(request.adapters)
+        call = partial(self.modules[name], **arguments)
+        with _scales_kept(self.modules[name], arguments):
+            return call() if self.peers is None else self.peers.guarded(call)
 
     def _call_component(self, batch: Sequence[Request]) -> list[Any]:
         calls = [_component_call(request) for request in batch]
@@ -255,11 +281,42 @@ class ModelRunner:
             own = request.adapters if event.component in TEXT_ENCODERS else ()
             request.parked = ParkedCall(event, (key, own), StepKind.COMPONENT)
         else:
-            parked, error = tried([request], lambda _: [self._park(request, event)])
+            _, error = tried([request], partial(self._take, event))
             if error is not None:  # the request's own arguments or schedule: it alone ends
-                request.end(_ended(self._advance(request, error)))
-            else:
-                (request.parked,) = parked
+                request.end(self._advance(request, error))
+
+    def _take(self, event: DenoiserCall | Awaited, batch: Sequence[Request]) -> list[Any]:
+        """Queue a call of one request; if its pipeline can go on without the result, it waits for the next call."""
+        (request,) = batch
+        if isinstance(event, Awaited):
+            request.calls.asked()
+            if self.peers is not None and self.peers.share is not None:
+                request.undivide()
+        else:
+            call = self._park(request, event)
+            if (form := self._form(request, call)) is not None:
+                promise = request.task.promise(form)
+                request.queue.append(replace(call, promise=promise))
+                self._arrive(request, self._advance(request, promise.value))
+                return []
+            request.queue.append(call)
+        self._next(request)
+        return []
+
+    def _form(self, request: Request, call: ParkedCall) -> Any:
+        """The form of the call's result, if its pipeline may have a promise of it; else None."""
+        given = frozenset(request.task.arguments)
+        request.calls.over |= bool(request.changes) or not self.joins or given in self._readers
+        alone = call.key == ((call.branch[0], request.request_id), request.adapters)
+        form = request.calls.comes(call.place, call.branch, None if alone else call.key, call.arguments)
+        if request.calls.looked_at == call.place:
+            self._readers.add(given)
+        return form
+
+    def _next(self, request: Request) -> None:
+        """Park the request at its next calls."""
+        share = None if self.peers is None else self.peers.share
+        request.park(partial(self._signal, request), partial(self._decided, request), share)
 
     def _park(self, request: Request, call: DenoiserCall) -> ParkedCall:
         binder = self.binders[call.denoiser]
@@ -269,28 +326,25 @@ class ModelRunner:
             self._begin_schedule(request, call.denoiser, arguments)
         request.position = position
         rows = self._learn(request, call, arguments)
-        parked = ParkedCall(call, None, StepKind.COMPUTE, arguments, rows)
+        parked = ParkedCall(call, None, StepKind.COMPUTE, arguments, rows, position)
         if self._cached(request, parked):
-            request.cache.follow((call.denoiser, position.branch), latents_of(arguments))
-            signal = request.cache.signal((call.denoiser, position.branch), position.step)
-            if signal is not None:
-                alike = None if signal is Signal.LATENTS else self._batch_key(request, parked)
-                return replace(parked, key=(signal, alike), kind=StepKind.SKIP, signal=signal)
-        return self._decided(request, parked)
+            request.cache.follow(parked.branch, latents_of(arguments))
+        return replace(parked, key=self._batch_key(request, parked))
 
-    def _decided(self, request: Request, parked: ParkedCall) -> ParkedCall:
+    def _signal(self, request: Request, call: ParkedCall) -> Signal | None:
+        """What a gate must still see of the call before its step is decided."""
+        if call.seen or not self._cached(request, call):
+            return None
+        return request.cache.signal(call.branch, call.step)
+
+    def _decided(self, request: Request, call: ParkedCall) -> ParkedCall:
         """The call as it waits for its forward: with a forecast, or to be computed."""
-        call, position = parked.call, request.position
-        assert isinstance(call, DenoiserCall) and position is not None
-        forecast = None
-        if self._cached(request, parked):
-            forecast = request.cache.forecast((call.denoiser, position.branch), position.step, parked.rows)
-        kind = StepKind.COMPUTE if forecast is None else StepKind.SKIP
-        return replace(parked, key=self._batch_key(request, parked), kind=kind, signal=None, forecast=forecast)
+        cached = self._cached(request, call)
+        forecast = request.cache.forecast(call.branch, call.step, call.rows) if cached else None
+        return replace(call, kind=StepKind.COMPUTE if forecast is None else StepKind.SKIP, forecast=forecast)
 
-    def _cached(self, request: Request, parked: ParkedCall) -> bool:
-        assert isinstance(parked.call, DenoiserCall)
-        return self._stack([request], parked.call.denoiser, parked.arguments) is not None
+    def _cached(self, request: Request, call: ParkedCall) -> bool:
+        return self._stack([request], call.branch[0], call.arguments) is not None
 
     def _stack(self, batch: Sequence[Request], name: str, arguments: Mapping[str, Any]) -> BlockStack | None:
         """What the call may be cached with; nothing was proven of a denoiser as a pipeline has changed it."""
@@ -308,12 +362,11 @@ class ModelRunner:
                 denoiser.learn(arguments, lambda given: module(**given))
         return rows_in(arguments) or 1
 
-    def _batch_key(self, request: Request, parked: ParkedCall) -> Hashable:
-        assert isinstance(parked.call, DenoiserCall)
-        binder = self.binders[parked.call.denoiser]
+    def _batch_key(self, request: Request, call: ParkedCall) -> Hashable:
+        binder = self.binders[call.branch[0]]
         if request.changes:
-            return parked.call.denoiser, request.request_id
-        return binder.key(parked.arguments, request.request_id, request.shared_content), request.adapters
+            return binder.name, request.request_id
+        return binder.key(call.arguments, request.request_id, request.shared_content), request.adapters
 
     def _begin_schedule(self, request: Request, denoiser: str, arguments: dict[str, Any]) -> None:
         """Plan the cache for the schedule that the pipeline has just set up."""
@@ -333,24 +386,9 @@ class ModelRunner:
             request.cache = state
 
 
-def _device_of(pipeline: Any) -> torch.device | None:
-    """Where the pipeline runs; a module of the user's own does not say where it is, its weights do."""
-    if not isinstance(pipeline, DiffusionPipeline):
-        return None
-    try:
-        return pipeline._execution_device
-    except AttributeError:
-        return next((p.device for module in denoisers_of(pipeline).values() for p in module.parameters()), None)
-
-
 def _scales_kept(module: torch.nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
     """The module's adapters are as strong after a call as before, also if the call scales them and fails."""
     return scales_kept([module] if scale_of_call(arguments) is not None else [])
-
-
-def _ended(event: Event) -> Finished | Failed:
-    assert isinstance(event, Finished | Failed)
-    return event
 
 
 def _parked(request: Request) -> ParkedCall:
@@ -358,20 +396,10 @@ def _parked(request: Request) -> ParkedCall:
     return request.parked
 
 
+def _rows_of(request: Request, call: ParkedCall, rows: slice) -> BatchRows:
+    return BatchRows(request.cache, call.branch, call.step, rows, call.arguments)
+
+
 def _component_call(request: Request) -> ComponentCall:
     assert isinstance(request.call, ComponentCall)
     return request.call
-
-
-def _rows_of(batch: Sequence[Request]) -> list[slice]:
-    return row_slices([_parked(request).rows for request in batch])
-
-
-def _batch_rows(batch: Sequence[Request], rows: Sequence[slice]) -> list[BatchRows]:
-    entries = []
-    for request, own in zip(batch, rows, strict=True):
-        call, position = request.call, request.position
-        assert isinstance(call, DenoiserCall) and position is not None
-        key = (call.denoiser, position.branch)
-        entries.append(BatchRows(request.cache, key, position.step, own, _parked(request).arguments))
-    return entries

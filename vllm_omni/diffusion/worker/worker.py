@@ -118,6 +118,17 @@ class DiffusionWorker:
         self._backends.clear()
         self.runner.adapters.close()
 
+    def agree_on_memory(self, room: int | None) -> None:
+        """Plan with `room` free bytes from now on, as all ranks do."""
+        self.runner.memory.agree(room)
+        for backend in self._backends.values():
+            if backend.config.memory_budget_mb is None:
+                self._limit(backend)
+
+    def _limit(self, backend: StackBackend) -> None:
+        room = self.runner.memory.free(self.config.gpu_memory_utilization)
+        backend.store.budget = None if room is None else room // 2  # the other half is for forwards
+
     def _backend(self, settings: CacheSettings) -> StackBackend:
         """The backend of these settings, enabled on the pipeline when it is first asked for."""
         name = settings.backend
@@ -125,6 +136,8 @@ class DiffusionWorker:
             backend = get_cache_backend(name, settings.config)
             assert isinstance(backend, StackBackend)  # `engine_backend` let no other through
             backend.enable(self.pipeline, standalone=False, known=self.runner.denoisers)
+            if backend.store.budget is None and self.config.parallel_config.ranks > 1:
+                self._limit(backend)
             for other in self._backends.values():  # one budget for all
                 backend.store = other.store
             if not self._backends:

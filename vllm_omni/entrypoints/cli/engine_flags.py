@@ -7,6 +7,7 @@ from typing import Any
 
 from vllm_omni.diffusion.cache.settings import ENGINE_BACKENDS, engine_backend
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.distributed.config import ParallelConfig
 from vllm_omni.entrypoints.cli.flags import add_flags, given, named_by_flag
 from vllm_omni.entrypoints.cli.values import cache_settings, json_object, lora_modules, parse_size
 
@@ -41,12 +42,14 @@ def add_engine_flags(group: Any, *names: str) -> None:
     """Add the engine's flags of those names, of all without any."""
     backends = f"what skips denoising steps: none, {', '.join(ENGINE_BACKENDS)}"
     add_flags(group, OmniDiffusionConfig, *names, cache_backend=backends)
+    if not names:
+        add_flags(group, ParallelConfig)
 
 
 def engine_args(args: argparse.Namespace) -> dict[str, Any]:
     """The engine's arguments of a parsed command line, as plain data, checked as far as that needs no torch."""
-    found = given(args, OmniDiffusionConfig)
-    with named_by_flag(OmniDiffusionConfig):
+    found = given(args, OmniDiffusionConfig) | given(args, ParallelConfig)
+    with named_by_flag(OmniDiffusionConfig, ParallelConfig):
         if "cache_backend" in found:
             found["cache_backend"] = engine_backend(found["cache_backend"])
         if "cache_config" in found:

@@ -18,7 +18,13 @@ from pydantic.fields import FieldInfo
 from vllm_omni.errors import InvalidValueError, did_you_mean
 from vllm_omni.settings import Settings
 
-ALSO = {"max_queued_requests": "--max-num-queued-reqs", "data_parallel_size": "-dp"}  # vLLM's names for them
+ALSO = {  # names that others have for it
+    "max_queued_requests": "--max-num-queued-reqs",
+    "data_parallel_size": "-dp",
+    "tensor_parallel_size": "-tp",
+    "ulysses_degree": "--usp",
+    "ring_degree": "--ring",
+}
 
 
 def command_parser(commands: Any, name: str, summary: str, more: str, examples: str) -> argparse.ArgumentParser:

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 # Sizes of parallelism: 1 is taken, anything else is refused. By the field, the other names of its flag.
 PARALLEL: dict[str, tuple[str, ...]] = {
-    "tensor_parallel_size": ("-tp",),
     "pipeline_parallel_size": ("-pp",),
-    "cfg_parallel_size": (),
-    "ulysses_degree": ("--usp",),
-    "ring_degree": ("--ring",),
     "allgather_degree": (),
     "vae_patch_parallel_size": (),
     "text_encoder_tp_size": (),

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from vllm_omni import _vllm_compat, envs
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.distributed.config import ParallelConfig
 from vllm_omni.entrypoints.cli.engine_flags import MODEL, add_engine_flags, engine_args
 from vllm_omni.entrypoints.cli.flags import add_flags, flag_of, flags_of, given, named_by_flag, unknown_flags
 from vllm_omni.entrypoints.cli.foreign_flags import ONE_DEVICE, PARALLEL, REFUSED
@@ -128,7 +129,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
     for name, size in vars(args).items():
         if name in PARALLEL and size != 1:
             raise InvalidValueError(flag_of(name), size, ONE_DEVICE)
-    with named_by_flag(ServeConfig, Limits, HttpOptions, OmniDiffusionConfig):
+    with named_by_flag(ServeConfig, Limits, HttpOptions, OmniDiffusionConfig, ParallelConfig):
         limits = Limits(**given(args, Limits))
         key = envs.api_key()
         http = HttpOptions(**{"api_key": (key,) if key else ()} | given(args, HttpOptions))

@@ -17,7 +17,7 @@ class FirstBlockRule(GateRule):
     name, signal, threshold, accumulates = "fbcache", Signal.FIRST_BLOCK, 0.08, False
 
     def change(self, now: torch.Tensor, memory: Memory) -> torch.Tensor | None:
-        return relative_l1(now, memory[FIRST]) if comparable(memory, FIRST, now) else None
+        return relative_l1(now, memory[FIRST], self.mean) if comparable(memory, FIRST, now) else None
 
 
 class FirstBlockBackend(GateBackend):

@@ -27,6 +27,7 @@ from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels import ops
+from vllm_omni.kernels.splits import Split, mean_of_all
 
 Memory = Mapping[str, torch.Tensor]  # what a gate has kept of one branch, by name
 PREVIOUS, FIRST = "previous", "first"  # the last signal; the first block's residual at the last computed step
@@ -40,6 +41,7 @@ class GateRule(ABC):
     threshold: ClassVar[float]
     max_skip_steps: ClassVar[int] = 10_000
     accumulates: ClassVar[bool] = True  # the changes since the last computed step are summed
+    mean: Split | None = None  # of a signal's absolute values; None: `mean_abs`
 
     def describe(self, latents: torch.Tensor, arguments: Mapping[str, Any], sigma: float) -> torch.Tensor:
         """What a `LATENTS` gate compares, made of a call's latents (rows, ...)."""
@@ -59,9 +61,10 @@ def comparable(memory: Memory, name: str, now: torch.Tensor) -> bool:
     return name in memory and memory[name].shape == now.shape
 
 
-def relative_l1(now: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+def relative_l1(now: torch.Tensor, before: torch.Tensor, mean: Split | None = None) -> torch.Tensor:
     """mean|now - before| / mean|before| of each row, in fp32."""
-    return mean_abs(now.float() - before.float()) / mean_abs(before).clamp_min(1e-12)
+    mean = mean or mean_abs
+    return mean(now.float() - before.float()) / mean(before).clamp_min(1e-12)
 
 
 def mean_abs(x: torch.Tensor) -> torch.Tensor:
@@ -204,9 +207,10 @@ class GateBackend(StackBackend):
 
     def state(self, schedule: Schedule, settings: CacheSettings | None = None) -> CacheState:
         settings = settings or self.settings
-        return GatedState(
-            self.make_rule(settings.config), settings, schedule, self.store, KEPT_AS[self.config.residual_dtype]
-        )
+        rule = self.make_rule(settings.config)
+        if rule.signal is not Signal.LATENTS:  # each rank may see a part of it alone
+            rule.mean = mean_of_all(next(iter(self.denoisers.values())).module, mean_abs)
+        return GatedState(rule, settings, schedule, self.store, KEPT_AS[self.config.residual_dtype])
 
     def _found(self, denoiser: Denoiser, model_name: str) -> None:
         """Refuse what the gate could not compare, before any request comes, if the denoiser is described."""

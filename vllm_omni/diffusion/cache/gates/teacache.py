@@ -37,7 +37,7 @@ class TeaCacheRule(GateRule):
     def change(self, now: torch.Tensor, memory: Memory) -> torch.Tensor | None:
         if not comparable(memory, PREVIOUS, now):
             return None
-        x = relative_l1(now, memory[PREVIOUS])
+        x = relative_l1(now, memory[PREVIOUS], self.mean)
         total = torch.zeros_like(x)
         for coefficient in self.coefficients:
             total = total * x + coefficient

@@ -1,0 +1,112 @@
+"""A rank that ends, fails alone, stops or sleeps ends its group within seconds; the supervisor starts another one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from paths import ROOT
+from pipelines import embeds
+from process_client import gone
+
+from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.engine.client import ProcessEngineClient
+from vllm_omni.errors import EngineDeadError, InvalidValueError, OmniError, RequestAbortedError
+
+HELPERS = ROOT / "tests" / "helpers"
+FAULTS = [(1, "kill"), (1, "raise"), (1, "oom"), (1, "stop"), (1, "sleep"), (0, "raise"), (0, "kill")]
+TIMEOUT_S = 5.0
+ARGS = {"model": "demo", "dtype": "float32", "device": "cpu", "ulysses_degree": 2, "rank_timeout_s": TIMEOUT_S}
+
+
+@pytest.fixture
+def fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file that says which rank is to fail, and how."""
+    file = tmp_path / "fault"
+    monkeypatch.setenv("OMNI_RANK_FAULT", str(file))
+    monkeypatch.setenv("OMNI_RANK_FAMILY", "FLUX.1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(HELPERS / "ranks_on_cpu"), str(HELPERS)]))
+    yield file
+
+
+def params(steps: int = 6, **more: Any) -> Params:
+    size = {"height": 32, "width": 32} | more
+    return Params(num_inference_steps=steps, seed=0, output_type="latent", **size)
+
+
+async def made(client: ProcessEngineClient, name: str, asked: Params) -> Any:
+    async for output in client.generate(embeds(0), asked, name):
+        last = output
+    return last
+
+
+def ranks_of(client: ProcessEngineClient) -> list[int]:
+    """The processes of the group: the engine's, and its children."""
+    assert client._engine is not None
+    leader = client._engine.process.pid
+    children = Path(f"/proc/{leader}/task/{leader}/children").read_text().split()
+    return [leader, *map(int, children)]
+
+
+@pytest.mark.slow
+@pytest.mark.alone
+def test_every_fault_of_a_rank_ends_in_restarted_or_failed_requests(fault: Path) -> None:
+    async def scenario() -> None:
+        async with ProcessEngineClient(ARGS, warmup=False, heartbeat_timeout_s=60.0) as client:
+            wanted = (await made(client, "first", params())).latents
+            for rank, kind in FAULTS:
+                processes = ranks_of(client)
+                assert len(processes) == 2
+                fault.write_text(f"{rank} {kind}")
+                began = time.monotonic()
+                output = await made(client, f"{rank} {kind}", params())
+                assert isinstance(output.error, EngineDeadError), (rank, kind, output.error)
+                assert time.monotonic() - began < 4 * TIMEOUT_S, (rank, kind)  # far more only if it hangs
+                while not client.ready:
+                    await asyncio.sleep(0.05)
+                assert not fault.exists() and all(map(gone, processes)), (rank, kind)
+                again = await made(client, f"after {rank} {kind}", params())
+                assert (again.latents == wanted).all()
+            assert (await client.stats()).restarts == len(FAULTS)
+            await aborted(client, wanted)
+            await own_fault(client, wanted)
+            processes = ranks_of(client)
+        assert all(map(gone, processes))
+
+    asyncio.run(scenario())
+
+
+async def aborted(client: ProcessEngineClient, wanted: Any) -> None:
+    """An abort during a step: the request ends, the group and its neighbour go on."""
+    neighbour = asyncio.create_task(made(client, "neighbour", params()))
+    leaving = asyncio.create_task(made(client, "leaving", params(steps=500)))
+    await asyncio.sleep(0.3)
+    await client.abort("leaving")
+    assert isinstance((await leaving).error, RequestAbortedError)
+    assert float(abs((await neighbour).latents - wanted).max()) <= 1e-5 * float(abs(wanted).max())
+
+
+async def own_fault(client: ProcessEngineClient, wanted: Any) -> None:
+    """A size whose tokens cannot be shared fails on all ranks alike: the request alone ends."""
+    restarts = (await client.stats()).restarts
+    output = await made(client, "odd", params(height=20, width=20))
+    assert isinstance(output.error, OmniError) and "ranks can share" in str(output.error)
+    assert ((await made(client, "last", params())).latents == wanted).all()
+    assert (await client.stats()).restarts == restarts
+
+
+@pytest.mark.slow
+def test_heads_that_do_not_divide_are_refused_at_load(fault: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMNI_RANK_FAMILY")  # the demo has three heads
+
+    async def scenario() -> None:
+        with pytest.raises(InvalidValueError, match="must divide the 3 attention heads"):
+            await ProcessEngineClient(ARGS, warmup=False).start()
+
+    asyncio.run(scenario())

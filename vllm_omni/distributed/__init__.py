@@ -1,0 +1,1 @@
+"""Several devices for one model: what is split, who decides, and what happens when a rank fails."""

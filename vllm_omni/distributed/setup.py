@@ -1,0 +1,118 @@
+"""From a loaded engine to one rank of a group: the process group, the split model, and what all ranks must share."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.denoiser.specs import denoisers_of, unwrapped
+from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
+from vllm_omni.distributed.config import ParallelConfig
+from vllm_omni.distributed.pace import GroupPace
+from vllm_omni.distributed.peers import Peers
+from vllm_omni.errors import InvalidValueError
+
+
+def config_of(config: OmniDiffusionConfig, rank: int) -> OmniDiffusionConfig:
+    """The engine arguments of one rank: its device, and no learning, whose trials follow the clock."""
+    changes: dict[str, Any] = {}
+    if torch.cuda.is_available() and config.device in (None, "cuda"):
+        changes["device"] = f"cuda:{rank}"
+    if config.cache_config is not None and config.cache_config.calibrate != "off":
+        changes["cache_config"] = config.cache_config.model_copy(update={"calibrate": "off"})
+    return config.model_copy(update=changes)
+
+
+def check_devices(config: OmniDiffusionConfig) -> None:
+    """InvalidValueError if the devices are too few, or not of one kind."""
+    ranks, kind = config.parallel_config.ranks, (config.device or "").partition(":")
+    if kind[2]:
+        raise InvalidValueError("device", config.device, "names one device, and every rank has its own; leave it out")
+    if dist.is_initialized():
+        raise InvalidValueError("parallel_config", f"{ranks} ranks", "needs a process without torch.distributed")
+    on_cpu = kind[0] == "cpu" or not torch.cuda.is_available()
+    if not on_cpu and torch.cuda.device_count() < ranks:
+        fix = f"has more ranks than there are devices, {torch.cuda.device_count()}"
+        raise InvalidValueError("parallel_config", f"{ranks} ranks", fix)
+    if on_cpu and config.parallel_config.cfg_parallel_size == 1 and not torch.accelerator.device_count():
+        raise InvalidValueError("parallel_config", f"{ranks} ranks", "needs accelerators: on CPUs no model is split")
+
+
+def join_group(
+    engine: DiffusionEngine, rank: int, rendezvous: str, seed: int, alike: Callable[[Exception], bool]
+) -> None:
+    """Meet the other ranks, split the model, and let the engine's runner work as one of them."""
+    parallel, runner = engine.config.parallel_config, engine.worker.runner
+    device = torch.device(engine.config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks are processes of one machine
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=parallel.ranks,
+        timeout=timedelta(seconds=parallel.rank_timeout_s),
+    )
+    for module in denoisers_of(engine.worker.pipeline).values():
+        split(unwrapped(module), parallel)
+    engine.worker.agree_on_memory(_least(runner.memory.free(engine.config.gpu_memory_utilization), device))
+    runner.peers = Peers(rank, parallel.ranks, parallel.cfg_parallel_size > 1, device, alike)
+    runner.pace = GroupPace()
+    for binder in runner.binders.values():
+        binder.pads = parallel.ring_degree == 1  # a ring takes no mask
+    torch.manual_seed(seed)
+
+
+def leave_group() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def split(module: torch.nn.Module, parallel: ParallelConfig) -> None:
+    """Split one denoiser by diffusers' own means; InvalidValueError if it cannot be, before anything is changed."""
+    from diffusers import ContextParallelConfig
+    from diffusers.models._modeling_parallel import TensorParallelConfig
+
+    name, config = type(module).__name__, getattr(module, "config", {})
+    heads = config.get("num_attention_heads")
+    if parallel.tokens_split > 1:
+        field = "ulysses_degree" if parallel.ulysses_degree > 1 else "ring_degree"
+        if getattr(module, "_cp_plan", None) is None:
+            raise InvalidValueError(field, parallel.tokens_split, f"must be 1: diffusers has no way to split {name}")
+        if isinstance(heads, int) and heads % parallel.ulysses_degree:
+            fix = f"must divide the {heads} attention heads of {name}; ring_degree need not"
+            raise InvalidValueError("ulysses_degree", parallel.ulysses_degree, fix)
+        plan: Any = ContextParallelConfig(ulysses_degree=parallel.ulysses_degree, ring_degree=parallel.ring_degree)
+    elif parallel.tensor_parallel_size > 1:
+        field, size = "tensor_parallel_size", parallel.tensor_parallel_size
+        if getattr(module, "_tp_plan", None) is None:
+            raise InvalidValueError(field, size, f"must be 1: diffusers has no way to split {name}'s layers")
+        if isinstance(heads, int) and heads % size:
+            raise InvalidValueError(field, size, f"must divide the {heads} attention heads of {name}")
+        plan = TensorParallelConfig(tp_degree=size)
+    else:
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            module.enable_parallelism(config=plan)  # type: ignore[operator]
+        except (ValueError, NotImplementedError) as error:
+            raise InvalidValueError(field, vars(parallel)[field], f"cannot be used with {name}: {error}") from None
+
+
+def _least(room: int | None, device: torch.device) -> int | None:
+    """The fewest free bytes of any rank."""
+    if room is None:
+        return None
+    told = torch.tensor([room], dtype=torch.int64, device=device)
+    dist.all_reduce(told, op=dist.ReduceOp.MIN)
+    return int(told.item())
