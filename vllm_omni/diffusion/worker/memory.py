@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -116,7 +117,8 @@ class Retries:
         dropped = before - self._kept()
         request.backend = None
         if request.parked is not None and request.parked.forecast is not None:
-            request.parked = replace(request.parked, kind=StepKind.COMPUTE, forecast=None)
+            compute = partial(replace, kind=StepKind.COMPUTE, forecast=None)
+            request.parked = compute(request.parked, earlier=tuple(map(compute, request.parked.earlier)))
         return dropped or 1
 
 
