@@ -57,7 +57,7 @@ WRONG = [
     ("calibrate demo --prompts /no/such --dtype flot32", "--dtype", "did you mean 'float32'?"),
     ("calibrate demos --prompts README.md", "model 'demos' does not exist", ""),
     ("quality demo --settings fsat", "--settings must be one of", "did you mean 'fast'?"),
-    ('quality demo --settings {"backend":"magcahce"}', "cache_backend", "did you mean 'magcache'?"),
+    ('quality demo --settings {"backend":"magcahce"}', "backend must be one of", "did you mean 'magcache'?"),
     ("quality demo --steps 1", "--steps must be at least 2", ""),
 ]
 

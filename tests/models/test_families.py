@@ -180,7 +180,7 @@ def test_a_class_without_an_entry_is_cached_and_batched_all_the_same(
         output_type="latent",
     ).images  # fmt: skip
     params = [Params(num_inference_steps=4 + i, seed=3, output_type="latent") for i in range(2)]
-    with Omni.from_pipe(pipeline, defaults=family.settings) as omni:
+    with caplog.at_level("INFO", "vllm_omni"), Omni.from_pipe(pipeline, defaults=family.settings) as omni:
         outputs = omni.generate([embeds(0), embeds(1)], params, use_tqdm=False)
         assert_close(outputs[0].latents, plain)
         assert omni.engine.worker.runner.forwards["computed"] < 9  # some were shared

@@ -50,7 +50,7 @@ async def test_what_a_dying_engine_had_is_answered_by_another_with_the_same_seed
         assert [one.restarts for one in stats.replicas] == [1, 0]
         again = await asyncio.gather(*(last(pool, f"then-{i}", num_inference_steps=20, cache="off") for i in range(4)))
         assert all(output.ok for output in again)
-        assert pool.replicas[0].answered >= 2  # it is weighed again
+        assert pool.replicas[0].answered  # it is weighed again
     with Omni(**ARGS) as omni:
         for output in outputs[:3]:
             wanted = {"seed": output.seed, "num_inference_steps": 60, "cache": "off"}

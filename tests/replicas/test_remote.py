@@ -186,7 +186,7 @@ async def test_one_that_joins_is_brought_to_the_condition_of_the_others(
     engine = RemoteEngine(Wire(hosts[1]), lambda: pool.changed("b"))
     await engine.start()
     pool.join("b", engine)
-    await until(lambda: all(replica.able(None) for replica in pool.replicas))
+    await until(lambda: all(replica.able({}) for replica in pool.replicas))
     assert all("ink" in host.engine.condition.adapters for host in hosts)
     assert (await pool.control(Sleep())).asleep == 1 and not pool.ready
     assert (await pool.control(Wake())).asleep == 0 and pool.ready

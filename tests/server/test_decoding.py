@@ -82,5 +82,5 @@ async def test_a_decoder_that_dies_is_replaced(decoder: Decoder) -> None:
     for _ in range(3):
         for process in [*decoder._lanes[0]._processes]:
             process.kill()
-        await decoder.decode(given(saved(scene())), MOST)
+            process.wait()
         assert not isinstance(await decoder.decode(given(saved(scene())), MOST), Refusal)

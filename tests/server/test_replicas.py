@@ -62,7 +62,7 @@ def test_both_engines_answer_and_a_killed_one_loses_nothing(pooled: Running, htt
     with ThreadPoolExecutor(8) as clients:
         answers = [clients.submit(ask, seed) for seed in range(8)]
         until = time.monotonic() + 60
-        while sum(int(str(one["running"])) for one in replicas(http)) < 8 and time.monotonic() < until:
+        while int(str(replicas(http)[0]["running"])) < 2 and time.monotonic() < until:
             time.sleep(0.05)
         os.kill(pool.replicas[0].engine._engine.process.pid, signal.SIGKILL)  # type: ignore[attr-defined]
         assert http.get("/health").status_code == http.get("/health/ready").status_code == 200
