@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vllm_omni.kernels.device import is_out_of_memory
 from vllm_omni.kernels.promise import form_of, tensors_in
 from vllm_omni.logger import init_logger
 
@@ -68,7 +69,13 @@ class StepCalls:
             return None
         if not self._order and self._several:
             branch.arguments = arguments
-            branch.copies = [tensor.clone() for tensor in tensors_in(arguments)]
+            try:
+                branch.copies = [tensor.clone() for tensor in tensors_in(arguments)]
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self.over = True  # nor is there room for two calls at once
+                return None
             if any(map(_changed, self._now[:-1])):  # one buffer for both: the first call would get the second's
                 self.over = True
             return None

@@ -113,7 +113,7 @@ def wire_of(pool: ReplicaPool, index: int) -> Wire:
 
 @one_loop
 async def test_what_crosses_is_what_the_engine_says(pool: ReplicaPool, hosts: list[EngineHost]) -> None:
-    direct = [o async for o in await first_of(hosts[0].engine, "direct", num_inference_steps=9)][-1]  # type: ignore[arg-type]
+    direct = await last(hosts[0].engine, "direct", num_inference_steps=9)  # type: ignore[arg-type]
     outputs = await asyncio.gather(*(last(pool, f"far-{i}", num_inference_steps=9) for i in range(4)))
     assert all(output.ok and output.plan == direct.plan and output.prompt == "red apple" for output in outputs)
     assert all(levels_apart(output.images[0], direct.images[0]) <= 1 for output in outputs)

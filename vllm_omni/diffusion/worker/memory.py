@@ -34,6 +34,8 @@ class Retries:
 
     def at_once(self, batch: Sequence[Request]) -> int:
         """How many of a batch there is room and time for in one turn; one at least."""
+        if work_of(batch[0]) in self._apart:
+            _take_apart(batch)
         work = work_of(batch[0])
         return min(len(batch), self._most.get(work) or len(batch), self.room.at_once(work) or len(batch))
 
@@ -45,9 +47,6 @@ class Retries:
         DeviceLostError if there is nothing left to retry on.
         """
         joined = [request for request in batch if request.parked is not None and request.parked.earlier]
-        if joined and work_of(batch[0]) in self._apart:
-            _take_apart(joined)
-            joined = []
         for request in batch if self._most.get(work_of(batch[0])) == 0 else ():  # with a cache not one has room
             self._drop_own([request])
         results, failure = self._measured(batch, act)
@@ -55,7 +54,7 @@ class Retries:
             if is_out_of_memory(failure):
                 self._apart.add(work_of(batch[0]))
             _take_apart(joined)
-            return self.each_or_errors(batch, act)
+            return self.each_or_errors(batch[: self.at_once(batch)], act)
         for make_room in (self._drop_others, self._drop_own):
             if failure is None or not is_out_of_memory(failure):
                 break

@@ -209,6 +209,7 @@ class Request:
         assert isinstance(event, Finished | Failed)
         self.ended, self.parked = event, None
         self.queue.clear()
+        self.calls = StepCalls()  # it may hold copies of arguments
         self.cache.drop()
         self.tracker.stop()
         self.tracker.observe = None  # no cycle keeps a tensor until a garbage collection

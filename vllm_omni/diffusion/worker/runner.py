@@ -27,12 +27,7 @@ from vllm_omni.diffusion.denoiser.step_tracker import StepTracker
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.adapters import AdapterSwitch
-from vllm_omni.diffusion.worker.batching import (
-    CallBinder,
-    call_component,
-    component_chunks,
-    component_key,
-)
+from vllm_omni.diffusion.worker.batching import CallBinder, call_component, component_chunks, component_key
 from vllm_omni.diffusion.worker.coroutine import (
     TEXT_ENCODERS,
     Awaited,
