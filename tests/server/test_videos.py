@@ -228,7 +228,7 @@ def test_a_full_queue_refuses_a_video_at_once(server: Server) -> None:
         ({"size": "40x32"}, "size", "invalid_value"),  # 16 pixels a token
         ({"size": "4096x4096"}, "size", "invalid_value"),
         ({"size": "2048x2048", "num_frames": "49"}, "size", "invalid_value"),
-        ({"steps": "401"}, "steps", "invalid_value"),
+        ({"steps": "601"}, "steps", "invalid_value"),
         ({"n": "2"}, "n", "unknown_parameter"),
         ({"sede": "2"}, "sede", "unknown_parameter"),
         ({"strength": "0.5"}, "strength", "unknown_parameter"),
