@@ -108,6 +108,26 @@ def test_a_picture_that_is_gone_costs_its_request_alone(link: tuple[Link, socket
         engine.commands.get(timeout=0.1)
 
 
+@pytest.mark.parametrize("again", ["pictures", "none"])
+def test_an_id_that_is_used_again_while_its_pictures_are_fetched_comes_in_order(
+    link: tuple[Link, socket.socket], again: str
+) -> None:
+    engine, front_end = link
+    (one,) = shared(noise())
+    with engine._lock:  # nothing is fetched meanwhile
+        front_end.sendall(b"".join(add("first", {"image": one}) for _ in range(20)))  # keep the fetching thread busy
+        front_end.sendall(add("a", {"image": one}) + encode(Abort(["a"])) + encode(Control("0", Sleep())))
+        front_end.sendall(add("a", {"image": one} if again == "pictures" else {}) + add("last", {"image": one}))
+    seen: list[Any] = [engine.commands.get(timeout=10)]
+    while not (isinstance(seen[-1], Add) and seen[-1].request_id == "last"):
+        seen.append(engine.commands.get(timeout=10))
+    added = [one.request_id for one in seen if isinstance(one, Add)]
+    assert added == ["first"] * 20 + ["a", "a", "last"], "also after the same id twice"
+    about = [type(one).__name__ for one in seen if not (isinstance(one, Add) and one.request_id != "a")]
+    about = about[about.index("Add") :]
+    assert about == ["Add", "Abort", "Control", "Add"]
+
+
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_what_is_resized_ahead_is_what_would_have_been_resized(mode: str) -> None:
     picture, lanczos = noise(mode), Image.Resampling.LANCZOS

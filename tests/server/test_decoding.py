@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 import struct
 import sys
 from collections.abc import Iterator
@@ -67,6 +69,23 @@ async def test_large_pictures_have_so_much_memory_together() -> None:
     del held[2:]
     assert isinstance(await decoder.decode(data, 5 * 2**20), list)
     decoder.close()
+
+
+async def test_without_a_free_descriptor_the_client_is_asked_to_come_again(decoder: Decoder) -> None:
+    """It is no fault of the picture's, and the next one is decoded."""
+    large = given(saved(Image.new("RGB", (2048, 2100))))
+    first = await decoder.decode(large, MOST)  # its process has been started
+    assert isinstance(first, list) and isinstance(first[0], SharedPicture)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    os.close(lowest := os.dup(0))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+        with pytest.raises(ApiError) as caught:
+            await decoder.decode(large, MOST)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert caught.value.status == 503
+    assert not isinstance(await decoder.decode(large, MOST), Refusal)
 
 
 async def test_decoders_write_nothing_into_the_log(capfd: pytest.CaptureFixture[str], decoder: Decoder) -> None:

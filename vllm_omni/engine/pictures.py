@@ -10,7 +10,7 @@ import mmap
 import os
 import struct
 from typing import Any, NamedTuple
-from weakref import WeakSet
+from weakref import WeakSet, finalize
 
 import msgspec
 
@@ -53,10 +53,8 @@ class SharedMemory:
         self.descriptor = os.memfd_create("vllm-omni-pictures")
         self.path = f"/proc/{os.getpid()}/fd/{self.descriptor}"
         self.inode = os.fstat(self.descriptor).st_ino
+        finalize(self, os.close, self.descriptor)
         _MEMORIES.add(self)
-
-    def __del__(self) -> None:
-        os.close(self.descriptor)
 
 
 class SharedPicture:

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ class Link:
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
         self._end, self._lost = end, lost
         self._fetching: queue.SimpleQueue[Add] = queue.SimpleQueue()
-        self._overtaken: dict[str, list[Command]] = {}  # requests whose pictures are fetched, what comes after each
+        self._held: deque[tuple[Add, list[Command]]] = deque()  # being fetched, and what comes after each
         self._lock = threading.Lock()
         self._events: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
         self._writer = threading.Thread(target=self._write, name="vllm-omni-write", daemon=True)
@@ -126,32 +127,42 @@ class Link:
     def _take(self, command: Command) -> None:
         """Queue a command; one with pictures in shared memory comes when they are here, and what is about it then."""
         with self._lock:
-            if isinstance(command, Add) and places_in(command.prompt):
-                self._overtaken[command.request_id] = []
-                return self._fetching.put(command)
+            if isinstance(command, Add):
+                if places_in(command.prompt):
+                    self._held.append((command, []))
+                    return self._fetching.put(command)
+                if (after := self._after(command.request_id)) is not None:  # its id is used again
+                    return after.append(command)
             if isinstance(command, Abort):
-                for request_id in self._overtaken.keys() & set(command.request_ids):
-                    self._overtaken[request_id].append(Abort([request_id]))
-            if isinstance(command, Control) and self._overtaken:  # an adapter goes after the requests that have it
-                return [*self._overtaken.values()][-1].append(command)
+                for request_id in command.request_ids:
+                    if (after := self._after(request_id)) is not None:
+                        after.append(Abort([request_id]))
+            if isinstance(command, Control) and self._held:  # an adapter goes after the requests that have it
+                return self._held[-1][1].append(command)
             self.commands.put(command)
+
+    def _after(self, request_id: str) -> list[Command] | None:
+        """What comes after the last request of this id whose pictures are fetched; None if there is none."""
+        return next((after for add, after in reversed(self._held) if add.request_id == request_id), None)
 
     def _fetch(self) -> None:
         """In a thread of its own: neither a step nor another command waits for large pictures."""
         try:
             while True:
                 add, refused = self._fetching.get(), False
+                after = self._held[0][1]
                 try:
-                    if not any(isinstance(one, Abort) for one in self._overtaken[add.request_id]):
+                    if not any(isinstance(one, Abort) and add.request_id in one.request_ids for one in after):
                         fetch(add.prompt, add.params)
-                except (ValueError, MemoryError) as error:
+                except Exception as error:  # Pillow's, no memory: the request's own trouble
                     logger.error("the pictures of a request are dropped: %s", error)
                     self._refuse(add.request_id, "its pictures")
                     refused = True
                 with self._lock:
-                    for command in [*([] if refused else [add]), *self._overtaken.pop(add.request_id)]:
+                    self._held.popleft()
+                    for command in [*([] if refused else [add]), *after]:
                         self.commands.put(command)
-                del add
+                del add, after
         finally:  # by an error of ours
             self._lost()
 

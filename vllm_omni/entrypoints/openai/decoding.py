@@ -61,7 +61,7 @@ class Decoder:
         """Upright RGB pictures, masks in shades of gray.
 
         `max_pixels`: how many all may have together. Cancelling it kills the process that decodes large pictures.
-        ApiError 503 while too many large ones are in memory.
+        ApiError 503 while too many large ones are in memory, or no descriptor is free.
         """
         small, large = self._lanes
         answer: list[Sent] | Refusal = Refusal("", LARGE)
@@ -70,7 +70,7 @@ class Decoder:
         if isinstance(answer, Refusal) and answer.text == LARGE:
             answer = await large.run(pictures, max_pixels)
         if isinstance(answer, Refusal) and answer.text == _FULL:
-            text = "large pictures of requests that run or wait fill the memory that is meant for them"
+            text = "no picture can be decoded now: those of other requests fill the memory, or descriptors have run out"
             raise unavailable(text, "queue_full", _RETRY_S)
         return answer
 
@@ -131,13 +131,18 @@ class _Lane:
         """In a thread. What went wrong is returned: an exception would keep its frames, and they the pictures."""
         if self._large and shared_bytes() > self._room:
             return Refusal("", _FULL)
-        process = self._process()
+        try:
+            process = self._process()
+            memory = SharedMemory() if self._large and sys.platform == "linux" else None
+        except OSError as error:  # no descriptor or no process is free
+            logger.warning("pictures cannot be decoded now: %s", error)
+            return Refusal("", _FULL)
         with job.lock:
             if job.gone:
                 return Refusal("", "")
             job.process = process
         try:
-            answer = _ask(process, job, self._large and sys.platform == "linux")
+            answer = _ask(process, job, memory)
         except (OSError, ValueError):  # it has died: by its limits, or because the client has left
             answer = Refusal(job.pictures[0].field, "cannot be decoded within this server's limits")
             process.kill()
@@ -167,12 +172,12 @@ class _Lane:
         return process
 
 
-def _ask(process: subprocess.Popen[bytes], job: _Job, shared: bool) -> list[Sent] | Refusal:
+def _ask(process: subprocess.Popen[bytes], job: _Job, memory: SharedMemory | None) -> list[Sent] | Refusal:
     """Send a job and read the answer: a line of JSON, then bytes, both ways. ValueError if there is none.
 
-    If `shared`, the pixels come in shared memory: the engine takes them from there.
+    If there is `memory`, the pixels come in it: the engine takes them from there.
     """
-    into, out, memory = process.stdin, process.stdout, SharedMemory() if shared else None
+    into, out = process.stdin, process.stdout
     assert into is not None and isinstance(out, BufferedReader)
     sizes = [(*given[:2], len(given.data)) for given in job.pictures]
     into.write(json.dumps([job.max_pixels, sizes, memory.path if memory else ""]).encode() + b"\n")
