@@ -19,6 +19,7 @@ from stepping import add, drain
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.profile import fingerprint
+from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.errors import InvalidValueError, ModelLoadError
 
 TARGETS = ["to_q", "to_v", "to_out.0"]
@@ -92,6 +93,28 @@ def test_cached_requests_with_different_adapters_stay_apart(adapters: dict[str, 
         assert one.skipped_steps == other.skipped_steps > 0
         assert_close(one.latents, other.latents)
     assert_differs(together[0].latents, together[1].latents)
+
+
+def test_adapters_that_are_switched_for_a_skipped_step_are_on_for_the_next_computed_one(
+    adapters: dict[str, str],
+) -> None:
+    """A skipped step's forward has none of the denoiser's blocks: those must be switched all the same."""
+    asked = {"skips": ("ink", None), "computes": ("ink", "off"), "comes": ("clay", "off")}
+    parameters = {
+        name: Params(num_inference_steps=10, seed=0, output_type="latent", lora_request=lora, cache=cache)
+        for name, (lora, cache) in asked.items()
+    }
+    with engine(adapters) as omni:
+        for name in ("skips", "computes"):
+            add(omni, name, embeds(0), parameters[name])
+        outputs: dict[str, Any] = {}
+        while (place := omni.engine.scheduler.running.get("skips")) is None or place.kind is not StepKind.SKIP:
+            outputs |= {output.request_id: output for output in omni.engine.step()}
+        add(omni, "comes", embeds(0), parameters["comes"])  # turns on its own
+        drain(omni, outputs)
+        for name, one in parameters.items():
+            assert_close(outputs[name].latents, omni.generate(embeds(0), one, use_tqdm=False)[0].latents, name)
+    assert outputs["skips"].skipped_steps > 0
 
 
 def test_requests_with_equal_adapters_share_a_forward(adapters: dict[str, str]) -> None:

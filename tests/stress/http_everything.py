@@ -181,6 +181,7 @@ async def main(server: web.Command, clients: int, minutes: float) -> dict[str, A
     gauges, after = web.gauges(server.url), web.metrics(server.url)
     print(file=sys.stderr)
     differences = [away(file, run.alone[kind]) for (kind, _), file in run.files.items()]
+    other = [kind for (kind, _), difference in zip(run.files, differences, strict=True) if difference > 1]
     log = server.log.read_text()
     alarms = [line for line in log.splitlines() if "ERROR" in line or "Traceback" in line or "WARNING" in line]
     answered = sum(run.answered.values())
@@ -198,6 +199,7 @@ async def main(server: web.Command, clients: int, minutes: float) -> dict[str, A
         "kinds": KINDS,
         "distinct_pictures": len(run.files),
         "worst_difference_255": max(differences),
+        "other_pictures": [run.bodies[kind] for kind in other[:5]],
         "prompt_cache": {name.split()[-1]: int(after[name] - before[name]) for name in (HIT, MISS)},
         "skip_steps": int(after["vllm_omni:denoise_steps_total skipped"]),
         "engine_mb": [round(memory, 1), round(common.rss_mb(server.engine), 1)],

@@ -200,7 +200,7 @@ class ModelRunner:
         calls = [call for request in batch for call in _parked(request).here]
         forward = CachedForward(self._stack(batch, name, arguments), rows, [call.forecast for call in calls])
         with batch[0].changes.installed(), forward:
-            output = self._call(batch[0], name, arguments)
+            output = self._call(name, arguments)
             each = iter([output] if len(rows) == 1 else [take_rows(output, own.rows) for own in rows])
             results = [[next(each) for _ in _parked(request).here] for request in batch]
             if self.peers is not None:
@@ -219,19 +219,18 @@ class ModelRunner:
         assert stack is not None
         agree = list if self.peers is None else self.peers.agree
         with batch[0].changes.installed():
-            look(rows, signal, stack, partial(self._call, batch[0], name, arguments), agree)
+            look(rows, signal, stack, partial(self._call, name, arguments), agree)
         return [None] * len(batch)
 
     def _joined(self, batch: Sequence[Request]) -> tuple[str, dict[str, Any], list[BatchRows]]:
-        """The denoiser of a batch, the arguments of its joint call, and what is whose in it."""
+        """The denoiser of a batch with its adapters on, the arguments of its joint call, and what is whose in it."""
+        self.adapters.use(batch[0].adapters)  # before its blocks are exchanged: switching must reach all of them
         calls = [(request, call) for request in batch for call in _parked(request).here]
         name, rows = calls[0][1].branch[0], row_slices([call.rows for _, call in calls])
         entries = [_rows_of(request, call, own) for (request, call), own in zip(calls, rows, strict=True)]
         return name, self.binders[name].join([call.arguments for _, call in calls]), entries
 
-    def _call(self, request: Request, name: str, arguments: Mapping[str, Any]) -> Any:
-        """Call a denoiser with the adapters of `request`."""
-        self.adapters.use(request.adapters)
+    def _call(self, name: str, arguments: Mapping[str, Any]) -> Any:
         call = partial(self.modules[name], **arguments)
         with _scales_kept(self.modules[name], arguments):
             return call() if self.peers is None else self.peers.guarded(call)
