@@ -15,8 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.worker import batching
-from vllm_omni.diffusion.worker.batching import call_component, component_key
+from vllm_omni.diffusion.worker import components
+from vllm_omni.diffusion.worker.components import call_component, component_key
 from vllm_omni.diffusion.worker.coroutine import ComponentCall, DecoderProxy
 from vllm_omni.errors import RequestAbortedError
 
@@ -65,7 +65,7 @@ def test_a_joint_decode_is_limited_in_size(
     demo: Omni, calls: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = demo.generate("x", Params(num_inference_steps=1, output_type="latent"), use_tqdm=False)[0].latents.shape
-    monkeypatch.setattr(batching, "MOST_JOINED", 3 * shape.numel() + 1)
+    monkeypatch.setattr(components, "MOST_JOINED", 3 * shape.numel() + 1)
     outputs = demo.generate(PROMPTS, Params(num_inference_steps=2, seed=0), use_tqdm=False)
     assert all(output.ok for output in outputs) and calls["vae"] == [3, 1]
 

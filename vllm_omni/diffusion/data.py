@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from vllm_omni.diffusion.cache.settings import PRESET_NAMES, DiffusionCacheConfig
 from vllm_omni.distributed.config import ParallelConfig, check_combination, gathered
@@ -34,6 +34,12 @@ class OmniDiffusionConfig(Settings):
     max_image_pixels: int = Field(default=4096 * 4096, ge=1)
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(default="auto", description="type of the weights")
     device: str | None = Field(default=None, description="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    text_encoder_device: str | None = Field(
+        default=None, description="where the text encoders run, in a thread of their own (default: with the denoiser)"
+    )
+    vae_device: str | None = Field(
+        default=None, description="where pictures are decoded, in a thread of its own (default: with the denoiser)"
+    )
     gpu_memory_utilization: float = Field(
         default=0.9, gt=0, le=1, description="share of the device's memory to plan with: half of what it leaves free"
     )
@@ -80,11 +86,17 @@ class OmniDiffusionConfig(Settings):
             return value
         return DiffusionCacheConfig.from_dict(value)
 
-    @field_validator("device")
+    @property
+    def component_devices(self) -> dict[str, str]:
+        """Where components run that are not with the denoiser, by option."""
+        asked = {"text_encoder_device": self.text_encoder_device, "vae_device": self.vae_device}
+        return {option: device for option, device in asked.items() if device is not None}
+
+    @field_validator("device", "text_encoder_device", "vae_device")
     @classmethod
-    def _device(cls, value: str | None) -> str | None:
+    def _device(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and value.partition(":")[0] not in DEVICES:
-            raise UnknownChoiceError("device", value, DEVICES, ", with an index if need be, e.g. 'cuda:1'")
+            raise UnknownChoiceError(str(info.field_name), value, DEVICES, ", with an index if need be, e.g. 'cuda:1'")
         return value
 
     @field_validator("dtype", mode="before")
@@ -105,6 +117,10 @@ class OmniDiffusionConfig(Settings):
     @model_validator(mode="after")
     def _combinations(self) -> OmniDiffusionConfig:
         check_combination(self.parallel_config, self)
+        for option, device in self.component_devices.items():
+            for offload in ("enable_cpu_offload", "enable_layerwise_offload"):
+                if vars(self)[offload]:
+                    raise InvalidValueError(option, device, f"cannot be combined with {offload}; leave one out")
         if self.enable_layerwise_offload and self.enable_cpu_offload:
             raise InvalidValueError("enable_layerwise_offload", True, "does what enable_cpu_offload does; give one")
         if self.cache_config is not None and self.cache_backend in (None, "none"):

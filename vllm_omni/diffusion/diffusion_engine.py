@@ -31,13 +31,14 @@ from vllm_omni.errors import (
     refusal,
 )
 from vllm_omni.kernels.device import DeviceClock, is_lost, lost_by, refuse_lost
-from vllm_omni.kernels.timing import RemainingWork, StepReport
+from vllm_omni.kernels.timing import RemainingWork, StepReport, Timings
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.made import fill
 
 T = TypeVar("T")
 KEPT_REPORTS = 1024  # of steps, until somebody asks
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of denoisers, which several engines may serve
+AWAIT_S = 0.05  # for what runs elsewhere, with nothing else to do; commands wait as long
 GUESSED_STEPS = 50  # of a request that names none, until its schedule is known: what most pipelines take
 
 
@@ -133,6 +134,7 @@ class DiffusionEngine:
             yield
 
     def _step(self) -> None:
+        self._take_back()
         for request_id in self.scheduler.admit():
             self._start(self._entries[request_id])
         entries = [self._entries[request_id] for request_id in self.scheduler.schedule()]
@@ -141,6 +143,8 @@ class DiffusionEngine:
             self.scheduler.postpone([entry.request.request_id for entry in entries[fit:]])
             entries, batch = entries[:fit], batch[:fit]
         self.worked = bool(batch)
+        if not batch:
+            self._take_back(AWAIT_S)
         rows = self._run(entries[0].pixels, batch) if batch else 0
         peak = self.worker.runner.memory.peak()
         for entry in self._entries.values():
@@ -149,6 +153,18 @@ class DiffusionEngine:
         for entry, request in zip(entries, batch, strict=True):
             entry.calls += rows > 0
             self._settle(request)
+
+    def _take_back(self, wait_s: float = 0.0) -> None:
+        """Go on with requests whose text encoder or decoder has run elsewhere; wait so long if there are none."""
+        clock = self.worker.runner.clock
+        for request in self.worker.runner.components.returned(wait_s):
+            if isinstance(request.ended, Finished) and request.plan_of is None:
+                pixels, times = self._entries[request.request_id].pixels, request.times
+                clock.later(clock.mark(), partial(self._note_end, pixels, times))
+            self._settle(request)
+
+    def _note_end(self, pixels: int, times: Timings) -> None:
+        self._reports.append(StepReport(pixels, ended=1, coding_s=times.coding_s))
 
     def _start(self, entry: _Entry) -> None:
         """Begin a request, whose own fault is whatever goes wrong in it."""
@@ -184,6 +200,11 @@ class DiffusionEngine:
         if batch[0].plan_of is None:
             clock.later(ended, report)
         return rows
+
+    @property
+    def turn_began(self) -> float:
+        """When a turn that begins now began (`time.monotonic`): before, if something still runs elsewhere."""
+        return self.worker.runner.components.beside.since
 
     def reports(self) -> list[StepReport]:
         """The steps that the device has done since they were last asked for."""
@@ -280,6 +301,8 @@ class DiffusionEngine:
             self._end(self._entries[request.request_id], request.ended)
         elif request.parked is not None:
             self.scheduler.park(request.request_id, request.parked.key, request.parked.kind)
+            if request.away:
+                self.scheduler.leave(request.request_id)
 
     def _end(self, entry: _Entry, event: Finished | Failed) -> None:
         del self._entries[entry.request.request_id]

@@ -93,6 +93,10 @@ class StepScheduler:
         """A running request waits for its next call."""
         self.running[request_id] = Place(key, kind, self._tick)
 
+    def leave(self, request_id: str) -> None:
+        """A running request's call is made elsewhere: it waits for no turn until it parks again."""
+        self.running[request_id] = None
+
     def schedule(self) -> list[str]:
         """The next batch: ids of parked requests of one key and kind; empty if nobody is parked."""
         self._tick += 1

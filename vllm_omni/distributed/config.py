@@ -72,6 +72,8 @@ def check_combination(parallel: ParallelConfig, engine: Any) -> None:
     for offload in ("enable_cpu_offload", "enable_layerwise_offload"):
         if vars(engine)[offload]:
             raise InvalidValueError(offload, True, f"cannot be combined with {name}; leave one out")
+    for option, device in engine.component_devices.items():  # when it is done is not the same on all ranks
+        raise InvalidValueError(option, device, f"cannot be combined with {name}; leave one out")
     if parallel.cfg_parallel_size > 1 and not engine.join_guidance:
         raise InvalidValueError("join_guidance", False, "is what cfg_parallel_size builds on; leave it out")
     if parallel.tensor_parallel_size > 1:

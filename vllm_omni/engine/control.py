@@ -67,6 +67,7 @@ class EngineControl:
         """Do it; ConflictError, InvalidValueError or ModelLoadError says why it is not done."""
         if self._asleep and not isinstance(action, Sleep | Wake):
             raise ConflictError("the engine is asleep; wake it up first")
+        self._engine.worker.runner.components.quiet()
         match action:
             case LoadAdapter(name, path):
                 self._load(name, path)

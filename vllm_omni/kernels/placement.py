@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -13,9 +15,12 @@ from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
 
+# What can be on another device than the rest, by the option that says where.
+COMPONENTS = {"text_encoder_device": ("text_encoder", "text_encoder_2", "text_encoder_3"), "vae_device": ("vae",)}
 
-def device_for(asked: str | None) -> str:
-    """The device as asked, or CUDA if there is one.
+
+def device_for(asked: str | None, option: str = "device") -> str:
+    """The device as asked with `option`, or CUDA if there is one.
 
     InvalidValueError if CUDA is asked for and is not there, or if there is a driver that torch cannot use: a server
     would run on the CPU, and nobody know why.
@@ -27,7 +32,7 @@ def device_for(asked: str | None) -> str:
     driver = driver_cuda()
     problem = device_problem(torch.version.cuda, driver, available)
     if wanted:
-        raise InvalidValueError("device", asked, f"cannot be used: {problem or NO_DEVICE}")
+        raise InvalidValueError(option, asked, f"cannot be used: {problem or NO_DEVICE}")
     if problem is not None and driver is not None:
         raise InvalidValueError("device", None, f"must be given, e.g. 'cpu', or this mended: {problem}")
     if problem is not None:
@@ -42,8 +47,30 @@ def device_in_turn(asked: str | None, turn: int) -> str | None:
     return f"cuda:{turn % torch.cuda.device_count()}"
 
 
-def put_on(pipeline: Any, device: str, offload: bool) -> None:
-    """Move the pipeline's parts to the device, or let them come when they are needed.
+def parts_of(pipeline: Any, option: str) -> dict[str, torch.nn.Module]:
+    """The modules that an option of `COMPONENTS` is about, by name; InvalidValueError if there are none."""
+    names = COMPONENTS[option]
+    found = {name: part for name in names if isinstance(part := vars(pipeline).get(name), torch.nn.Module)}
+    if not found:
+        raise InvalidValueError(option, "given", f"is for models that have a {names[0]}; leave it out")
+    return found
+
+
+def place(pipeline: Any, devices: Mapping[str, str]) -> dict[str, torch.device]:
+    """Move components to `devices`, by option; returns where they were, by name."""
+    before: dict[str, torch.device] = {}
+    for option, device in devices.items():
+        for name, part in parts_of(pipeline, option).items():
+            before[name] = next((tensor.device for tensor in part.parameters()), torch.device("cpu"))
+            try:
+                part.to(device_for(device, option))
+            except (RuntimeError, AssertionError) as error:
+                raise InvalidValueError(option, device, f"cannot be used ({str(error).splitlines()[0]})") from error
+    return before
+
+
+def put_on(pipeline: Any, device: str, offload: bool, elsewhere: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Move the pipeline's parts to the device, or let them come when they are needed; `elsewhere` as for `place`.
 
     ModelLoadError if they do not fit; InvalidValueError, with torch's own words, if there is no such device.
     """
@@ -51,7 +78,8 @@ def put_on(pipeline: Any, device: str, offload: bool) -> None:
         if offload:
             pipeline.enable_model_cpu_offload(device=device)
         else:
-            _move(pipeline, device)
+            place(pipeline, elsewhere)
+            _move(pipeline, device, [name for option in elsewhere for name in COMPONENTS[option]])
     except (RuntimeError, AssertionError) as error:
         if not is_out_of_memory(error):
             raise InvalidValueError("device", device, f"cannot be used ({str(error).splitlines()[0]})") from error
@@ -67,13 +95,17 @@ def put_on(pipeline: Any, device: str, offload: bool) -> None:
     )
 
 
-def _move(pipeline: Any, device: str) -> None:
-    """By diffusers, unless a part is a module of somebody's own, which has no `dtype` to be asked for."""
+def _move(pipeline: Any, device: str, but: Sequence[str] = ()) -> None:
+    """By diffusers, unless a part is a module of somebody's own, which has no `dtype` to be asked for.
+
+    Components named in `but` stay where they are.
+    """
     from diffusers import ModelMixin
     from transformers import PreTrainedModel
 
-    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    if all(isinstance(part, ModelMixin | PreTrainedModel) for part in parts):
+    named = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    parts = [part for name, part in named.items() if name not in but]
+    if not but and all(isinstance(part, ModelMixin | PreTrainedModel) for part in parts):
         pipeline.to(device)
     else:
         for part in parts:

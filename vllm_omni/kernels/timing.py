@@ -143,15 +143,19 @@ class Pace:
         size: Hashable,
         times: Timings,
         own: Span,
-        joint: Span | None,
+        joint: Span | float | None,
         sharing: int,
         encoding: bool,
         ends: bool,
     ) -> None:
-        """Note work of encoders or of the decoder, as soon as the device has done it; it may end its request."""
+        """Note work of encoders or of the decoder, as soon as the device has done it; it may end its request.
+
+        `joint` is what `sharing` requests shared; in seconds, if another device has done it.
+        """
 
         def note() -> None:
-            seconds = clock.seconds(*own) + (clock.seconds(*joint) / sharing if joint is not None else 0.0)
+            shared = clock.seconds(*joint) if isinstance(joint, tuple) else joint or 0.0
+            seconds = clock.seconds(*own) + shared / sharing
             times.note_coding(seconds, encoding, sharing == 1)
             if ends and not encoding:
                 self.finish(size, times)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,9 @@ from torch.nn.functional import pad
 
 from vllm_omni.diffusion.denoiser.discover import names_of
 from vllm_omni.diffusion.denoiser.known import Denoiser
-from vllm_omni.diffusion.denoiser.rows import equal, joined, latents_of, row_shape, row_slices
+from vllm_omni.diffusion.denoiser.rows import equal, joined, latents_of, row_shape
 from vllm_omni.diffusion.denoiser.specs import Text
-from vllm_omni.diffusion.worker.coroutine import ComponentCall
 
-# Input elements of a joint component call: the latents of one FLUX picture of 1024 by 1024. Decoding several small
-# pictures at once must not need more memory than a large one does, and large ones fill the machine one by one.
-MOST_JOINED = 2**18
 WORTH_PADDING = 1.25  # the longest sequence of a forward over the shortest
 
 
@@ -106,69 +102,3 @@ def _padded(texts: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None])
     gaps = [longest - text.shape[1] for text in texts]
     filled = [pad(text, (0, 0, 0, gap)) for text, gap in zip(texts, gaps, strict=True)]
     return filled, [pad(mask, (0, gap)) for mask, gap in zip(whole, gaps, strict=True)]
-
-
-# ---------------------------------------------------------------------------------------- text encoders and decoders
-
-
-def component_key(call: ComponentCall) -> Hashable | None:
-    """Equal keys fit together; None if a call has an argument that cannot be compared, such as a generator."""
-    named = _by_name(call)
-    tensors = [value for value in named.values() if isinstance(value, torch.Tensor)]
-    if not tensors or any(not tensor.ndim or len(tensor) != len(tensors[0]) for tensor in tensors):
-        return None
-    try:
-        described = tuple(
-            (name, (value.shape[1:], value.dtype) if isinstance(value, torch.Tensor) else equal(value))
-            for name, value in named.items()
-        )
-    except TypeError:
-        return None
-    return call.component, call.method, described
-
-
-def component_chunks(calls: Sequence[ComponentCall]) -> Iterator[slice]:
-    """Calls of one key, in runs of at most MOST_JOINED elements, a call at least."""
-    elements = sum(value.numel() for value in _by_name(calls[0]).values() if isinstance(value, torch.Tensor))
-    most = max(1, MOST_JOINED // max(1, elements))
-    for first in range(0, len(calls), most):
-        yield slice(first, first + most)
-
-
-def call_component(module: Any, calls: Sequence[ComponentCall]) -> list[Any]:
-    """What each call returns; several of one key are made as one."""
-    first = calls[0]
-    method = module if first.method == "__call__" else getattr(module, first.method)
-    if len(calls) == 1:
-        return [method(*first.args, **first.kwargs)]
-    named = [_by_name(call) for call in calls]
-    joined = {
-        name: torch.cat([own[name] for own in named]) if isinstance(value, torch.Tensor) else value
-        for name, value in named[0].items()
-    }
-    output = method(*(joined[i] for i in range(len(first.args))), **{name: joined[name] for name in first.kwargs})
-    slices = row_slices([next(len(v) for v in own.values() if isinstance(v, torch.Tensor)) for own in named])
-    return [_own_rows(output, rows, slices[-1].stop) for rows in slices]
-
-
-def _by_name(call: ComponentCall) -> dict[int | str, Any]:
-    """The arguments by position or name."""
-    named: dict[int | str, Any] = dict(enumerate(call.args))
-    return named | dict(call.kwargs)
-
-
-def _own_rows(output: Any, rows: slice, total: int) -> Any:
-    """One request's rows of a component's output, in memory of its own: embeddings live as long as their request.
-
-    What is no tensor, such as a language model's key-value cache, holds everybody's rows and is left out. TypeError for
-    a tensor without one entry per row: then each call must be made alone.
-    """
-    if isinstance(output, torch.Tensor):
-        if not output.ndim or len(output) != total:
-            raise TypeError(f"an output of shape {tuple(output.shape)} for {total} rows")
-        return output[rows].clone()
-    if isinstance(output, dict):
-        return type(output)(**{name: _own_rows(value, rows, total) for name, value in output.items()})
-    if isinstance(output, tuple | list):
-        return type(output)(_own_rows(value, rows, total) for value in output)
-    return None

@@ -12,9 +12,10 @@ import asyncio
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy
@@ -27,6 +28,8 @@ from vllm_omni.diffusion.denoiser.lora_scales import has_adapters
 from vllm_omni.diffusion.denoiser.specs import DENOISER_NAMES, denoisers_of
 from vllm_omni.diffusion.denoiser.step_tracker import own_schedulers
 from vllm_omni.errors import NumericalError
+from vllm_omni.kernels.beside import Elsewhere
+from vllm_omni.kernels.placement import COMPONENTS
 from vllm_omni.kernels.promise import Promise, kept
 
 
@@ -67,7 +70,7 @@ class Awaited:
 
 Event = DenoiserCall | ComponentCall | Awaited | Finished | Failed
 _LOCK = type(threading.Lock())
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_ENCODERS = COMPONENTS["text_encoder_device"]
 # Of a pipeline's own machinery. What a signal's handler raises (KeyboardInterrupt, SystemExit) is the caller's.
 _CONTROL_FLOW = (asyncio.CancelledError, GeneratorExit, GreenletExit)
 
@@ -78,19 +81,28 @@ class _Proxy:
     _name: str
     _park: Callable[[Any], Any]
     _module: Any
+    _elsewhere: Elsewhere | None
 
-    def __init__(self, name: str, module: torch.nn.Module, park: Callable[[Any], Any]) -> None:
-        vars(self).update(_name=name, _park=park, _module=module)
+    def __init__(
+        self, name: str, module: torch.nn.Module, park: Callable[[Any], Any], elsewhere: Elsewhere | None = None
+    ) -> None:
+        vars(self).update(_name=name, _park=park, _module=module, _elsewhere=elsewhere)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # pipelines ask isinstance(self.transformer, ...)
         return type(self._module)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+        value = getattr(self._module, name)
+        return value if self._elsewhere is None else self._elsewhere.seen(name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        self._quiet()
         setattr(self._module, name, value)
+
+    def _quiet(self) -> None:
+        if self._elsewhere is not None:
+            self._elsewhere.quiet()
 
 
 class DenoiserProxy(_Proxy):
@@ -114,16 +126,28 @@ class DenoiserProxy(_Proxy):
 class EncoderProxy(_Proxy):
     """A text encoder; calling it parks the request, unless its pipeline has hooked it for the time of the call."""
 
-    _hooks: int
+    _hooks: int | None
 
-    def __init__(self, name: str, module: torch.nn.Module, park: Callable[[Any], Any]) -> None:
-        super().__init__(name, module, park)
-        vars(self)["_hooks"] = _hooks_on(module)
+    def __init__(
+        self,
+        name: str,
+        module: torch.nn.Module,
+        park: Callable[[Any], Any],
+        elsewhere: Elsewhere | None = None,
+        parks: bool = True,
+    ) -> None:
+        super().__init__(name, module, park, elsewhere)
+        vars(self)["_hooks"] = _hooks_on(module) if parks else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _hooks_on(self._module) != self._hooks:  # JoyImage's read the states there: they must be its own rows
-            return self._module(*args, **kwargs)
+            return _called(self._elsewhere, self._module, args, kwargs)
         return self._park(ComponentCall(self._name, "__call__", args, kwargs))
+
+
+def _called(elsewhere: Elsewhere | None, act: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What `act` returns, for which its request does not park."""
+    return act(*args, **kwargs) if elsewhere is None else elsewhere.call(act, *args, **kwargs)
 
 
 def _hooks_on(module: torch.nn.Module) -> int:
@@ -134,17 +158,19 @@ class DecoderProxy(_Proxy):
     """A VAE; `decode` parks the request, unless its pipeline has changed the VAE for the time of the call."""
 
     _own: _Types | None = None  # before the change
+    _parks: bool = True
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """SDXL's pipelines decode in float32 and go back to float16: nobody else may run between."""
         if self._own is None:
+            self._quiet()
             vars(self)["_own"] = _types_of(self._module)
         self._module.to(*args, **kwargs)
         return self
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        if self._own is not None:
-            return self._module.decode(*args, **kwargs)
+        if self._own is not None or not self._parks:
+            return _called(self._elsewhere, self._module.decode, args, kwargs)
         return self._park(ComponentCall(self._name, "decode", args, kwargs))
 
     @contextmanager
@@ -192,9 +218,11 @@ class PipelineTask:
         device: torch.device | None = None,
         components: bool = True,
         prelude: Callable[[], None] | None = None,
+        elsewhere: Mapping[str, Elsewhere] = MappingProxyType({}),
     ) -> None:
         """`device`: where the pipeline is known to run; it finds out for itself otherwise. `components`: whether it
-        parks at text encoders and decoder, too. `prelude` runs first, as a part of the request.
+        parks at text encoders and decoder, too. `prelude` runs first, as a part of the request. `elsewhere`: the
+        components that are not on `device`.
         """
         self._vae: DecoderProxy | None = None
         self.pipeline: Any = copy.copy(pipeline)
@@ -210,11 +238,15 @@ class PipelineTask:
         for name in DENOISER_NAMES:
             if isinstance(module := own.get(name), torch.nn.Module):
                 own[name] = DenoiserProxy(name, module, self._park)
-        encoders = {n: m for n in TEXT_ENCODERS if isinstance(m := own.get(n), torch.nn.Module)} if components else {}
-        if not any(map(has_adapters, encoders.values())):  # pipelines scale those of all encoders around their calls
-            own.update({name: EncoderProxy(name, module, self._park) for name, module in encoders.items()})
-        if components and isinstance(module := own.get("vae"), torch.nn.Module):
-            own["vae"] = self._vae = DecoderProxy("vae", module, self._park)
+        encoders = {n: m for n in TEXT_ENCODERS if isinstance(m := own.get(n), torch.nn.Module)}
+        # pipelines scale the adapters of all encoders around their calls
+        parks = components and not any(map(has_adapters, encoders.values()))
+        for name, module in encoders.items():
+            if parks or name in elsewhere:
+                own[name] = EncoderProxy(name, module, self._park, elsewhere.get(name), parks)
+        if (components or "vae" in elsewhere) and isinstance(module := own.get("vae"), torch.nn.Module):
+            own["vae"] = self._vae = DecoderProxy("vae", module, self._park, elsewhere.get("vae"))
+            vars(self._vae)["_parks"] = components
         self.arguments = arguments
         self._prelude = prelude
         self._greenlet: greenlet | None = None
@@ -295,14 +327,19 @@ def _on_device(pipeline_class: type, device: torch.device) -> type:
     return type(pipeline_class.__name__, (pipeline_class,), {"_execution_device": device})
 
 
-def device_of(pipeline: Any) -> torch.device | None:
-    """Where the pipeline runs; a module of the user's own does not say where it is, its weights do."""
+def device_of(pipeline: Any, apart: bool = False) -> torch.device | None:
+    """Where the pipeline runs; a module of the user's own does not say where it is, its weights do.
+
+    `apart`: other components may be on other devices, and none is offloaded.
+    """
     if not isinstance(pipeline, DiffusionPipeline):
         return None
     try:
-        return pipeline._execution_device
+        if not apart:
+            return pipeline._execution_device
     except AttributeError:
-        return next((p.device for module in denoisers_of(pipeline).values() for p in module.parameters()), None)
+        pass
+    return next((p.device for module in denoisers_of(pipeline).values() for p in module.parameters()), None)
 
 
 def _no_number(kind: str, flag: int) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall, Failed, Finished, PipelineTask
+from vllm_omni.kernels.beside import Elsewhere
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -18,7 +20,12 @@ def can_preview(pipeline: Any) -> bool:
 
 
 def preview(
-    pipeline: Any, arguments: dict[str, Any], latents: torch.Tensor, velocity: torch.Tensor, sigma: float
+    pipeline: Any,
+    arguments: dict[str, Any],
+    latents: torch.Tensor,
+    velocity: torch.Tensor,
+    sigma: float,
+    elsewhere: Mapping[str, Elsewhere],
 ) -> list[Any] | None:
     """The images of the clean latents that a step points at, x0 = x - sigma v, decoded by the pipeline itself.
 
@@ -28,7 +35,7 @@ def preview(
     clean = latents - sigma * velocity.to(latents.dtype)
     once = {name: value for name, value in arguments.items() if name not in ("sigmas", "timesteps")}
     once |= {"latents": clean, "num_inference_steps": 1, "generator": None}
-    task = PipelineTask(pipeline, once, components=False)
+    task = PipelineTask(pipeline, once, latents.device, components=False, elsewhere=elsewhere)
     event = task.resume()
     while isinstance(event, DenoiserCall):
         event = task.resume((torch.zeros_like(event.kwargs["hidden_states"]),))

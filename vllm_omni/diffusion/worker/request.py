@@ -114,6 +114,8 @@ class Request:
     queue: list[ParkedCall] = field(default_factory=list)  # denoiser calls still to be made, the parked one's first
     calls: StepCalls = field(default_factory=StepCalls)
     apart: bool = False  # its calls are made one by one
+    away: bool = False  # the parked call is being made elsewhere
+    in_line: bool = False  # its components' calls are made between two forwards, not elsewhere
     ended: Finished | Failed | None = None
     text_tokens: int = 0
     shared_content: dict[int, Any] = field(default_factory=dict)  # of arguments that neighbours must share, hashed once

@@ -27,7 +27,8 @@ from vllm_omni.diffusion.denoiser.step_tracker import StepTracker
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.adapters import AdapterSwitch
-from vllm_omni.diffusion.worker.batching import CallBinder, call_component, component_chunks, component_key
+from vllm_omni.diffusion.worker.batching import CallBinder
+from vllm_omni.diffusion.worker.components import Components, component_key
 from vllm_omni.diffusion.worker.coroutine import (
     TEXT_ENCODERS,
     Awaited,
@@ -64,12 +65,10 @@ class ModelRunner:
         self.joins = config.join_guidance  # the branches of a step are made in one forward
         self.peers: Peers | None = None  # other ranks that make the same forwards
         self._readers = Readers(type(pipeline).__name__)
-        self._device = device_of(pipeline)
+        self._device = device_of(pipeline, bool(config.component_devices))
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
         self.denoisers = {name: Denoiser(module) for name, module in self.modules.items()}
         self.binders = {name: CallBinder(name, denoiser) for name, denoiser in self.denoisers.items()}
-        parts = [vars(pipeline).get(name) for name in TEXT_ENCODERS]
-        self._encoders = [module for module in parts if isinstance(module, torch.nn.Module)]
         own = type(pipeline).__module__.startswith("diffusers.pipelines.")  # what those hook, a guider does
         hooked = not own or any(isinstance(part, BaseGuidance) for part in vars(pipeline).values())
         self._shared = SharedModules(self.modules.values, self._other_parts, hooked)
@@ -80,6 +79,7 @@ class ModelRunner:
         self.retries = Retries(self.memory, self.room)
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, config.lora_modules)
+        self.components = Components(pipeline, config.component_devices, self._device, self)
 
     def start(
         self,
@@ -98,7 +98,7 @@ class ModelRunner:
         self._check_denoisers()
         self._shared.scan()
         arguments = {name: moved(value, self._device) for name, value in arguments.items()}
-        task = PipelineTask(self.pipeline, arguments, self._device, prelude=prelude)
+        task = PipelineTask(self.pipeline, arguments, self._device, prelude=prelude, elsewhere=self.components.elsewhere)
         if (boundary := asked.params.boundary_ratio) is not None:
             task.pipeline.register_to_config(boundary_ratio=boundary)  # of the request's own copy
         adapters = asked.params.lora_request or ()
@@ -132,7 +132,7 @@ class ModelRunner:
     def run(self, batch: Sequence[Request]) -> None:
         """One forward for calls that fit together, then each request goes on to its next call or its end."""
         if isinstance(batch[0].call, ComponentCall):
-            self._run_components(batch)
+            self.components.run(batch)
         elif (signal := _parked(batch[0]).signal) is not None:
             self._look(batch, signal)
         else:
@@ -170,18 +170,6 @@ class ModelRunner:
         """Bring the request what its calls have returned; None if others must be made before it can go on."""
         last = request.made(results)
         return None if request.queue else self._advance(request, last)
-
-    def _run_components(self, batch: Sequence[Request]) -> None:
-        """Text encoders or decoders: as few calls as their size allows, then each request goes on."""
-        for chunk in component_chunks([_component_call(request) for request in batch]):
-            sharing = batch[chunk]
-            began = self.clock.mark()
-            results = self.retries.each_or_errors(sharing, self._call_component)
-            done = self.clock.mark()
-            for request, result in zip(sharing, results, strict=False):
-                resumed = self.clock.mark()
-                event = self._advance(request, result)
-                self._ran_component(request, event, (resumed, self.clock.mark()), (began, done), len(sharing))
 
     def _look(self, batch: Sequence[Request], signal: Signal) -> None:
         """Let the gates of parked calls see them; each waits again, for a full forward or for one without blocks."""
@@ -235,24 +223,28 @@ class ModelRunner:
         with _scales_kept(self.modules[name], arguments):
             return call() if self.peers is None else self.peers.guarded(call)
 
-    def _call_component(self, batch: Sequence[Request]) -> list[Any]:
-        calls = [_component_call(request) for request in batch]
-        if calls[0].component in TEXT_ENCODERS:  # one that had no adapters when the request began may have some now
-            self.adapters.use(batch[0].adapters)
-        with batch[0].changes.installed():
-            return call_component(getattr(self.pipeline, calls[0].component), calls)
-
     # --------------------------------------------------------------------------------------------------- between calls
 
     def _advance(self, request: Request, result: Any = None) -> Event:
         """Let the request go on with what its call returned, or raised."""
-        with self._shared.lent_to(request.changes), scales_kept(self._encoders):
+        with self._shared.lent_to(request.changes), scales_kept(self.components.encoders):
             event = request.task.throw(result) if isinstance(result, Exception) else request.task.resume(result)
         let_go(event.error if isinstance(event, Failed) else None)
         return event
 
-    def _ran_component(self, request: Request, event: Event, own: Span, joint: Span | None = None, n: int = 1) -> None:
-        """Take in work before the first or after the last denoiser call: its own, and that of a call that `n` share."""
+    def go_on(self, request: Request, result: Any, joint: Span | float, sharing: int) -> None:
+        """Bring a request what its component's call has returned, or raised; `sharing` requests shared the call."""
+        resumed = self.clock.mark()
+        event = self._advance(request, result)
+        self._ran_component(request, event, (resumed, self.clock.mark()), joint, sharing)
+
+    def _ran_component(
+        self, request: Request, event: Event, own: Span, joint: Span | float | None = None, n: int = 1
+    ) -> None:
+        """Take in work before the first or after the last denoiser call: its own, and that of a call that `n` share.
+
+        `joint` is in seconds if it was made elsewhere.
+        """
         encoding, ends = request.schedule is None, isinstance(event, Finished)
         self.pace.coding_done(self.clock, request.size, request.times, own, joint, n, encoding, ends)
         self._arrive(request, event)
@@ -264,7 +256,9 @@ class ModelRunner:
             step, velocity, latents = due
             assert request.schedule is not None
             sigma = request.schedule.sigmas[step]
-            request.previews.images = preview(self.pipeline, request.task.arguments, latents, velocity, sigma)
+            request.previews.images = preview(
+                self.pipeline, request.task.arguments, latents, velocity, sigma, self.components.elsewhere
+            )
 
     def _arrive(self, request: Request, event: Event) -> None:
         """Take in what the request brings: its end, or a call whose kind and batch key are decided now."""
@@ -392,8 +386,3 @@ def _parked(request: Request) -> ParkedCall:
 
 def _rows_of(request: Request, call: ParkedCall, rows: slice) -> BatchRows:
     return BatchRows(request.cache, call.branch, call.step, rows, call.arguments)
-
-
-def _component_call(request: Request) -> ComponentCall:
-    assert isinstance(request.call, ComponentCall)
-    return request.call

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from vllm_omni.diffusion.cache.base import StackBackend
@@ -18,6 +19,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
 from vllm_omni.diffusion.worker.request import PlanOf, Request
 from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.kernels.placement import place
 from vllm_omni.model_folder import generation_defaults
 
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
@@ -36,6 +38,7 @@ class DiffusionWorker:
         if (name := engine_backend(config.cache_backend)) != "none":  # a wrong name fails before any weight loads
             self.default_cache = parse(name, config.cache_config or DiffusionCacheConfig())
         self._backends: dict[str, StackBackend] = {}
+        self._places: dict[str, torch.device] = {}  # where components were that this has moved
 
     def load_model(self, pipeline: Any = None, defaults: dict[str, Any] | None = None) -> None:
         """Load the pipeline, or take one that is loaded, and enable the engine's cache on it."""
@@ -43,6 +46,8 @@ class DiffusionWorker:
         if pipeline is None:
             defaults = generation_defaults(self.config.model)
             pipeline = load_pipeline(self.config)
+        else:
+            self._places = place(pipeline, self.config.component_devices)
         self.pipeline = pipeline
         for module in denoisers_of(pipeline).values():
             refuse_other_caches(module)
@@ -117,6 +122,9 @@ class DiffusionWorker:
             backend.disable(self.pipeline)
         self._backends.clear()
         self.runner.adapters.close()
+        self.runner.components.quiet()
+        for name, device in self._places.items():
+            getattr(self.pipeline, name).to(device)
 
     def agree_on_memory(self, room: int | None) -> None:
         """Plan with `room` free bytes from now on, as all ranks do."""
