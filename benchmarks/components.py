@@ -46,13 +46,11 @@ def main() -> None:
 
 
 def measure(options: Any, engines: dict[str, Any], cache: Any) -> dict[str, Any]:
-    """Ratio of throughputs, median of the longest pause between two forwards of each, and the worst picture's levels."""
+    """Ratio of throughputs, median of each one's longest pause between two forwards, and the worst picture's levels."""
     from vllm_omni import OmniDiffusionSamplingParams as Params
 
     prompts = [PROMPTS[i % len(PROMPTS)] for i in range(options.requests)]
-    params = [
-        Params(num_inference_steps=STEPS[i % len(STEPS)], seed=i, cache=cache) for i in range(options.requests)
-    ]
+    params = [Params(num_inference_steps=STEPS[i % len(STEPS)], seed=i, cache=cache) for i in range(options.requests)]
     made: dict[str, list[Any]] = {}
     pauses: dict[str, list[float]] = {way: [] for way in engines}
 

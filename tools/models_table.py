@@ -27,8 +27,9 @@ per picture; *equal*: arguments that must agree before requests share a forward 
 different lengths that share one all the same, padded to the longest, with the mask that leaves the rest out, or by the
 model itself to a multiple. Most other pipelines pad theirs to one length. *Guidance*: what
 the test steers it with. *Tested*: with small random weights, on the real architecture and through the real pipeline
-(`tests/models/test_families.py`): bit-identical if nothing is skipped, otherwise blocks run as planned; a mixed batch
-of four equals each request alone; no byte stays held; `disable` restores the pipeline. If no curve ships,
+(`tests/models/test_families.py`): bit-identical if nothing is skipped and a guided step's calls are made one by one,
+equal up to rounding if they are made as one; otherwise blocks run as planned; a mixed batch of four equals each request
+alone; no byte stays held; `disable` restores the pipeline. If no curve ships,
 `vllm-omni calibrate` measures one; a curve is chosen by checkpoint.
 
 The classes that have no description are in the second table.
@@ -52,8 +53,8 @@ FOUND = """
 Of the {count} transformer classes of diffusers {version}, {described} are described above and {found} more are the
 denoisers of the pipelines below: {cached} of the {total} are cached. What was found by looking at a model is proven on
 it before it is used, and `tests/models/test_zoo.py` measures what the table says, on real pipelines with small random
-weights: what plain diffusers makes, bit by bit if nothing is skipped; blocks run as planned; four requests at once
-equal to each alone; no byte held afterwards. *Cached*: steps are skipped; *batched*: different requests share a
+weights: what plain diffusers makes, bit by bit if nothing is skipped or joined; blocks run as planned; four requests at
+once equal to each alone; no byte held afterwards. *Cached*: steps are skipped; *batched*: different requests share a
 forward; *alone*: one request per forward. A class that a new release of diffusers brings makes the test fail until it
 is here.
 

@@ -68,7 +68,9 @@ def until(omni: Omni, done: Any, outputs: dict[str, Any]) -> None:
 
 
 def test_pictures_are_the_same_and_their_parts_ran_in_other_threads(demo: Omni, plain: Omni, gate: Gate) -> None:
-    params = [Params(num_inference_steps=n, seed=n, num_outputs_per_prompt=1 + n % 2, output_type="np") for n in (4, 7, 7, 9)]
+    params = [
+        Params(num_inference_steps=n, seed=n, num_outputs_per_prompt=1 + n % 2, output_type="np") for n in (4, 7, 7, 9)
+    ]
     own = demo.generate(PROMPTS, params, use_tqdm=False)
     for one, other in zip(own, plain.generate(PROMPTS, params, use_tqdm=False), strict=True):
         assert one.ok and (one.computed_steps, one.plan) == (other.computed_steps, other.plan)

@@ -135,9 +135,7 @@ class EngineLoop:
         try:
             params = OmniDiffusionSamplingParams(**command.params)
             prompt = command.prompt
-            request = OmniDiffusionRequest(
-                command.request_id, prompt, normalise_prompt(prompt), params, command.salt
-            )
+            request = OmniDiffusionRequest(command.request_id, prompt, normalise_prompt(prompt), params, command.salt)
             self.engine.add_request(request, command.priority, command.arrived)
         except Exception as error:  # whatever a value of the wrong kind raises is that request's fault alone
             self._send(Refused(command.request_id, error))

@@ -49,7 +49,17 @@ class Elsewhere:
             return self.back
         if isinstance(value, torch.nn.Module):
             return _Inner(self, value)
-        return partial(self.call, value) if inspect.ismethod(value) else placed(value, self.back)
+        if name in ("to", "cpu", "cuda"):
+            return self.cast
+        if inspect.ismethod(value):
+            return partial(self.call, value)
+        return value.to(self.back) if isinstance(value, torch.Tensor) else value
+
+    def cast(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        """The module's `to`, but for the device: it stays where it is."""
+        self.quiet()
+        dtypes = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+        return self.module.to(*dtypes) if dtypes else self.module
 
 
 class _Inner:
@@ -84,7 +94,7 @@ class Beside:
         return min((began[0] for _, began in self._sent.values() if began), default=time.monotonic())
 
     def send(self, part: Elsewhere, act: Callable[[], Any], take: Callable[[Any, float], None]) -> None:
-        """Make a call of the module, by `part.moved`; `take` gets what it has returned, None if it has failed, and its seconds."""
+        """Make a call of the module, by `part.moved`; `take` gets its result, None if it failed, and its seconds."""
         began: list[float] = []
 
         def run() -> tuple[Any, float]:

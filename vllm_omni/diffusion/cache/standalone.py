@@ -168,7 +168,7 @@ def refuse_foreign_caches(inner: torch.nn.Module) -> None:
         how += "it: HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(its name, recurse=True)"
         raise InvalidValueError(name, "cached", how)
     known = {attribute for owner in (inner, *type(inner).__mro__) for attribute in vars(owner)}
-    if (counts := sorted(known & _COUNTS)):
+    if counts := sorted(known & _COUNTS):
         how = f"counts its own steps ({', '.join(counts)}), as published TeaCache and MagCache scripts make it; "
         raise InvalidValueError(name, "cached", how + "load it in a process that runs no such script")
 

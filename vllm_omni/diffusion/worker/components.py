@@ -39,9 +39,7 @@ class Runner(Protocol):
 class Components:
     """Runs the calls of a pipeline's text encoders and decoder: between two forwards, or elsewhere beside them."""
 
-    def __init__(
-        self, pipeline: Any, devices: Mapping[str, str], back: torch.device | None, runner: Runner
-    ) -> None:
+    def __init__(self, pipeline: Any, devices: Mapping[str, str], back: torch.device | None, runner: Runner) -> None:
         """`devices`: by option; InvalidValueError for one of which the pipeline has no part."""
         self._pipeline, self._runner = pipeline, runner
         parts = [vars(pipeline).get(name) for name in TEXT_ENCODERS]

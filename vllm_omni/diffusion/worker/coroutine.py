@@ -97,12 +97,9 @@ class _Proxy:
         return value if self._elsewhere is None else self._elsewhere.seen(name, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._quiet()
-        setattr(self._module, name, value)
-
-    def _quiet(self) -> None:
         if self._elsewhere is not None:
             self._elsewhere.quiet()
+        setattr(self._module, name, value)
 
 
 class DenoiserProxy(_Proxy):
@@ -163,9 +160,8 @@ class DecoderProxy(_Proxy):
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """SDXL's pipelines decode in float32 and go back to float16: nobody else may run between."""
         if self._own is None:
-            self._quiet()
             vars(self)["_own"] = _types_of(self._module)
-        self._module.to(*args, **kwargs)
+        (self._module.to if self._elsewhere is None else self._elsewhere.cast)(*args, **kwargs)
         return self
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:

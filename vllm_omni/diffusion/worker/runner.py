@@ -98,7 +98,8 @@ class ModelRunner:
         self._check_denoisers()
         self._shared.scan()
         arguments = {name: moved(value, self._device) for name, value in arguments.items()}
-        task = PipelineTask(self.pipeline, arguments, self._device, prelude=prelude, elsewhere=self.components.elsewhere)
+        elsewhere = self.components.elsewhere
+        task = PipelineTask(self.pipeline, arguments, self._device, prelude=prelude, elsewhere=elsewhere)
         if (boundary := asked.params.boundary_ratio) is not None:
             task.pipeline.register_to_config(boundary_ratio=boundary)  # of the request's own copy
         adapters = asked.params.lora_request or ()
