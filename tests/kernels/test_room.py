@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from vllm_omni.kernels.room import MARGIN, Room, Work
+from vllm_omni.kernels.room import MARGIN, TRIES, Room, Work
 
 SMALL, LARGE = Work("compute", "small", 1000), Work("compute", "large", 4000)
 DECODE = Work(("component", "vae"), "key")
@@ -113,3 +113,26 @@ def test_clients_cannot_fill_it() -> None:
     for size in range(2000):
         room.took(Work("compute", size, 10), 1, 10, blocks=True)
     assert len(room._sizes) <= 256 and room.at_once(Work("compute", 1999, 10)) == pytest.approx(90, abs=1)
+
+
+def test_more_requests_than_pay_do_not_share_a_forward() -> None:
+    """Cost of each: lower up to 16, higher at 32. Half are tried before it is known."""
+    room = Room(None, 64)
+    cost = {16: 1.0, 24: 0.99, 32: 1.2, 64: 1.5}
+    seen = []
+    for _ in range(60):
+        count = room.pays(SMALL, 64)
+        seen.append(count)
+        room.lasted(SMALL, count, count * cost[count])
+    assert seen[0] == 64 and set(seen) == {64, 32, 16} and seen[-20:] == [16] * 20
+    assert seen.count(64) == seen.count(32) == TRIES
+    assert room.pays(SMALL, 24) == 24 and room.pays(SMALL, 16) == 16 and room.pays(LARGE, 64) == 64
+
+
+def test_as_many_as_run_share_a_forward_while_that_pays_and_one_slow_turn_decides_nothing() -> None:
+    room = Room(None, 64)
+    for turn in range(60):
+        count = room.pays(SMALL, 32)
+        each = 0.9 if count == 32 else 1.0
+        room.lasted(SMALL, count, count * each * (7 if turn % 5 == 0 else 1))
+    assert room.pays(SMALL, 32) == 32

@@ -15,6 +15,10 @@ from vllm_omni.logger import init_logger
 logger = init_logger(__name__)
 MARGIN = 1.1  # of each request's bytes: the next request may have a longer text
 KEPT_SIZES = 256
+ALWAYS = 16  # requests share a forward whatever it costs: fewer forwards were never slower (docs/log.md)
+TRIES = 8  # forwards from which the quickest is taken for what that many requests cost
+PAYS = 1.03  # half as many are better if each takes so much less
+FADES = 1.01  # a quickest time is forgotten by so much with each further one: the machine may have become slower
 
 
 class Work(NamedTuple):
@@ -39,6 +43,7 @@ class Measured:
     elements: int
     nbytes: dict[int, int] = field(default_factory=dict)
     each_s: float | None = None
+    by_number: dict[int, tuple[float, int]] = field(default_factory=dict)  # by eights of requests: at best, how often
 
     @property
     def line(self) -> tuple[float, float]:
@@ -119,6 +124,21 @@ class Room:
         """Note the seconds of a forward."""
         measured, each = self._of(work), seconds / count
         measured.each_s = each if measured.each_s is None else min(each, measured.each_s)
+        best, tries = measured.by_number.get(_eights(count), (each, 0))
+        measured.by_number[_eights(count)] = min(each, best * FADES), tries + 1
+
+    def pays(self, work: Work, count: int) -> int:
+        """How many of `count` requests share a forward: as many as make it quicker for each, half of them if not.
+
+        Of more than `ALWAYS`, half are tried, too, before it is known. What this decides depends on the clock.
+        """
+        if count <= ALWAYS or (known := self._sizes.get(work)) is None:
+            return count
+        half = max(ALWAYS, (count + 1) // 2)
+        (each, tries), (halved, halves) = (known.by_number.get(_eights(n), (0.0, 0)) for n in (count, half))
+        if tries < TRIES or (halves >= TRIES and each < PAYS * halved):
+            return count
+        return self.pays(work, half)
 
     def at_once(self, work: Work) -> int | None:
         """How many requests may share a forward, one at least; None if nothing speaks against any number."""
@@ -176,3 +196,7 @@ class Room:
         largest = max(alike, key=lambda measured: measured.elements)
         more = work.elements / largest.elements
         return (largest.each_s or 0.0) * max(more, more**2)
+
+
+def _eights(count: int) -> int:
+    return -(-count // 8)

@@ -22,8 +22,9 @@ Act = Callable[[Sequence[Request]], list[Any]]
 class Retries:
     """Runs what may fail for a batch, and finds for each request its own result."""
 
-    def __init__(self, memory: Memory, room: Room) -> None:
-        self.memory, self.room = memory, room
+    def __init__(self, memory: Memory, room: Room, by_clock: bool = True) -> None:
+        """`by_clock`: what was measured may decide; it must not where several ranks decide alike."""
+        self.memory, self.room, self.by_clock = memory, room, by_clock
         self.running: list[Request] = []
         self._most: dict[Hashable, int] = {}  # requests of a size at once, where more had no room
         self._apart: set[Work] = set()  # of which no two calls of a request are made as one
@@ -36,8 +37,9 @@ class Retries:
         """How many of a batch there is room and time for in one turn; one at least."""
         if work_of(batch[0]) in self._apart:
             _take_apart(batch)
-        work = work_of(batch[0])
-        return min(len(batch), self._most.get(work) or len(batch), self.room.at_once(work) or len(batch))
+        work, count = work_of(batch[0]), len(batch)
+        count = min(count, self._most.get(work) or count, self.room.at_once(work) or count)
+        return self.room.pays(work, count) if self.by_clock else count
 
     def each_or_errors(self, batch: Sequence[Request], act: Act) -> list[Any]:
         """Each request's result, or the exception its own call raises: a joint failure is looked for one by one.

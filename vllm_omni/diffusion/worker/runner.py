@@ -76,7 +76,7 @@ class ModelRunner:
         loaded = self.memory.begin()
         free = self.memory.free(config.gpu_memory_utilization) if config.parallel_config.ranks == 1 else None
         self.room = Room(free, config.max_num_seqs, loaded)  # ranks must not decide by what each has measured
-        self.retries = Retries(self.memory, self.room)
+        self.retries = Retries(self.memory, self.room, by_clock=config.parallel_config.ranks == 1)
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, config.lora_modules)
         self.components = Components(pipeline, config.component_devices, self._device, self)
