@@ -221,7 +221,8 @@ class Upcasts(d.FluxPipeline):
         return d.pipelines.flux.FluxPipelineOutput(images=images.detach().float().numpy())
 
 
-def test_a_vae_that_was_cast_is_as_before_for_everybody_else() -> None:
+@pytest.mark.parametrize("where", [{}, {"vae_device": "cpu"}], ids=["in line", "elsewhere"])
+def test_a_vae_that_was_cast_is_as_before_for_everybody_else(where: dict[str, str]) -> None:
     pipe = tiny_flux()
     pipe.__class__ = Upcasts
     pipe.vae.to(torch.bfloat16)
@@ -237,7 +238,7 @@ def test_a_vae_that_was_cast_is_as_before_for_everybody_else() -> None:
 
     counts = [4, 6, 5, 3, 8]
     wanted = {i: plain(i, steps) for i, steps in enumerate(counts) if steps != 3}
-    with Omni.from_pipe(pipe, defaults=DEFAULTS) as omni:
+    with Omni.from_pipe(pipe, defaults=DEFAULTS, **where) as omni:
         for i, steps in enumerate(counts):
             add(omni, str(i), embeds(i), Params(num_inference_steps=steps, seed=i))
         outputs: dict[str, Any] = {}

@@ -57,11 +57,12 @@ def plain(i: int, steps: int, **how: bool) -> np.ndarray:
 CASES: list[dict[str, bool]] = [{}, {"tiled": True}, {"tiled": True, "early": False}, {}]
 
 
-def test_tiling_is_for_the_request_that_asked_for_it() -> None:
+@pytest.mark.parametrize("where", [{}, {"vae_device": "cpu"}], ids=["in line", "elsewhere"])
+def test_tiling_is_for_the_request_that_asked_for_it(where: dict[str, str]) -> None:
     wanted = [plain(i, 3 + i % 2, **how) for i, how in enumerate(CASES)]
     assert np.abs(wanted[1] - plain(1, 4)).max() > 0.1
     pipe = tiling()
-    with Omni.from_pipe(pipe, defaults=DEFAULTS) as omni:
+    with Omni.from_pipe(pipe, defaults=DEFAULTS, **where) as omni:
         params = [Params(num_inference_steps=3 + i % 2, seed=i, extra_args=how) for i, how in enumerate(CASES)]
         outputs = omni.generate([embeds(i) for i in range(len(CASES))], params, use_tqdm=False)
         for output, images in zip(outputs, wanted, strict=True):

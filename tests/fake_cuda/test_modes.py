@@ -19,6 +19,7 @@ from vllm_omni.diffusion.loader import prepare
 from vllm_omni.engine.cost import no_costs
 from vllm_omni.engine.describe import describe
 from vllm_omni.engine.loop import warm_up
+from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels.graphs import graph_breaks
 
 CACHE: dict[str, Any] = {"cache_backend": "magcache", "cache_config": {"mag_ratios": CURVE}}
@@ -45,6 +46,37 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_wherever_the_weights_are_the_pictures_are_the_same(folder: str, mode: dict[str, Any]) -> None:
     for there, here in zip(made(folder, device="cuda", **mode), made(folder, device="cpu"), strict=True):
         assert torch.allclose(there, here, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("there", ["cpu", "cuda:1"])
+def test_encoders_and_decoder_on_another_device_make_the_same_pictures(folder: str, there: str) -> None:
+    asked = [Params(num_inference_steps=6, seed=i, height=32, width=32, output_type="np") for i in range(3)]
+    made = []
+    for where in ({"device": "cuda", "text_encoder_device": there, "vae_device": there}, {"device": "cpu"}):
+        with Omni(folder, dtype="float32", **CACHE, **where) as omni:
+            devices = {name: part.device for name, part in omni.engine.worker.pipeline.components.items()
+                       if isinstance(part, torch.nn.Module)}  # fmt: skip
+            outputs = omni.generate(PROMPTS, asked, use_tqdm=False)
+        assert [output.error for output in outputs] == [None] * 3
+        made.append([torch.as_tensor(output.images[0]) for output in outputs])
+        if where["device"] == "cuda":
+            assert devices["transformer"] == torch.device("cuda:0")
+            assert {devices[name] for name in ("text_encoder", "text_encoder_2", "vae")} == {torch.device(there)}
+    for one, other in zip(*made, strict=True):
+        assert torch.allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_pipeline_in_memory_gets_its_decoder_back() -> None:
+    pipeline = tiny_flux().to("cuda")
+    with Omni.from_pipe(pipeline, defaults=DEFAULTS, vae_device="cpu") as omni:
+        assert pipeline.vae.device.type == "cpu"
+        params = Params(num_inference_steps=2, seed=1, height=32, width=32)
+        assert omni.generate(embeds(0), params, use_tqdm=False)[0].error is None
+    assert pipeline.vae.device.type == "cuda"
+    with pytest.raises(InvalidValueError, match=r"vae_device.*denoiser's own"):
+        Omni.from_pipe(pipeline, defaults=DEFAULTS, vae_device="cuda:0")
 
 
 @pytest.mark.usefixtures("cuda")

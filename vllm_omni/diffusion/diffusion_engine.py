@@ -117,6 +117,8 @@ class DiffusionEngine:
         try:
             with self._turn():
                 self._step()
+            if not self.worked:
+                self.worker.runner.components.beside.wait(AWAIT_S)
         except Exception as error:
             if not is_lost(error):
                 raise
@@ -143,8 +145,6 @@ class DiffusionEngine:
             self.scheduler.postpone([entry.request.request_id for entry in entries[fit:]])
             entries, batch = entries[:fit], batch[:fit]
         self.worked = bool(batch)
-        if not batch:
-            self._take_back(AWAIT_S)
         rows = self._run(entries[0].pixels, batch) if batch else 0
         peak = self.worker.runner.memory.peak()
         for entry in self._entries.values():
@@ -154,10 +154,10 @@ class DiffusionEngine:
             entry.calls += rows > 0
             self._settle(request)
 
-    def _take_back(self, wait_s: float = 0.0) -> None:
-        """Go on with requests whose text encoder or decoder has run elsewhere; wait so long if there are none."""
+    def _take_back(self) -> None:
+        """Go on with requests whose text encoder or decoder has run elsewhere."""
         clock = self.worker.runner.clock
-        for request in self.worker.runner.components.returned(wait_s):
+        for request in self.worker.runner.components.take_back():
             if isinstance(request.ended, Finished) and request.plan_of is None:
                 pixels, times = self._entries[request.request_id].pixels, request.times
                 clock.later(clock.mark(), partial(self._note_end, pixels, times))
@@ -236,7 +236,8 @@ class DiffusionEngine:
                 self._settle(entry.running)
 
     def has_unfinished_requests(self) -> bool:
-        return bool(self._entries) or bool(self._ended)
+        """Also while something runs elsewhere that a request has left behind."""
+        return bool(self._entries) or bool(self._ended) or len(self.worker.runner.components.beside) > 0
 
     def stage(self, request_id: str) -> str | None:
         """Where a request is between two steps: "queued", "encode" (not denoised yet), "denoise" or "decode".

@@ -215,7 +215,8 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
 
     keep_freed_memory()
     if start.replicas > 1:
-        config = config.model_copy(update={"device": device_in_turn(config.device, start.replica)})
+        names = "device", *config.component_devices
+        config = config.model_copy(update={name: device_in_turn(vars(config)[name], start.replica) for name in names})
     engine = open_engine(config, lambda: os._exit(DEVICE_LOST))
     if start.step_timeout_s is not None and config.parallel_config.ranks == 1:
         engine.worker.runner.room.longest_s = start.step_timeout_s / TURNS_PER_TIMEOUT

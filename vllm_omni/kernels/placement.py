@@ -59,8 +59,10 @@ def parts_of(pipeline: Any, option: str) -> dict[str, torch.nn.Module]:
 def place(pipeline: Any, devices: Mapping[str, str]) -> dict[str, torch.device]:
     """Move components to `devices`, by option; returns where they were, by name."""
     before: dict[str, torch.device] = {}
-    for option, device in devices.items():
-        for name, part in parts_of(pipeline, option).items():
+    found = {option: parts_of(pipeline, option) for option in devices}
+    for option, parts in found.items():
+        device = devices[option]
+        for name, part in parts.items():
             before[name] = next((tensor.device for tensor in part.parameters()), torch.device("cpu"))
             try:
                 part.to(device_for(device, option))

@@ -16,7 +16,7 @@ from vllm_omni.diffusion.worker.memory import Retries
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels.beside import Beside, Elsewhere
-from vllm_omni.kernels.device import DeviceClock, Span
+from vllm_omni.kernels.device import DeviceClock, Memory, Span, is_out_of_memory, tried
 from vllm_omni.kernels.placement import parts_of
 
 # Input elements of a joint component call: the latents of one FLUX picture of 1024 by 1024. Decoding several small
@@ -34,6 +34,7 @@ class Runner(Protocol):
     @property
     def clock(self) -> DeviceClock: ...
     def go_on(self, request: Request, result: Any, joint: Span | float, sharing: int) -> None: ...
+    def abort(self, request: Request, error: Exception) -> None: ...
 
 
 class Components:
@@ -47,9 +48,14 @@ class Components:
         self.elsewhere: dict[str, Elsewhere] = {}
         for option, device in devices.items():
             found = parts_of(pipeline, option)
-            if back is None:
-                raise InvalidValueError(option, device, "is for diffusers pipelines; leave it out")
-            self.elsewhere |= {name: Elsewhere(part, torch.device(device), back) for name, part in found.items()}
+            if back is None or any("_hf_hook" in vars(part) for part in found.values()):
+                raise InvalidValueError(option, device, "is for diffusers pipelines without offloading; leave it out")
+            there = torch.device(device)
+            if back.type == "cuda" == there.type and (back.index or 0) == (there.index or 0):
+                raise InvalidValueError(
+                    option, device, "is the denoiser's own, where it would wait for it; leave it out"
+                )
+            self.elsewhere |= {name: Elsewhere(part, there, back) for name, part in found.items()}
         self.beside, self._returned = Beside(), list[Request]()
 
     def run(self, batch: Sequence[Request]) -> None:
@@ -66,9 +72,9 @@ class Components:
             for request, result in zip(sharing, results, strict=False):
                 runner.go_on(request, result, span, len(sharing))
 
-    def returned(self, wait_s: float) -> list[Request]:
-        """The requests that have gone on after a call made elsewhere; if there are none, wait for one so long."""
-        self.beside.take(wait_s)
+    def take_back(self) -> list[Request]:
+        """The requests that have gone on after a call made elsewhere."""
+        self.beside.take()
         returned, self._returned = self._returned, []
         return returned
 
@@ -80,33 +86,52 @@ class Components:
     def _call(self, batch: Sequence[Request]) -> list[Any]:
         calls = [_call_of(request) for request in batch]
         name = calls[0].component
-        if (elsewhere := self.elsewhere.get(name)) is not None:
-            elsewhere.quiet()
         if name in TEXT_ENCODERS:  # one that had no adapters when the request began may have some now
             self._runner.adapters.use(batch[0].adapters)
+        self.quiet()
         with batch[0].changes.installed():
-            return call_component(getattr(self._pipeline, name), calls, elsewhere)
+            return call_component(getattr(self._pipeline, name), calls, self.elsewhere.get(name))
 
     def _leaves(self, batch: Sequence[Request]) -> bool:
         """Whether a call is made elsewhere; not if the component is another one for some requests than for others."""
-        own = any(request.in_line or request.changes for request in batch)
-        return _call_of(batch[0]).component in self.elsewhere and not own and not any(map(has_adapters, self.encoders))
+        name = _call_of(batch[0]).component
+        own = any(request.changes for request in batch)
+        return (
+            name in self.elsewhere and not own and not (name in TEXT_ENCODERS and any(map(has_adapters, self.encoders)))
+        )
 
     def _send(self, batch: Sequence[Request]) -> None:
         calls = [_call_of(request) for request in batch]
         part = self.elsewhere[calls[0].component]
         for request in batch:
             request.away = True
-        self.beside.send(part, partial(call_component, part.module, calls, part), partial(self._back, batch))
+        self.beside.send(part, partial(_each_or_errors, part, calls), partial(self._back, batch))
 
-    def _back(self, batch: Sequence[Request], results: Sequence[Any] | None, seconds: float) -> None:
-        """Let requests go on; a call that has failed is made again here, with all retries."""
-        for i, request in enumerate(batch):
-            if request.ended is None:  # meanwhile
-                request.away, request.in_line = False, results is None
-                if results is not None:
-                    self._runner.go_on(request, results[i], seconds, len(batch))
-                self._returned.append(request)
+    def _back(self, batch: Sequence[Request], results: Sequence[Any], seconds: float) -> None:
+        for request, result in zip(batch, results, strict=True):
+            if request.ended is not None:  # meanwhile
+                continue
+            request.away = False
+            _, error = tried(
+                [request], lambda one, result=result: [self._runner.go_on(*one, result, seconds, len(batch))]
+            )
+            if error is not None:
+                self._runner.abort(request, error)
+            self._returned.append(request)
+
+
+def _each_or_errors(part: Elsewhere, calls: Sequence[ComponentCall]) -> list[Any]:
+    """What each call returns or raises, of calls made as one if that works. In the module's thread."""
+    results, failure = tried(calls, lambda every: call_component(part.module, every, part))
+    if failure is None:
+        return results
+    if len(calls) > 1:
+        return [_each_or_errors(part, [call])[0] for call in calls]
+    if is_out_of_memory(failure):
+        memory = Memory(part.there)
+        memory.collect()
+        return [memory.too_large(failure, calls[0].component not in TEXT_ENCODERS, 0, 0)]
+    return [failure]
 
 
 def _call_of(request: Request) -> ComponentCall:

@@ -93,8 +93,9 @@ class _Proxy:
         return type(self._module)
 
     def __getattr__(self, name: str) -> Any:
-        value = getattr(self._module, name)
-        return value if self._elsewhere is None else self._elsewhere.seen(name, value)
+        if self._elsewhere is not None:
+            return self._elsewhere.attribute(self._module, name)
+        return getattr(self._module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self._elsewhere is not None:
@@ -161,7 +162,10 @@ class DecoderProxy(_Proxy):
         """SDXL's pipelines decode in float32 and go back to float16: nobody else may run between."""
         if self._own is None:
             vars(self)["_own"] = _types_of(self._module)
-        (self._module.to if self._elsewhere is None else self._elsewhere.cast)(*args, **kwargs)
+        if self._elsewhere is None:
+            self._module.to(*args, **kwargs)
+        else:
+            self._elsewhere.cast(self._module, *args, **kwargs)
         return self
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,16 +180,21 @@ class DecoderProxy(_Proxy):
             yield
             return
         changed = _types_of(self._module)
-        _cast(self._own)
+        self._cast(self._own)
         try:
             yield
         finally:
-            _cast(changed)
+            self._cast(changed)
 
     def leave(self) -> None:
         """Leave the VAE as it was: AuraFlow's pipeline does not go back by itself, nor does one that fails."""
         if self._own is not None:
-            _cast(self._own)
+            self._cast(self._own)
+
+    def _cast(self, types: _Types) -> None:
+        if self._elsewhere is not None:
+            self._elsewhere.quiet()
+        _cast(types)
 
 
 _Types = list[tuple[dict[str, Any], str, torch.device, torch.dtype]]

@@ -115,7 +115,6 @@ class Request:
     calls: StepCalls = field(default_factory=StepCalls)
     apart: bool = False  # its calls are made one by one
     away: bool = False  # the parked call is being made elsewhere
-    in_line: bool = False  # its components' calls are made between two forwards, not elsewhere
     ended: Finished | Failed | None = None
     text_tokens: int = 0
     shared_content: dict[int, Any] = field(default_factory=dict)  # of arguments that neighbours must share, hashed once

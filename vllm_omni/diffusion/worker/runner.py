@@ -213,6 +213,8 @@ class ModelRunner:
 
     def _joined(self, batch: Sequence[Request]) -> tuple[str, dict[str, Any], list[BatchRows]]:
         """The denoiser of a batch with its adapters on, the arguments of its joint call, and what is whose in it."""
+        if batch[0].changes:
+            self.components.quiet()
         self.adapters.use(batch[0].adapters)  # before its blocks are exchanged: switching must reach all of them
         calls = [(request, call) for request in batch for call in _parked(request).here]
         name, rows = calls[0][1].branch[0], row_slices([call.rows for _, call in calls])
@@ -228,6 +230,8 @@ class ModelRunner:
 
     def _advance(self, request: Request, result: Any = None) -> Event:
         """Let the request go on with what its call returned, or raised."""
+        if request.changes:  # which its pipeline finds on modules that others use elsewhere
+            self.components.quiet()
         with self._shared.lent_to(request.changes), scales_kept(self.components.encoders):
             event = request.task.throw(result) if isinstance(result, Exception) else request.task.resume(result)
         let_go(event.error if isinstance(event, Failed) else None)

@@ -117,12 +117,12 @@ class DiffusionWorker:
         return max((backend.store.used for backend in self._backends.values()), default=0)  # they share one store
 
     def close(self) -> None:
-        """Take caches and adapters off the pipeline."""
+        """Take caches and adapters off the pipeline, and put its components where they were."""
+        self.runner.components.quiet()
         for backend in self._backends.values():
             backend.disable(self.pipeline)
         self._backends.clear()
         self.runner.adapters.close()
-        self.runner.components.quiet()
         for name, device in self._places.items():
             getattr(self.pipeline, name).to(device)
 
