@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import patching
 import pytest
 import torch
 from families import FAMILIES, Family
@@ -163,6 +164,41 @@ def test_who_needs_the_first_result_gets_it(way: str, caplog: pytest.LogCaptureF
 def test_a_buffer_that_is_used_again_keeps_its_first_content() -> None:
     counts, fewer, _ = calls_of("one buffer")
     assert counts == fewer
+
+
+def test_a_buffer_is_looked_for_also_where_guidance_begins_late() -> None:
+    counts, fewer, _ = calls_of("late, one buffer")
+    assert counts == fewer
+
+
+def test_what_is_changed_for_the_second_call_is_not_there_for_the_first_or_for_neighbours() -> None:
+    ways = ("changes between", "plain", "plain")
+
+    def generate(omni: Omni) -> list[Any]:
+        params = [Params(num_inference_steps=8, seed=i, extra_args={"way": way}) for i, way in enumerate(ways)]
+        return omni.generate([{**embeds(0), **negative(0)}] * 3, params, use_tqdm=False)
+
+    apart, _, joined, _ = both(two_calls, generate)
+    same(apart, joined)
+    plain = generate(Omni.from_pipe(two_calls()))
+    near(made(joined[1]), made(plain[1]))
+
+
+def test_a_scheduler_that_somebody_has_patched_keeps_to_its_request_while_results_are_awaited() -> None:
+    """A step that takes a promised result must not wait for it while the shared original has its state."""
+
+    def build() -> Any:
+        pipe = two_calls()
+        patching.closure(pipe)
+        return pipe
+
+    def generate(omni: Omni) -> list[Any]:
+        params = [Params(num_inference_steps=n, seed=n, extra_args={"way": "stops"}) for n in (8, 10, 9)]
+        return omni.generate([{**embeds(0), **negative(0)}] * 3, params, use_tqdm=False)
+
+    apart, counts, joined, fewer = both(build, generate)
+    same(apart, joined)
+    assert sum(fewer.values()) < sum(counts.values())
 
 
 def test_guidance_may_stop() -> None:

@@ -221,6 +221,7 @@ def test_other_weights_are_learnt_anew(omni: Omni) -> None:
     idle = IdleLearning(omni.engine, describe(omni.engine, {}))
     with torch.no_grad():
         omni.engine.worker.pipeline.transformer.x_embedder.weight.mul_(1.5)
+    omni.engine.worker.weights_changed()
     idle.forget()
     assert not idle.wanted  # the old profile says nothing of the new weights
     assert draw(omni, asked(3)).skipped_steps == 0

@@ -201,6 +201,21 @@ def test_what_a_pipeline_sets_on_the_denoiser_is_there_for_its_own_forwards_alon
     assert distance(plain[1], run_latents(tiny_flux(), i=1, seed=1, num_inference_steps=6, guidance_scale=1.0)) > 0.01
 
 
+def test_what_a_preview_sets_is_gone_after_it() -> None:
+    """It is a second run of the same pipeline, which sets the same again."""
+    pipe = tiny_flux()
+    pipe.__class__, pipe.transformer.__class__ = Sets, Scaling
+    before = dict(vars(pipe.transformer))
+    with Omni.from_pipe(pipe, defaults=DEFAULTS) as omni:
+        add(omni, "a", embeds(1), Params(num_inference_steps=6, seed=1, guidance_scale=0.8, preview_every=2))
+        previews = 0
+        while omni.engine.has_unfinished_requests():
+            omni.engine.step()
+            previews += sum(len(output.images) for output in omni.engine.progress(previews_only=True))
+            assert vars(pipe.transformer) == before
+    assert previews == 2
+
+
 # ------------------------------------------------------------------------------------------------------------ VAE dtype
 
 

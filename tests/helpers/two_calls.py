@@ -12,6 +12,16 @@ from pipelines import tiny_flux
 SIDE = 4  # tokens
 
 
+class Louder:
+    """An attention processor whose result is another one's, and more of it."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return tuple(2 * stream for stream in self.own(*args, **kwargs))
+
+
 class TwoCalls(FluxPipeline):
     """Guidance written down plainly; `way` says what happens between the calls of a step."""
 
@@ -34,7 +44,7 @@ class TwoCalls(FluxPipeline):
         buffer = torch.empty_like(prompt_embeds)
 
         def noise(text: torch.Tensor, pooled: torch.Tensor, x: torch.Tensor) -> Any:
-            if way == "one buffer":
+            if way in ("one buffer", "late, one buffer"):
                 text = buffer.copy_(text)
             return self.transformer(
                 hidden_states=x,
@@ -59,10 +69,15 @@ class TwoCalls(FluxPipeline):
                 assert len(with_text[torch.ones(1, SIDE * SIDE, dtype=torch.bool)])
             elif way == "passes on":
                 seen = with_text
-            if way == "stops" and i >= num_inference_steps // 2:
+            if (way == "stops" and i >= num_inference_steps // 2) or (way == "late, one buffer" and i < 2):
                 velocity = with_text
             else:
+                attention = self.transformer.transformer_blocks[0].attn
+                own = attention.processor
+                if way == "changes between" and i >= 3:
+                    attention.processor = Louder(own)
                 without = noise(negative_prompt_embeds, negative_pooled_prompt_embeds, seen)
+                attention.processor = own
                 without = without[:, :, :8] if way == "views" else without
                 velocity = without + 3.0 * (with_text - without)
             if way == "views":

@@ -82,6 +82,7 @@ class EngineControl:
                 kept = {name: folder for name, folder in self._weights.items() if name not in replaced}
                 self._weights = kept | dict.fromkeys(replaced, path)
                 self._prompts.clear()
+                self._engine.worker.weights_changed()
             case StartProfile(folder, steps):
                 self._start_profile(Path(folder), steps)
             case StopProfile():

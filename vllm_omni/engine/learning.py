@@ -176,8 +176,6 @@ class IdleLearning:
     def forget(self) -> None:
         """Drop what was measured: the model has other weights now."""
         self._measurement, self._results, self._exact, self._profile = None, [], {}, None
-        if (learner := self._engine.worker.learner) is not None:
-            learner.weights_changed()
 
     def _give_up(self, error: Exception) -> None:
         self._trial, self._given_up = None, True

@@ -46,18 +46,19 @@ class BatchRows:
 def look(
     batch: Sequence[BatchRows],
     signal: Signal,
-    stack: BlockStack,
-    run: Callable[[], Any],
+    stack: BlockStack | None,
+    run: Callable[[], Any] | None,
     agree: Callable[[list[float | None]], list[float | None]] = list,
 ) -> None:
     """Show each request's gate its rows, and take the decisions: one device read for all, none if none hangs on data.
 
-    `run` is a forward of the denoiser with the batch's arguments; a gate that compares latents needs none. `agree`
+    `run` is a forward of the denoiser with the batch's arguments; a gate that compares latents needs neither. `agree`
     returns the changes by which all ranks decide.
     """
     if signal is Signal.LATENTS:
         shown = [row.state.describe(row.arguments, row.step) for row in batch]
     else:
+        assert stack is not None and run is not None
         seen = stack.probe(run, attention=signal is Signal.MODULATED, rows=batch[-1].rows.stop)
         shown = [seen[row.rows].clone() if len(batch) > 1 else seen for row in batch]
     changes = [row.state.change(row.key, row.step, now) for row, now in zip(batch, shown, strict=True)]

@@ -21,6 +21,7 @@ import torch
 from diffusers import SchedulerMixin
 
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
+from vllm_omni.kernels.promise import kept
 
 DEFAULT_BRANCH = "default"
 
@@ -355,6 +356,7 @@ class _LentMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         twin = self._twin()
+        args, kwargs = kept((args, kwargs))  # now: others must not run while the original has the copy's state
         with _lending:
             if twin is None or vars(self.original).get(_LENT):
                 return self.method(*args, **kwargs)

@@ -60,8 +60,9 @@ class AdapterSwitch:
         """Turn exactly these adapters on; they stay on until another set is asked for."""
         if adapters == self._active:
             return
+        before, self._active = self._active, None  # unless all goes well
         if adapters:
-            if not self._active:
+            if not before:
                 self._pipeline.enable_lora()
             self._pipeline.set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
         elif self._held:

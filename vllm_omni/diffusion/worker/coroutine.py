@@ -249,7 +249,7 @@ class PipelineTask:
         for name, module in encoders.items():
             if parks or name in elsewhere:
                 own[name] = EncoderProxy(name, module, self._park, elsewhere.get(name), parks)
-        if (components or "vae" in elsewhere) and isinstance(module := own.get("vae"), torch.nn.Module):
+        if isinstance(module := own.get("vae"), torch.nn.Module):  # always: it leaves the VAE as it was
             own["vae"] = self._vae = DecoderProxy("vae", module, self._park, elsewhere.get("vae"))
             vars(self._vae)["_parks"] = components
         self.arguments = arguments

@@ -41,6 +41,7 @@ class ParkedCall:
     mine: int | None = None  # which of them this rank makes, if others make the rest
     signal: Signal | None = None  # what its gate must see before the step is decided
     forecast: Forecast | None = None
+    changes: OwnChanges = field(default_factory=OwnChanges)  # of shared modules, which are installed for its forward
 
     @property
     def together(self) -> tuple[ParkedCall, ...]:

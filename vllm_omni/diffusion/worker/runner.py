@@ -12,6 +12,7 @@ import torch
 from diffusers.guiders import BaseGuidance
 
 from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
+from vllm_omni.diffusion.cache.calibration import RecordingState
 from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
@@ -42,9 +43,9 @@ from vllm_omni.diffusion.worker.coroutine import (
 )
 from vllm_omni.diffusion.worker.memory import Retries, work_of
 from vllm_omni.diffusion.worker.pace import settle, size_of
-from vllm_omni.diffusion.worker.preview import can_preview, preview
+from vllm_omni.diffusion.worker.preview import can_preview, draw
 from vllm_omni.diffusion.worker.request import ParkedCall, PlanOf, Previews, Request
-from vllm_omni.diffusion.worker.shared_modules import SharedModules
+from vllm_omni.diffusion.worker.shared_modules import OwnChanges, SharedModules
 from vllm_omni.distributed.peers import Peers
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.guidance import Readers
@@ -113,8 +114,8 @@ class ModelRunner:
         request = Request(
             asked.request_id, task, backend, settings, StepTracker(task.pipeline), adapters, plan_of, previews=previews
         )
-        self.retries.add(request)
         self.adapters.use(adapters)  # text encoders can have adapters too
+        self.retries.add(request)
         began = self.clock.mark()
         self._ran_component(request, self._advance(request), (began, self.clock.mark()))
         return request
@@ -185,11 +186,11 @@ class ModelRunner:
     # --------------------------------------------------------------------------------------------- what can be retried
 
     def _forward(self, batch: Sequence[Request]) -> list[Any]:
-        name, arguments, rows = self._joined(batch)
-        calls = [call for request in batch for call in _parked(request).here]
-        forward = CachedForward(self._stack(batch, name, arguments), rows, [call.forecast for call in calls])
-        with batch[0].changes.installed(), forward:
-            output = self._call(name, arguments)
+        first, arguments = self._joined(batch)
+        rows, calls = self._rows(batch), [call for request in batch for call in _parked(request).here]
+        forward = CachedForward(self._stack(batch, first, arguments), rows, [call.forecast for call in calls])
+        with first.changes.installed(), forward:
+            output = self._call(first.branch[0], arguments)
             each = iter([output] if len(rows) == 1 else [take_rows(output, own.rows) for own in rows])
             results = [[next(each) for _ in _parked(request).here] for request in batch]
             if self.peers is not None:
@@ -203,23 +204,29 @@ class ModelRunner:
         return results
 
     def _show(self, signal: Signal, batch: Sequence[Request]) -> list[None]:
-        name, arguments, rows = self._joined(batch)
-        stack = self._stack(batch, name, arguments)
-        assert stack is not None
-        agree = list if self.peers is None else self.peers.agree
-        with batch[0].changes.installed():
-            look(rows, signal, stack, partial(self._call, name, arguments), agree)
+        rows, agree = self._rows(batch), list if self.peers is None else self.peers.agree
+        if signal is Signal.LATENTS:
+            look(rows, signal, None, None, agree)
+            return [None] * len(batch)
+        call, arguments = self._joined(batch)
+        if (stack := self._stack(batch, call, arguments)) is not None:  # else it gave up its cache for lack of room
+            with call.changes.installed():
+                look(rows, signal, stack, partial(self._call, call.branch[0], arguments), agree)
         return [None] * len(batch)
 
-    def _joined(self, batch: Sequence[Request]) -> tuple[str, dict[str, Any], list[BatchRows]]:
-        """The denoiser of a batch with its adapters on, the arguments of its joint call, and what is whose in it."""
-        if batch[0].changes:
+    def _rows(self, batch: Sequence[Request]) -> list[BatchRows]:
+        """What is whose in a joint call."""
+        calls = [(request, call) for request in batch for call in _parked(request).here]
+        rows = row_slices([call.rows for _, call in calls])
+        return [_rows_of(request, call, own) for (request, call), own in zip(calls, rows, strict=True)]
+
+    def _joined(self, batch: Sequence[Request]) -> tuple[ParkedCall, dict[str, Any]]:
+        """The first of a batch's calls, and the arguments of all of them as one; its adapters are on."""
+        calls = [call for request in batch for call in _parked(request).here]
+        if calls[0].changes:
             self.components.quiet()
         self.adapters.use(batch[0].adapters)  # before its blocks are exchanged: switching must reach all of them
-        calls = [(request, call) for request in batch for call in _parked(request).here]
-        name, rows = calls[0][1].branch[0], row_slices([call.rows for _, call in calls])
-        entries = [_rows_of(request, call, own) for (request, call), own in zip(calls, rows, strict=True)]
-        return name, self.binders[name].join([call.arguments for _, call in calls]), entries
+        return calls[0], self.binders[calls[0].branch[0]].join([call.arguments for call in calls])
 
     def _call(self, name: str, arguments: Mapping[str, Any]) -> Any:
         call = partial(self.modules[name], **arguments)
@@ -255,15 +262,9 @@ class ModelRunner:
         self._arrive(request, event)
 
     def _preview(self, request: Request) -> None:
-        """Draw the preview that is due, unless the picture itself comes."""
-        due, request.previews.due = request.previews.due, None
-        if due is not None and request.parked is not None and isinstance(request.call, DenoiserCall):
-            step, velocity, latents = due
-            assert request.schedule is not None
-            sigma = request.schedule.sigmas[step]
-            request.previews.images = preview(
-                self.pipeline, request.task.arguments, latents, velocity, sigma, self.components.elsewhere
-            )
+        if request.previews.due is not None:
+            with self._shared.lent_to(OwnChanges()), scales_kept(self.components.encoders):
+                draw(request, self.pipeline, self.binders, self.components.elsewhere)
 
     def _arrive(self, request: Request, event: Event) -> None:
         """Take in what the request brings: its end, or a call whose kind and batch key are decided now."""
@@ -300,7 +301,7 @@ class ModelRunner:
         """The form of the call's result, if its pipeline may have a promise of it; else None."""
         given = frozenset(request.task.arguments)
         request.calls.over |= bool(request.changes) or not self.joins or given in self._readers
-        alone = call.key == ((call.branch[0], request.request_id), request.adapters)
+        alone = isinstance(call.key, tuple) and call.key[0] == (call.branch[0], request.request_id)
         form = request.calls.comes(call.place, call.branch, None if alone else call.key, call.arguments)
         if request.calls.looked_at == call.place:
             self._readers.add(given)
@@ -319,7 +320,8 @@ class ModelRunner:
             self._begin_schedule(request, call.denoiser, arguments)
         request.position = position
         rows = self._learn(request, call, arguments)
-        parked = ParkedCall(call, None, StepKind.COMPUTE, arguments, rows, position)
+        changes = request.changes if request.changes else OwnChanges()  # and not what comes before its forward
+        parked = ParkedCall(call, None, StepKind.COMPUTE, arguments, rows, position, changes=changes)
         if self._cached(request, parked):
             request.cache.follow(parked.branch, latents_of(arguments))
         return replace(parked, key=self._batch_key(request, parked))
@@ -337,11 +339,12 @@ class ModelRunner:
         return replace(call, kind=StepKind.COMPUTE if forecast is None else StepKind.SKIP, forecast=forecast)
 
     def _cached(self, request: Request, call: ParkedCall) -> bool:
-        return self._stack([request], call.branch[0], call.arguments) is not None
+        return self._stack([request], call, call.arguments) is not None
 
-    def _stack(self, batch: Sequence[Request], name: str, arguments: Mapping[str, Any]) -> BlockStack | None:
-        """What the call may be cached with; nothing was proven of a denoiser as a pipeline has changed it."""
-        if self.denoisers[name].written is None and batch[0].changes:
+    def _stack(self, batch: Sequence[Request], call: ParkedCall, arguments: Mapping[str, Any]) -> BlockStack | None:
+        """What calls like `call` may be cached with; nothing was proven of a denoiser as a pipeline has changed it."""
+        name = call.branch[0]
+        if self.denoisers[name].written is None and call.changes:
             return None
         backend = next((request.backend for request in batch if request.backend is not None), None)
         return None if backend is None else backend.stack_for(name, arguments)
@@ -359,7 +362,10 @@ class ModelRunner:
         binder = self.binders[call.branch[0]]
         if request.changes:
             return binder.name, request.request_id
-        return binder.key(call.arguments, request.request_id, request.shared_content), request.adapters
+        own = None if request.backend is None else request.backend.denoisers.get(binder.name)
+        other_stack = id(own) if own is not None and own is not self.denoisers[binder.name] else None
+        key = binder.key(call.arguments, request.request_id, request.shared_content)
+        return key, request.adapters, other_stack
 
     def _begin_schedule(self, request: Request, denoiser: str, arguments: dict[str, Any]) -> None:
         """Plan the cache for the schedule that the pipeline has just set up."""
@@ -376,7 +382,8 @@ class ModelRunner:
                 request.task.pipeline, request.schedule.steps, request_id=request.request_id, settings=settings
             )
             assert state is not None
-            request.cache = state
+            unlike = isinstance(state, RecordingState) and (request.adapters or request.changes)
+            request.cache = CacheState() if unlike else state  # a profile is of the model as it is
 
 
 def _scales_kept(module: torch.nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:

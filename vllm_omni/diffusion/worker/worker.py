@@ -105,6 +105,12 @@ class DiffusionWorker:
         backend = self._backends.get(self.default_cache.backend) if self.default_cache is not None else None
         return backend if isinstance(backend, MagCacheBackend) and backend.learning is not None else None
 
+    def weights_changed(self) -> None:
+        """Have the caches look for profiles of the weights that the denoiser has now."""
+        for backend in self._backends.values():
+            if isinstance(backend, MagCacheBackend):
+                backend.weights_changed()
+
     @property
     def profile_names(self) -> list[str]:
         """Of the cache profiles in use by default."""

@@ -112,13 +112,21 @@ class MagCacheBackend(StackBackend):
         return next(filter(unfinished, own), None)
 
     def weights_changed(self) -> None:
-        """Learn anew of a denoiser that has other weights now."""
-        if self.learning is not None:
-            module = next(iter(denoisers_of(self._pipeline).values()))
-            self._fingerprint = fingerprint(unwrapped(module))
-            name = model_name_of(self._pipeline)
-            self.learning = Learning(self._class, self._fingerprint, name)
-            self.profiles = find_profiles(name, self._fingerprint)
+        """Find the profile of a denoiser that has other weights now, or learn one if the settings let it.
+
+        Otherwise the one in use stays, and the log says so: whoever trains beside wants the cache to go on.
+        """
+        now = fingerprint(unwrapped(next(iter(denoisers_of(self._pipeline).values()))))
+        if now == self._fingerprint:
+            return
+        self._fingerprint, name = now, model_name_of(self._pipeline)
+        found = find_profiles(name, now)
+        if self.config.calibrate == "auto" and not self.config.profile and self._ratios is None:
+            self.learning, self.profiles = Learning(self._class, now, name), found
+        elif found and not self.config.profile:
+            self.profiles = found
+        elif self.profiles:
+            logger.warning("magcache: profile %s is of the weights before the update", self.profiles[0].name)
 
     def learnt(self, profile: CacheProfile) -> None:
         """A profile that `learn` returned has more to it now."""

@@ -1,0 +1,136 @@
+"""Features that meet: previews, gates without room, other weights, adapters while a profile is learnt."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import save_adapter
+from closeness import assert_close
+from diffusers import DiffusionPipeline
+from families import FAMILIES
+from gating import asked
+from pipelines import DEFAULTS, embeds, save_tiny_flux, tiny_flux
+from stepping import add
+
+from vllm_omni import Omni
+from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.diffusion.cache.magcache.learning import REQUESTS
+from vllm_omni.engine.control import EngineControl
+from vllm_omni.engine.wire import UpdateWeights
+
+
+def drawn(omni: Omni, outputs: dict[str, Any]) -> int:
+    """Run to the end; returns the number of previews."""
+    previews = 0
+    while omni.engine.has_unfinished_requests():
+        outputs |= {output.request_id: output for output in omni.engine.step()}
+        previews += sum(len(output.images) for output in omni.engine.progress(previews_only=True))
+    return previews
+
+
+def test_latents_that_a_pipeline_gives_by_place_or_as_a_list_have_previews() -> None:
+    family = next(f for f in FAMILIES if f.name == "Z-Image")
+    with Omni.from_pipe(family.build(), defaults=family.settings) as omni:
+        add(omni, "a", family.prompt(0), Params(num_inference_steps=6, seed=0, output_type="np", preview_every=2))
+        add(omni, "b", family.prompt(1), Params(num_inference_steps=6, seed=1, output_type="latent"))
+        outputs: dict[str, Any] = {}
+        assert drawn(omni, outputs) == 2
+        assert outputs["a"].ok and outputs["b"].ok, (outputs["a"].error, outputs["b"].error)
+        alone = omni.generate(
+            family.prompt(1), Params(num_inference_steps=6, seed=1, output_type="latent"), use_tqdm=False
+        )
+        assert_close(outputs["b"].latents, alone[0].latents)
+
+
+def test_a_preview_that_fails_costs_the_preview_alone(caplog: pytest.LogCaptureFixture) -> None:
+    pipe, left = tiny_flux(), [1]
+
+    def fail(module: Any, args: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise RuntimeError("not now")
+
+    pipe.vae.decoder.register_forward_pre_hook(fail)
+    with Omni.from_pipe(pipe, defaults=DEFAULTS) as omni, caplog.at_level(logging.WARNING, "vllm_omni"):
+        for name, every in (("a", 2), ("b", None)):
+            add(omni, name, embeds(0), Params(num_inference_steps=6, seed=0, preview_every=every))
+        outputs: dict[str, Any] = {}
+        assert drawn(omni, outputs) == 1 and "no preview: not now" in caplog.text
+    assert outputs["a"].ok and outputs["b"].ok
+
+
+@pytest.fixture
+def gated() -> Iterator[Omni]:
+    with Omni.from_pipe(tiny_flux(), defaults=DEFAULTS) as omni:
+        yield omni
+
+
+@pytest.mark.parametrize("gate", ["fbcache", "teacache"])
+def test_a_gate_that_has_no_room_to_look_lets_its_request_go_on_without_a_cache(gated: Omni, gate: str) -> None:
+    params = Params(num_inference_steps=8, seed=0, output_type="latent")
+    plain = gated.generate(embeds(0), params.model_copy(update={"cache": "off"}), use_tqdm=False)[0]
+    calls = [0]
+
+    def short(module: Any, args: Any, kwargs: Any) -> None:
+        calls[0] += 1
+        if calls[0] == 2:  # the first is the first step's own
+            raise torch.OutOfMemoryError("no room")
+
+    handle = gated.engine.worker.pipeline.transformer.transformer_blocks[0].norm1.register_forward_pre_hook(
+        short, with_kwargs=True
+    )
+    first = gated.generate(embeds(0), params.model_copy(update={"cache": asked(gate)}), use_tqdm=False)[0]
+    handle.remove()
+    assert first.ok, first.error
+    assert_close(first.latents, plain.latents)
+    again = gated.generate(embeds(0), params.model_copy(update={"cache": asked(gate)}), use_tqdm=False)[0]
+    assert again.ok, again.error
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path / "profiles"))
+    return save_tiny_flux(tmp_path / "mine")
+
+
+def learning(folder: Path, **more: Any) -> Omni:
+    return Omni(str(folder), dtype="float32", cache_backend="magcache", cache_config={"calibrate": "auto"}, **more)
+
+
+SHORT: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "height": 32, "width": 32}
+
+
+@pytest.mark.parametrize("complete", [False, True], ids=["while it learns", "with a whole profile"])
+def test_updated_weights_are_not_served_by_the_profile_of_the_old_ones(folder: Path, complete: bool) -> None:
+    other = DiffusionPipeline.from_pretrained(folder)
+    with torch.no_grad():
+        other.transformer.x_embedder.weight.mul_(1.5)
+    other.save_pretrained(folder.parent / "other")
+    with learning(folder) as omni:
+        for seed in range(REQUESTS):
+            omni.generate("x", Params(seed=seed, **SHORT), use_tqdm=False)
+        assert omni.generate("x", Params(seed=9, **SHORT), use_tqdm=False)[0].skipped_steps > 0
+        assert omni.engine.worker.profile_names
+        if complete:
+            omni.engine.worker._backends["magcache"].learning = None  # type: ignore[attr-defined]
+        EngineControl(omni.engine).do(UpdateWeights(str(folder.parent / "other"), ["transformer"]))
+        assert omni.engine.worker.profile_names == []
+        for seed in range(REQUESTS):
+            assert omni.generate("x", Params(seed=seed, **SHORT), use_tqdm=False)[0].skipped_steps == 0
+        assert omni.generate("x", Params(seed=9, **SHORT), use_tqdm=False)[0].skipped_steps > 0
+    assert len(list((folder.parent / "profiles").glob("*.json"))) == 2
+
+
+def test_a_profile_is_learnt_of_the_model_as_it_is_and_not_of_an_adapter(folder: Path) -> None:
+    ink = str(save_adapter(DiffusionPipeline.from_pretrained(folder), folder.parent / "ink", 0))
+    with learning(folder, lora_modules={"ink": ink}) as omni:
+        for seed in range(REQUESTS):
+            output = omni.generate("x", Params(seed=seed, lora_request="ink", **SHORT), use_tqdm=False)[0]
+            assert output.ok and output.skipped_steps == 0
+        learner = omni.engine.worker.learner
+        assert learner is not None and learner.learn() is None and omni.engine.worker.profile_names == []
