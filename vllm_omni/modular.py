@@ -22,12 +22,22 @@ def whole(pipeline: Any) -> Any:
     inputs = {parameter.name: parameter.default for parameter in pipeline.blocks.inputs if parameter.name}
     kind: Any = type(pipeline)
     made = copy.copy(pipeline)
-    made.__class__ = _whole_class(kind, tuple(inputs), tuple(inputs.values()))
+    made.__class__ = _whole_class(kind, tuple(inputs), _Defaults(inputs.values()))
     return made
 
 
+class _Defaults(tuple[Any, ...]):
+    """Values that need not be hashable."""
+
+    def __hash__(self) -> int:
+        return hash(repr(tuple(self)))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Defaults) and repr(tuple(self)) == repr(tuple(other))
+
+
 @functools.lru_cache(maxsize=32)
-def _whole_class(kind: type, names: tuple[str, ...], defaults: tuple[Any, ...]) -> Any:
+def _whole_class(kind: type, names: tuple[str, ...], defaults: _Defaults) -> Any:
     def call(self: Any, **given: Any) -> dict[str, Any]:
         latent = given.get("output_type") == "latent"
         if latent or "output_type" not in names:

@@ -15,9 +15,10 @@ import numpy as np
 from vllm_omni.diffusion.cache.plan.compose import CachePlan, compose
 from vllm_omni.diffusion.cache.plan.planner import forecast_error, step_weights
 from vllm_omni.diffusion.cache.plan.predictors import Terms
-from vllm_omni.diffusion.cache.plan.schedule import Schedule
+from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
 from vllm_omni.diffusion.cache.profile import CacheProfile, MaskName, MeasuredBudget
 from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, PredictorName, parse
+from vllm_omni.errors import InvalidValueError
 
 T = TypeVar("T")
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5)
@@ -99,8 +100,11 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
             return profile.model_copy(update={"gains": (1.0,) * steps, "gain_errors": (0.0,) * steps})
         away = np.sqrt([result.squared for result in results]).reshape(prompts, len(expected))
         logs = np.log(np.maximum(away / np.array(list(expected.values())), 1e-12))
+        if not np.isfinite(logs).all():
+            raise InvalidValueError("gains", "NaN", "cannot be measured: a trial's latents are no numbers")
         values = dict(zip(("gains", "gain_errors"), smooth_gains(schedule, list(expected), logs), strict=True))
-        return profile.model_copy(update={name: tuple(value.round(6).tolist()) for name, value in values.items()})
+        digits = {name: tuple(float(f"{v:.6g}") for v in value.tolist()) for name, value in values.items()}
+        return profile.model_copy(update=digits)
 
     trials = tuple(Trial(prompt, stale(step)) for prompt in range(prompts) for step in expected)
     return Measurement("gains", trials, read)
@@ -132,7 +136,9 @@ def _local_line(places: np.ndarray, values: np.ndarray, at: int, width: float) -
     return float(np.linalg.lstsq(design, root * values, rcond=None)[0][0])
 
 
-def choices(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
+def choices(
+    profile: CacheProfile, prompts: int, first: int = 0, switches: tuple[int, ...] = ()
+) -> Measurement[CacheProfile]:
     """`profile` with, for each of some speed-ups, the mask and the predictor whose latents stay nearest to uncached.
 
     Nearest in the root mean square over `prompts` from `first` on, which the worst of them lead.
@@ -140,7 +146,7 @@ def choices(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[
     steps = len(profile.ratios)
     budgets = [
         MeasuredBudget(speedup=steps / nfe, mask=mask, predictor=predictor)
-        for nfe in _forwards(steps)
+        for nfe in _forwards(steps, switches)
         for mask, predictors in FORECASTS.items()
         for predictor in predictors
     ]
@@ -183,9 +189,10 @@ def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[
     return Measurement("held-out prompts", trials, read)
 
 
-def _forwards(steps: int) -> list[int]:
+def _forwards(steps: int, switches: tuple[int, ...]) -> list[int]:
     """The numbers of full forwards that are measured, by ascending speed-up."""
-    return sorted({max(2, round(steps / speedup)) for speedup in SPEEDUPS} - {steps}, reverse=True)
+    least = len(forced_steps(steps, True, switches))
+    return sorted({max(least, round(steps / speedup)) for speedup in SPEEDUPS} - {steps}, reverse=True)
 
 
 def _planned(profile: CacheProfile, nfe: int) -> Callable[[Schedule], CachePlan]:

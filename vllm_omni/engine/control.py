@@ -107,7 +107,11 @@ class EngineControl:
     def restore(self, condition: EngineCondition) -> None:
         """Bring a new engine to the condition of the one before it, as far as that goes: what is gone is logged."""
         actions: list[Action] = [UpdateWeights(folder, [name]) for name, folder in condition.weights.items()]
-        actions += [LoadAdapter(name, path) for name, path in condition.adapters.items() if name not in self._own]
+        for name in self._own:
+            if condition.adapters.get(name) != self._adapters.loaded.get(name):  # unloaded since, or another one's name
+                self._remove(name)
+        there = self._adapters.loaded
+        actions += [LoadAdapter(name, path) for name, path in condition.adapters.items() if name not in there]
         actions += [Sleep(condition.asleep)] if condition.asleep else []
         for action in actions:
             try:

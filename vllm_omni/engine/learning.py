@@ -106,6 +106,9 @@ class IdleLearning:
             switches = tuple(profile.provenance.get("switches", ()))
             self._measurement, self._results, self._exact = _next(profile, switches), [], {}
             logger.info("magcache: %s of %s, when nobody waits", self._measurement.name, profile.name)
+        if not self._measurement.trials:
+            self._finish(self._measurement.read([]))
+            return
         trial = self._measurement.trials[len(self._results)]
         if self._exact.get(trial.picture, (None,))[0] != trial.prompt:
             trial = Trial(trial.prompt, picture=trial.picture)
@@ -117,6 +120,7 @@ class IdleLearning:
             num_inference_steps=trial.steps or steps,
             seed=FIRST_SEED + trial.prompt,
             output_type="np" if trial.picture else "latent",
+            cache="off",  # it has a plan of its own: what the engine's settings would refuse is nothing to it
             **size,
         )
         request = OmniDiffusionRequest(f"trial-{next(self._numbers)}\0", prompt, normalise_prompt(prompt), params)
@@ -176,6 +180,7 @@ class IdleLearning:
     def forget(self) -> None:
         """Drop what was measured: the model has other weights now."""
         self._measurement, self._results, self._exact, self._profile = None, [], {}, None
+        self._given_up, self._repeats = False, 0
 
     def _give_up(self, error: Exception) -> None:
         self._trial, self._given_up = None, True
@@ -191,7 +196,7 @@ def _next(profile: CacheProfile, switches: tuple[int, ...]) -> Measurement[Cache
     if profile.gains is None:
         return gains(profile, GAIN_PROMPTS, switches)
     if not profile.budgets:
-        return choices(profile, CHOSEN_ON, GAIN_PROMPTS)
+        return choices(profile, CHOSEN_ON, GAIN_PROMPTS, switches)
     return figures(profile, JUDGED_ON, GAIN_PROMPTS + CHOSEN_ON)
 
 

@@ -119,10 +119,11 @@ class Link:
             except (ValueError, MemoryError) as error:
                 logger.error("a frame of %d bytes is dropped: %s", length, error)
                 if request_id := request_id_of(body):  # somebody waits for it
-                    self._refuse(request_id, f"{length} bytes")
+                    wrong = InvalidValueError("request", f"{length} bytes", "could not be read by the engine")
+                    self._refuse(request_id, wrong if isinstance(error, ValueError) else _no_room(error))
 
-    def _refuse(self, request_id: str, what: str) -> None:
-        self.send(Refused(request_id, InvalidValueError("request", what, "could not be read by the engine")))
+    def _refuse(self, request_id: str, error: OmniError) -> None:
+        self.send(Refused(request_id, error))
 
     def _take(self, command: Command) -> None:
         """Queue a command; one with pictures in shared memory comes when they are here, and what is about it then."""
@@ -156,7 +157,7 @@ class Link:
                         fetch(add.prompt, add.params)
                 except Exception as error:  # Pillow's, no memory: the request's own trouble
                     logger.error("the pictures of a request are dropped: %s", error)
-                    self._refuse(add.request_id, "its pictures")
+                    self._refuse(add.request_id, _no_room(error))
                     refused = True
                 with self._lock:
                     self._held.popleft()
@@ -185,6 +186,11 @@ class Link:
                 return False
             length -= len(part)
         return True
+
+
+def _no_room(error: Exception) -> OmniError:
+    """The engine's own trouble: the request may be asked again."""
+    return OmniError(f"the engine could not take in the request ({type(error).__name__}); ask again")
 
 
 def beat(link: Link, every_s: float, turn_began: Callable[[], float | None], parent: int) -> None:

@@ -157,7 +157,8 @@ class EngineProcess:
         self._writer.close()
         code = self.process.poll()
         if code is not None and code < 0:
-            return f"ended by {signal.Signals(-code).name}"
+            known = -code in set(signal.Signals)  # a real-time signal has no name
+            return f"ended by {signal.Signals(-code).name if known else f'signal {-code}'}"
         return "lost its device" if code == DEVICE_LOST else f"ended with exit code {code}"
 
     async def _ended(self, timeout_s: float) -> None:

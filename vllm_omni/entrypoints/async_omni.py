@@ -101,7 +101,7 @@ class AsyncOmni:
             self._commands.put(Add(request.engine_id, own(prompt), own(given), 0, time.monotonic(), None))
 
         own_id = uuid4().hex if request_id is None else request_id
-        while self._paused.is_set() and self._close.alive:
+        while self._paused.is_set() and self._close.alive and self._thread.is_alive():
             await asyncio.sleep(_LOOK_AGAIN_S)
         async with aclosing(self._requests.stream(own_id, prompt, begin)) as outputs:
             async for output in outputs:

@@ -85,11 +85,14 @@ class Omni:
             try:
                 outputs = self._run(requests, use_tqdm, interrupt)
             finally:
-                self.engine.abort(list(requests))
-                self.engine.collect()
-                if self._closing:
-                    self.engine.close()
-                self._caller, self._broken = None, False
+                try:
+                    self.engine.abort(list(requests))
+                    self.engine.collect()
+                    if self._closing:
+                        self.engine.close()
+                    self._broken = False
+                finally:
+                    self._caller = None
         return [outputs[request_id] for request_id in requests]
 
     def _run(
@@ -172,9 +175,13 @@ class Omni:
 
     def _control(self, action: Action) -> None:
         refuse_after_fork(self._pid)
+        if self._caller == threading.get_ident():
+            raise OmniError("this was called inside generate, by a signal handler or a callback")
         with self._turn:
             if self._closing:
                 raise EngineClosedError("the engine is closed")
+            if self._broken:
+                raise EngineDeadError("a step was interrupted and could not be undone; make a new engine")
             self.control.do(action)
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ class Engine:
     async def __init__(self, engine_args: dict[str, Any], warmup: bool, max_queued_requests: int) -> None:  # type: ignore[misc]
         keep_to_loopback()
         engine = ProcessEngineClient(engine_args, max_queued_requests=max_queued_requests, warmup=warmup)
-        self._host = EngineHost(await engine.start())
+        self._host, self._waiting = EngineHost(await engine.start()), 0.0
 
     async def describe(self, replica: str | None = None) -> bytes:
         return await self._host.describe()
@@ -66,7 +66,11 @@ class Engine:
             raise EngineDeadError("the engine process is not restarted any more")
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {QUEUED: sum(seconds for seconds, _ in self._host.engine.load.jobs)}
+        return {QUEUED: sum(seconds for seconds, _ in self._host.engine.load.jobs) + self._waiting}
+
+    async def note_waiting(self, seconds: float, replica: str | None = None) -> None:
+        """Its share of what waits at the front and was sent to nobody."""
+        self._waiting = seconds
 
     async def __del__(self) -> None:
         await self._host.engine.shutdown()
@@ -80,6 +84,7 @@ class Front:
         self._config, self._handle = RayConfig(**config).serve_config(), engines
         limits, engine = self._config.limits, self._config.engine_config()
         self._pool = ReplicaPool([], engine.max_num_seqs, limits.max_queued_requests)
+        self._links, self._told = dict[str, RayLink](), 0.0
         await self._handle.describe.remote()  # returns once there is a replica
         await self._meet()
         self._following = asyncio.create_task(self._follow())
@@ -99,7 +104,18 @@ class Front:
     async def _follow(self) -> None:
         while True:
             await self._meet()
+            await self._tell_waiting()
             await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _tell_waiting(self) -> None:
+        """Tell the replicas what waits here, when that has changed."""
+        replicas = self._pool.replicas
+        share = self._pool.waiting_s / max(1, len(replicas))
+        if share == self._told or not replicas:
+            return
+        self._told = share
+        links = [self._links[replica.name] for replica in replicas if replica.name in self._links]
+        await asyncio.gather(*(link.note_waiting(share) for link in links), return_exceptions=True)
 
     async def _meet(self) -> None:
         """Let the pool have the replicas that Serve has."""
@@ -107,8 +123,10 @@ class Front:
         for name in known.keys() - there:
             logger.info("replica %s has left", name)
             await self._pool.leave(name)
+            self._links.pop(name, None)
         for name in there - known.keys():
-            engine = RemoteEngine(RayLink(self._handle, name))
+            self._links[name] = link = RayLink(self._handle, name)
+            engine = RemoteEngine(link)
             try:
                 async with asyncio.timeout(10.0):
                     await engine.start()

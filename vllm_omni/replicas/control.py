@@ -46,19 +46,26 @@ class PoolControl:
             if not able:
                 raise EngineDeadError("no engine is there that could do it", retry_after_s=5.0)
             careful = isinstance(action, LoadAdapter | UnloadAdapter | UpdateWeights)
+            absent = [one for one in self._replicas if one not in able]
+            for replica in absent:  # before anything is awaited: it may start meanwhile
+                replica.missed.append(action)
             if careful:
-                after = await able[0].engine.control(action)
+                try:
+                    after = await able[0].engine.control(action)
+                except OmniError:
+                    for replica in absent:
+                        replica.missed.remove(action)
+                    raise
                 if isinstance(action, UpdateWeights):
                     self.weights = after.weights
-            for replica in self._replicas:
-                if replica not in able:
-                    replica.missed.append(action)
             rest = able[1:] if careful else able
             errors = await asyncio.gather(*(self._do(action, replica) for replica in rest))
             if not careful and None not in errors:
                 raise next(error for error in errors if error is not None)
             for replica, error in zip(rest, errors, strict=True):
-                if error is not None:
+                if isinstance(error, EngineDeadError):
+                    replica.missed.append(action)  # when it is back
+                elif error is not None:
                     logger.error("replica %s has not done what the others did (%s): %s", replica.name, action, error)
             return self.condition
 
@@ -73,16 +80,22 @@ class PoolControl:
         there = {name: path for one in others for name, path in one.engine.condition.adapters.items()}
         replica.missed += [LoadAdapter(name, path) for name, path in there.items() if name not in own.adapters]
         if others and all(one.engine.state == "asleep" for one in others):
-            replica.missed.append(Sleep())
+            replica.missed.append(Sleep(min(one.engine.condition.asleep for one in others) or 1))
 
     async def catch_up(self, replica: Replica) -> None:
         """Let a replica that has just started do what was done to the others meanwhile."""
-        while replica.missed:
-            if (error := await self._do(replica.missed[0], replica)) is not None:
-                logger.error("replica %s could not do again %s: %s", replica.name, replica.missed[0], error)
-                if replica.engine.state not in ("ready", "asleep"):
-                    return  # it has died again: when it is back
-            replica.missed.popleft()
+        if replica.catches_up:
+            return
+        replica.catches_up = True
+        try:
+            while replica.missed:
+                if (error := await self._do(replica.missed[0], replica)) is not None:
+                    logger.error("replica %s could not do again %s: %s", replica.name, replica.missed[0], error)
+                    if isinstance(error, EngineDeadError) or replica.engine.state not in ("ready", "asleep"):
+                        return  # it has died again: when it is back
+                replica.missed.popleft()
+        finally:
+            replica.catches_up = False
 
     @staticmethod
     async def _do(action: Action, replica: Replica) -> OmniError | None:

@@ -19,7 +19,7 @@ from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS, EngineCondition, EngineStats, ModelInfo
 from vllm_omni.engine.ledger import outcome
 from vllm_omni.engine.supervisor import Launch
-from vllm_omni.engine.wire import Action
+from vllm_omni.engine.wire import Action, Sleep
 from vllm_omni.errors import (
     EngineAsleepError,
     EngineClosedError,
@@ -62,7 +62,7 @@ class ReplicaPool:
         self._left_queued = 0  # that were aborted before an engine had them
         self._info: ModelInfo | None = None
         self._gone: list[EngineStats] = []  # what those that have left had counted
-        self._draining = self._closed = False
+        self._draining = self._closed = self._falls_asleep = False
         self._news = asyncio.Event()  # set for a moment whenever something has ended
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -125,22 +125,41 @@ class ReplicaPool:
                 self._left_queued += ended == "aborted" and not request.taken
             self._tell()
 
+    @property
+    def waiting_s(self) -> float:
+        """What the requests that no engine has yet would take, each with an engine to itself."""
+        return self._line.seconds
+
     async def abort(self, request_ids: str | Iterable[str]) -> None:
         ids = [request_ids] if isinstance(request_ids, str) else list(request_ids)
         for request_id in ids:
             if (request := self._asked.get(request_id) if isinstance(request_id, str) else None) is not None:
                 request.settle(RequestAbortedError(f"request {request_id} was aborted"))
-        for replica in self.replicas:
-            await replica.engine.abort(ids)
+        aborts = (replica.engine.abort(ids) for replica in self.replicas)
+        for error in await asyncio.gather(*aborts, return_exceptions=True):  # one that is lost keeps none from the rest
+            if isinstance(error, BaseException) and not isinstance(error, OmniError):
+                raise error
 
     async def control(self, action: Action) -> EngineCondition:
         """See `EngineClient` and `PoolControl`."""
         if self._closed:
             raise EngineClosedError("the engine is closed")
         try:
+            if isinstance(action, Sleep):
+                await self._sent_on()
             return await self._control.do(action)
         finally:
+            self._falls_asleep = False
+            for replica in self.replicas:  # one may have started while the others did it
+                if replica.engine.state in ("ready", "asleep"):
+                    self.changed(replica.name)
             self._tell()
+
+    async def _sent_on(self) -> None:
+        """Before a sleep: refuse new requests, and let those that wait here go to the engines, which end them first."""
+        self._falls_asleep = True
+        while len(self._line) and self.ready:
+            await self._news.wait()
 
     async def check_health(self) -> None:
         """Raise what the first replica says unless at least one answers."""
@@ -216,6 +235,8 @@ class ReplicaPool:
             raise EngineClosedError("the engine is closed")
         if self._draining:
             raise EngineDrainingError("the engine is shutting down and takes no new requests")
+        if self._falls_asleep:
+            raise EngineAsleepError
         if request_id in self._asked:
             raise InvalidValueError("request_id", request_id, "must not be in use")
         if len(self._asked) >= self._seqs * max(1, len(self.replicas)) + self._waiting:

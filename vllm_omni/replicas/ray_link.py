@@ -43,6 +43,10 @@ class RayLink:
     async def abort(self, request_ids: list[str]) -> None:
         await self._answer(self._call(self._handle.abort, request_ids))
 
+    async def note_waiting(self, seconds: float) -> None:
+        """Tell the replica its share of what waits at the front, by which is scaled."""
+        await self._answer(self._call(self._handle.note_waiting, seconds))
+
     def close(self) -> None:
         """Note that the replica has left: Serve would look for it for ever."""
         self._gone.set()

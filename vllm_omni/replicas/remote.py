@@ -40,6 +40,7 @@ logger = init_logger(__name__)
 
 REPORT_EVERY_S = 0.25
 SILENCE_S = 15.0  # without a report, until an engine counts as dead
+WATCH_AGAIN_S = 1.0  # after reports have ended
 
 
 class LinkLostError(Exception):
@@ -143,7 +144,7 @@ class RemoteEngine:
 
     @property
     def ready(self) -> bool:
-        return self.state == "ready"
+        return self.state == "ready" and time.monotonic() - self._heard <= SILENCE_S
 
     @property
     def load(self) -> EngineLoad:
@@ -182,8 +183,13 @@ class RemoteEngine:
                     for output in _outputs(answer):
                         output.request_id, output.prompt = request_id, prompt
                         ended = output.finished
+                        if isinstance(output.error, EngineDeadError):
+                            self._note_lost()  # its process: until the next report
                         yield output
             lost = "without an answer"
+        except EngineDeadError as error:  # of a process that is not there, in a replica that is
+            lost = f"({error})"
+            self._note_lost()
         except LinkLostError as error:
             lost = f"({error})"
             self._note_lost()
@@ -237,16 +243,18 @@ class RemoteEngine:
             raise EngineDeadError(f"the replica does not answer ({error})", 5.0) from None
 
     async def _watch(self) -> None:
-        """Note reports until they end, and with them the replica."""
-        try:
-            async with aclosing(self._link.watch()) as frames:
-                async for frame in frames:
-                    self._note(_event(frame))
-        except LinkLostError as error:
-            logger.warning("a replica is lost: %s", error)
-        except ValueError as error:
-            logger.error("a report of a replica cannot be read:\n%s", told(error))
-        self._note_lost()
+        """Note reports; when they end, ask for more until `shutdown`: a link may be lost for a moment."""
+        while self.state != "dead":
+            try:
+                async with aclosing(self._link.watch()) as frames:
+                    async for frame in frames:
+                        self._note(_event(frame))
+            except LinkLostError as error:
+                logger.warning("a replica is lost: %s", error)
+            except (ValueError, AssertionError) as error:
+                logger.error("a report of a replica cannot be read:\n%s", told(error))
+            self._note_lost()
+            await asyncio.sleep(WATCH_AGAIN_S)
 
     def _note_lost(self) -> None:
         """Ask it nothing before it reports again; whoever started it starts another one, if it is dead."""

@@ -46,6 +46,7 @@ class Replica:
     name: str
     engine: ReplicaEngine
     missed: deque[Action] = field(default_factory=deque)  # done to the others while it was starting
+    catches_up: bool = False  # what it missed is being done
     coming: dict[Any, tuple[float, int]] = field(default_factory=dict)  # requests on their way to it, as jobs
     answered: int = 0
     lost: int = 0

@@ -65,6 +65,7 @@ class StackBackend(CacheBackend):
 
     name: ClassVar[str]
     profiles: tuple[CacheProfile, ...] = ()  # of the checkpoint, for backends that plan from one
+    by_request = False  # requests ask for it, and bring what the checkpoint lacks
 
     def __init__(self, config: DiffusionCacheConfig) -> None:
         super().__init__(config)

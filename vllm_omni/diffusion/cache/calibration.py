@@ -64,8 +64,8 @@ class Calibration:
 
     @property
     def requests(self) -> int:
-        """How many have been measured in all their branches."""
-        return min(map(len, self._ratios.values()), default=0)
+        """How many have been measured; of some, other branches than of the rest, if guidance is not in all."""
+        return max(map(len, self._ratios.values()), default=0)
 
     def add(self, branch: str, sigmas: tuple[float, ...], ratios: Sequence[float], gram: np.ndarray) -> None:
         """One branch of one finished request: its curve, 1 first, and its matrix (steps, steps)."""

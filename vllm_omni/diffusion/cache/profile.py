@@ -9,7 +9,9 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -165,9 +167,11 @@ class CacheProfile(Settings):
     def save(self, path: Path) -> None:
         """Write the profile as a file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(self.model_dump_json(indent=1) + "\n")
-        part.replace(path)
+        handle, part = tempfile.mkstemp(".part", f"{path.name}.", path.parent)
+        with os.fdopen(handle, "w") as file:
+            file.write(self.model_dump_json(indent=1) + "\n")
+        os.chmod(part, 0o644)
+        os.replace(part, path)
 
 
 def _check_gram(field: str, rows: tuple[tuple[float, ...], ...], steps: int) -> None:
@@ -184,17 +188,21 @@ def load_profile(path: Path) -> CacheProfile:
     """Read a profile file; `InvalidValueError` naming the file and what is wrong with it."""
     if not path.is_file():
         raise InvalidValueError("profile", str(path), "must be a profile file, or a name such as 'demo'")
-    if path.stat().st_size > MAX_PROFILE_BYTES:
-        raise InvalidValueError("profile", str(path), f"must be smaller than {MAX_PROFILE_BYTES >> 20} MiB")
     try:
+        if path.stat().st_size > MAX_PROFILE_BYTES:
+            raise InvalidValueError("profile", str(path), f"must be smaller than {MAX_PROFILE_BYTES >> 20} MiB")
         content = json.loads(path.read_text())
+    except InvalidValueError:
+        raise
+    except OSError as error:
+        raise InvalidValueError("profile", str(path), f"cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError) as error:  # torn, not text, a number or nesting without end
         raise InvalidValueError("profile", str(path), f"must hold a complete JSON profile ({error})") from None
     try:
         if isinstance(content, dict) and "format" not in content:
             content["format"] = 1  # files of the first format did not say so
         return CacheProfile.from_dict(content)
-    except InvalidValueError as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise InvalidValueError("profile", str(path), f"must hold a valid profile ({error})") from None
 
 
@@ -242,8 +250,10 @@ def nearest(profiles: Sequence[CacheProfile], steps: int) -> CacheProfile | None
 
 def _profiles_in(folder: Path) -> list[CacheProfile]:
     """The newest first."""
-    profiles = []
-    files = [(file.stat().st_mtime_ns, file) for file in folder.glob("*.json")]
+    profiles, files = [], []
+    for file in folder.glob("*.json"):
+        with suppress(OSError):  # gone by now, or a link to nothing
+            files.append((file.stat().st_mtime_ns, file))
     for changed, file in sorted(files, reverse=True):
         try:
             profiles.append(_loaded(file, changed))

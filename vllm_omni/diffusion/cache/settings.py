@@ -214,6 +214,9 @@ class DiffusionCacheConfig(Settings):
         if len(given) > 1:
             first, second, *_ = given
             raise InvalidValueError(first, given[first], f"and {second} each make the plan: give one")
+        if self.psnr is not None and (self.predictor != "auto" or not self.compute_last_step or self.mag_ratios):
+            fix = "was measured without mag_ratios, another predictor, or compute_last_step off; leave these out"
+            raise InvalidValueError("psnr", self.psnr, fix)
         return self
 
     def given(self, *names: str) -> dict[str, Any]:
@@ -307,6 +310,13 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
         return parse(backend, DiffusionCacheConfig.from_dict(_inherited(engine, backend, own) | own))
 
 
+def made_with(backend: str, engine: CacheSettings | None) -> DiffusionCacheConfig:
+    """What a backend that requests ask for by name is made with: the engine's settings, and nothing of a request's."""
+    if engine is not None and engine.backend == backend:
+        return engine.config
+    return DiffusionCacheConfig.from_dict(_inherited(engine, backend, {}))
+
+
 def _inherited(engine: CacheSettings | None, backend: str, own: Mapping[str, Any]) -> dict[str, Any]:
     """The engine's settings that hold for a request as well; of another backend's, how memory is used.
 
@@ -320,7 +330,7 @@ def _inherited(engine: CacheSettings | None, backend: str, own: Mapping[str, Any
     named = {name for name, value in own.items() if value is not None}
     replaced: set[str] = set()
     if named & {*PLANS, *_RULE}:
-        replaced |= {*PLANS}
+        replaced |= {*PLANS, *dict(PRESETS.get(engine.config.preset or "", AUTO).settings)}
     if named & {"mag_ratios", "profile"}:
         replaced |= {"steps_mask"}
     if "preset" in named:

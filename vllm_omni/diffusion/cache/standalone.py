@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -99,9 +100,14 @@ class StandaloneHook(ModelHook):
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         if output is None:  # the forward raised: the request is over
             self.session.restart()
-        elif self._forward is not None:
-            self._forward.commit(output)
-        self._close()
+        try:
+            if output is not None and self._forward is not None:
+                self._forward.commit(output)
+        except Exception:
+            self.session.restart()
+            raise
+        finally:
+            self._close()
         return output
 
     def _close(self) -> None:
@@ -143,7 +149,9 @@ def attach(module: torch.nn.Module, hook: StandaloneHook) -> None:
 def detach(module: torch.nn.Module) -> None:
     """Leave the module as it was before `attach`."""
     HookRegistry.get_or_create(module).remove_hook(HOOK_NAME)
-    vars(unwrapped(module)).pop("cache_context", None)
+    context = vars(unwrapped(module)).pop("cache_context", None)
+    if isinstance(context, _BranchContext) and not inspect.ismethod(context.own):  # somebody's, on this very instance
+        vars(unwrapped(module))["cache_context"] = context.own
 
 
 def refuse_other_caches(module: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
-FORMAT = 2
+FORMAT = 3
+_PLAIN = (bool, int, float, str)
 MOST_SIGNATURES = 32  # a model that is called with another number each time must not be examined each time
 
 
@@ -162,10 +164,13 @@ def _finding(kept: Mapping[str, Any]) -> Finding:
 
 def _file_of(module: torch.nn.Module) -> Path | None:
     """Where findings are kept; None if it cannot be said of which code the model is made."""
-    digest = hashlib.sha256(f"{FORMAT} {diffusers.__version__}".encode())
+    versions = [version(name) for name in ("diffusers", "torch", "transformers", "peft")]
+    digest = hashlib.sha256(f"{FORMAT} {versions}".encode())
     for name, weight in module.named_parameters():
         if ".lora_" not in name:
-            digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}".encode())
+            digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}{weight.dtype}".encode())
+    for part in module.modules():  # what it was made with, and whether it trains
+        digest.update(repr(sorted((n, v) for n, v in vars(part).items() if isinstance(v, _PLAIN))).encode())
     config = module.config.items() if isinstance(module, diffusers.ConfigMixin) else ()
     digest.update(repr(sorted((name, value) for name, value in config if not name.startswith("_"))).encode())
     for source in sorted({type(part).__module__ for part in module.modules()}):

@@ -10,6 +10,7 @@ equal in calls that are joined, since a row could have got another row's: one mo
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack, pack
@@ -93,6 +95,8 @@ class _Examination:
     def finding(self, known: DenoiserSpec | None) -> Finding:
         seen = watch(self.module, lambda: self._run(self.arguments))
         self.wanted = copied(seen.output)
+        if not tensors_in(self.wanted) or unknown_in({"output": seen.output}) is not None:
+            return Finding(NOTHING, False, "it cannot be seen what is in its output")
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors_in(self.wanted)):
             return Finding(NOTHING, False, "its output is not finite")
         stack, wanted, why = self._stack(seen, known)
@@ -329,7 +333,11 @@ def untouched(module: torch.nn.Module, arguments: Mapping[str, Any]) -> Iterator
     devices = {t.device.index for t in tensors_in(arguments) if t.device.type == "cuda"}
     owners = [attributes for part in module.modules() for attributes in (vars(part), *_containers(vars(part)))]
     kept = [(owner, owner.copy()) for owner in owners]
-    values = [(buffer, buffer.clone()) for buffer in module.buffers()]
+    mine = [[value for name, value in vars(part).items() if name not in _TORCHS_OWN] for part in module.modules()]
+    kept_tensors = [tensor for tensor in tensors_in(mine) if not isinstance(tensor, torch.nn.Parameter)]
+    values = [(tensor, tensor.clone()) for tensor in (*module.buffers(), *kept_tensors)]
+    draws = [(one, one.get_state()) for each in mine for one in each if isinstance(one, torch.Generator)]
+    others = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(sorted(devices)):
         try:
             yield
@@ -338,6 +346,10 @@ def untouched(module: torch.nn.Module, arguments: Mapping[str, Any]) -> Iterator
                 if [*map(id, _flat(owner))] != [*map(id, _flat(content))]:
                     owner.clear()
                     (owner.extend if isinstance(owner, list) else owner.update)(content)
+            random.setstate(others[0])
+            np.random.set_state(others[1])
+            for generator, state in draws:
+                generator.set_state(state)
             for buffer, value in values:
                 if buffer.device == value.device and not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)

@@ -13,6 +13,7 @@ from vllm_omni.diffusion.denoiser.discover import names_of
 from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.rows import equal, joined, latents_of, row_shape
 from vllm_omni.diffusion.denoiser.specs import Text
+from vllm_omni.errors import InvalidValueError
 
 WORTH_PADDING = 1.25  # the longest sequence of a forward over the shortest
 
@@ -26,7 +27,10 @@ class CallBinder:
         self.pads = True  # shorter texts, with a mask
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """The call's arguments by name."""
+        """The call's arguments by name; InvalidValueError for one that has none."""
+        if len(args) > len(self._names):
+            fix = "is called with more arguments by place than it names; give them names, as diffusers' own have"
+            raise InvalidValueError(self.name, f"{len(args)} arguments", fix)
         return dict(zip(self._names, args, strict=False)) | kwargs
 
     def key(self, arguments: Mapping[str, Any], alone: Hashable, memory: dict[int, Any]) -> Hashable:

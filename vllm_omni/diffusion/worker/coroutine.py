@@ -239,6 +239,7 @@ class PipelineTask:
         if device is not None:
             self.pipeline.__class__ = _on_device(type(pipeline), device)  # type: ignore[arg-type]
         own |= {name: copy.copy(v) for name, v in own.items() if isinstance(v, BaseGuidance)}  # notes step and branch
+        own |= {name: copy.copy(v) for name, v in own.items() if type(v) in (list, dict, set)}  # what a run notes there
         own |= {name: threading.Lock() for name, v in own.items() if isinstance(v, _LOCK)}  # held while it is parked
         for name in DENOISER_NAMES:
             if isinstance(module := own.get(name), torch.nn.Module):

@@ -8,6 +8,7 @@ from typing import Any
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
 from vllm_omni.diffusion.cache.settings import Budget, CacheSettings
 from vllm_omni.diffusion.denoiser.rows import latents_of
+from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels.timing import Pace
 
@@ -33,6 +34,14 @@ def settle(pace: Pace, settings: CacheSettings, size: Hashable, schedule: Schedu
         fix = f"is out of reach for {steps} (nearest: {nearest:.3g}, {least} full forwards)"
         raise InvalidValueError("seconds", budget.seconds, fix)
     return settings._replace(plan=Budget(nfe=nfe, seconds=budget.seconds))
+
+
+def usual(request: Request) -> bool:
+    """Whether a profile may be learnt of it: the model as it is, on the whole schedule of so many steps."""
+    asked, schedule = request.task.arguments, request.schedule
+    own = asked.get("sigmas") is not None or asked.get("timesteps") is not None
+    whole = schedule is None or asked.get("num_inference_steps") in (None, schedule.steps)
+    return whole and not own and not request.adapters and not request.changes
 
 
 def size_of(denoiser: str, arguments: Mapping[str, Any], asked: Mapping[str, Any]) -> Hashable:

@@ -42,7 +42,7 @@ from vllm_omni.diffusion.worker.coroutine import (
     device_of,
 )
 from vllm_omni.diffusion.worker.memory import Retries, work_of
-from vllm_omni.diffusion.worker.pace import settle, size_of
+from vllm_omni.diffusion.worker.pace import settle, size_of, usual
 from vllm_omni.diffusion.worker.preview import can_preview, draw
 from vllm_omni.diffusion.worker.request import ParkedCall, PlanOf, Previews, Request
 from vllm_omni.diffusion.worker.shared_modules import OwnChanges, SharedModules
@@ -382,8 +382,8 @@ class ModelRunner:
                 request.task.pipeline, request.schedule.steps, request_id=request.request_id, settings=settings
             )
             assert state is not None
-            unlike = isinstance(state, RecordingState) and (request.adapters or request.changes)
-            request.cache = CacheState() if unlike else state  # a profile is of the model as it is
+            unlike = isinstance(state, RecordingState) and not usual(request)
+            request.cache = CacheState() if unlike else state
 
 
 def _scales_kept(module: torch.nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from vllm_omni.diffusion.cache.base import StackBackend
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.cache.selector import get_cache_backend
-from vllm_omni.diffusion.cache.settings import CacheSettings, engine_backend, override, parse
+from vllm_omni.diffusion.cache.settings import CacheSettings, engine_backend, made_with, override, parse
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.denoiser.specs import denoisers_of
@@ -147,8 +147,9 @@ class DiffusionWorker:
         """The backend of these settings, enabled on the pipeline when it is first asked for."""
         name = settings.backend
         if name not in self._backends:
-            backend = get_cache_backend(name, settings.config)
+            backend = get_cache_backend(name, made_with(name, self.default_cache))
             assert isinstance(backend, StackBackend)  # `engine_backend` let no other through
+            backend.by_request = self.default_cache is None or self.default_cache.backend != name
             backend.enable(self.pipeline, standalone=False, known=self.runner.denoisers)
             if backend.store.budget is None and self.config.parallel_config.ranks > 1:
                 self._limit(backend)

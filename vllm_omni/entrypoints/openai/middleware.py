@@ -63,7 +63,7 @@ class Gatekeeper:
 
     def __init__(self, app: ASGIApp, state: AppState, open_paths: frozenset[str]) -> None:
         self.app, self.statuses, self.open_paths = app, state.statuses, open_paths
-        http, hosts = state.config.http, frozenset(state.config.allowed_hosts)
+        http, hosts = state.config.http, frozenset(host.lower() for host in state.config.allowed_hosts)
         self.hosts = hosts or (LOOPBACK if http.host in LOOPBACK and not http.uds else hosts)
         self.origins = frozenset(http.allowed_origins)
         self.max_body = state.config.limits.max_body_bytes

@@ -63,7 +63,7 @@ class MagCacheBackend(StackBackend):
         if self._waits(settings, ratios, profile):  # it runs uncached, whatever it asks for
             return
         if ratios is None and not isinstance(settings.plan, Mask):
-            raise InvalidValueError("mag_ratios", None, "must be given unless steps_mask is or a curve is known")
+            raise self._no_curve()
         if steps is not None and not (isinstance(settings.plan, Budget) and settings.plan.seconds):
             budgeted_forwards(settings, profile, steps)
         choose_predictor(settings, profile)
@@ -180,16 +180,19 @@ class MagCacheBackend(StackBackend):
         if self.config.calibrate == "auto" and (nothing or any(map(unfinished, self.profiles))):
             self.learning = Learning(self._class, self._fingerprint, model_name)
             return
-        if nothing and self.calibration is None:
-            raise InvalidValueError(
-                "mag_ratios",
-                None,
-                f"must be given: no magnitude curve is known for this checkpoint ({model_name or 'unnamed'}); "
-                "learn one from the first requests with calibrate='auto', measure one with `vllm-omni calibrate MODEL` "
-                "and pass profile='FILE', or, if it is one of these checkpoints, its profile by name: "
-                f"{', '.join(profile_names(self._class)) or 'none of this class'}",
-            )
+        if nothing and self.calibration is None and not self.by_request:
+            raise self._no_curve(model_name)
         choose_predictor(self.settings, next(iter(self.profiles), None))
+
+    def _no_curve(self, model_name: str = "") -> InvalidValueError:
+        return InvalidValueError(
+            "mag_ratios",
+            None,
+            f"must be given: no magnitude curve is known for this checkpoint ({model_name or 'unnamed'}); "
+            "learn one from the first requests with calibrate='auto', measure one with `vllm-omni calibrate MODEL` "
+            "and pass profile='FILE', or, if it is one of these checkpoints, its profile by name: "
+            f"{', '.join(profile_names(self._class)) or 'none of this class'}",
+        )
 
 
 @lru_cache(maxsize=64)

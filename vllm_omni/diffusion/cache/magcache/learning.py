@@ -6,9 +6,11 @@ choice for each budget and its decibels) is for whoever has time to spare: `unfi
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from vllm_omni.diffusion.cache.calibration import Calibration, RecordingState
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
-from vllm_omni.diffusion.cache.profile import CacheProfile
+from vllm_omni.diffusion.cache.profile import CacheProfile, load_profile
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
@@ -63,9 +65,16 @@ class Learning:
 
 
 def keep(profile: CacheProfile) -> None:
-    """Write a learnt profile; one that cannot be written lasts as long as the process."""
+    """Write a learnt profile, unless another process has one that lacks less.
+
+    One that cannot be written lasts as long as the process.
+    """
+    path = profile_folder() / f"{profile.name}-{profile.fingerprint}-{len(profile.ratios)}.json"
     try:
-        profile.save(profile_folder() / f"{profile.name}-{profile.fingerprint}-{len(profile.ratios)}.json")
+        with suppress(InvalidValueError):
+            if path.exists() and len(load_profile(path).lacks) < len(profile.lacks):
+                return
+        profile.save(path)
     except OSError as error:
         logger.warning("the learnt profile %s cannot be kept: %s", profile.name, error)
 

@@ -64,6 +64,7 @@ def best_plan(costs: np.ndarray, nfe: int, compute_last_step: bool = True) -> Pl
     least = len(forced_steps(steps, compute_last_step))
     if not least <= nfe <= steps:
         raise ValueError(f"no plan of {steps} steps has {nfe} full forwards: from {least} to {steps}")
+    costs = np.where(np.isnan(costs), np.inf, costs)
     computed = _computed_steps(costs, nfe, steps, compute_last_step)
     return tuple(bool(flag) for flag in np.isin(np.arange(steps), computed))
 
