@@ -15,6 +15,7 @@ from pipelines import run_latents, tiny_flux
 from planning import planned
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
+from vllm_omni.diffusion.cache.magcache.learning import keep
 from vllm_omni.diffusion.cache.profile import (
     FORMAT,
     CacheProfile,
@@ -185,6 +186,9 @@ HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
     "gains without sigmas": (text_of(gains=[1.0] * 6, sigmas=None, gram=None), "sigmas must be given with"),
     "infinite decibels": (text_of(budgets=[{"speedup": 2, "predictor": "linear", "psnr": float("inf")}]), "psnr"),
     "an unknown mask": (text_of(budgets=[{"speedup": 2, "predictor": "linear", "mask": "best"}]), "mask"),
+    "no budgets": (text_of(budgets=None), "valid profile"),
+    "old budgets of another kind": (text_of(format=2, predictors=5), "profile"),
+    "a ratio of four hundred digits": (lambda: '{"format": 2, "ratios": [1, ' + "9" * 400 + "]}", "profile"),
     "budgets of text": (text_of(budgets="fast"), "MeasuredBudget is made from a dict"),
     "nan sigma": (text_of(sigmas=[1, 0.9, float("nan"), 0.5, 0.3, 0.1]), "sigmas"),
     "negative sigma": (text_of(sigmas=[1, 0.9, 0.8, 0.5, 0.3, -0.1]), "sigmas"),
@@ -211,6 +215,31 @@ def test_a_hostile_profile_is_refused_with_its_name(how: str, tmp_path: Path) ->
     with pytest.raises(InvalidValueError, match=message) as caught:
         load_profile(file)
     assert "bad.json" in str(caught.value)
+
+
+def test_files_of_the_profile_folder_that_cannot_be_read_are_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path))
+    (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
+    for how, (text, _) in HOSTILE.items():
+        (tmp_path / f"{how}.json").write_text(text())
+    (tmp_path / "good.json").write_text(json.dumps(content(fingerprint="x" * 32)))
+    assert [profile.name for profile in find_profiles("", "x" * 32)] == ["made"]
+    assert caplog.text.count("passed over") >= len(HOSTILE) - 1
+
+
+def test_a_learnt_profile_does_not_take_the_place_of_a_better_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several processes learn the same."""
+    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path))
+    bare = CacheProfile.from_dict(content(gains=None, budgets=[]))
+    better = bare.model_copy(update={"gains": (1.0,) * len(bare.ratios)})
+    for one in (bare, better, bare):
+        keep(one)
+    (file,) = tmp_path.glob("*")
+    assert load_profile(file).gains is not None
 
 
 def test_the_profile_behind_the_hostile_ones_is_valid(tmp_path: Path) -> None:

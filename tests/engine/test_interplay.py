@@ -1,4 +1,4 @@
-"""Features that meet: previews, gates without room, other weights, adapters while a profile is learnt."""
+"""Features that meet: previews, gates without room, other weights, adapters and guidance while a profile is learnt."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.magcache.learning import REQUESTS
 from vllm_omni.engine.control import EngineControl
+from vllm_omni.engine.describe import describe
+from vllm_omni.engine.learning import IdleLearning
 from vllm_omni.engine.wire import UpdateWeights
+from vllm_omni.errors import InvalidValueError
 
 
 def drawn(omni: Omni, outputs: dict[str, Any]) -> int:
@@ -99,7 +102,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def learning(folder: Path, **more: Any) -> Omni:
-    return Omni(str(folder), dtype="float32", cache_backend="magcache", cache_config={"calibrate": "auto"}, **more)
+    engine = {"dtype": "float32", "cache_backend": "magcache", "cache_config": {"calibrate": "auto"}}
+    return Omni(str(folder), **engine | more)
 
 
 SHORT: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "height": 32, "width": 32}
@@ -134,3 +138,49 @@ def test_a_profile_is_learnt_of_the_model_as_it_is_and_not_of_an_adapter(folder:
             assert output.ok and output.skipped_steps == 0
         learner = omni.engine.worker.learner
         assert learner is not None and learner.learn() is None and omni.engine.worker.profile_names == []
+
+
+def test_a_guided_request_among_others_does_not_keep_a_profile_from_being_learnt(folder: Path) -> None:
+    with learning(folder) as omni:
+        guided = Params(seed=0, true_cfg_scale=3.0, negative_prompt="x", **SHORT)
+        assert omni.generate("x", guided, use_tqdm=False)[0].ok
+        for seed in range(REQUESTS):
+            omni.generate("x", Params(seed=seed, **SHORT), use_tqdm=False)
+        assert omni.generate("x", Params(seed=9, **SHORT), use_tqdm=False)[0].skipped_steps > 0
+
+
+def test_a_profile_is_not_learnt_of_noise_levels_of_a_requests_own(folder: Path) -> None:
+    with learning(folder) as omni:
+        for seed in range(REQUESTS):
+            own = Params(seed=seed, sigmas=[0.4, 0.3, 0.2, 0.1], **SHORT)
+            assert omni.generate("x", own, use_tqdm=False)[0].skipped_steps == 0
+        learner = omni.engine.worker.learner
+        assert learner is not None and learner.learn() is None and omni.engine.worker.profile_names == []
+
+
+def test_a_backend_that_a_request_brings_leaves_nothing_of_its_settings_behind() -> None:
+    curve = {"backend": "magcache", "mag_ratios": [1.0] * 8, "nfe": 4}
+    with Omni.from_pipe(tiny_flux(), defaults=DEFAULTS) as omni:
+        params = Params(num_inference_steps=8, seed=0, output_type="latent")
+        first = omni.generate(embeds(0), params.model_copy(update={"cache": curve}), use_tqdm=False)[0]
+        assert first.ok and first.skipped_steps == 4
+        bare = {"backend": "magcache", "nfe": 4}
+        second = omni.generate(embeds(0), params.model_copy(update={"cache": bare}), use_tqdm=False)[0]
+        assert isinstance(second.error, InvalidValueError) and second.error.field.endswith("mag_ratios")
+
+
+def test_a_budget_of_the_engines_own_ends_no_trial(folder: Path) -> None:
+    """Trials have plans of their own; one of two steps could not keep a budget of three forwards."""
+    with learning(folder, cache_config={"calibrate": "auto", "nfe": 3}) as omni:
+        for seed in range(REQUESTS):
+            omni.generate("x", Params(seed=seed, **SHORT), use_tqdm=False)
+        idle = IdleLearning(omni.engine, describe(omni.engine, {}))
+        for _ in range(400):
+            if not idle.wanted:
+                break
+            idle.begin()
+            while omni.engine.has_unfinished_requests():
+                for output in omni.engine.step():
+                    assert idle.takes(output)
+        learner = omni.engine.worker.learner
+        assert learner is not None and learner.profiles[0].lacks == []

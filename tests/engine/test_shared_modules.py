@@ -216,6 +216,39 @@ def test_what_a_preview_sets_is_gone_after_it() -> None:
     assert previews == 2
 
 
+class Multistep(d.FluxPipeline):
+    """Keeps the velocities of a run on itself, and mixes each with the one before."""
+
+    def __call__(self, **kwargs: Any) -> Any:
+        self.history.clear()
+        own = self.scheduler.step
+
+        def step(output: Any, *given: Any, **named: Any) -> Any:
+            self.history.append(output)
+            return own(sum(self.history[-2:]) / len(self.history[-2:]), *given, **named)
+
+        self.scheduler.step = step
+        try:
+            return super().__call__(**kwargs)
+        finally:
+            del self.scheduler.step
+
+
+def test_what_a_pipeline_notes_on_itself_is_its_requests_own() -> None:
+    def build() -> Any:
+        pipe = Multistep(**tiny_flux().components)
+        pipe.history = []
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    plain = [run_latents(build(), i=i, seed=i, num_inference_steps=5 + i) for i in range(3)]
+    with Omni.from_pipe(build(), defaults=DEFAULTS) as omni:
+        params = [Params(num_inference_steps=5 + i, seed=i, output_type="latent") for i in range(3)]
+        outputs = omni.generate([embeds(i) for i in range(3)], params, use_tqdm=False)
+    for output, wanted in zip(outputs, plain, strict=True):
+        assert output.ok and distance(output.latents, wanted) < 1e-5
+
+
 # ------------------------------------------------------------------------------------------------------------ VAE dtype
 
 

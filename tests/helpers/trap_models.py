@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -144,6 +147,30 @@ class Counts(Plain):
 class Noisy(Plain):
     def forward(self, noisy: torch.Tensor, when: torch.Tensor) -> torch.Tensor:
         return super().forward(noisy + 0.01 * torch.randn_like(noisy), when)
+
+
+class Boxed(Plain):
+    """Returns an object of its own kind."""
+
+    def forward(self, noisy: torch.Tensor, when: torch.Tensor) -> Any:
+        return SimpleNamespace(sample=super().forward(noisy, when))
+
+
+class KeepsMean(Plain):
+    """Notes in place what it has seen, in a plain tensor, in a list and by a generator of its own; reads none of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.kept = torch.zeros(6, 4), [torch.zeros(1)]
+        self.draws = torch.Generator().manual_seed(0)
+
+    def forward(self, noisy: torch.Tensor, when: torch.Tensor) -> torch.Tensor:
+        self.mean.mul_(0.9).add_(noisy.mean(0))
+        self.kept[0] += 1
+        torch.rand(1, generator=self.draws)
+        np.random.rand()
+        random.random()
+        return super().forward(noisy, when)
 
 
 class BatchMean(Plain):

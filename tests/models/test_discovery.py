@@ -4,8 +4,11 @@ and wrong about none of the models that are easy to misunderstand.
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import trap_models as traps
@@ -13,9 +16,11 @@ from closeness import assert_close
 
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.discover import signature_of
-from vllm_omni.diffusion.denoiser.known import Denoiser
+from vllm_omni.diffusion.denoiser.known import Denoiser, _file_of
 from vllm_omni.diffusion.denoiser.prove import Finding, examine
-from vllm_omni.diffusion.denoiser.rows import joined, latents_of, take_rows
+from vllm_omni.diffusion.denoiser.rows import READ_AGAIN, equal, joined, latents_of, take_rows
+from vllm_omni.diffusion.worker.batching import CallBinder
+from vllm_omni.errors import InvalidValueError
 
 TEXT = {"text": traps.text_of()}
 PLACES = {"places": torch.arange(6).flip(0)[None]}
@@ -41,16 +46,62 @@ UNCACHED = {  # and what it says of the others
     traps.Unused: "its output is not made of what trunk return",
     traps.ReturnsMore: "blocks of trunk return something that the next ones do not get",
     traps.Without: "no list of blocks runs in it",
+    traps.Boxed: "it cannot be seen what is in its output",
     traps.Remembers: "the same call gives another output: it keeps state, or is random",
     traps.Compares: "the same call gives another output: it keeps state, or is random",
     traps.Counts: "the same call gives another output: it keeps state, or is random",
     traps.Noisy: "the same call gives another output: it keeps state, or is random",
 }
-ALONE = {traps.BatchMean, traps.BatchNorm, traps.Remembers, traps.Compares, traps.Counts, traps.Noisy}
+ALONE = {traps.Boxed, traps.BatchMean, traps.BatchNorm, traps.Remembers, traps.Compares, traps.Counts, traps.Noisy}
 
 
 def found(model: Any, arguments: dict[str, Any]) -> Finding:
     return examine(model, lambda given: model(**given), arguments, None)
+
+
+def test_what_a_model_notes_in_place_is_as_it_was() -> None:
+    model = traps.made(traps.KeepsMean)
+    model.mean.fill_(3.0)
+    random.seed(1)
+    np.random.seed(1)
+    states = model.draws.get_state(), random.getstate(), np.random.get_state()[1].copy()
+    assert found(model, traps.call_of()).cached
+    assert torch.equal(model.mean, torch.full((6, 4), 3.0)) and float(model.kept[0]) == 0
+    assert torch.equal(model.draws.get_state(), states[0]) and random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all()
+
+
+def test_findings_are_kept_for_a_model_that_is_made_alike_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path))
+    one, other, training, wider = (traps.made(traps.Plain) for _ in range(4))
+    other.mixes, wider = True, wider.double()
+    training.train()
+    files = [_file_of(model) for model in (one, other, training, wider)]
+    assert len(set(files)) == 4 and files[0] == _file_of(traps.made(traps.Plain))
+
+
+def test_a_small_argument_that_is_written_in_place_is_read_again() -> None:
+    memory: dict[int, Any] = {}
+    when = torch.tensor(1.0)
+    first = equal(when, memory)
+    when.fill_(2.0)
+    assert equal(when, memory) != first and not memory
+    large = torch.zeros(READ_AGAIN + 1)
+    assert equal(large, memory) == equal(large, memory) and len(memory) == 1
+
+
+def test_an_argument_by_place_that_has_no_name_is_refused() -> None:
+    class Conditions(traps.Plain):
+        def forward(self, noisy: Any, when: Any, *conditions: Any) -> Any:
+            return super().forward(noisy, when)
+
+    binder = CallBinder("transformer", Denoiser(traps.made(Conditions)))
+    call = traps.call_of()
+    assert set(binder.bind((call["noisy"], call["when"]), {})) == {"noisy", "when"}
+    with pytest.raises(InvalidValueError, match="by place"):
+        binder.bind((call["noisy"], call["when"], call["noisy"]), {})
 
 
 @pytest.mark.parametrize("kind", CACHED, ids=lambda kind: kind.__name__)

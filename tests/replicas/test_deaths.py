@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from closeness import levels_apart
+from paths import DEMO
 from pools import LONG, all_ready, asked, demo_pool, first_of, held, idle, kill
 from process_client import ARGS, last, until
 
 from vllm_omni import Omni
-from vllm_omni.errors import DeadlineExceededError, EngineDeadError, RequestAbortedError
+from vllm_omni.engine.wire import Sleep, UpdateWeights, Wake
+from vllm_omni.errors import DeadlineExceededError, EngineAsleepError, EngineDeadError, RequestAbortedError
 
 POISON = """
 import os, signal, sys
@@ -135,3 +138,42 @@ async def test_an_engine_that_will_not_start_any_more_leaves_the_others_to_serve
         assert isinstance((await task).error, EngineDeadError)
         with pytest.raises(EngineDeadError, match="died more than 0 times"):
             await last(pool, "nobody")
+
+
+@pytest.mark.slow
+async def test_an_engine_that_starts_while_the_others_do_something_does_it_too() -> None:
+    """The action lasts until it has started, or it dies while the first one does it."""
+    async with demo_pool() as pool:
+        first = pool.replicas[0].engine
+        do, kills = first.control, [True, False]
+
+        async def slowly(action: Any) -> Any:
+            if kills.pop(0):
+                kill(pool, 1)
+            after = await do(action)
+            await until(lambda: pool.replicas[1].engine.state == "ready", 120)
+            return after
+
+        kill(pool, 1)
+        await until(lambda: pool.replicas[1].engine.state != "ready")
+        kills[0] = False
+        first.control = slowly  # type: ignore[method-assign]
+        await pool.control(UpdateWeights(str(DEMO), ["transformer"]))
+        await all_ready(pool)
+        assert [one.engine.condition.weights for one in pool.replicas] == [{"transformer": str(DEMO)}] * 2
+        kills[:] = [True]
+        await pool.control(UpdateWeights(str(DEMO), ["vae"]))
+        await all_ready(pool)
+        assert pool.replicas[1].engine.condition.weights == pool.replicas[0].engine.condition.weights
+
+
+@pytest.mark.slow
+async def test_those_that_wait_are_answered_before_the_engines_sleep() -> None:
+    async with demo_pool() as pool:
+        tasks = await asked(pool, 14, "s", num_inference_steps=20, cache="off")
+        await pool.control(Sleep())
+        assert all(output.ok for output in await asyncio.gather(*tasks))
+        with pytest.raises(EngineAsleepError):
+            await last(pool, "late")
+        await pool.control(Wake())
+        assert (await last(pool, "after", num_inference_steps=2)).ok

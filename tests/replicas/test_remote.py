@@ -203,3 +203,25 @@ def test_pictures_in_shared_memory_travel_as_pictures() -> None:
     assert isinstance(media["image"], Image.Image) and media["image"].tobytes() == bytes(range(12))
     assert isinstance(media["images"][0], Image.Image) and media["mask"] == "kept"
     assert prompt["multi_modal_data"]["image"] is shared and _that_travels("red") == "red"
+
+
+@one_loop
+async def test_reports_that_end_for_a_moment_are_asked_for_again(pool: ReplicaPool) -> None:
+    wire = wire_of(pool, 0)
+    wire.cut.set()
+    await until(lambda: not pool.replicas[0].engine.ready)
+    wire.cut.clear()
+    await until(lambda: pool.replicas[0].engine.ready)
+    assert all((await asyncio.gather(*(last(pool, f"then-{i}", num_inference_steps=3) for i in range(4)))))
+
+
+@one_loop
+async def test_a_process_that_dies_within_a_replica_loses_nothing(pool: ReplicaPool, hosts: list[EngineHost]) -> None:
+    """The last test of this file: it takes the engine some seconds to be back."""
+    tasks = [asyncio.create_task(last(pool, f"kept-{i}", seed=i, **LONG)) for i in range(4)]
+    await until(lambda: all(host.engine.load.jobs for host in hosts))
+    process = hosts[0].engine._engine.process  # type: ignore[attr-defined]
+    process.kill()
+    outputs = await asyncio.gather(*tasks)
+    assert [output.error for output in outputs] == [None] * 4
+    await until(lambda: all(replica.engine.ready for replica in pool.replicas), 120)

@@ -253,6 +253,33 @@ def test_adapters_come_back_with_a_new_engine_process(adaptable: Running, folder
     refused(http.post(GENERATIONS, json=FEW | {"lora": "later"}), 400, "invalid_value")
 
 
+def test_an_adapter_of_the_start_that_was_unloaded_stays_away_after_a_restart(
+    adaptable: Running, folders: Path, http: httpx.Client
+) -> None:
+    """And a name that is another adapter's by then keeps the other's weights."""
+
+    def restart() -> None:
+        engine = adaptable.engine._engine
+        assert engine is not None
+        engine.process.kill()
+        engine.process.wait(10)
+        time.sleep(0.5)
+        for _ in range(600):
+            if http.get("/health/ready").status_code == 200:
+                return
+            time.sleep(0.05)
+
+    original = picture(http, lora="own")
+    assert unload(http, "own").status_code == 200
+    restart()
+    assert "own" not in listed(http)
+    assert load(http, "own", folders / "allowed" / "clay").status_code == 200
+    other = picture(http, lora="own")
+    assert other != original
+    restart()
+    assert picture(http, lora="own") == other
+
+
 def test_without_the_flag_nothing_is_loaded(server: Running, folders: Path) -> None:
     with httpx.Client(base_url=server.url, headers=AUTH) as client:
         told = refused(load(client, "ink", folders / "allowed" / "ink"), 403, "not_enabled")
