@@ -70,6 +70,16 @@ def served(pipeline: Any, count: int = 3, **settings: Any) -> tuple[list[Any], d
         return outputs, runner.denoisers["transformer"].facts(), dict(runner.forwards)
 
 
+def test_a_model_that_keeps_state_serves_one_request_after_the_other() -> None:
+    """As the plain pipeline does: the requests' calls do not alternate."""
+    plain = pipeline_of(traps.Compares)
+    wanted = [plain_of(plain, seed) for seed in range(3)]
+    outputs, facts, _ = served(pipeline_of(traps.Compares))
+    assert not facts["cached"] and not facts["batched"]
+    for output, latents in zip(outputs, wanted, strict=True):
+        assert_close(output.latents, latents)
+
+
 def test_the_page_shows_what_happens(capsys: pytest.CaptureFixture[str]) -> None:
     space: dict[str, Any] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)

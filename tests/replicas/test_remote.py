@@ -212,7 +212,8 @@ async def test_reports_that_end_for_a_moment_are_asked_for_again(pool: ReplicaPo
     await until(lambda: not pool.replicas[0].engine.ready)
     wire.cut.clear()
     await until(lambda: pool.replicas[0].engine.ready)
-    assert all((await asyncio.gather(*(last(pool, f"then-{i}", num_inference_steps=3) for i in range(4)))))
+    outputs = await asyncio.gather(*(last(pool, f"then-{i}", num_inference_steps=3) for i in range(4)))
+    assert all(output.ok for output in outputs)
 
 
 @one_loop

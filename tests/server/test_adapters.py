@@ -278,6 +278,8 @@ def test_an_adapter_of_the_start_that_was_unloaded_stays_away_after_a_restart(
     assert other != original
     restart()
     assert picture(http, lora="own") == other
+    assert unload(http, "own").status_code == 200
+    assert load(http, "own", folders / "allowed" / "chalk").status_code == 200
 
 
 def test_without_the_flag_nothing_is_loaded(server: Running, folders: Path) -> None:

@@ -139,7 +139,8 @@ class DiffusionEngine:
         self._take_back()
         for request_id in self.scheduler.admit():
             self._start(self._entries[request_id])
-        entries = [self._entries[request_id] for request_id in self.scheduler.schedule()]
+        stateful = any(denoiser.keeps_state for denoiser in self.worker.runner.denoisers.values())
+        entries = [self._entries[request_id] for request_id in self.scheduler.schedule(one_by_one=stateful)]
         batch = [entry.running for entry in entries if entry.running is not None]
         if batch and (fit := self.worker.runner.retries.at_once(batch)) < len(batch):
             self.scheduler.postpone([entry.request.request_id for entry in entries[fit:]])

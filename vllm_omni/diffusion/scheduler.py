@@ -97,10 +97,16 @@ class StepScheduler:
         """A running request's call is made elsewhere: it waits for no turn until it parks again."""
         self.running[request_id] = None
 
-    def schedule(self) -> list[str]:
-        """The next batch: ids of parked requests of one key and kind; empty if nobody is parked."""
+    def schedule(self, one_by_one: bool = False) -> list[str]:
+        """The next batch: ids of parked requests of one key and kind; empty if nobody is parked.
+
+        `one_by_one`: the first that began goes on to its end.
+        """
         self._tick += 1
         parked = [(i, p) for i, p in self.running.items() if p is not None and (i not in self.idle or not len(self))]
+        if one_by_one:
+            first = next((i for i in self.running if i not in self.idle or not len(self)), None)
+            parked = [(i, p) for i, p in parked if i == first]
         if not parked:
             return []
         _, oldest = min(parked, key=lambda item: (item[1].kind, item[1].since))

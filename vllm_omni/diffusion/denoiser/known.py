@@ -22,7 +22,7 @@ import torch
 
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.discover import signature_of
-from vllm_omni.diffusion.denoiser.prove import NO_ROOM, NOTHING, Call, Finding, examine, makes
+from vllm_omni.diffusion.denoiser.prove import NO_ROOM, NOTHING, STATE, Call, Finding, examine, makes
 from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec, spec_of, unwrapped
 from vllm_omni.envs import profile_folder
 from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
@@ -59,6 +59,11 @@ class Denoiser:
     def knows(self, arguments: Mapping[str, Any]) -> bool:
         """Whether it is known how a call like this may be made."""
         return self.written is not None or signature_of(arguments) in self.findings
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether a call may depend on those before it: then no other request's comes between those of one."""
+        return any(finding.reason.startswith(STATE) for finding in self.findings.values())
 
     def stack_for(self, arguments: Mapping[str, Any]) -> BlockStack | None:
         """The stack that such a call may be cached with; None: it computes."""

@@ -38,6 +38,7 @@ from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
 from vllm_omni.nested import copied, identical, largest_difference, mapped, rms_difference, tensors_in
 
 Call = Callable[[Mapping[str, Any]], Any]  # the denoiser, with its arguments by name
+STATE = "the same call gives another output: it keeps state, or is random"
 MOST_STACKS = 32  # that are tried, without blocks
 MOST_SHARED = 4  # arguments that are tried as shared
 MOST_ROLES = 12  # ways to join two calls that are tried, three forwards' work each
@@ -106,7 +107,7 @@ class _Examination:
         if not identical([output, ends], [self.wanted, wanted]):
             self._between()
             if not identical(self._run(self.arguments), self.wanted):
-                return Finding(NOTHING, False, "the same call gives another output: it keeps state, or is random")
+                return Finding(NOTHING, False, STATE)
             stack, ends, why = None, None, "its output, or what its blocks add, is another if they are tapped"
         try:
             roles, alone = self._roles(stack, ends)
