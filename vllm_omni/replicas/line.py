@@ -89,7 +89,11 @@ class Line:
             if not (free := [one for one in able if one.held < self._room]):
                 return
             there = frozenset[str]().union(*(one.engine.condition.adapters for one in able))
-            if not any(request.adapters <= one.engine.condition.adapters.keys() for one in able):
+            alive = [one for one in self._replicas if one.engine.state != "dead"]
+            holders = [one for one in alive if request.adapters <= one.engine.condition.adapters.keys()]
+            if holders and not any(one in able for one in holders):
+                continue  # the one that has it is being restarted, or has something to do first
+            if not holders:
                 names = ", ".join(sorted(request.adapters))
                 fix = "must be loaded" + (", all of them by one replica" if request.adapters <= there else "")
                 self._settle(request, UnknownAdapterError("lora_request", names, fix))

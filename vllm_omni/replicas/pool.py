@@ -29,7 +29,6 @@ from vllm_omni.errors import (
     OmniError,
     QueueFullError,
     RequestAbortedError,
-    UnknownAdapterError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.logger import init_logger
@@ -212,6 +211,8 @@ class ReplicaPool:
 
     def changed(self, name: str) -> None:
         """Note that the engine of a replica has started, or will not start any more."""
+        for request in self._line:
+            request.refused_by.discard(name)
         for replica in self.replicas:
             if replica.name == name and replica.missed:
                 task = asyncio.create_task(self._catch_up(replica))
@@ -258,7 +259,9 @@ class ReplicaPool:
                     async for output in outputs:
                         yield output
                 return
-            except (EngineAsleepError, UnknownAdapterError) as error:  # it has changed since it was last heard of
+            except (EngineAsleepError, InvalidValueError) as error:  # it has changed since it was last heard of
+                if isinstance(error, InvalidValueError) and error.field != "lora_request":
+                    raise
                 request.taken -= 1
                 request.refused_by.add(replica.name)
                 if all(one.name in request.refused_by for one in self.replicas):
