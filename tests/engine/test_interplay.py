@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import diffusers as d
 import pytest
 import torch
 from adapters import save_adapter
@@ -14,7 +15,7 @@ from closeness import assert_close
 from diffusers import DiffusionPipeline
 from families import FAMILIES
 from gating import asked
-from pipelines import DEFAULTS, embeds, save_tiny_flux, tiny_flux
+from pipelines import DEFAULTS, embeds, run_latents, save_tiny_flux, tiny_flux
 from stepping import add
 
 from vllm_omni import Omni
@@ -36,13 +37,14 @@ def drawn(omni: Omni, outputs: dict[str, Any]) -> int:
     return previews
 
 
-def test_latents_that_a_pipeline_gives_by_place_or_as_a_list_have_previews() -> None:
+def test_latents_that_a_pipeline_gives_by_place_or_as_a_list_end_nobody(caplog: pytest.LogCaptureFixture) -> None:
     family = next(f for f in FAMILIES if f.name == "Z-Image")
     with Omni.from_pipe(family.build(), defaults=family.settings) as omni:
         add(omni, "a", family.prompt(0), Params(num_inference_steps=6, seed=0, output_type="np", preview_every=2))
         add(omni, "b", family.prompt(1), Params(num_inference_steps=6, seed=1, output_type="latent"))
         outputs: dict[str, Any] = {}
-        assert drawn(omni, outputs) == 2
+        drawn(omni, outputs)  # the family has no VAE to draw with
+        assert "hidden_states" not in caplog.text
         assert outputs["a"].ok and outputs["b"].ok, (outputs["a"].error, outputs["b"].error)
         alone = omni.generate(
             family.prompt(1), Params(num_inference_steps=6, seed=1, output_type="latent"), use_tqdm=False
@@ -184,3 +186,37 @@ def test_a_budget_of_the_engines_own_ends_no_trial(folder: Path) -> None:
                     assert idle.takes(output)
         learner = omni.engine.worker.learner
         assert learner is not None and learner.profiles[0].lacks == []
+
+
+class Multistep(d.FluxPipeline):
+    """Keeps the velocities of a run on itself, and mixes each with the one before."""
+
+    def __call__(self, **kwargs: Any) -> Any:
+        self.history.clear()
+        own = self.scheduler.step
+
+        def step(output: Any, *given: Any, **named: Any) -> Any:
+            self.history.append(output)
+            return own(sum(self.history[-2:]) / len(self.history[-2:]), *given, **named)
+
+        self.scheduler.step = step
+        try:
+            return super().__call__(**kwargs)
+        finally:
+            del self.scheduler.step
+
+
+def test_what_a_pipeline_notes_on_itself_is_its_requests_own() -> None:
+    def build() -> Any:
+        pipe = Multistep(**tiny_flux().components)
+        pipe.history = []
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    plain = [run_latents(build(), i=i, seed=i, num_inference_steps=5 + i) for i in range(3)]
+    with Omni.from_pipe(build(), defaults=DEFAULTS) as omni:
+        params = [Params(num_inference_steps=5 + i, seed=i, output_type="latent") for i in range(3)]
+        outputs = omni.generate([embeds(i) for i in range(3)], params, use_tqdm=False)
+    for output, wanted in zip(outputs, plain, strict=True):
+        assert output.ok
+        assert_close(output.latents, wanted)

@@ -4,6 +4,7 @@ parts (LTX's long videos tile their VAE), hooks and blocks (guiders), torch's au
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -248,3 +249,51 @@ def test_a_second_guider_is_each_requests_own() -> None:
         outputs = omni.generate([family.prompt(i) for i in range(3)], params, use_tqdm=False)
     for output, latents in zip(outputs, wanted, strict=True):
         torch.testing.assert_close(output.latents, latents, rtol=1e-3, atol=1e-4)
+
+
+class Upcasts(d.FluxPipeline):
+    """Decodes in float32, as AuraFlow's pipeline does, and does not go back; with three steps it fails instead."""
+
+    def __call__(self, num_inference_steps: int = 4, **kwargs: Any) -> Any:
+        if num_inference_steps == 5:  # changed from the beginning: it waits in between for its denoiser
+            self.vae.to(dtype=torch.float32)
+        kwargs["output_type"] = "latent"
+        latents = super().__call__(num_inference_steps=num_inference_steps, **kwargs).images
+        if num_inference_steps < 5:
+            self.vae.to(dtype=torch.float32)
+        if num_inference_steps == 3:
+            raise RuntimeError("no room")
+        latents = self._unpack_latents(latents, 32, 32, self.vae_scale_factor)
+        images = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return d.pipelines.flux.FluxPipelineOutput(images=images.detach().float().numpy())
+
+
+@pytest.mark.parametrize("where", [{}, {"vae_device": "cpu"}], ids=["in line", "elsewhere"])
+def test_a_vae_that_was_cast_is_as_before_for_everybody_else(where: dict[str, str]) -> None:
+    pipe = tiny_flux()
+    pipe.__class__ = Upcasts
+    pipe.vae.to(torch.bfloat16)
+    pipe.vae.register_buffer("shift", torch.ones(3, dtype=torch.float64))
+    before = {name: tensor.dtype for name, tensor in pipe.vae.state_dict().items()}
+
+    def plain(i: int, steps: int) -> torch.Tensor:
+        own = copy.deepcopy(pipe)
+        own.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(i)
+        images = own(**embeds(i), **DEFAULTS, num_inference_steps=steps, generator=generator).images
+        return torch.as_tensor(images)
+
+    counts = [4, 6, 5, 3, 8]
+    wanted = {i: plain(i, steps) for i, steps in enumerate(counts) if steps != 3}
+    with Omni.from_pipe(pipe, defaults=DEFAULTS, **where) as omni:
+        for i, steps in enumerate(counts):
+            add(omni, str(i), embeds(i), Params(num_inference_steps=steps, seed=i))
+        outputs: dict[str, Any] = {}
+        while omni.engine.has_unfinished_requests():
+            outputs |= {output.request_id: output for output in omni.engine.step()}
+            assert {name: tensor.dtype for name, tensor in pipe.vae.state_dict().items()} == before
+    for i, image in wanted.items():
+        assert outputs[str(i)].ok, outputs[str(i)].error
+        away = torch.as_tensor(outputs[str(i)].images[0]) - image[0]
+        assert away.norm() < 1e-5 * image[0].norm()
+    assert "no room" in str(outputs["3"].error)

@@ -155,7 +155,7 @@ class Link:
                 try:
                     if not any(isinstance(one, Abort) and add.request_id in one.request_ids for one in after):
                         fetch(add.prompt, add.params)
-                except Exception as error:  # Pillow's, no memory: the request's own trouble
+                except (OSError, RuntimeError, TypeError, ValueError, MemoryError) as error:  # its own trouble
                     logger.error("the pictures of a request are dropped: %s", error)
                     self._refuse(add.request_id, _no_room(error))
                     refused = True

@@ -63,9 +63,9 @@ class Elsewhere:
 
     def attribute(self, module: torch.nn.Module, name: str) -> Any:
         """An attribute of the module, or of one inside it."""
-        value = getattr(module, name)
         if name == "device":
             return self.back
+        value = getattr(module, name)
         if name in ("to", "cpu", "cuda"):
             return partial(self.cast, module)
         if inspect.ismethod(value):

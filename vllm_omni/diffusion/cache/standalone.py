@@ -100,13 +100,14 @@ class StandaloneHook(ModelHook):
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         if output is None:  # the forward raised: the request is over
             self.session.restart()
+        forward, whole = self._forward, output is None
         try:
-            if output is not None and self._forward is not None:
-                self._forward.commit(output)
-        except Exception:
-            self.session.restart()
-            raise
+            if output is not None and forward is not None:
+                forward.commit(output)
+            whole = True
         finally:
+            if not whole:
+                self.session.restart()
             self._close()
         return output
 

@@ -96,9 +96,8 @@ class Components:
         """Whether a call is made elsewhere; not if the component is another one for some requests than for others."""
         name = _call_of(batch[0]).component
         own = any(request.changes for request in batch)
-        return (
-            name in self.elsewhere and not own and not (name in TEXT_ENCODERS and any(map(has_adapters, self.encoders)))
-        )
+        switched = name in TEXT_ENCODERS and any(map(has_adapters, self.encoders))
+        return name in self.elsewhere and not own and not switched
 
     def _send(self, batch: Sequence[Request]) -> None:
         calls = [_call_of(request) for request in batch]
@@ -112,12 +111,15 @@ class Components:
             if request.ended is not None:  # meanwhile
                 continue
             request.away = False
-            _, error = tried(
-                [request], lambda one, result=result: [self._runner.go_on(*one, result, seconds, len(batch))]
-            )
+            _, error = tried([request], partial(self._go_on, result, seconds, len(batch)))
             if error is not None:
                 self._runner.abort(request, error)
             self._returned.append(request)
+
+    def _go_on(self, result: Any, seconds: float, sharing: int, batch: Sequence[Request]) -> list[Any]:
+        (request,) = batch
+        self._runner.go_on(request, result, seconds, sharing)
+        return []
 
 
 def _each_or_errors(part: Elsewhere, calls: Sequence[ComponentCall]) -> list[Any]:

@@ -64,4 +64,5 @@ class TeaCacheBackend(GateBackend):
     def _found(self, denoiser: Denoiser, model_name: str) -> None:
         super()._found(denoiser, model_name)
         self._published = published_coefficients().get(model_name)
-        self.make_rule(self.config)
+        if not self.by_request:
+            self.make_rule(self.config)
