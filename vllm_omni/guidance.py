@@ -100,7 +100,9 @@ class StepCalls:
     def _learn(self) -> None:
         """Take in a step that is over."""
         calls, self._several = self._now, len(self._now) != 1
-        if self._order or self.over or len(calls) < 2 or not all(call.arguments for call in calls):
+        if self._order or self.over or len(calls) < 2:
+            return
+        if any(call.key is not None and not call.arguments for call in calls):
             return  # not looked at: the step before had one call
         if len({call.key for call in calls}) == 1 and all(call.form is not None for call in calls):
             self._orders[calls[0].name] = [Branch(call.name, call.shapes, call.key, call.form) for call in calls]

@@ -224,7 +224,7 @@ def test_files_of_the_profile_folder_that_cannot_be_read_are_passed_over(
     (tmp_path / "gone.json").symlink_to(tmp_path / "nowhere")
     for how, (text, _) in HOSTILE.items():
         (tmp_path / f"{how}.json").write_text(text())
-    (tmp_path / "good.json").write_text(json.dumps(content(fingerprint="x" * 32)))
+    (tmp_path / "good.json").write_text(json.dumps(content() | {"fingerprint": "x" * 32}))
     assert [profile.name for profile in find_profiles("", "x" * 32)] == ["made"]
     assert caplog.text.count("passed over") >= len(HOSTILE) - 1
 
@@ -234,7 +234,7 @@ def test_a_learnt_profile_does_not_take_the_place_of_a_better_one(
 ) -> None:
     """Several processes learn the same."""
     monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path))
-    bare = CacheProfile.from_dict(content(gains=None, budgets=[]))
+    bare = CacheProfile.from_dict(content() | {"fingerprint": "x" * 32})
     better = bare.model_copy(update={"gains": (1.0,) * len(bare.ratios)})
     for one in (bare, better, bare):
         keep(one)

@@ -170,7 +170,7 @@ async def test_an_engine_that_starts_while_the_others_do_something_does_it_too()
 @pytest.mark.slow
 async def test_those_that_wait_are_answered_before_the_engines_sleep() -> None:
     async with demo_pool() as pool:
-        tasks = await asked(pool, 14, "s", num_inference_steps=20, cache="off")
+        tasks = await asked(pool, 14, "s", num_inference_steps=60, cache="off")
         await pool.control(Sleep())
         assert all(output.ok for output in await asyncio.gather(*tasks))
         with pytest.raises(EngineAsleepError):

@@ -107,7 +107,9 @@ class IdleLearning:
             self._measurement, self._results, self._exact = _next(profile, switches), [], {}
             logger.info("magcache: %s of %s, when nobody waits", self._measurement.name, profile.name)
         if not self._measurement.trials:
-            self._finish(self._measurement.read([]))
+            read = self._measurement.read([])
+            self._given_up = read == profile  # nothing more can be found by trying
+            self._finish(read)
             return
         trial = self._measurement.trials[len(self._results)]
         if self._exact.get(trial.picture, (None,))[0] != trial.prompt:

@@ -131,8 +131,9 @@ class Beside:
 
     def wait(self, seconds: float) -> None:
         """Until one has ended, but no longer than `seconds`; for nothing if none runs."""
-        if self._started:
-            wait(self._started, seconds, FIRST_COMPLETED)
+        others = [part.lane.running for part, _, _ in self._waiting if part.lane.running is not None]
+        if self._started or others:
+            wait([*self._started, *others], seconds, FIRST_COMPLETED)
 
     def take(self) -> None:
         """Hand out the results that are there, and start what waited for that."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import suppress
 
 from vllm_omni.engine.interface import EngineCondition
 from vllm_omni.engine.wire import Action, LoadAdapter, Sleep, UnloadAdapter, UpdateWeights
@@ -54,7 +55,8 @@ class PoolControl:
                     after = await able[0].engine.control(action)
                 except OmniError:
                     for replica in absent:
-                        replica.missed.remove(action)
+                        with suppress(ValueError):  # it has started, and done it or refused it itself
+                            replica.missed.remove(action)
                     raise
                 if isinstance(action, UpdateWeights):
                     self.weights = after.weights

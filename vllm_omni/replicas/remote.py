@@ -240,6 +240,7 @@ class RemoteEngine:
         try:
             return await call
         except LinkLostError as error:
+            self._note_lost()
             raise EngineDeadError(f"the replica does not answer ({error})", 5.0) from None
 
     async def _watch(self) -> None:
@@ -250,7 +251,8 @@ class RemoteEngine:
                     async for frame in frames:
                         self._note(_event(frame))
             except LinkLostError as error:
-                logger.warning("a replica is lost: %s", error)
+                if self.state != "starting":  # it is told once
+                    logger.warning("a replica is lost: %s", error)
             except (ValueError, AssertionError) as error:
                 logger.error("a report of a replica cannot be read:\n%s", told(error))
             self._note_lost()
@@ -258,7 +260,7 @@ class RemoteEngine:
 
     def _note_lost(self) -> None:
         """Ask it nothing before it reports again; whoever started it starts another one, if it is dead."""
-        if self.state != "dead":
+        if self.state not in ("dead", "starting"):
             self.state = "starting"
             self.changed()
 

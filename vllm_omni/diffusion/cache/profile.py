@@ -167,11 +167,16 @@ class CacheProfile(Settings):
     def save(self, path: Path) -> None:
         """Write the profile as a file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(".part", f"{path.name}.", path.parent)
-        with os.fdopen(handle, "w") as file:
-            file.write(self.model_dump_json(indent=1) + "\n")
-        os.chmod(part, 0o644)
-        os.replace(part, path)
+        with tempfile.NamedTemporaryFile("w", suffix=".part", dir=path.parent, delete=False) as file:
+            part = Path(file.name)
+            try:
+                file.write(self.model_dump_json(indent=1) + "\n")
+                file.flush()
+                part.chmod(0o644)
+                part.replace(path)
+            except OSError:
+                part.unlink(missing_ok=True)
+                raise
 
 
 def _check_gram(field: str, rows: tuple[tuple[float, ...], ...], steps: int) -> None:

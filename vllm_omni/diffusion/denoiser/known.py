@@ -169,13 +169,15 @@ def _finding(kept: Mapping[str, Any]) -> Finding:
 
 def _file_of(module: torch.nn.Module) -> Path | None:
     """Where findings are kept; None if it cannot be said of which code the model is made."""
-    versions = [version(name) for name in ("diffusers", "torch", "transformers", "peft")]
+    versions = [version(name) for name in ("diffusers", "torch", "transformers")]
     digest = hashlib.sha256(f"{FORMAT} {versions}".encode())
     for name, weight in module.named_parameters():
         if ".lora_" not in name:
             digest.update(f"{name.replace('.base_layer', '')}{tuple(weight.shape)}{weight.dtype}".encode())
-    for part in module.modules():  # what it was made with, and whether it trains
-        digest.update(repr(sorted((n, v) for n, v in vars(part).items() if isinstance(v, _PLAIN))).encode())
+    for part in module.modules():  # what it was made with, and whether it trains; adapters come and go
+        own = vars(part).items() if not type(part).__module__.startswith("peft.") else ()
+        public = sorted((n, v) for n, v in own if isinstance(v, _PLAIN) and not n.startswith("_"))
+        digest.update(repr(public).encode())
     config = module.config.items() if isinstance(module, diffusers.ConfigMixin) else ()
     digest.update(repr(sorted((name, value) for name, value in config if not name.startswith("_"))).encode())
     for source in sorted({type(part).__module__ for part in module.modules()}):

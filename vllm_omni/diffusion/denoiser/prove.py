@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -334,7 +334,9 @@ def untouched(module: torch.nn.Module, arguments: Mapping[str, Any]) -> Iterator
     devices = {t.device.index for t in tensors_in(arguments) if t.device.type == "cuda"}
     owners = [attributes for part in module.modules() for attributes in (vars(part), *_containers(vars(part)))]
     kept = [(owner, owner.copy()) for owner in owners]
-    mine = [[value for name, value in vars(part).items() if name not in _TORCHS_OWN] for part in module.modules()]
+    mine: list[list[Any]] = [
+        [value for name, value in vars(part).items() if name not in _TORCHS_OWN] for part in module.modules()
+    ]
     kept_tensors = [tensor for tensor in tensors_in(mine) if not isinstance(tensor, torch.nn.Parameter)]
     values = [(tensor, tensor.clone()) for tensor in (*module.buffers(), *kept_tensors)]
     draws = [(one, one.get_state()) for each in mine for one in each if isinstance(one, torch.Generator)]
@@ -352,8 +354,9 @@ def untouched(module: torch.nn.Module, arguments: Mapping[str, Any]) -> Iterator
             for generator, state in draws:
                 generator.set_state(state)
             for buffer, value in values:
-                if buffer.device == value.device and not buffer.is_meta and not torch.equal(buffer, value):
-                    buffer.copy_(value)
+                same = buffer.is_meta or buffer.device != value.device or torch.equal(buffer, value)
+                with suppress(RuntimeError):  # one that cannot be written, was not
+                    _ = same or buffer.copy_(value)
 
 
 def _containers(attributes: Mapping[str, Any]) -> list[Any]:

@@ -19,6 +19,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import ArgumentBuilder, generator_of
 from vllm_omni.diffusion.worker.request import PlanOf, Request
 from vllm_omni.diffusion.worker.runner import ModelRunner
+from vllm_omni.errors import OmniError
 from vllm_omni.kernels.placement import place
 from vllm_omni.model_folder import generation_defaults
 
@@ -49,12 +50,21 @@ class DiffusionWorker:
         else:
             self._places = place(pipeline, self.config.component_devices)
         self.pipeline = pipeline
-        for module in denoisers_of(pipeline).values():
-            refuse_other_caches(module)
-        self.runner = ModelRunner(pipeline, self.config)
-        self.arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
-        if self.default_cache is not None:
-            self._backend(self.default_cache)
+        try:
+            for module in denoisers_of(pipeline).values():
+                refuse_other_caches(module)
+            self.runner = ModelRunner(pipeline, self.config)
+            self.arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
+            if self.default_cache is not None:
+                self._backend(self.default_cache)
+        except OmniError:
+            self._put_back()
+            raise
+
+    def _put_back(self) -> None:
+        """Move the components of somebody's pipeline to where they were."""
+        for name, device in self._places.items():
+            getattr(self.pipeline, name).to(device)
 
     def check(self, request: OmniDiffusionRequest) -> tuple[dict[str, Any], CacheSettings | None]:
         """The pipeline arguments and the cache of a request, or the error that its user should read."""
@@ -129,8 +139,7 @@ class DiffusionWorker:
             backend.disable(self.pipeline)
         self._backends.clear()
         self.runner.adapters.close()
-        for name, device in self._places.items():
-            getattr(self.pipeline, name).to(device)
+        self._put_back()
 
     def agree_on_memory(self, room: int | None) -> None:
         """Plan with `room` free bytes from now on, as all ranks do."""

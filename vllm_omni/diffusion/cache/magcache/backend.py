@@ -63,7 +63,7 @@ class MagCacheBackend(StackBackend):
         if self._waits(settings, ratios, profile):  # it runs uncached, whatever it asks for
             return
         if ratios is None and not isinstance(settings.plan, Mask):
-            raise self._no_curve()
+            raise self._no_curve(model_name_of(self._pipeline))
         if steps is not None and not (isinstance(settings.plan, Budget) and settings.plan.seconds):
             budgeted_forwards(settings, profile, steps)
         choose_predictor(settings, profile)
@@ -116,7 +116,7 @@ class MagCacheBackend(StackBackend):
 
         Otherwise the one in use stays, and the log says so: whoever trains beside wants the cache to go on.
         """
-        now = fingerprint(unwrapped(next(iter(denoisers_of(self._pipeline).values()))))
+        now = fingerprint(next(iter(self.denoisers.values())).module)
         if now == self._fingerprint:
             return
         self._fingerprint, name = now, model_name_of(self._pipeline)
