@@ -32,7 +32,7 @@ from vllm_omni.diffusion.cache.profile import (
 from vllm_omni.diffusion.cache.settings import Budget, CacheSettings, DiffusionCacheConfig, Mask, Preset
 from vllm_omni.diffusion.cache.state import CacheState, PlannedState
 from vllm_omni.diffusion.denoiser.known import Denoiser
-from vllm_omni.diffusion.denoiser.specs import DenoiserSpec, denoisers_of, unwrapped
+from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
 
