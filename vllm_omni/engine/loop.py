@@ -16,6 +16,7 @@ from vllm_omni.distributed.lockstep import control_of
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineStats, ModelInfo
 from vllm_omni.engine.learning import IDLE_S, IdleLearning, sample_prompt
+from vllm_omni.engine.malloc import return_freed_memory
 from vllm_omni.engine.wire import (
     Abort,
     Add,
@@ -40,6 +41,7 @@ logger = init_logger(__name__)
 REPORT_EVERY_S = 0.25
 PROGRESS_EVERY_S = 0.1
 RECENT = 32
+RETURN_EVERY_S = 300.0
 
 
 class EngineLoop:
@@ -70,6 +72,8 @@ class EngineLoop:
         self._seconds = {"queue": 0.0, "denoise": 0.0, "decode": 0.0}
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self._reported = self._progressed = 0.0
+        self.keeps_memory = False  # what the allocator has freed is kept for the next forward
+        self._returned = time.monotonic()
 
     def run(self) -> None:
         """Serve until Close."""
@@ -79,9 +83,16 @@ class EngineLoop:
             self._send_outputs(ended + [o for o in self.engine.collect() if not self._is_trial(o)])
             ended = [output for output in self.engine.step() if not self._is_trial(output)]
             self._measure()
+            self._return_memory()
             if self.control.after_step():
                 self._send(Controlled("", self.control.condition))
         self.engine.close()
+
+    def _return_memory(self) -> None:
+        """Now and then: what is kept free falls to pieces, and its pages add up over hours."""
+        if self.keeps_memory and time.monotonic() - self._returned >= RETURN_EVERY_S:
+            self._returned = time.monotonic()
+            return_freed_memory()
 
     def _obey(self, ended: list[OmniRequestOutput]) -> bool:
         """Take the commands that wait; with nothing to do, wait for one. False: stop."""

@@ -219,7 +219,7 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     from vllm_omni.engine.malloc import keep_freed_memory
     from vllm_omni.kernels.placement import device_in_turn
 
-    keep_freed_memory()
+    keeps_memory = keep_freed_memory()
     if start.replicas > 1:
         names = "device", *config.component_devices
         config = config.model_copy(update={name: device_in_turn(vars(config)[name], start.replica) for name in names})
@@ -227,7 +227,7 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     if start.step_timeout_s is not None and config.parallel_config.ranks == 1:
         engine.worker.runner.room.longest_s = start.step_timeout_s / TURNS_PER_TIMEOUT
     loop = EngineLoop(engine, link.commands, link.send, log_prompts=start.log_prompts)
-    loop.costs = start.costs or loop.costs
+    loop.costs, loop.keeps_memory = start.costs or loop.costs, keeps_memory
     info = describe(engine, {})
     tokens = warm_up(engine, info, loop.costs) if start.warmup else {}
     if config.parallel_config.ranks == 1:  # trials follow the clock, which is not the same on all ranks

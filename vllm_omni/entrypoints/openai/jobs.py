@@ -288,8 +288,10 @@ class VideoJobs:
             self.store.clear(job.id)
         elif error is not None and not isinstance(error, _STOPPING):
             detail = as_api_error(error).detail
-            private = () if self._config.log_prompts else (job.prompt,)
-            logger.error("video %s failed:\n%s", job.id, told(error, private))
+            texts = (job.prompt, *(value for value in job.fields.values() if isinstance(value, str)))
+            private = () if self._config.log_prompts else texts
+            trace = "" if isinstance(error, StoreError) else "\n" + told(error, private)  # a full disk is one line
+            logger.error("video %s failed: %s%s", job.id, error if not trace else type(error).__name__, trace)
             self.store.ended(job.id, detail.model_dump(), {})
 
     def _deleted(self, job_id: str) -> bool:
