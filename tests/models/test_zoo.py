@@ -57,7 +57,8 @@ def test_a_family_is_served_as_listed(family: Family) -> None:
     assert (served.cached, served.batched) == (listed.cached, listed.batched), f"{family.name} is served {served!r}"
     assert bool(listed.reason) is not (served.cached and served.batched) and (served.reason or not listed.reason)
     for one, mixed in zip(alone, together, strict=True):
-        assert (made(mixed) - made(one)).abs().max() <= RELATIVE * made(one).abs().max()
+        bound = max(RELATIVE, family.roundings * torch.finfo(torch.float32).eps)  # its own, where roundings grow
+        assert (made(mixed) - made(one)).abs().max() <= bound * made(one).abs().max()
         assert (mixed.skipped_steps, mixed.plan) == (one.skipped_steps, one.plan)
     assert serving.omni.engine.worker.cache_bytes == 0
     counts, serving.runner.joins = [0], False  # as diffusers calls it
