@@ -307,7 +307,7 @@ VIDEOS = [
         latte,
         TOKENS,
         settings=SMALL | {"video_length": 2, "negative_prompt": None},
-        roundings=256,  # on an AMD EPYC 110 of them, 84 on no other machine so far
+        roundings=256,  # 110 on an AMD EPYC, fewer than 84 elsewhere
     ),
     Family("Motif-Video", motif, TOKENS, MASK, settings=VIDEO, guidance=None),
     Family(
