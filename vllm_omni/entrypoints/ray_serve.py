@@ -158,7 +158,7 @@ def application(config: RayConfig) -> Application:
         name="Front",
         num_replicas=1,
         max_ongoing_requests=4096,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0},  # it must find a place also where engines have taken every core
         graceful_shutdown_timeout_s=drain_s,
     )(serve.ingress()(Front))
     settings = config.model_dump(mode="json", exclude_unset=True)
