@@ -188,3 +188,16 @@ def command(folder: Path, *words: str | Path, through: tuple[str, ...] = (), **e
     finally:
         process.terminate()
         process.wait(60)
+
+
+def replace_engine(server: Running, http: httpx.Client, path: str = "/health/ready") -> None:
+    """Kill the engine's process, and wait until another one answers at `path`."""
+    engine = server.engine._engine
+    assert engine is not None
+    engine.process.kill()
+    engine.process.wait(10)
+    time.sleep(0.5)
+    for _ in range(600):
+        if http.get(path).status_code == 200:
+            break
+        time.sleep(0.05)

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from adapters import save_adapter
 from diffusers import DiffusionPipeline
-from http_server import AUTH, ENGINE_ARGS, GENERATIONS, KEY, Held, Running, serve
+from http_server import AUTH, ENGINE_ARGS, GENERATIONS, KEY, Held, Running, replace_engine, serve
 from paths import DEMO
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
@@ -239,15 +239,7 @@ def test_adapters_come_back_with_a_new_engine_process(adaptable: Running, folder
     assert load(http, "later", gone).status_code == 200
     inked = picture(http, lora="ink")
     shutil.rmtree(gone)
-    engine = adaptable.engine._engine
-    assert engine is not None
-    engine.process.kill()
-    engine.process.wait(10)
-    time.sleep(0.5)
-    for _ in range(600):
-        if http.get("/health/ready").status_code == 200:
-            break
-        time.sleep(0.05)
+    replace_engine(adaptable, http)
     assert listed(http) == ["own", "ink"]  # the other one's folder is gone
     assert picture(http, lora="ink") == inked
     refused(http.post(GENERATIONS, json=FEW | {"lora": "later"}), 400, "invalid_value")
@@ -257,26 +249,14 @@ def test_an_adapter_of_the_start_that_was_unloaded_stays_away_after_a_restart(
     adaptable: Running, folders: Path, http: httpx.Client
 ) -> None:
     """And a name that is another adapter's by then keeps the other's weights."""
-
-    def restart() -> None:
-        engine = adaptable.engine._engine
-        assert engine is not None
-        engine.process.kill()
-        engine.process.wait(10)
-        time.sleep(0.5)
-        for _ in range(600):
-            if http.get("/health/ready").status_code == 200:
-                return
-            time.sleep(0.05)
-
     original = picture(http, lora="own")
     assert unload(http, "own").status_code == 200
-    restart()
+    replace_engine(adaptable, http)
     assert "own" not in listed(http)
     assert load(http, "own", folders / "allowed" / "clay").status_code == 200
     other = picture(http, lora="own")
     assert other != original
-    restart()
+    replace_engine(adaptable, http)
     assert picture(http, lora="own") == other
     assert unload(http, "own").status_code == 200
     assert load(http, "own", folders / "allowed" / "chalk").status_code == 200

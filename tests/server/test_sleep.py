@@ -17,7 +17,7 @@ import torch
 from adapters import save_adapter
 from closeness import levels_apart
 from diffusers import DiffusionPipeline
-from http_server import AUTH, ENGINE_ARGS, GENERATIONS, KEY, Held, Running, serve
+from http_server import AUTH, ENGINE_ARGS, GENERATIONS, KEY, Held, Running, replace_engine, serve
 from paths import DEMO
 from PIL import Image
 from pipelines import save_tiny_flux
@@ -172,25 +172,12 @@ def test_a_sleeping_engine_is_changed_by_nothing_but_its_wake(
         assert "wake" in refused(http.post(path, json=body), 409, "conflict")
 
 
-def killed(sleeper: Running, http: httpx.Client) -> None:
-    """The engine's process is killed, and another one answers."""
-    engine = sleeper.engine._engine
-    assert engine is not None
-    engine.process.kill()
-    engine.process.wait(10)
-    time.sleep(0.5)
-    for _ in range(600):
-        if http.get("/health").status_code == 200:
-            break
-        time.sleep(0.05)
-
-
 def test_a_process_that_dies_asleep_is_replaced_by_one_that_sleeps(sleeper: Running, http: httpx.Client) -> None:
     assert http.post("/v1/load_lora_adapter", json={"lora_name": "ink", "lora_path": "ink"}).status_code == 200
     assert http.post(UPDATE, json={"model_path": "changed"}).status_code == 200
     before = picture(http), picture(http, lora="ink")
     http.post("/sleep?level=2")
-    killed(sleeper, http)
+    replace_engine(sleeper, http, "/health")
     assert http.get("/is_sleeping").json()["level"] == 2
     refused(http.post(GENERATIONS, json=FEW), 503, "asleep")
     assert http.post("/wake_up").json()["weights"] == "changed"
@@ -229,7 +216,7 @@ def test_each_component_keeps_its_own_last_weights(sleeper: Running, folders: Pa
     assert second not in (old, first)
     for end in ("sleep", "death"):
         if end == "death":
-            killed(sleeper, http)
+            replace_engine(sleeper, http, "/health")
         http.post("/sleep?level=2")
         assert http.post("/wake_up").status_code == 200 and picture(http) == second, end
 

@@ -42,6 +42,7 @@ class Denoiser:
         self.module = unwrapped(module)
         self.written = written or spec_of(module)
         self.findings: dict[str, Finding] = {}
+        self.keeps_state = False  # a call may depend on those before it: no other request's comes in between
         self._stack = None if self.written is None else BlockStack(self.module, self.written)
         self._file = None if self.written is not None else _file_of(self.module)
         self._reported: set[str] = set()
@@ -59,11 +60,6 @@ class Denoiser:
     def knows(self, arguments: Mapping[str, Any]) -> bool:
         """Whether it is known how a call like this may be made."""
         return self.written is not None or signature_of(arguments) in self.findings
-
-    @property
-    def keeps_state(self) -> bool:
-        """Whether a call may depend on those before it: then no other request's comes between those of one."""
-        return any(finding.reason.startswith(STATE) for finding in self.findings.values())
 
     def stack_for(self, arguments: Mapping[str, Any]) -> BlockStack | None:
         """The stack that such a call may be cached with; None: it computes."""
@@ -123,6 +119,7 @@ class Denoiser:
         if finding.cached and self._stack is None:
             self._stack = BlockStack(self.module, finding.spec)
         self.findings[signature] = finding
+        self.keeps_state = self.keeps_state or finding.reason.startswith(STATE)
         how = "cached" if finding.cached else "not cached"
         how += ", in batches" if finding.joined else ", one call per forward"
         told = f"was found to be {how}: {finding.reason}" if finding.reason else f"was found to be {how}"
@@ -153,7 +150,7 @@ class Denoiser:
             for signature, kept in (content.get("calls") or {}).items():
                 self._take(str(signature), _finding(kept))
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            self.findings, self._stack = {}, None
+            self.findings, self._stack, self.keeps_state = {}, None, False
             logger.warning("passed over, and found anew: %s (%s)", file, error)
 
 
