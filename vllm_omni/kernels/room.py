@@ -15,7 +15,7 @@ from vllm_omni.logger import init_logger
 logger = init_logger(__name__)
 MARGIN = 1.1  # of each request's bytes: the next request may have a longer text
 KEPT_SIZES = 256
-ALWAYS = 16  # requests share a forward whatever it costs: fewer forwards were never slower (docs/log.md)
+ALWAYS = 16  # requests share a forward whatever it costs: so far gained, with the demo on one processor
 TRIES = 8  # forwards from which the quickest is taken for what that many requests cost
 PAYS = 1.03  # half as many are better if each takes so much less
 FADES = 1.01  # a quickest time is forgotten by so much with each further one: the machine may have become slower
