@@ -2,7 +2,7 @@
 
 32 clients pause between requests, so that the engines have about `--load` of what they can do; every rule sees the same
 requests and pauses, in turn, in rounds. The simulator then runs the same clients with the costs that the engines have
-measured meanwhile: its mean and its duration should be the real ones within a tenth. What the front adds is the time of
+measured meanwhile: its mean and its duration should be the real ones within a tenth (the exit code says so). What the front adds is the time of
 one-step requests through a pool of one engine, against the same engine asked directly, in turn, and the processor time
 of a choice among two engines that have 16 requests each. The last line is one JSON document.
 """
@@ -18,6 +18,8 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from vllm_omni.replicas.routing import Asked, Load, choose
 ARGS: dict[str, Any] = {"model": "demo", "cache_backend": "magcache", "max_num_seqs": 16}
 PROMPTS = ("red apple", "penguin", "blue car", "pizza", "snowman", "rocket")
 CACHES: dict[float, Any] = {1.0: "off", 0.5: {"speedup": 2.0}, 0.35: {"speedup": 1 / 0.35}}
-REPLICAS = 2
+REPLICAS, SAMPLE_S, AWAY = 2, 0.5, 0.1
 Script = list[list[tuple[float, Work]]]  # by client: a pause, and what comes after it
 
 
@@ -63,9 +65,10 @@ def params(work: Work, seed: int) -> Params:
     )
 
 
-async def real(pool: ReplicaPool, asked: Script, name: str) -> dict[str, Any]:
-    """The clients against the pool."""
+async def real(pool: ReplicaPool, asked: Script, name: str) -> tuple[dict[str, Any], Costs]:
+    """The clients against the pool, and what work cost meanwhile: costs change with what a machine does beside."""
     waits: list[float] = []
+    seen: list[Costs] = []
 
     async def client(number: int) -> None:
         for turn, (pause, work) in enumerate(asked[number]):
@@ -77,9 +80,17 @@ async def real(pool: ReplicaPool, asked: Script, name: str) -> dict[str, Any]:
                     assert output.ok, output.error
             waits.append(time.perf_counter() - began)
 
-    began = time.perf_counter()
+    async def watch() -> None:
+        while True:
+            await asyncio.sleep(SAMPLE_S)
+            with suppress(statistics.StatisticsError):  # not every size has run yet
+                seen.append(measured(pool))
+
+    began, watcher = time.perf_counter(), asyncio.create_task(watch())
     await asyncio.gather(*(client(number) for number in range(len(asked))))
-    return told(waits, time.perf_counter() - began)
+    seconds = time.perf_counter() - began
+    watcher.cancel()
+    return told(waits, seconds), averaged(seen or [measured(pool)])
 
 
 def simulated(costs: Costs, asked: Script, rule: str, seed: int) -> dict[str, Any]:
@@ -106,19 +117,28 @@ def told(waits: Sequence[float], seconds: float) -> dict[str, Any]:
 
 
 def measured(pool: ReplicaPool) -> Costs:
-    """What the engines have measured, on average."""
+    """What the engines have measured by now, on average. StatisticsError if some size never ran."""
     every = [replica.engine.ledger.costs for replica in pool.replicas]
 
-    def mean(field: str) -> dict[int, float]:
-        tables = [vars_of(costs)[field] for costs in every]
+    def mean(tables: Sequence[dict[int, float]]) -> dict[int, float]:
         return {size: statistics.mean(table[size] for table in tables if size in table) for size in SIZES}
 
-    unshared = statistics.mean(costs.unshared for costs in every)
-    return Costs(mean("alone"), mean("skipped"), mean("ends"), unshared, ARGS["max_num_seqs"])
+    return Costs(
+        row=mean([costs.alone for costs in every]),
+        skipped=mean([costs.skipped for costs in every]),
+        ends=mean([costs.ends for costs in every]),
+        unshared=statistics.mean(costs.unshared for costs in every),
+        places=ARGS["max_num_seqs"],
+        unshared_of=mean([costs.unshared_of for costs in every]),
+    )
 
 
-def vars_of(costs: Any) -> dict[str, dict[int, float]]:
-    return {"alone": costs.alone, "skipped": costs.skipped, "ends": costs.ends}
+def averaged(every: Sequence[Costs]) -> Costs:
+    def mean(name: str) -> dict[int, float]:
+        return {size: statistics.mean(vars(costs)[name][size] for costs in every) for size in SIZES}
+
+    tables = {name: mean(name) for name in ("row", "skipped", "ends", "unshared_of")}
+    return replace(every[0], unshared=statistics.mean(costs.unshared for costs in every), **tables)
 
 
 async def added(requests: int) -> dict[str, float]:
@@ -148,7 +168,8 @@ async def compare(options: argparse.Namespace) -> dict[str, Any]:
     async with local_pool(ARGS, REPLICAS) as pool:
         pause = 0.3
         await real(pool, script(96, 32, pause, 99), "warm")
-        rate = 96 / (await real(pool, script(96, 32, 0.01, 98), "most"))["seconds"]  # as many as they can
+        most, costs = await real(pool, script(96, 32, 0.01, 98), "most")
+        rate = 96 / most["seconds"]  # as many as they can
         pause = options.clients / (options.load * rate) - 1.5 / rate * options.clients / 8
         pause = max(0.2, pause)
         print(f"{rate:.1f} requests a second at most; pauses of {pause:.1f} s on average", flush=True)
@@ -156,13 +177,12 @@ async def compare(options: argparse.Namespace) -> dict[str, Any]:
             for rule in options.rules:
                 pool._line.choice = RULES[rule]()
                 asked = script(options.requests, options.clients, pause, turn)
-                case = {"rule": rule, "round": turn} | await real(pool, asked, f"{rule.replace(' ', '-')}-{turn}")
-                costs = measured(pool)
+                found, costs = await real(pool, asked, f"{rule.replace(' ', '-')}-{turn}")
+                case = {"rule": rule, "round": turn} | found
                 case["simulated"] = simulated(costs, asked, rule, turn)
                 cases.append(case)
                 ours, theirs = shown(case), shown(case["simulated"])
                 print(f"{rule:22} {ours}; simulated {theirs}", flush=True)
-        costs = measured(pool)
     return {"cases": cases, "costs": vars(costs), "most_per_s": rate}
 
 
@@ -170,7 +190,7 @@ def shown(case: dict[str, Any]) -> str:
     return f"mean {case['mean']:.3f}, p99 {case['p99']:.3f}, all in {case['seconds']:.1f} s"
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=200, help="of each run (default %(default)s)")
     parser.add_argument("--clients", type=int, default=32, help="(default %(default)s)")
@@ -191,10 +211,13 @@ def main() -> None:
     print("| rule | mean s | p99 s | simulated mean s |\n|---|---|---|---|")
     for rule, case in by_rule.items():
         print(f"| {rule} | {case['mean']:.3f} | {case['p99']:.3f} | {case['simulated_mean']:.3f} |")
+    away = {rule: case["simulated_mean"] / case["mean"] - 1 for rule, case in by_rule.items()}
+    print("simulated mean against the real one: " + ", ".join(f"{rule} {off:+.1%}" for rule, off in away.items()))
     if options.write_costs:
         options.write_costs.write_text(json.dumps(result["costs"]), encoding="utf-8")
     print(json.dumps({"benchmark": "replicas", "device": "cpu", "front": front, "rules": by_rule} | result))
+    return int(max(map(abs, away.values())) > AWAY)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -144,7 +144,7 @@ def main() -> None:
     options = parser.parse_args()
     costs = read_costs(json.loads(options.costs.read_text(encoding="utf-8"))) if options.costs else DEMO
     if options.unshared is not None:
-        costs = Costs(**vars(costs) | {"unshared": options.unshared})
+        costs = Costs(**vars(costs) | {"unshared": options.unshared, "unshared_of": {}})
     rules = compare_rules(costs, options.replicas, options.load, options.each, options.most, options.seed)
     table(
         f"Seconds of a request, load {options.load}, unshared share {costs.unshared}",
@@ -163,7 +163,8 @@ def main() -> None:
 
 def read_costs(data: dict[str, Any]) -> Costs:
     """Costs from JSON, whose keys are texts."""
-    tables = {name: {int(key): value for key, value in data[name].items()} for name in ("row", "skipped", "ends")}
+    names = ("row", "skipped", "ends", "unshared_of")
+    tables = {name: {int(key): value for key, value in data.get(name, {}).items()} for name in names}
     return Costs(**data | tables)
 
 

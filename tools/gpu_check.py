@@ -114,8 +114,11 @@ def _model(device: Any, name: str, make: Any, options: argparse.Namespace, repor
             told[section] = [*findings, _failure(report, name, section, error)]
             continue
         told[section] = [*findings, {"what": "seconds", "value": round(time.perf_counter() - began, 2)}]
-    bench.omni.close()
-    subject.pipeline.to("meta")
+    try:
+        bench.omni.close()
+        subject.pipeline.to("meta")
+    except Exception as error:  # on a device that is lost, say; the models before it have been measured
+        told["end"] = [_failure(report, name, "end", error)]
     return told
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vllm_omni import packages
 from vllm_omni._vllm_compat import INSTALL_HINT, TRIED, installed
-from vllm_omni.driver import device_problem, dotted, driver_cuda
+from vllm_omni.driver import architecture_problem, device_problem, dotted, driver_cuda
 
 LISTED = ("torch", "diffusers", "transformers", "greenlet", "pydantic", "msgspec", "imageio", "peft", "cache-dit")
 CGROUP = Path("/sys/fs/cgroup/cpu.max")
@@ -77,8 +77,10 @@ def _torch(found: Report) -> None:
     found.facts["device"] = torch.cuda.get_device_name() if cuda else f"cpu, {platform.machine()}"
     for index in range(torch.cuda.device_count() if cuda else 0):
         free, total = (nbytes / 2**30 for nbytes in torch.cuda.mem_get_info(index))
-        capability = dotted(torch.cuda.get_device_capability(index))
-        found.facts[f"cuda:{index}"] = f"capability {capability}, {free:.1f} of {total:.1f} GiB free"
+        capability = torch.cuda.get_device_capability(index)
+        found.facts[f"cuda:{index}"] = f"capability {dotted(capability)}, {free:.1f} of {total:.1f} GiB free"
+        if (problem := architecture_problem(index, capability, torch.cuda.get_arch_list())) is not None:
+            found.problems.append(problem)
     if (problem := device_problem(built, driver, cuda)) is not None:
         found.problems.append(problem)
     refused = driver is not None and not cuda  # `kernels.placement.device_for` does so
@@ -98,7 +100,7 @@ def _torch(found: Report) -> None:
 
 
 def _settings(environment: Mapping[str, str]) -> str:
-    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY")
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     return ", ".join(f"{name}={environment[name]}" if name in environment else f"{name} not set" for name in names)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 DRIVER = "libcuda.so.1"
 NO_DEVICE = "torch is a CPU build, and there is no driver"
@@ -35,6 +36,26 @@ def device_problem(built: str | None, driver: tuple[int, int] | None, available:
             f"would run on the CPU; update the driver, or install torch for CUDA {driver[0]}"
         )
     return f"torch for CUDA {built} finds no device behind the driver for {dotted(driver)}; see `nvidia-smi`"
+
+
+def architecture_problem(index: int, capability: tuple[int, int], built: Sequence[str]) -> str | None:
+    """Why a device cannot run what torch was built for, and what to do; None if it can.
+
+    `built`: as `torch.cuda.get_arch_list` has it: an `sm_` runs on devices of its major version from its minor one on, a
+    `compute_` is compiled for any newer device at its start.
+    """
+    for architecture in built:
+        kind, _, digits = architecture.partition("_")
+        digits = digits.rstrip("af")  # features of one device, or of one family
+        major, minor = int(digits[:-1]), int(digits[-1])
+        if (kind == "sm" and major == capability[0] and minor <= capability[1]) or (
+            kind == "compute" and (major, minor) <= capability
+        ):
+            return None
+    return (
+        f"cuda:{index} has capability {dotted(capability)}, and torch is built for {', '.join(built)}: no kernel would "
+        "run; install a build of torch that has it, or choose another device"
+    )
 
 
 def dotted(number: tuple[int, int]) -> str:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import MutableMapping
 from pathlib import Path
+
+SPINS = 2000  # rounds of GNU's OpenMP, about what waking a thread takes (docs/log.md)
 
 
 def log_level() -> str:
@@ -20,3 +23,13 @@ def api_key() -> str | None:
 def profile_folder() -> Path:
     """VLLM_OMNI_PROFILES: where `vllm-omni calibrate` writes and the engine looks (~/.cache/vllm_omni/profiles)."""
     return Path(os.environ.get("VLLM_OMNI_PROFILES") or Path.home() / ".cache" / "vllm_omni" / "profiles")
+
+
+def spin_briefly(environment: MutableMapping[str, str]) -> None:
+    """OMP_WAIT_POLICY or GOMP_SPINCOUNT: how a process's idle OpenMP threads wait. Unless one is set, they spin briefly.
+
+    Threads that sleep at once make small operations half as quick on a quiet machine; threads that spin as long as they
+    do by default take the cores of whoever else has work.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
+        environment["GOMP_SPINCOUNT"] = str(SPINS)

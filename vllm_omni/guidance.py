@@ -63,7 +63,8 @@ class StepCalls:
         if place != self._place:
             self._learn()
             self._place, self._now = place, []
-        branch = Branch(name, tuple(tensor.shape for tensor in tensors_in(arguments)), key)
+        watched = not self.over and (self._several or self._now or name in self._orders)
+        branch = Branch(name, tuple(tensor.shape for tensor in tensors_in(arguments)) if watched else (), key)
         self._now.append(branch)
         if self.over or key is None:
             return None

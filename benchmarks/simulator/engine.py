@@ -17,7 +17,10 @@ AGEING_S = 5.0  # what a level of priority is worth: see diffusion/scheduler.py
 
 @dataclass(frozen=True)
 class Costs:
-    """What work takes on one engine, in seconds: rows by pixels; `ends` is encoding and decoding."""
+    """What work takes on one engine, in seconds: rows by pixels; `ends` is encoding and decoding.
+
+    A row in company costs `unshared` of one by itself; `unshared_of` are the sizes of which more is known.
+    """
 
     row: dict[int, float]
     skipped: dict[int, float]
@@ -25,6 +28,12 @@ class Costs:
     unshared: float = 0.85
     places: int = 16
     start: float = 8.0  # from nothing to ready
+    unshared_of: dict[int, float] = field(default_factory=dict)
+
+    def forward(self, size: int, rows: int) -> float:
+        """Seconds of a forward that computes."""
+        d = self.unshared_of.get(size, self.unshared)
+        return self.row[size] * (1 - d + d * rows)
 
 
 class Work(NamedTuple):
@@ -36,10 +45,18 @@ class Work(NamedTuple):
     priority: int = 0
     client: int = 0
 
+    @property
+    def forwards(self) -> int:
+        """Of those that compute."""
+        return max(1, round(self.steps * self.share))
+
+    def beside(self, costs: Costs) -> float:
+        """Seconds that no other request shares: skips, encoding and decoding, whose costs are those in company."""
+        return (self.steps - self.forwards) * costs.skipped[self.pixels] + costs.ends[self.pixels]
+
     def seconds(self, costs: Costs) -> float:
-        computed = round(self.steps * self.share)
-        rest = (self.steps - computed) * costs.skipped[self.pixels]
-        return computed * costs.row[self.pixels] + rest + costs.ends[self.pixels]
+        """Of a request by itself."""
+        return self.forwards * costs.row[self.pixels] + self.beside(costs)
 
 
 @dataclass(eq=False)
@@ -59,7 +76,10 @@ class Job:
 
 @dataclass(eq=False)
 class Engine:
-    """One replica. Requests of one size advance alike, so each size has a clock of its own, and ends are known."""
+    """One replica. Requests of one size advance alike, so each size counts its forwards, and ends are known.
+
+    In a round each size has one forward, and each request the same part of what it shares with nobody.
+    """
 
     costs: Costs
     index: int
@@ -67,7 +87,8 @@ class Engine:
     up: bool = True
     leaving: bool = False
     version: int = 0  # of the event that says when its next request ends
-    turns: dict[int, float] = field(default_factory=dict)  # by pixels: seconds of work that each of them has got
+    turns: dict[int, float] = field(default_factory=dict)  # by pixels: the forwards that there were
+    beside: dict[int, float] = field(default_factory=dict)  # by pixels: seconds in a round that nobody shares
     ends: dict[int, list[tuple[float, int, Job]]] = field(default_factory=dict)
     running: int = 0
     waiting: list[tuple[float, int, Job]] = field(default_factory=list)
@@ -77,22 +98,25 @@ class Engine:
 
     def _round(self) -> float:
         """Seconds in which each size has one forward."""
-        d, row = self.costs.unshared, self.costs.row
-        return sum(row[size] * (1 - d + d * len(ends)) for size, ends in self.ends.items() if ends)
+        return sum(self.costs.forward(size, len(ends)) + self.beside[size] for size, ends in self.ends.items() if ends)
+
+    def _each(self, work: Work) -> float:
+        """Seconds between two of a request's forwards that nobody shares."""
+        return work.beside(self.costs) / work.forwards
 
     def advance(self, now: float) -> None:
         """Let it work until `now`; nothing ends before."""
         if self.running and (whole := self._round()):
             for size, ends in self.ends.items():
                 if ends:
-                    self.turns[size] += (now - self.clock) * self.costs.row[size] / whole
+                    self.turns[size] += (now - self.clock) / whole
         self.clock = now
 
     def next_end(self) -> float:
         whole, soonest = self._round(), math.inf
         for size, ends in self.ends.items():
             if ends:
-                soonest = min(soonest, (ends[0][0] - self.turns[size]) * whole / self.costs.row[size])
+                soonest = min(soonest, (ends[0][0] - self.turns[size]) * whole)
         return self.clock + max(0.0, soonest)
 
     def add(self, job: Job) -> None:
@@ -105,7 +129,8 @@ class Engine:
             _, order, job = heapq.heappop(self.waiting)
             size = job.work.pixels
             turn = self.turns.setdefault(size, 0.0)
-            heapq.heappush(self.ends.setdefault(size, []), (turn + job.seconds, order, job))
+            heapq.heappush(self.ends.setdefault(size, []), (turn + job.work.forwards, order, job))
+            self.beside[size] = self.beside.get(size, 0.0) + self._each(job.work)
             self.running += 1
 
     def finish(self) -> list[Job]:
@@ -117,27 +142,27 @@ class Engine:
         self.running -= len(done)
         for job in done:
             del self.told[job]
+            self.beside[job.work.pixels] -= self._each(job.work)
         self._admit()
         return done
 
     def lose(self) -> list[Job]:
         """All that it had; it starts over with nothing."""
         lost = list(self.told)
-        self.ends, self.turns, self.waiting, self.running, self.told = {}, {}, [], 0, {}
+        self.ends, self.turns, self.beside, self.waiting, self.running, self.told = {}, {}, {}, [], 0, {}
         return lost
 
     def load(self, now: float) -> Load:
         """What the front knows of it."""
         if now - self.told_at >= REPORT_EVERY_S:
             self.told_at = now
+            whole = self._round()
             for size, ends in self.ends.items():
                 for end, _, job in ends:
-                    self.told[job] = end - self.turns[size] - (now - self.clock) * self._share(size)
+                    left = end - self.turns[size] - (now - self.clock) / whole
+                    self.told[job] = left * (self.costs.row[size] + self._each(job.work))
         jobs = [(max(0.0, left), job.work.pixels) for job, left in self.told.items()]
         return Load(jobs, self.costs.unshared)
-
-    def _share(self, size: int) -> float:
-        return self.costs.row[size] / self._round()
 
     @property
     def free(self) -> bool:

@@ -7,9 +7,10 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from diffusers import FlowMatchHeunDiscreteScheduler
 from planning import budgeted, planned, planned_cost
 
-from vllm_omni.diffusion.cache.plan.planner import best_plan, gram_costs
+from vllm_omni.diffusion.cache.plan.planner import best_plan, gram_costs, step_weights
 from vllm_omni.diffusion.cache.plan.predictors import (
     NEED_GRAM,
     PREDICTORS,
@@ -103,6 +104,18 @@ def test_more_forwards_never_cost_more() -> None:
         if predictor in ("reuse", "gram"):
             assert all(b <= a + 1e-12 for a, b in pairwise(totals))
         assert totals[-1] == 0.0 and totals[0] > totals[10] > 0
+
+
+def test_a_call_that_corrects_the_step_before_shares_its_weight() -> None:
+    """Heun's schedule: a step is the mean of two calls, and the second's noise level comes again as the next one's."""
+    scheduler = FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    sigmas = scheduler.sigmas.tolist()[:-1]
+    once = sorted(set(sigmas), reverse=True)
+    moved = -np.diff([*once, 0.0])
+    assert len(sigmas) == 7 and step_weights(once) == pytest.approx(moved)
+    assert step_weights(sigmas) == pytest.approx([*np.repeat(moved[:3] / 2, 2), moved[3]])
+    assert step_weights(sigmas, np.arange(7.0)) == pytest.approx(np.arange(7) * step_weights(sigmas))
 
 
 def test_long_schedules_are_planned_exactly_too() -> None:

@@ -10,7 +10,7 @@ from commands import run
 
 from vllm_omni import packages
 from vllm_omni.collect_env import report, usable_cores
-from vllm_omni.driver import device_problem
+from vllm_omni.driver import architecture_problem, device_problem
 
 
 def _fake(folder: Path, name: str, cuda: str) -> None:
@@ -81,3 +81,24 @@ def test_an_accelerator_that_is_not_used(
 ) -> None:
     problem = device_problem(built, driver, available)
     assert problem is None if said is None else problem is not None and said in problem
+
+
+@pytest.mark.parametrize(
+    ("capability", "built", "runs"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], True),
+        ((8, 9), ["sm_80", "sm_90"], True),  # kernels of 8.0 run on 8.9
+        ((7, 0), ["sm_75", "sm_80", "sm_90"], False),
+        ((7, 0), ["sm_75", "compute_90"], False),
+        ((12, 0), ["sm_90", "compute_90"], True),  # compiled at its start
+        ((12, 0), ["sm_90", "sm_100"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((12, 1), ["sm_120"], True),
+    ],
+)
+def test_a_device_that_torch_has_no_kernels_for_is_told(
+    capability: tuple[int, int], built: list[str], runs: bool
+) -> None:
+    problem = architecture_problem(1, capability, built)
+    assert (problem is None) == runs
+    assert problem is None or f"cuda:1 has capability {capability[0]}.{capability[1]}" in problem

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -68,6 +69,19 @@ def test_a_joint_decode_is_limited_in_size(
     monkeypatch.setattr(components, "MOST_JOINED", 3 * shape.numel() + 1)
     outputs = demo.generate(PROMPTS, Params(num_inference_steps=2, seed=0), use_tqdm=False)
     assert all(output.ok for output in outputs) and calls["vae"] == [3, 1]
+
+
+def test_a_turn_has_one_decode(demo: Omni, calls: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many requests end together: between two of them others go on, and aborts and deadlines are seen."""
+    monkeypatch.setattr(components, "MOST_JOINED", 1)
+    for name, prompt in zip("abcd", PROMPTS, strict=True):
+        add(demo, name, prompt, Params(num_inference_steps=2, seed=0))
+    seen, outputs = [0], {}
+    while demo.engine.has_unfinished_requests():
+        outputs |= {output.request_id: output for output in demo.engine.step()}
+        seen.append(len(calls["vae"]))
+    assert max(b - a for a, b in pairwise(seen)) == 1 and seen[-1] == 4
+    assert all(output.ok for output in outputs.values())
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "vae"])

@@ -19,6 +19,7 @@ from calls import CACHED, final, latents
 from diffusers import FluxPipeline
 from greenlet import GreenletExit
 from pipelines import DEFAULTS, embeds, tiny_flux
+from stepping import add, drain
 
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -267,3 +268,26 @@ def test_what_ends_coroutines_ends_one_request_alone(
         assert [output.ok for output in outputs] == [True, False, True]
         assert kind.__name__ in str(outputs[1].error)
         assert omni.generate(embeds(0), params[0], use_tqdm=False)[0].ok
+
+
+class Stubborn(FluxPipeline):
+    """Makes each of its runs again, whatever has gone wrong."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        while True:
+            try:
+                return super().__call__(*args, **kwargs)
+            except Exception:
+                continue
+
+
+def test_a_pipeline_that_would_never_give_up_is_ended() -> None:
+    pipe = tiny_flux()
+    pipe.__class__ = Stubborn
+    with Omni.from_pipe(pipe, defaults=DEFAULTS) as omni:
+        few = Params(num_inference_steps=3, output_type="latent")
+        add(omni, "stubborn", embeds(0), few)
+        omni.engine.step()
+        omni.engine.abort(["stubborn"])
+        assert not drain(omni, {})["stubborn"].ok
+        assert omni.generate(embeds(0), few, use_tqdm=False)[0].ok

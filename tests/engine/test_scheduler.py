@@ -3,7 +3,32 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_omni.diffusion.scheduler import AGEING_S, StepKind, StepScheduler
+from vllm_omni.diffusion.scheduler import AGEING_S, PATIENCE, StepKind, StepScheduler
+
+
+def test_encoders_and_decoders_wait_where_they_would_evict_the_denoiser() -> None:
+    """Until half of the requests are there, or for eight forwards."""
+
+    def turns(last: bool, encode: int, compute: int) -> int:
+        """Forwards before the first text is encoded."""
+        scheduler = StepScheduler(8, components_last=last)
+        names = {f"encodes {i}": StepKind.COMPONENT for i in range(encode)}
+        names |= {f"computes {i}": StepKind.COMPUTE for i in range(compute)}
+        for name, kind in names.items():
+            scheduler.add(name)
+            scheduler.admit()
+            scheduler.park(name, "key", kind)
+        for turn in range(20):
+            batch = scheduler.schedule()
+            if batch[0].startswith("encodes"):
+                return turn
+            for name in batch:
+                scheduler.park(name, "key", StepKind.COMPUTE)
+        return 20
+
+    assert turns(False, 1, 3) == 0
+    assert turns(True, 1, 3) == PATIENCE - 1
+    assert turns(True, 2, 2) == turns(True, 1, 0) == 0
 
 
 def test_admission_is_first_come_first_served_up_to_the_limit() -> None:

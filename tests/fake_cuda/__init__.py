@@ -113,13 +113,17 @@ def _answers(counters: ctypes.CDLL) -> dict[str, Any]:
         def __init__(self, *arguments: Any, **named: Any) -> None:
             self.device = torch.device("cuda", counters.fake_cuda_current())
 
-        wait_event = wait_stream = synchronize = quiet()
+        wait_event = wait_stream = quiet()
+
+        def synchronize(self) -> None:
+            device.wait("synchronize", "stream")
 
         def record_event(self, event: Any = None) -> Any:
             return event or Event(device.clock)
 
         def query(self) -> bool:
-            return True
+            device.check()
+            return device.clock.idle
 
     class CudaEvent(Event):
         def __init__(self, *arguments: Any, **named: Any) -> None:
@@ -129,6 +133,12 @@ def _answers(counters: ctypes.CDLL) -> dict[str, Any]:
             device.check()
             return super().query()
 
+    def exchange(index: int) -> int:
+        before = int(counters.fake_cuda_current())
+        if index >= 0:
+            counters.fake_cuda_set_current(index)
+        return before
+
     stream = Stream()
     return {
         "is_available": lambda: True,
@@ -136,9 +146,12 @@ def _answers(counters: ctypes.CDLL) -> dict[str, Any]:
         "is_bf16_supported": lambda *arguments, **named: True,
         "device_count": lambda: DEVICES,
         "current_device": lambda: int(counters.fake_cuda_current()),
+        "_exchange_device": exchange,
+        "_maybe_exchange_device": exchange,
         "set_device": lambda index: counters.fake_cuda_set_current(_index(index)),
         "get_device_name": lambda index=None: "fake",
         "get_device_capability": lambda index=None: (9, 0),
+        "get_arch_list": lambda: ["sm_75", "sm_90", "compute_90"],
         "synchronize": lambda index=None: device.wait("synchronize", f"device {_index(index)}"),
         "memory_allocated": used,
         "memory_reserved": lambda index=None: used(index),

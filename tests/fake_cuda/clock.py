@@ -58,6 +58,10 @@ class Clock:
         _sleep_until(self._done_at if self.running else 0.0)
 
     @property
+    def idle(self) -> bool:
+        return not self.running or time.perf_counter() >= self._done_at
+
+    @property
     def reaches(self) -> float:
         """When the device will be here: what an event that is recorded now will say."""
         return max(time.perf_counter(), self._done_at) if self.running else time.perf_counter()
@@ -75,6 +79,9 @@ class Clock:
         return operations / self.flops + sum(tensor.nbytes for tensor in (*read, *results)) / self.bandwidth
 
 
+EVENT_S = 5e-6  # until the host sees of an event that the device has passed it
+
+
 class Event:
     """`torch.cuda.Event` on that clock."""
 
@@ -85,7 +92,7 @@ class Event:
         self._at = self._clock.reaches
 
     def query(self) -> bool:
-        return self._at is None or not self._clock.running or time.perf_counter() >= self._at
+        return self._at is None or not self._clock.running or time.perf_counter() >= self._at + EVENT_S
 
     def synchronize(self) -> None:
         if self._clock.running:

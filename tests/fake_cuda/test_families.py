@@ -70,18 +70,23 @@ def test_no_planned_step_waits_for_the_device_on_our_account(family: Family) -> 
 
 
 @pytest.mark.usefixtures("cuda")
-def test_a_gated_batch_waits_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gate", ["easycache", "fbcache", "seacache"])
+def test_a_gated_batch_waits_once(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for all of its requests, in every step in which it looks, and a picture need not be square."""
     looks: list[int] = []
     monkeypatch.setattr(runner, "look", lambda batch, *given: (looks.append(len(batch)), look(batch, *given)))
     family = FAMILIES[0]
     pipeline = family.build().to("cuda")
-    steps, n = 8, 3
-    asked = [Params(num_inference_steps=steps, seed=i, output_type="latent") for i in range(n)]
-    with (
-        Omni.from_pipe(pipeline, cache_backend="easycache", defaults=family.settings) as omni,
-        fake_cuda.device.watched() as waits,
-    ):
-        outputs = omni.generate([family.prompt(i) for i in range(n)], asked, use_tqdm=False)
-    assert all(output.error is None for output in outputs)
-    read = [wait for wait in waits if wait.ours and wait.callers[0].startswith("vllm_omni/diffusion/cache/forward.py")]
-    assert 0 < len(read) <= len(looks) < sum(looks)
+    n, shape = 3, {"height": 64, "width": 96, "output_type": "latent"}
+    counts, looked = [], []
+    with Omni.from_pipe(pipeline, cache_backend=gate, defaults=family.settings) as omni:
+        for steps in (8, 16):
+            asked = [Params(num_inference_steps=steps, seed=i, **shape) for i in range(n)]
+            looks.clear()
+            with fake_cuda.device.watched() as waits:
+                outputs = omni.generate([family.prompt(i) for i in range(n)], asked, use_tqdm=False)
+            assert all(output.error is None for output in outputs)
+            counts.append(len([wait for wait in waits if wait.ours]))
+            looked.append((len(looks), sum(looks)))
+    more, (few, many) = counts[1] - counts[0], [b - a for a, b in zip(*looked, strict=True)]
+    assert 0 < more <= few < many

@@ -14,7 +14,7 @@ import fake_cuda
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.engine.client import ProcessEngineClient
-from vllm_omni.errors import DeviceLostError, EngineDeadError
+from vllm_omni.errors import DeviceLostError, EngineDeadError, OmniError
 from vllm_omni.kernels.device import is_lost, is_out_of_memory
 
 SITE = Path(__file__).parent / "site"
@@ -33,6 +33,13 @@ LATENT = Params(num_inference_steps=6, seed=0, output_type="latent")
         (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), True, False),
         (RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), False, False),
         (RuntimeError("Expected all tensors to be on the same device"), False, False),
+        (torch.AcceleratorError("CUDA error: invalid configuration argument"), False, False),
+        (torch.AcceleratorError("CUDA error: too many resources requested for launch"), False, False),
+        (torch.AcceleratorError("CUDA error: no kernel image is available for execution on the device"), False, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx(...)`"), False, False),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), False, True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True, False),
+        (RuntimeError("Triton Error [CUDA]: invalid argument"), False, False),
         (ValueError("CUDA error: no"), False, False),
     ],
 )
@@ -41,6 +48,13 @@ def test_errors_are_told_apart(error: Exception, lost: bool, short: bool) -> Non
     wrapped = OSError("a library wrapped it")
     wrapped.__cause__ = error
     assert is_lost(wrapped) == lost
+    try:
+        try:
+            raise error
+        except type(error):
+            raise KeyError("while it was handled")  # noqa: B904
+    except KeyError as other:
+        assert is_lost(other) == lost
 
 
 @pytest.mark.usefixtures("cuda")
@@ -98,6 +112,13 @@ async def test_a_process_that_lost_its_device_is_replaced(site: pytest.MonkeyPat
             await asyncio.sleep(0.1)
         assert await served(client, 9) == "1 picture"
         assert (await client.stats()).restarts == 1
+
+
+async def test_a_device_that_is_lost_in_the_warm_up_is_told_at_once(site: pytest.MonkeyPatch) -> None:
+    site.setenv("FAKE_CUDA_LOST", "900")
+    with pytest.raises(OmniError, match="the device is lost"):
+        async with ProcessEngineClient({"model": "demo", "device": "cuda", "dtype": "float32"}):
+            pass
 
 
 @pytest.mark.slow

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
+import torch
 from pipelines import CURVE, DEFAULTS, embeds, tiny_flux
 
 import fake_cuda
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.kernels.device import DeviceClock
 
 
 @pytest.mark.alone
@@ -33,3 +37,20 @@ def test_forwards_are_timed_by_the_device_and_never_waited_for() -> None:
     durations = output.stage_durations
     assert durations["encode_and_denoise_s"] == pytest.approx(busy, rel=0.1)
     assert not [wait for wait in waits if wait.operation.startswith("device")]  # no synchronise
+
+
+@pytest.mark.usefixtures("cuda")
+@pytest.mark.parametrize("drift", [0.5, 1.5])
+def test_the_clocks_may_drift_apart(drift: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A moment is never before its mark was asked for, or in the future, however the device counts its milliseconds."""
+    own = torch.cuda.Event.elapsed_time
+    monkeypatch.setattr(torch.cuda.Event, "elapsed_time", lambda begin, end: drift * own(begin, end))
+    clock, x = DeviceClock(torch.device("cuda:0")), torch.ones(64, 64, device="cuda:0")
+    with fake_cuda.device.clock.at(flops=1e7, queue=10**6):
+        for _ in range(5):
+            asked = time.perf_counter()
+            x @ x
+            mark = clock.mark()
+            torch.cuda.synchronize()
+            time.sleep(0.01)
+            assert asked <= clock.when(mark) <= time.perf_counter()

@@ -15,9 +15,11 @@ from PIL import Image
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.diffusion.cache.profile import shipped_profile
 from vllm_omni.entrypoints.cli.main import main
+from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.quality import chart, report, sheet
+from vllm_omni.quality import chart, jobs, report, sheet
 from vllm_omni.quality.bench import Bench, BenchModel, Result
 from vllm_omni.quality.meter import metered
 from vllm_omni.quality.metrics import compare
@@ -114,6 +116,25 @@ def test_a_second_run_reuses_the_pictures(folder: Path, capsys: pytest.CaptureFi
     _, other = run(folder, capsys, *SETTINGS, "--seed", "7")
     assert other["prompts_and_seeds"][0][1] == 7
     assert len(list((folder / "work").iterdir())) > len(before), "other seeds are other pictures"
+
+
+def test_what_a_new_calibration_changes_is_drawn_again(
+    tmp_path: Path, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path / "profiles"))
+    rows = reference(STEPS), setting(PLANNED, "half", STEPS, {"nfe": 4}), Row("MagCache", "MagCache", STEPS, peer="x")
+
+    def files() -> list[Path]:
+        worker = object.__new__(jobs.Worker)
+        settings = jobs.ReportSettings(BenchModel("demo", "float32"), tuple(PAIRS), (STEPS,), tmp_path)
+        vars(worker).update(plan=settings, identity="", engine_code="", profiles=bench.profiles)
+        return [worker.file(row, "json") for row in rows]
+
+    before = files()
+    assert files() == before
+    learnt = shipped_profile("demo").model_copy(update={"gains": None, "gain_errors": None})
+    learnt.save(profile_folder() / "learnt.json")
+    assert [one == other for one, other in zip(files(), before, strict=True)] == [True, False, False]
 
 
 def test_the_time_limit_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

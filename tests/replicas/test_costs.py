@@ -46,6 +46,7 @@ def test_lines_are_kept_by_size_and_the_best_known_speaks_for_all() -> None:
         cost.note_line(lines, costs, 7, 1 + turn % 3, 0.5 + 0.5 * (1 + turn % 3))
     cost.note_line(lines, costs, 8, 4, 9.0)
     assert costs.unshared == pytest.approx(0.5) and costs.alone[7] == pytest.approx(1.0)
+    assert costs.unshared_of.keys() == costs.alone.keys() and costs.unshared_of[7] == pytest.approx(0.5)
     costs.computed[7] = 0.3  # per row, in company
     assert cost.planned_seconds(cost.by_itself(costs), 7, 10, 0) == pytest.approx(10.0)
     assert cost.planned_seconds(costs, 7, 10, 0) == pytest.approx(3.0)

@@ -46,6 +46,11 @@ def test_one_engine_ends_requests_when_arithmetic_says(simulator: Any) -> None:
     waiting = [(0.0, work(1, 10, 1.0)), (1.0, work(1, 10, 1.0)), (2.0, work(1, 10, 1.0)), (3.0, work(1, 10, 1.0, -2))]
     assert ends(simulator, front, waiting) == [10.0, 20.0, 40.0, 30.0]
     assert work(1, 10, 0.5).seconds(costs(simulator)) == pytest.approx(5.5)
+    front = simulator.Front(costs(simulator), 1, choose)
+    # five forwards of two rows, and what nobody shares: five skips of each
+    assert ends(simulator, front, [(0.0, work(1, 10, 0.5))] * 2) == [5 * 1.5 + 2 * 0.5] * 2
+    front = simulator.Front(costs(simulator, unshared_of={1: 1.0}), 1, choose)
+    assert ends(simulator, front, [(0.0, work(1, 10, 1.0))] * 2) == [20.0, 20.0]
 
 
 @pytest.mark.parametrize("rule", ["round-robin", "least count", "least queued seconds", "least added delay"])

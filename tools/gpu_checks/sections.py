@@ -243,10 +243,18 @@ def predictions(bench: Bench) -> Iterator[Finding]:
         yield Finding("and the pipeline's, per step", sum(n for (ours, _), n in more.items() if not ours) / steps)
         for (ours, line), count in more.most_common(3):
             yield Finding(f"  by {'us' if ours else 'them'}: {line}", count / steps)
-    told: list[Any] = []
-    wall = bench.machine.seconds(lambda: told.extend(bench.run([steps], "mask")))
-    share = sum(told[0].stage_durations[name] for name in ("queue_s", "encode_and_denoise_s", "decode_s")) / wall
-    yield Finding("reported seconds / seconds to an idle device", share, "0.9 to 1.1", 0.9 <= share <= 1.1)
+    wall, told = min((_timed(bench) for _ in range(max(3, bench.rounds))), key=lambda timed: timed[0])
+    share = sum(told[name] for name in ("queue_s", "encode_and_denoise_s", "decode_s")) / wall
+    asked = bench.is_long(wall / steps) or bench.machine.kind == "fake"  # else Python between the spans is a part of it
+    holds = 0.9 <= share <= 1.1 if asked else None
+    yield Finding("reported seconds / seconds to an idle device", share, "0.9 to 1.1", holds)
+
+
+def _timed(bench: Bench) -> tuple[float, dict[str, float]]:
+    """Seconds of a planned request from an idle device to an idle device, and the durations that it reports."""
+    outputs: list[Any] = []
+    wall = bench.machine.seconds(lambda: outputs.extend(bench.run([bench.steps], "mask")))
+    return wall, outputs[0].stage_durations
 
 
 SECTIONS: dict[str, Callable[[Bench], Iterator[Finding]]] = {

@@ -30,7 +30,7 @@ from vllm_omni.errors import (
     RequestAbortedError,
     refusal,
 )
-from vllm_omni.kernels.device import DeviceClock, is_lost, lost_by, refuse_lost
+from vllm_omni.kernels.device import DeviceClock, Mark, current, is_lost, lost_by, refuse_lost
 from vllm_omni.kernels.timing import RemainingWork, StepReport, Timings
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.made import fill
@@ -73,7 +73,7 @@ class DiffusionEngine:
         self.config = config
         self.worker = DiffusionWorker(config)
         self.worker.load_model(pipeline, defaults)
-        self.scheduler = StepScheduler(config.max_num_seqs)
+        self.scheduler = StepScheduler(config.max_num_seqs, components_last=config.enable_cpu_offload)
         self._entries: dict[str, _Entry] = {}
         self._ended: list[OmniRequestOutput] = []
         self._closed = False
@@ -130,15 +130,18 @@ class DiffusionEngine:
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """Within, pipelines run, and no other engine over the same denoisers does, in whatever thread."""
-        with torch.inference_mode(), ExitStack() as held:
+        with torch.inference_mode(), current(self.worker.runner.device), ExitStack() as held:
             for denoiser in sorted(self.worker.runner.denoisers.values(), key=lambda one: id(one.module)):
                 held.enter_context(_locks.setdefault(denoiser.module, RLock()))
             yield
 
     def _step(self) -> None:
+        began = self.worker.runner.clock.mark()
         self._take_back()
-        for request_id in self.scheduler.admit():
-            self._start(self._entries[request_id])
+        admitted = [self._entries[request_id] for request_id in self.scheduler.admit()]
+        for entry in admitted:
+            self._start(entry)
+        started = [entry.running.times for entry in admitted if entry.running is not None]
         stateful = any(denoiser.keeps_state for denoiser in self.worker.runner.denoisers.values())
         entries = [self._entries[request_id] for request_id in self.scheduler.schedule(one_by_one=stateful)]
         batch = [entry.running for entry in entries if entry.running is not None]
@@ -146,7 +149,7 @@ class DiffusionEngine:
             self.scheduler.postpone([entry.request.request_id for entry in entries[fit:]])
             entries, batch = entries[:fit], batch[:fit]
         self.worked = bool(batch)
-        rows = self._run(entries[0].pixels, batch) if batch else 0
+        rows = self._run(entries[0].pixels, batch, began, started) if batch else 0
         peak = self.worker.runner.memory.peak()
         for entry in self._entries.values():
             if entry.running is not None:
@@ -179,14 +182,15 @@ class DiffusionEngine:
         asked = entry.request, entry.arguments, entry.settings, entry.plan_of
         entry.running, entry.seed = self.worker.start(*asked)
 
-    def _run(self, pixels: int, batch: Sequence[Request]) -> int:
+    def _run(self, pixels: int, batch: Sequence[Request], began: Mark, started: Sequence[Timings]) -> int:
         """Run one batch; what no single request's call has raised ends all of the batch, and nobody else.
 
+        A forward costs the whole turn, which `began` with requests that `started`, but for what is known as coding.
         Returns the rows of its forward.
         """
         kind, rows = batch[0].parked, sum(request.rows for request in batch)
         skipped, clock = kind is not None and kind.kind is StepKind.SKIP, self.worker.runner.clock
-        began, decoded = clock.mark(), [request.times.decode_s for request in batch]
+        decoded = [request.times.decode_s for request in batch]
         if (error := _failure_of(self.worker.runner.run, batch)) is not None:
             for request in batch:
                 if request.ended is None:
@@ -194,7 +198,8 @@ class DiffusionEngine:
         ended = clock.mark()
 
         def report() -> None:
-            seconds = clock.seconds(began, ended) + sum(decoded) - sum(request.times.decode_s for request in batch)
+            coded = sum(request.times.decode_s for request in batch) - sum(decoded)
+            seconds = clock.seconds(began, ended) - coded - sum(times.encode_s for times in started)
             coding = [request.times.coding_s for request in batch if isinstance(request.ended, Finished)]
             self._reports.append(StepReport(pixels, rows, skipped, seconds, len(coding), sum(coding)))
 

@@ -3,6 +3,8 @@
 Requests whose next step needs no blocks go first, whatever their number: it costs next to nothing, and it lets the
 others' compute steps meet in full batches. Then text encoders and decoders: who begins joins the next forward, who ends
 leaves, and the calls of those that came or end together meet. Then the compute group whose oldest member waits longest.
+Where each of these parts must make room for the other on the device, encoders and decoders wait until half of the
+requests are there, or the first for `PATIENCE` forwards.
 A request can skip only a bounded number of steps before it computes, and has few calls of encoders and decoder, so no
 group starves.
 
@@ -19,6 +21,7 @@ from itertools import count
 from typing import NamedTuple
 
 AGEING_S = 5.0
+PATIENCE = 8
 
 
 class StepKind(IntEnum):
@@ -45,8 +48,9 @@ def virtual_arrival(arrived: float, priority: int) -> float:
 class StepScheduler:
     """Admits up to `max_num_seqs` requests by priority and age, and picks one batch of parked calls at a time."""
 
-    def __init__(self, max_num_seqs: int) -> None:
+    def __init__(self, max_num_seqs: int, components_last: bool = False) -> None:
         self.max_num_seqs = max_num_seqs
+        self.components_last = components_last
         self.held = False  # nobody begins
         self.running: dict[str, Place | None] = {}
         self.idle: set[str] = set()  # of `running`: they go on only while nobody else is there
@@ -109,8 +113,17 @@ class StepScheduler:
             parked = [(i, p) for i, p in parked if i == first]
         if not parked:
             return []
+        if self.components_last:
+            parked = self._but_components(parked)
         _, oldest = min(parked, key=lambda item: (item[1].kind, item[1].since))
         return [i for i, p in parked if p.key == oldest.key and p.kind == oldest.kind]
+
+    def _but_components(self, parked: list[tuple[str, Place]]) -> list[tuple[str, Place]]:
+        """Those that need no encoder or decoder, as long as the others can wait."""
+        others = [(i, p) for i, p in parked if p.kind is not StepKind.COMPONENT]
+        first = min((p.since for _, p in parked if p.kind is StepKind.COMPONENT), default=self._tick)
+        waits = 2 * len(others) > len(parked) and self._tick - first < PATIENCE
+        return others if waits else parked
 
     def postpone(self, request_ids: list[str]) -> None:
         """Let scheduled requests that found no room wait on, behind the other groups: those before them end first."""

@@ -76,11 +76,12 @@ def note_line(lines: dict[int, RowLine], costs: UnitCosts, pixels: int, rows: in
     lines[pixels] = line
     while len(lines) > _KEPT_SIZES:
         del lines[next(iter(lines))]
-    costs.alone[pixels], unshared = line.fit()
+    costs.alone[pixels], costs.unshared_of[pixels] = line.fit()
     if line.forwards >= max(one.forwards for one in lines.values()):  # the size that is best known speaks for all
-        costs.unshared = unshared
+        costs.unshared = costs.unshared_of[pixels]
     for known in costs.alone.keys() - lines.keys():
         del costs.alone[known]
+        costs.unshared_of.pop(known, None)
 
 
 def by_itself(costs: UnitCosts) -> UnitCosts:

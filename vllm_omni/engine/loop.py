@@ -33,6 +33,7 @@ from vllm_omni.engine.wire import (
 )
 from vllm_omni.errors import DeadlineExceededError, OmniError, RequestAbortedError, forget_locals
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
+from vllm_omni.kernels.device import refuse_lost
 from vllm_omni.logger import init_logger, told
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -134,6 +135,7 @@ class EngineLoop:
                 if self.learning is not None and isinstance(control.action, UpdateWeights):
                     self.learning.forget()
             except Exception as raised:  # the engine goes on, and whoever asked is told
+                refuse_lost(raised)
                 error = raised
                 if not isinstance(error, OmniError):
                     logger.error("%s failed:\n%s", control.action, told(error))
@@ -149,6 +151,7 @@ class EngineLoop:
             request = OmniDiffusionRequest(command.request_id, prompt, normalise_prompt(prompt), params, command.salt)
             self.engine.add_request(request, command.priority, command.arrived)
         except Exception as error:  # whatever a value of the wrong kind raises is that request's fault alone
+            refuse_lost(error)
             self._send(Refused(command.request_id, error))
             private = self._private.pop(command.request_id, ())
             if not isinstance(error, OmniError):
@@ -321,11 +324,14 @@ def warm_up(engine: DiffusionEngine, info: ModelInfo, costs: UnitCosts) -> dict[
                 asked = OmniDiffusionRequest(f"warm-up {count}.{i}", prompt, normalise_prompt(prompt), params)
                 engine.add_request(asked)
             _run_alone(engine, costs if count == 1 else cost.no_costs())
+        if room.free is not None:  # less than at the start by what the first kernels have loaded
+            room.free = engine.worker.runner.memory.free(engine.config.gpu_memory_utilization)
         if told := room.told():
             logger.info("memory: %s", told)
         if not engine.config.enforce_eager:
             _report_graphs()
     except OmniError as error:
+        refuse_lost(error)
         logger.warning("no warm-up: %s", error)
     finally:
         for hook in hooks:

@@ -219,7 +219,7 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     from vllm_omni.engine.malloc import keep_freed_memory
     from vllm_omni.kernels.placement import device_in_turn
 
-    keeps_memory = keep_freed_memory()
+    keeps_memory = keep_freed_memory(config.device)
     if start.replicas > 1:
         names = "device", *config.component_devices
         config = config.model_copy(update={name: device_in_turn(vars(config)[name], start.replica) for name in names})

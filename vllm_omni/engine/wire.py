@@ -154,6 +154,7 @@ class UnitCosts(Struct):
     cached_share: float  # how much of its steps a request with a cache computes, of late
     alone: dict[int, float] = {}  # like `computed`, of a row that has the forward to itself
     unshared: float = 1.0  # of that, what a row in company costs
+    unshared_of: dict[int, float] = {}  # the same, by pixels
 
 
 class StatsReport(Struct, tag=True):

@@ -20,6 +20,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
+from vllm_omni.kernels.device import current
 from vllm_omni.kernels.promise import kept, mapped
 
 
@@ -53,9 +54,15 @@ class Elsewhere:
         return self.moved(act, *args, **kwargs)
 
     def moved(self, act: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """`act` with its arguments `there`, and its result `back`."""
+        """`act` with its arguments `there`, and its result `back`.
+
+        A copy from one GPU to another makes each wait for the other, so the result is made before it is copied.
+        """
         args, kwargs = placed((args, kwargs), self.there)
-        return self.seen(placed(act(*args, **kwargs), self.back))
+        result = act(*args, **kwargs)
+        if self.there.type == "cuda":
+            torch.cuda.current_stream(self.there).synchronize()
+        return self.seen(placed(result, self.back))
 
     def seen(self, value: Any) -> Any:
         """A result or an attribute as a caller who works at `back` may use it."""
@@ -154,10 +161,8 @@ class Beside:
 
 def _run(part: Elsewhere, act: Callable[[], Any], began: list[float]) -> tuple[Any, float]:
     began.append(time.monotonic())
-    with torch.inference_mode():
+    with torch.inference_mode(), current(part.there):
         result = act()
-    if part.there.type == "cuda":
-        torch.cuda.synchronize(part.there)
     return result, time.monotonic() - began[0]
 
 

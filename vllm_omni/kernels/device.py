@@ -10,22 +10,31 @@ import re
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from vllm_omni.errors import DeviceLostError, DeviceMemoryError, forget_locals
 from vllm_omni.nested import mapped
 
-Mark = Any  # a float of the host's clock, or a CUDA event
+Mark = Any  # a float of the host's clock, or an event of a device that runs behind it
 Span = tuple[Mark, Mark]
 T = TypeVar("T")
 
-# What cuBLAS and cuDNN report as plain RuntimeErrors after the context has gone; a lack of memory or of an
-# implementation is not among it.
-_LOST = re.compile(r"CUDA error:|CU(BLAS|DNN|SOLVER|SPARSE|FFT)_\w*(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)")
-_SHORT = re.compile(r"CUDA (error: )?out of memory|CU(BLAS|DNN)_\w*ALLOC_FAILED")
+# What CUDA, Triton, cuBLAS and cuDNN report, some as plain RuntimeErrors, once the context has gone.
+_LOST = re.compile(
+    r"CUDA error:|Triton Error \[CUDA\]:|CU(BLAS|DNN|SOLVER|SPARSE|FFT)_\w*(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
+)
+# What CUDA refuses to do, and goes on: a grid that is too large, say (the runtime's errors that are not "inconsistent").
+_REFUSED = re.compile(
+    r"invalid (argument|configuration argument|pitch argument|device symbol|device function|device ordinal|texture"
+    r"|resource handle)|too many resources requested|no kernel image|operation not (supported|permitted)|device not ready"
+    r"|named symbol not found|already (mapped|registered)|STATUS_(NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM|ARCH_MISMATCH)"
+)
+# Creating a handle of cuBLAS or cuDNN needs memory, too, and says so in its own way.
+_SHORT = re.compile(r"CUDA (error: )?out of memory|CU(BLAS|DNN)_\w*(ALLOC_FAILED|NOT_INITIALIZED)")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -36,11 +45,26 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_lost(error: BaseException | None) -> bool:
-    """Whether every further call on the device will fail in this process, as after an illegal memory access."""
-    if error is None or is_out_of_memory(error):
+    """Whether every further call on the device will fail in this process, as after an illegal memory access.
+
+    Also of an error that was raised because of such a one, or while such a one was handled.
+    """
+    seen: list[BaseException] = []
+    while error is not None and not any(error is other for other in seen):
+        if _tells_of_loss(error):
+            return True
+        seen.append(error)
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _tells_of_loss(error: BaseException) -> bool:
+    if isinstance(error, DeviceLostError):
+        return True
+    if is_out_of_memory(error) or _REFUSED.search(str(error)) is not None:
         return False
     told = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
-    return told or isinstance(error, torch.AcceleratorError | DeviceLostError) or is_lost(error.__cause__)
+    return told or isinstance(error, torch.AcceleratorError)
 
 
 def lost_by(error: BaseException) -> DeviceLostError:
@@ -164,6 +188,13 @@ class Memory:
         return str(self._device or "cpu")
 
 
+class _Event(NamedTuple):
+    """A mark of a device that runs behind the host."""
+
+    event: Any
+    recorded: float  # when the host asked for it
+
+
 class DeviceClock:
     """When the device has done what it was given, in the seconds of the host's `time.perf_counter`.
 
@@ -173,28 +204,37 @@ class DeviceClock:
 
     def __init__(self, device: torch.device | None) -> None:
         self._device = device if device is not None and device.type == "cuda" else None
-        self._pending: deque[tuple[Any, Callable[[], None]]] = deque()
+        self._pending: deque[tuple[_Event, Callable[[], None]]] = deque()
         self._base: tuple[Any, float] | None = None  # an event, and when it was on the host's clock
 
     def mark(self) -> Mark:
         """Now, in the order of the device's work."""
         if self._device is None:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        if self._base is None or (not self._pending and event.query()):  # idle: both clocks show the same moment
-            self._base = event, time.perf_counter()
-        return event
+        stream, event = torch.cuda.current_stream(self._device), torch.cuda.Event(enable_timing=True)
+        idle = not self._pending and stream.query()
+        event.record(stream)
+        mark = _Event(event, time.perf_counter())
+        if self._base is None or idle:  # both clocks show the same moment
+            self._base = mark
+        return mark
 
     def seconds(self, begin: Mark, end: Mark) -> float:
         """Between two marks that the device has passed."""
-        return end - begin if self._device is None else float(begin.elapsed_time(end)) / 1e3
+        return end - begin if self._device is None else float(begin.event.elapsed_time(end.event)) / 1e3
 
     def when(self, mark: Mark) -> float:
-        """The moment of a mark that the device has passed."""
+        """The moment of a mark that the device has passed.
+
+        Counted from the last one that was asked for: over hours both clocks drift apart, and CUDA tells milliseconds as
+        a float of 32 bits. No mark comes before it was asked for, or after it was seen.
+        """
         if self._base is None:
             return float(mark)
-        return self._base[1] + self.seconds(self._base[0], mark)
+        event, at = self._base
+        at = min(max(at + float(event.elapsed_time(mark.event)) / 1e3, mark.recorded), time.perf_counter())
+        self._base = mark.event, at
+        return at
 
     def later(self, mark: Mark, act: Callable[[], None]) -> None:
         """Call `act` as soon as the device has passed `mark`, in the order of the marks."""
@@ -209,8 +249,13 @@ class DeviceClock:
 
     def poll(self) -> None:
         """Do what was left for now; never waits."""
-        while self._pending and self._pending[0][0].query():
+        while self._pending and self._pending[0][0].event.query():
             self._pending.popleft()[1]()
+
+
+def current(device: torch.device | None) -> AbstractContextManager[Any]:
+    """A scope in which a CUDA device is the current one: where kernels go that are not told by a tensor (Triton's)."""
+    return torch.cuda.device(device) if device is not None and device.type == "cuda" else nullcontext()
 
 
 class Autocast:
@@ -218,6 +263,12 @@ class Autocast:
 
     def keys(self) -> tuple[str, ...]:
         return "cpu", "cuda"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def values(self) -> list[torch.dtype | None]:
+        return [self[kind] for kind in self.keys()]
 
     def __getitem__(self, kind: str) -> torch.dtype | None:
         return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_omni.driver import NO_DEVICE, device_problem, driver_cuda
+from vllm_omni.driver import NO_DEVICE, architecture_problem, device_problem, driver_cuda
 from vllm_omni.errors import InvalidValueError, ModelLoadError
 from vllm_omni.kernels.device import is_out_of_memory
 from vllm_omni.logger import init_logger
@@ -27,8 +27,11 @@ def device_for(asked: str | None, option: str = "device") -> str:
     """
     available = torch.cuda.is_available()
     wanted = asked is not None and asked.partition(":")[0] == "cuda"
-    if available or (asked is not None and not wanted):
-        return asked or "cuda"
+    if asked is not None and not wanted:
+        return asked
+    if available:
+        _check_architecture(option, device := asked or "cuda")
+        return device
     driver = driver_cuda()
     problem = device_problem(torch.version.cuda, driver, available)
     if wanted:
@@ -38,6 +41,16 @@ def device_for(asked: str | None, option: str = "device") -> str:
     if problem is not None:
         logger.warning("%s", problem)
     return "cpu"
+
+
+def _check_architecture(option: str, device: str) -> None:
+    """InvalidValueError if torch has no kernels for the device: each request would fail at its first one."""
+    index = torch.device(device).index or 0
+    if index >= torch.cuda.device_count():
+        return  # torch says that there is none
+    built = torch.cuda.get_arch_list()
+    if (problem := architecture_problem(index, torch.cuda.get_device_capability(index), built)) is not None:
+        raise InvalidValueError(option, device, f"cannot be used: {problem}")
 
 
 def device_in_turn(asked: str | None, turn: int) -> str | None:

@@ -134,7 +134,7 @@ class Room:
         """
         if count <= ALWAYS or (known := self._sizes.get(work)) is None:
             return count
-        half = max(ALWAYS, (count + 1) // 2)
+        half = (count + 1) // 2
         (each, tries), (halved, halves) = (known.by_number.get(_eights(n), (0.0, 0)) for n in (count, half))
         if tries < TRIES or (halves >= TRIES and each < PAYS * halved):
             return count
@@ -168,7 +168,8 @@ class Room:
     @property
     def largest(self) -> int:
         """Elements of the largest latents that have been denoised."""
-        return max((work.elements for work, measured in self._sizes.items() if measured.nbytes), default=0)
+        denoised = [work for work, measured in self._sizes.items() if measured.nbytes and not isinstance(work.kind, tuple)]
+        return max((work.elements for work in denoised), default=0)
 
     def _of(self, work: Work) -> Measured:
         while len(self._sizes) >= KEPT_SIZES and work not in self._sizes:  # sizes are the clients' choice

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -73,6 +74,12 @@ class Bench:
     @property
     def fingerprint(self) -> str:
         return fingerprint(self.pipeline.transformer)
+
+    @property
+    def profiles(self) -> str:
+        """A hash of all that is known of the checkpoint: it changes with each calibration."""
+        found = find_profiles(str(self.pipeline.config.get("_name_or_path", "")), self.fingerprint)
+        return sha256("".join(profile.model_dump_json() for profile in found).encode()).hexdigest()
 
     def ratios(self, steps: int) -> tuple[float, ...]:
         """The checkpoint's magnitude curve at `steps`. InvalidValueError where it has no profile."""

@@ -69,6 +69,7 @@ class Worker:
         versions = [importlib.metadata.version(name) for name in ("torch", "diffusers")]
         self.engine_code = _digest("diffusion")  # as it was when it was loaded
         self.identity = repr([*described, self.bench.fingerprint, versions])
+        self.profiles = self.bench.profiles  # what plans are made from, and the curve of diffusers' MagCache
 
     def ratios(self, steps: int) -> tuple[float, ...]:
         return self.bench.ratios(steps)
@@ -121,11 +122,15 @@ class Worker:
         return json.loads(file.read_text())
 
     def file(self, what: Row | tuple[Row, ...], ending: str) -> Path:
-        """The file that keeps something. What our engine draws with a cache depends on the engine's code, too."""
+        """The file that keeps something.
+
+        What is drawn with a cache depends on the profiles, and what our engine draws with one on its code, too.
+        """
         rows = what if isinstance(what, tuple) else (what,)
+        cached = any(row.peer is not None or row.request_cache != "off" for row in rows)
         engine = any(row.peer is None and row.request_cache != "off" for row in rows)
-        code = self.engine_code if engine else ""
-        key = hashlib.sha256(repr([self.identity, code, what]).encode()).hexdigest()[:20]
+        depends = [self.profiles if cached else "", self.engine_code if engine else ""]
+        key = hashlib.sha256(repr([self.identity, *depends, what]).encode()).hexdigest()[:20]
         return self.plan.folder / f"{key}.{ending}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ def scales_kept(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     finally:
         for scaling, own in kept:
             scaling.update(own)
+
+
+def scales_kept_by(module: torch.nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """The module's adapters are as strong after such a call as before, also if the call scales them and fails."""
+    return scales_kept([module]) if scale_of_call(arguments) is not None else nullcontext()
 
 
 def _layers(module: torch.nn.Module) -> list[Any]:

@@ -6,7 +6,7 @@ Knows no request, and not which argument has which role.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -87,11 +87,27 @@ def joined(values: Sequence[Any], dim: int) -> Any:
 def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:
     """Read once per request; anew where that costs nothing: a small tensor of the host's may be written in place."""
     known = memory.get(id(tensor))
+    if known is not None and known.tensor is tensor and known.is_current():
+        return known.content
+    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()  # of any dtype, complex ones too
+    read = values.tobytes()
     again = tensor.device.type == "cpu" and tensor.numel() <= READ_AGAIN
-    if known is None or known[0] is not tensor or again:
-        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)  # of any dtype, complex ones too
-        content = (tensor.dtype, tensor.shape, hash(values.numpy().tobytes()))
-        known = (tensor, content)
-        if not again:
-            memory[id(tensor)] = known
-    return known[1]
+    shared = again and tensor.is_contiguous()  # `values` are the tensor's own memory
+    memory[id(tensor)] = known = _Read(
+        tensor, (tensor.dtype, tensor.shape, hash(read)), read if again else None, values if shared else None
+    )
+    return known.content
+
+
+class _Read(NamedTuple):
+    """A tensor that was read; with its `values`, if they may be written, and where they are, if that can be seen."""
+
+    tensor: torch.Tensor
+    content: Hashable
+    values: bytes | None
+    memory: Any
+
+    def is_current(self) -> bool:
+        if self.values is None:
+            return True
+        return self.memory is not None and self.memory.tobytes() == self.values

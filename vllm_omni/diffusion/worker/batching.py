@@ -86,7 +86,8 @@ def _text_shape(text: Text, value: Any, latents: Any) -> Hashable:
     """
     if not text.mask and isinstance(value, list) and all(isinstance(entry, torch.Tensor) for entry in value):
         return tuple((-(-len(entry) // text.padded), entry.shape[1:], entry.dtype) for entry in value)
-    if isinstance(value, torch.Tensor) and value.ndim == 3 and isinstance(latents, torch.Tensor):
+    alike = isinstance(value, torch.Tensor) and isinstance(latents, torch.Tensor) and len(value) == len(latents)
+    if alike and value.ndim == 3:
         return int(math.log(1 + value.shape[1] / latents.shape[1], WORTH_PADDING)), value.shape[2], value.dtype
     if value is None:
         return None

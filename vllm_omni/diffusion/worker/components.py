@@ -59,7 +59,10 @@ class Components:
         self.beside, self._returned = Beside(), list[Request]()
 
     def run(self, batch: Sequence[Request]) -> None:
-        """As few calls as their size allows, then each request goes on; in a later turn, if they are made elsewhere."""
+        """One call, for as many as its size allows, then each of them goes on; the others wait for another turn.
+
+        Calls made elsewhere are started all at once, and their requests go on in a later turn.
+        """
         runner = self._runner
         for chunk in component_chunks([_call_of(request) for request in batch]):
             sharing = batch[chunk]
@@ -71,6 +74,7 @@ class Components:
             span = began, runner.clock.mark()
             for request, result in zip(sharing, results, strict=False):
                 runner.go_on(request, result, span, len(sharing))
+            return
 
     def take_back(self) -> list[Request]:
         """The requests that have gone on after a call made elsewhere."""

@@ -73,6 +73,7 @@ _LOCK = type(threading.Lock())
 TEXT_ENCODERS = COMPONENTS["text_encoder_device"]
 # Of a pipeline's own machinery. What a signal's handler raises (KeyboardInterrupt, SystemExit) is the caller's.
 _CONTROL_FLOW = (asyncio.CancelledError, GeneratorExit, GreenletExit)
+CAUGHT = 8  # times that a pipeline may catch the error that ends it, and call again
 
 
 class _Proxy:
@@ -258,6 +259,7 @@ class PipelineTask:
         self._greenlet: greenlet | None = None
         self._engine: greenlet | None = None
         self._promises: list[Promise] = []
+        self._promised = False  # a promise was made, and may be in an argument
 
     def resume(self, result: Any = None) -> Event:
         """Run until the next call that parks, or the end. The first call starts it."""
@@ -272,15 +274,18 @@ class PipelineTask:
         self._engine = greenlet.getcurrent()
         if self._greenlet is None or self._greenlet.dead:
             return Failed(error)
-        event = self._greenlet.throw(type(error), error, error.__traceback__)
-        while not isinstance(event, Finished | Failed):  # one that catches errors and calls again must end, too
+        for _ in range(CAUGHT):
             event = self._greenlet.throw(type(error), error, error.__traceback__)
-        return event
+            if isinstance(event, Finished | Failed):
+                return event
+        self._greenlet.throw()  # as greenlets are ended: no `except Exception` catches it
+        return Failed(error)
 
     def promise(self, form: Any) -> Promise:
         """A result to resume with before its call is made; `keep` it as soon as it is."""
         promise = Promise(form, self._wait)
         self._promises.append(promise)
+        self._promised = True
         return promise
 
     def release(self) -> None:
@@ -309,8 +314,10 @@ class PipelineTask:
     def _park(self, call: DenoiserCall | ComponentCall) -> Any:
         if not isinstance(call, DenoiserCall):
             self._wait()
-        args, kwargs = kept((call.args, call.kwargs))
-        return self._switch(replace(call, args=args, kwargs=kwargs))
+        if self._promised:
+            args, kwargs = kept((call.args, call.kwargs))
+            call = replace(call, args=args, kwargs=kwargs)
+        return self._switch(call)
 
     def _wait(self) -> None:
         """Let the engine make the calls whose results are promised."""

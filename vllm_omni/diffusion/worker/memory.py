@@ -8,6 +8,8 @@ from functools import partial
 from math import prod
 from typing import Any
 
+import torch
+
 from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall
 from vllm_omni.diffusion.worker.request import Request
@@ -39,7 +41,7 @@ class Retries:
             _take_apart(batch)
         work, count = work_of(batch[0]), len(batch)
         count = min(count, self._most.get(work) or count, self.room.at_once(work) or count)
-        return self.room.pays(work, count) if self.by_clock else count
+        return self.room.pays(work, count) if self.by_clock and work.kind is StepKind.COMPUTE else count
 
     def each_or_errors(self, batch: Sequence[Request], act: Act) -> list[Any]:
         """Each request's result, or the exception its own call raises: a joint failure is looked for one by one.
@@ -74,7 +76,8 @@ class Retries:
         if is_out_of_memory(failure):
             work = work_of(batch[0])
             if len(batch) == 1:
-                return [self.memory.too_large(failure, not work.elements, work.elements, self.room.largest)]
+                decoding = isinstance(work.kind, tuple)  # or encoding
+                return [self.memory.too_large(failure, decoding, work.elements, self.room.largest)]
             self._most[work] = half = (len(batch) + 1) // 2
             logger.warning("%s has no room for %d such requests at once; from now on %d", self.memory, len(batch), half)
             return self.each_or_errors(batch[:half], act)
@@ -137,4 +140,6 @@ def work_of(request: Request) -> Work:
         calls = 1 if parked is None else len(parked.here)
         size = request.size, request.backend is not None, calls
         return Work(kind, size, calls * sum(prod(shape) for shape in shapes))
-    return Work((kind, parked.call.component), parked.key)
+    given = (*parked.call.args, *parked.call.kwargs.values())
+    elements = sum(value.numel() for value in given if isinstance(value, torch.Tensor))
+    return Work((kind, parked.call.component), parked.key, elements)

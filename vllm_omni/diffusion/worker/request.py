@@ -16,7 +16,7 @@ from vllm_omni.diffusion.cache.state import CacheState, Forecast, Signal
 from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, StepTracker
 from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.coroutine import ComponentCall, DenoiserCall, Event, Failed, Finished, PipelineTask
-from vllm_omni.diffusion.worker.shared_modules import OwnChanges
+from vllm_omni.diffusion.worker.shared_modules import NOTHING_CHANGED, OwnChanges
 from vllm_omni.guidance import StepCalls
 from vllm_omni.inputs.lora import Adapters
 from vllm_omni.kernels.promise import Promise
@@ -41,7 +41,7 @@ class ParkedCall:
     mine: int | None = None  # which of them this rank makes, if others make the rest
     signal: Signal | None = None  # what its gate must see before the step is decided
     forecast: Forecast | None = None
-    changes: OwnChanges = field(default_factory=OwnChanges)  # of shared modules, which are installed for its forward
+    changes: OwnChanges = NOTHING_CHANGED  # of shared modules, which are installed for its forward
 
     @property
     def together(self) -> tuple[ParkedCall, ...]:
@@ -173,7 +173,8 @@ class Request:
             self.undivide()
             return self.park(signal_of, decided, None)
         together = made[:1] if self.apart else fitting
-        self.parked = replace(together[-1], earlier=tuple(together[:-1]), mine=mine)
+        last, earlier = together[-1], tuple(together[:-1])
+        self.parked = replace(last, earlier=earlier, mine=mine) if earlier or mine is not None else last
 
     def undivide(self) -> None:
         """Make every call on every rank from now on. None has all residuals, so that all begin without."""

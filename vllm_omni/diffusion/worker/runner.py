@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,7 +20,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.discover import rows_in
 from vllm_omni.diffusion.denoiser.known import Denoiser
-from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_kept
+from vllm_omni.diffusion.denoiser.lora_scales import scales_kept, scales_kept_by
 from vllm_omni.diffusion.denoiser.rows import latents_of, row_slices, take_rows
 from vllm_omni.diffusion.denoiser.specs import denoisers_of
 from vllm_omni.diffusion.denoiser.step_tracker import StepTracker
@@ -45,7 +44,7 @@ from vllm_omni.diffusion.worker.memory import Retries, work_of
 from vllm_omni.diffusion.worker.pace import settle, size_of, usual
 from vllm_omni.diffusion.worker.preview import can_preview, draw
 from vllm_omni.diffusion.worker.request import ParkedCall, PlanOf, Previews, Request
-from vllm_omni.diffusion.worker.shared_modules import OwnChanges, SharedModules
+from vllm_omni.diffusion.worker.shared_modules import NOTHING_CHANGED, OwnChanges, SharedModules
 from vllm_omni.distributed.peers import Peers
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.guidance import Readers
@@ -66,21 +65,21 @@ class ModelRunner:
         self.joins = config.join_guidance  # the branches of a step are made in one forward
         self.peers: Peers | None = None  # other ranks that make the same forwards
         self._readers = Readers(type(pipeline).__name__)
-        self._device = device_of(pipeline, bool(config.component_devices))
+        self.device = device_of(pipeline, bool(config.component_devices))
         self.modules: dict[str, torch.nn.Module] = denoisers_of(pipeline)
         self.denoisers = {name: Denoiser(module) for name, module in self.modules.items()}
         self.binders = {name: CallBinder(name, denoiser) for name, denoiser in self.denoisers.items()}
         own = type(pipeline).__module__.startswith("diffusers.pipelines.")  # what those hook, a guider does
         hooked = not own or any(isinstance(part, BaseGuidance) for part in vars(pipeline).values())
         self._shared = SharedModules(self.modules.values, self._other_parts, hooked)
-        self.pace, self.clock, self.memory = Pace(), DeviceClock(self._device), Memory(self._device)
+        self.pace, self.clock, self.memory = Pace(), DeviceClock(self.device), Memory(self.device)
         loaded = self.memory.begin()
         free = self.memory.free(config.gpu_memory_utilization) if config.parallel_config.ranks == 1 else None
         self.room = Room(free, config.max_num_seqs, loaded)  # ranks must not decide by what each has measured
         self.retries = Retries(self.memory, self.room, by_clock=config.parallel_config.ranks == 1)
         self.forwards = {"computed": 0, "skipped": 0}
         self.adapters = AdapterSwitch(pipeline, config.lora_modules)
-        self.components = Components(pipeline, config.component_devices, self._device, self)
+        self.components = Components(pipeline, config.component_devices, self.device, self)
 
     def start(
         self,
@@ -93,14 +92,16 @@ class ModelRunner:
     ) -> Request:
         """Begin a request, and park it at its first call: of a text encoder, or of its denoiser."""
 
+        began = self.clock.mark()
+
         def prelude() -> None:
             request.text_tokens = text_tokens()
 
         self._check_denoisers()
         self._shared.scan()
-        arguments = {name: moved(value, self._device) for name, value in arguments.items()}
+        arguments = {name: moved(value, self.device) for name, value in arguments.items()}
         elsewhere = self.components.elsewhere
-        task = PipelineTask(self.pipeline, arguments, self._device, prelude=prelude, elsewhere=elsewhere)
+        task = PipelineTask(self.pipeline, arguments, self.device, prelude=prelude, elsewhere=elsewhere)
         if (boundary := asked.params.boundary_ratio) is not None:
             task.pipeline.register_to_config(boundary_ratio=boundary)  # of the request's own copy
         adapters = asked.params.lora_request or ()
@@ -116,7 +117,6 @@ class ModelRunner:
         )
         self.adapters.use(adapters)  # text encoders can have adapters too
         self.retries.add(request)
-        began = self.clock.mark()
         self._ran_component(request, self._advance(request), (began, self.clock.mark()))
         return request
 
@@ -230,7 +230,7 @@ class ModelRunner:
 
     def _call(self, name: str, arguments: Mapping[str, Any]) -> Any:
         call = partial(self.modules[name], **arguments)
-        with _scales_kept(self.modules[name], arguments):
+        with scales_kept_by(self.modules[name], arguments):
             return call() if self.peers is None else self.peers.guarded(call)
 
     # --------------------------------------------------------------------------------------------------- between calls
@@ -320,11 +320,12 @@ class ModelRunner:
             self._begin_schedule(request, call.denoiser, arguments)
         request.position = position
         rows = self._learn(request, call, arguments)
-        changes = request.changes if request.changes else OwnChanges()  # and not what comes before its forward
-        parked = ParkedCall(call, None, StepKind.COMPUTE, arguments, rows, position, changes=changes)
+        changes = request.changes if request.changes else NOTHING_CHANGED  # and not what comes before its forward
+        key = self._batch_key(request, call.denoiser, arguments)
+        parked = ParkedCall(call, key, StepKind.COMPUTE, arguments, rows, position, changes=changes)
         if self._cached(request, parked):
             request.cache.follow(parked.branch, latents_of(arguments))
-        return replace(parked, key=self._batch_key(request, parked))
+        return parked
 
     def _signal(self, request: Request, call: ParkedCall) -> Signal | None:
         """What a gate must still see of the call before its step is decided."""
@@ -336,7 +337,9 @@ class ModelRunner:
         """The call as it waits for its forward: with a forecast, or to be computed."""
         cached = self._cached(request, call)
         forecast = request.cache.forecast(call.branch, call.step, call.rows) if cached else None
-        return replace(call, kind=StepKind.COMPUTE if forecast is None else StepKind.SKIP, forecast=forecast)
+        kind = StepKind.COMPUTE if forecast is None else StepKind.SKIP
+        unchanged = kind is call.kind and forecast is call.forecast
+        return call if unchanged else replace(call, kind=kind, forecast=forecast)
 
     def _cached(self, request: Request, call: ParkedCall) -> bool:
         return self._stack([request], call, call.arguments) is not None
@@ -354,17 +357,17 @@ class ModelRunner:
         denoiser, module = self.denoisers[call.denoiser], self.modules[call.denoiser]
         if not denoiser.knows(arguments) and not request.changes:
             self.adapters.use(request.adapters)
-            with _scales_kept(module, arguments):
+            with scales_kept_by(module, arguments):
                 denoiser.learn(arguments, lambda given: module(**given))
         return rows_in(arguments) or 1
 
-    def _batch_key(self, request: Request, call: ParkedCall) -> Hashable:
-        binder = self.binders[call.branch[0]]
+    def _batch_key(self, request: Request, denoiser: str, arguments: dict[str, Any]) -> Hashable:
+        binder = self.binders[denoiser]
         if request.changes:
             return binder.name, request.request_id
         own = None if request.backend is None else request.backend.denoisers.get(binder.name)
         other_stack = id(own) if own is not None and own is not self.denoisers[binder.name] else None
-        key = binder.key(call.arguments, request.request_id, request.shared_content)
+        key = binder.key(arguments, request.request_id, request.shared_content)
         return key, request.adapters, other_stack
 
     def _begin_schedule(self, request: Request, denoiser: str, arguments: dict[str, Any]) -> None:
@@ -384,11 +387,6 @@ class ModelRunner:
             assert state is not None
             unlike = isinstance(state, RecordingState) and not usual(request)
             request.cache = CacheState() if unlike else state
-
-
-def _scales_kept(module: torch.nn.Module, arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """The module's adapters are as strong after a call as before, also if the call scales them and fails."""
-    return scales_kept([module] if scale_of_call(arguments) is not None else [])
 
 
 def _parked(request: Request) -> ParkedCall:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ class OwnChanges:
             _put(own)
 
 
+NOTHING_CHANGED = OwnChanges()  # of many requests: no pipeline runs with it
+
+
 class SharedModules:
     """The denoisers of a pipeline and its other parts, as they are between the turns of its requests."""
 
@@ -77,7 +81,7 @@ class SharedModules:
     @contextmanager
     def lent_to(self, changes: OwnChanges) -> Iterator[None]:
         """Within, a request's pipeline runs: it finds what it has changed, and may change more."""
-        seen = [(attributes, view, view(attributes)) for attributes, view in self._views]
+        kept = [(attributes, view, [*attributes], [*attributes.values()]) for attributes, view in self._views]
         slots = [a.get(name, _ABSENT) for a, name in self._slots]
         hooks = [dict(own) if own else {} for own in self._hooks]  # there are thousands, nearly all empty
         try:
@@ -88,6 +92,11 @@ class SharedModules:
             changed = [(a, name, was) for (a, name), was in both if a.get(name, _ABSENT) is not was]
             changes.entries = [(a, name, a.get(name, _ABSENT)) for a, name, _ in changed]
             _put(changed)
+            seen = [
+                (attributes, view, view(dict(zip(names, values, strict=True))))
+                for attributes, view, names, values in kept  # compared as a whole first: nearly always the same
+                if [*attributes] != names or not all(map(is_, attributes.values(), values))
+            ]
             seen += [(own, dict, before) for own, before in zip(self._hooks, hooks, strict=True) if own or before]
             for attributes, view, before in seen:
                 now = view(attributes)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from vllm_omni import packages
+from vllm_omni.envs import spin_briefly
 from vllm_omni.errors import OmniError
 from vllm_omni.version import __version__
 
@@ -61,7 +62,7 @@ def _run(words: Sequence[str]) -> int:
     # `serve` has vLLM's parser, which takes seconds to import: it parses by itself
     args, rest = (argparse.Namespace(words=words[1:]), []) if name == "serve" else parser.parse_known_args(words)
     packages.hide_unloadable()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning OpenMP threads make a busy CPU 50 times slower
+    spin_briefly(os.environ)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns once per image processor without torchvision
     assert module is not None  # anything else has ended in the parser
     try:

@@ -29,14 +29,11 @@ def sea_filter(x: torch.Tensor, sigma: float) -> torch.Tensor:
     return torch.fft.ifftn(gain / gain.mean() * torch.fft.fftn(x.float(), dim=dims), dim=dims).real
 
 
-def on_grid(latents: torch.Tensor, arguments: Mapping[str, Any]) -> torch.Tensor:
-    """Latents as (rows, channels, *grid); packed ones, (rows, tokens, channels), are laid out by what the call says."""
-    if latents.ndim != 3:
-        return latents
-    tokens = latents.shape[1]
+def grid_of(tokens: int, arguments: Mapping[str, Any]) -> tuple[int, ...]:
+    """How a call's packed latents (rows, tokens, channels) are laid out, by what it says itself."""
     for grid in _grids(arguments, tokens):
         if math.prod(grid) == tokens:
-            return latents.transpose(1, 2).reshape(len(latents), latents.shape[2], *grid)
+            return grid
     raise InvalidValueError("tokens", tokens, "of this model cannot be laid out as a picture; use another gate")
 
 
@@ -62,8 +59,16 @@ class SeaCacheRule(GateRule):
 
     name, signal, threshold = "seacache", Signal.LATENTS, 0.25
 
+    def __init__(self) -> None:
+        self._grids: dict[int, tuple[int, ...]] = {}  # by tokens: to find one may need a read of the device
+
     def describe(self, latents: torch.Tensor, arguments: Mapping[str, Any], sigma: float) -> torch.Tensor:
-        return sea_filter(on_grid(latents, arguments), sigma)
+        if latents.ndim != 3:
+            return sea_filter(latents, sigma)
+        rows, tokens, channels = latents.shape
+        if tokens not in self._grids:
+            self._grids[tokens] = grid_of(tokens, arguments)
+        return sea_filter(latents.transpose(1, 2).reshape(rows, channels, *self._grids[tokens]), sigma)
 
     def change(self, now: torch.Tensor, memory: Memory) -> torch.Tensor | None:
         return relative_l1(now, memory[PREVIOUS]) if comparable(memory, PREVIOUS, now) else None

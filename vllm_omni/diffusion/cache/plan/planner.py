@@ -90,8 +90,14 @@ def _computed_steps(costs: np.ndarray, nfe: int, steps: int, compute_last_step: 
 
 
 def step_weights(sigmas: Sequence[float], gains: np.ndarray | None = None) -> np.ndarray:
-    """g_t |sigma_t - sigma_(t+1)|: what an error of one in step t's residual moves the final latents by."""
+    """g_t |sigma_t - sigma_(t+1)|: what an error of one in step t's residual moves the final latents by.
+
+    A scheduler of second order (Heun's) stands still at every other call, with which it corrects the step before: the
+    final latents move by the mean of both, so that each has half.
+    """
     moved = np.abs(np.diff([*sigmas, 0.0]))
+    corrects = np.flatnonzero(moved[1:] == 0.0) + 1
+    moved[corrects] = moved[corrects - 1] = moved[corrects - 1] / 2
     return moved if gains is None else moved * gains
 
 
