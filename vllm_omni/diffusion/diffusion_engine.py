@@ -195,13 +195,13 @@ class DiffusionEngine:
             for request in batch:
                 if request.ended is None:
                     self.worker.runner.abort(request, error)
-        ended = clock.mark()
+        ended, times = clock.mark(), [request.times for request in batch]
+        finished = [request.times for request in batch if isinstance(request.ended, Finished)]
 
-        def report() -> None:
-            coded = sum(request.times.decode_s for request in batch) - sum(decoded)
-            seconds = clock.seconds(began, ended) - coded - sum(times.encode_s for times in started)
-            coding = [request.times.coding_s for request in batch if isinstance(request.ended, Finished)]
-            self._reports.append(StepReport(pixels, rows, skipped, seconds, len(coding), sum(coding)))
+        def report() -> None:  # holds no request: one that has ended holds its picture
+            coded = sum(one.decode_s for one in times) - sum(decoded) + sum(one.encode_s for one in started)
+            seconds, coding = clock.seconds(began, ended) - coded, sum(one.coding_s for one in finished)
+            self._reports.append(StepReport(pixels, rows, skipped, seconds, len(finished), coding))
 
         if batch[0].plan_of is None:
             clock.later(ended, report)
