@@ -80,7 +80,8 @@ def plain(options: argparse.Namespace) -> None:
     """A picture for each line of the input, and its seconds as a line."""
     sys.path.insert(0, str(ROOT))
     from vllm_omni.diffusion.data import OmniDiffusionConfig
-    from vllm_omni.diffusion.loader import generation_defaults, load_pipeline
+    from vllm_omni.diffusion.loader import load_pipeline
+    from vllm_omni.model_folder import generation_defaults
 
     pipeline = load_pipeline(OmniDiffusionConfig(model=options.model))
     pipeline.set_progress_bar_config(disable=True)

@@ -6,7 +6,7 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-SPINS = 2000  # rounds of GNU's OpenMP, about what waking a thread takes (docs/log.md)
+SPINS = 4000  # rounds of GNU's OpenMP before an idle thread sleeps (docs/log.md)
 
 
 def log_level() -> str:
