@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from math import prod
 from typing import Any
 
 import pytest
@@ -22,10 +23,21 @@ CASES = [
     for how in (ULYSSES, RING, CFG, TENSOR)
     if (family, how) != ("Wan 2.1", TENSOR)  # diffusers has no plan for it
 ]
+BRANCHES_TOO = {"caches": ["plan", "inner gate"]}
+ODD, ODD_TEXT = {"size": [20, 20], "lengths": [7, 7]}, {"lengths": [7, 6]}
+MORE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # of each combination what differs from its parts
+    ("FLUX.1", ULYSSES | RING, BRANCHES_TOO),
+    ("FLUX.1", CFG | TENSOR, BRANCHES_TOO),
+    ("Qwen-Image", CFG | ULYSSES, BRANCHES_TOO),
+    ("Wan 2.1", CFG | RING, {"caches": ["outer gate"]}),
+    ("Qwen-Image", ULYSSES, ODD_TEXT | {"caches": ["off", "plan"]}),
+    ("Qwen-Image", ULYSSES | {"ulysses_anything": True}, ODD_TEXT | BRANCHES_TOO | {"size": [48, 16]}),
+    ("FLUX.1", RING | {"ring_anything": True}, ODD | BRANCHES_TOO),
+]
 
 
 @cache
-def served(family: str, how: str) -> dict[str, Any]:
+def served(family: str, how: str, more: str) -> dict[str, Any]:
     """What `ranks_matrix.py` says of one way to serve a family, by cache."""
     environment = os.environ | {
         "OMNI_RANK_FAMILY": family,
@@ -33,7 +45,7 @@ def served(family: str, how: str) -> dict[str, Any]:
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(HELPERS / "ranks_on_cpu"), str(HELPERS)]),
     }
-    command = [sys.executable, str(HELPERS / "ranks_matrix.py"), family, how]
+    command = [sys.executable, str(HELPERS / "ranks_matrix.py"), family, how, more]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and "seconds" in lines[-1], done.stderr[-3000:]
@@ -51,7 +63,7 @@ def near(got: dict[str, list[float]], wanted: dict[str, list[float]]) -> None:
 @pytest.mark.parametrize(("family", "how"), CASES, ids=lambda v: v if isinstance(v, str) else next(iter(v)))
 def test_ranks_make_what_one_process_makes(family: str, how: dict[str, int]) -> None:
     """Four mixed requests, one aborted: without a cache, by plan, by gates that look before and inside the split."""
-    alone, ranks = served(family, "{}"), served(family, json.dumps(how))
+    alone, ranks = served(family, "{}", "{}"), served(family, json.dumps(how), "{}")
     turns = 0
     for name, one in alone.items():
         two = ranks[name]
@@ -70,3 +82,21 @@ def test_ranks_make_what_one_process_makes(family: str, how: dict[str, int]) -> 
         assert ranks["inner gate"]["peak"] == alone["inner gate"]["peak"] / 2
     if not whole:  # latents are kept whole, residuals are not
         assert alone["outer gate"]["peak"] / 2 <= ranks["outer gate"]["peak"] < alone["outer gate"]["peak"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "how", "more"), MORE, ids=lambda v: v if isinstance(v, str) else "-".join(v))
+def test_combinations_make_what_one_process_makes(family: str, how: dict[str, Any], more: dict[str, Any]) -> None:
+    """Tokens split in both ways, branches beside tokens or layers, and numbers of tokens that ranks cannot share."""
+    asked = {name: value for name, value in more.items() if name != "caches"}
+    alone, ranks = served(family, "{}", json.dumps(asked)), served(family, json.dumps(how), json.dumps(more))
+    parts = prod(size for name, size in how.items() if name != "tensor_parallel_size")
+    for name, several in ranks.items():
+        one = alone[name]
+        near(several["latents"], one["latents"])
+        for fact in ("counts", "errors", "forwards", "steps", "left"):
+            assert several[fact] == one[fact], (name, fact)
+        assert several["ranks"] == prod(how.values()) and (name == "off" or one["forwards"]["skipped"] > 0)
+        if name == "plan":
+            least = one["peak"] / parts
+            assert least <= several["peak"] <= (4 / 3 * least if "size" in more else least)

@@ -173,6 +173,17 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
     assert used_now() <= before
 
 
+def test_what_is_left_of_a_split_module_comes_later() -> None:
+    module, before = tiny_flux().transformer, used_now()
+    with (
+        fake_cuda.limit(before + 20_000),
+        pytest.raises(ModelLoadError, match="does not fit on cuda"),
+    ):
+        placement.finish_move(module, torch.device("cuda"))
+    placement.finish_move(module, torch.device("cuda"))
+    assert {tensor.device.type for tensor in (*module.parameters(), *module.buffers())} == {"cuda"}
+
+
 def test_a_driver_that_torch_cannot_use_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")

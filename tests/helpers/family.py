@@ -105,3 +105,18 @@ def picture(generator: torch.Generator, size: int = 32) -> Image.Image:
 
 def edited(given: dict[str, Any], generator: torch.Generator) -> dict[str, Any]:
     return {"image": picture(generator)}
+
+
+def of_length(family: Family, i: int, positive: int, negative: int) -> dict[str, Any]:
+    """Conditioning `i` with the first tokens alone, of the prompt and of the negative prompt."""
+
+    def cut(name: str, value: Any) -> Any:
+        length = negative if name.startswith("negative") else positive
+        if isinstance(value, list) and all(isinstance(entry, torch.Tensor) for entry in value):
+            return [entry[:length] for entry in value]
+        if "mask" in name and isinstance(value, torch.Tensor) and value.ndim == 2:
+            return value[:, :length]
+        return value[..., :length, :] if isinstance(value, torch.Tensor) and value.ndim > 2 else value
+
+    given = {name: cut(name, value) for name, value in family.prompt(i).items()}
+    return given | family.more(given, torch.Generator().manual_seed(i))

@@ -1,6 +1,8 @@
-"""Mixed requests on one process or on several ranks: `python ranks_matrix.py FAMILY 'ENGINE ARGS AS JSON'`.
+"""Mixed requests on one process or on several ranks: `python ranks_matrix.py FAMILY 'ENGINE ARGS' 'MORE'`.
 
-Prints one JSON line per cache: every latent and count, and the bytes that were kept at most.
+Prints one JSON line per cache: every latent and count, and the bytes that were kept at most. Both arguments are JSON
+objects; MORE has the names of the `caches`, if not all, how many tokens prompt and negative prompt have (`lengths`),
+and height and width (`size`).
 """
 
 from __future__ import annotations
@@ -21,27 +23,31 @@ CACHES: dict[str, Any] = {
 }
 
 
-def requests_of(family: Any, cache: Any) -> dict[str, tuple[Any, Any]]:
+def requests_of(family: Any, cache: Any, more: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Four: of other steps, other guidance, one without any."""
+    from family import of_length
+
     from vllm_omni import OmniDiffusionSamplingParams as Params
 
-    asked = {}
+    asked, lengths = {}, more.get("lengths", (8, 8))
+    settings = family.settings | dict(zip(("height", "width"), more.get("size", ()), strict=False))
     for i, (steps, scale) in enumerate(((8, 3.0), (6, 4.0), (8, 1.0), (9, 2.0))):
         params = Params(
             num_inference_steps=steps, seed=None if i == 3 else i, output_type="latent", cache=cache,
-            **family.settings, **family.guided(scale),
+            **settings, **family.guided(scale),
         )  # fmt: skip
-        asked[str(i)] = (family.prompt((0, 1, 3, 4)[i]), params)  # number 2 has a mask, which a ring cannot have
+        number = (0, 1, 3, 4)[i]  # number 2 has a mask, which a ring cannot have
+        asked[str(i)] = of_length(family, number, *lengths), params
     return asked
 
 
-def serve(omni: Any, family: Any, name: str, cache: Any) -> dict[str, Any]:
+def serve(omni: Any, family: Any, name: str, more: dict[str, Any]) -> dict[str, Any]:
     from serving import made
     from stepping import add
 
     engine, worker = omni.engine, omni.engine.worker
     before = dict(worker.runner.forwards)
-    asked = requests_of(family, cache)
+    asked = requests_of(family, CACHES[name], more)
     peak, steps, ended = 0, 0, {}
     for request_id, (prompt, params) in list(asked.items())[:2]:
         add(omni, name + request_id, prompt, params)
@@ -76,9 +82,10 @@ def main() -> None:
     from vllm_omni import Omni
 
     family = next(family for family in FAMILIES if family.name == sys.argv[1])
+    more = json.loads(sys.argv[3])
     with Omni("demo", dtype="float32", device="cpu", **json.loads(sys.argv[2])) as omni:
-        for name, cache in CACHES.items():
-            print(json.dumps(serve(omni, family, name, cache)), flush=True)
+        for name in more.get("caches", CACHES):
+            print(json.dumps(serve(omni, family, name, more)), flush=True)
     print(json.dumps({"seconds": time.monotonic() - BEGAN}), flush=True)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
 from closeness import assert_close
 from families import FAMILIES, Family
+from family import of_length
 from lanes import lane, one_of_a_kind
 from test_families import MASK, STEPS
 
@@ -16,21 +14,6 @@ from vllm_omni import OmniDiffusionSamplingParams as Params
 
 LENGTHS = (8, 3, 6, 5)
 PADDED_BY_NOBODY = [family for family in FAMILIES if not family.fixed_length]
-
-
-def of_length(family: Family, i: int, positive: int, negative: int) -> dict[str, Any]:
-    """Conditioning `i` with the first tokens alone, of the prompt and of the negative prompt."""
-
-    def cut(name: str, value: Any) -> Any:
-        length = negative if name.startswith("negative") else positive
-        if isinstance(value, list) and all(isinstance(entry, torch.Tensor) for entry in value):
-            return [entry[:length] for entry in value]
-        if "mask" in name and isinstance(value, torch.Tensor) and value.ndim == 2:
-            return value[:, :length]
-        return value[..., :length, :] if isinstance(value, torch.Tensor) and value.ndim > 2 else value
-
-    given = {name: cut(name, value) for name, value in family.prompt(i).items()}
-    return given | family.more(given, torch.Generator().manual_seed(i))
 
 
 @pytest.mark.parametrize("family", lane(PADDED_BY_NOBODY, one_of_a_kind), ids=lambda f: f.name)

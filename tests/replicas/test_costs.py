@@ -13,8 +13,9 @@ from vllm_omni.engine.client import ALONE, launch_engine
 from vllm_omni.engine.interface import EngineStats
 from vllm_omni.engine.ledger import Ledger, RequestSize
 from vllm_omni.engine.wire import StatsReport
+from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams as Params
-from vllm_omni.kernels.placement import device_in_turn
+from vllm_omni.kernels.placement import device_in_turn, see_in_turn
 
 
 @pytest.mark.parametrize(("fixed", "each"), [(0.8, 0.2), (0.0, 1.0), (1.0, 0.0)])
@@ -109,3 +110,21 @@ def test_engines_take_the_devices_in_turn(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [device_in_turn(asked, turn) for turn in range(3)] == wanted
     assert device_in_turn("cpu", 1) == "cpu"
+
+
+@pytest.mark.parametrize(("before", "seen"), [(None, ["0,1", "2,3"]), ("4,GPU-a,7,5,6", ["4,GPU-a", "7,5"])])
+def test_engines_of_several_ranks_see_their_own_devices_alone(
+    monkeypatch: pytest.MonkeyPatch, before: str | None, seen: list[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "what it was is put back after the test")
+    for turn, wanted in enumerate(seen):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+        if before is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+        see_in_turn("cpu", turn, 2, 2)
+        assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
+        see_in_turn(None, turn, 2, 2)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == wanted
+    with pytest.raises(InvalidValueError, match="times 2 ranks needs 6 devices, and there are 5"):
+        see_in_turn("cuda", 0, 3, 2)

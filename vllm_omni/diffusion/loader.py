@@ -69,6 +69,7 @@ def prepare(pipeline: Any, config: OmniDiffusionConfig, device: str, dtype: Any)
     if config.enable_layerwise_offload:
         pipeline.enable_group_offload(torch.device(device), offload_type="block_level", num_blocks_per_group=1)
     else:
-        put_on(pipeline, device, config.enable_cpu_offload, config.component_devices)
+        later = [*denoisers_of(pipeline)] if config.parallel_config.tensor_parallel_size > 1 else []  # once split
+        put_on(pipeline, device, config.enable_cpu_offload, config.component_devices, later)
     for denoiser in denoisers_of(pipeline).values() if not config.enforce_eager else ():
         denoiser.compile_repeated_blocks(dynamic=True)

@@ -13,12 +13,18 @@ NO_LIMIT_S = 24 * 3600.0
 
 
 class ParallelConfig(Settings):
-    """What is split over ranks, each a process with a device of its own. Of the kinds, Ulysses and ring combine."""
+    """What is split over ranks, each a process with a device of its own. Tokens and layers are not split together."""
 
     tensor_parallel_size: int = Field(default=1, ge=1, le=64, description="ranks that share every layer's weights")
     cfg_parallel_size: int = Field(default=1, ge=1, le=3, description="ranks that make one guidance branch each")
     ulysses_degree: int = Field(default=1, ge=1, le=64, description="ranks that share the tokens, by attention heads")
     ring_degree: int = Field(default=1, ge=1, le=64, description="ranks that share the tokens, in a ring")
+    ulysses_anything: bool = Field(
+        default=False, description="with ulysses_degree: any number of tokens, and of heads, on ranks with unlike parts"
+    )
+    ring_anything: bool = Field(
+        default=False, description="with ring_degree: any number of tokens, on ranks with unlike parts"
+    )
     rank_timeout_s: float = Field(
         default=60.0, gt=0, le=NO_LIMIT_S, description="how long ranks wait for one that is late"
     )
@@ -32,17 +38,36 @@ class ParallelConfig(Settings):
     def ranks(self) -> int:
         return self.tensor_parallel_size * self.cfg_parallel_size * self.tokens_split
 
+    @property
+    def unlike(self) -> bool:
+        """Whether ranks may have parts of unlike sizes."""
+        return self.ulysses_anything or self.ring_anything
+
+    @property
+    def lifting(self) -> str | None:
+        """The setting that lets the tokens be any number; None if it is on, or there is none."""
+        if self.unlike or (self.ulysses_degree > 1) == (self.ring_degree > 1):
+            return None
+        return "ulysses_anything" if self.ulysses_degree > 1 else "ring_anything"
+
+    @property
+    def mesh(self) -> dict[str, int]:
+        """How the ranks are arranged, from the outermost dimension: those of one branch stand next to each other."""
+        layers = {"tp": self.tensor_parallel_size}
+        tokens = {"ring": self.ring_degree, "ulysses": self.ulysses_degree}
+        return {"cfg": self.cfg_parallel_size} | (layers if self.tensor_parallel_size > 1 else tokens)
+
     @model_validator(mode="after")
-    def _one_kind(self) -> ParallelConfig:
-        sizes = {
-            "tensor_parallel_size": self.tensor_parallel_size,
-            "cfg_parallel_size": self.cfg_parallel_size,
-            "ulysses_degree" if self.ulysses_degree > 1 else "ring_degree": self.tokens_split,
-        }
-        given = [name for name, size in sizes.items() if size > 1]
-        if len(given) > 1:
-            fix = f"cannot be combined with {given[0]}; of these, give one"
-            raise InvalidValueError(given[1], sizes[given[1]], fix)
+    def _combinations(self) -> ParallelConfig:
+        degree = "ulysses_degree" if self.ulysses_degree > 1 else "ring_degree"
+        if self.tensor_parallel_size > 1 and self.tokens_split > 1:
+            fix = "cannot be combined with tensor_parallel_size; of these, give one"
+            raise InvalidValueError(degree, vars(self)[degree], fix)
+        for kind, other in (("ulysses", "ring"), ("ring", "ulysses")):
+            own, others = (vars(self)[f"{name}_degree"] for name in (kind, other))
+            if vars(self)[f"{kind}_anything"] and (own == 1 or others > 1):
+                fix = f"is for a {kind}_degree of more than 1 beside a {other}_degree of 1"
+                raise InvalidValueError(f"{kind}_anything", True, fix)
         return self
 
 

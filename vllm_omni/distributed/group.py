@@ -6,6 +6,7 @@ them in a collective fails with it.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import subprocess
@@ -37,7 +38,7 @@ from vllm_omni.logger import init_logger, logs_json
 logger = init_logger(__name__)
 
 LEAD = 8  # turns that rank 0 may be ahead of the slowest rank
-GRACE_S = 2.0  # between the first rank's failure and the last one's, if all fail alike
+GRACE_S = 2.0  # between the first rank's failure and the last one's, if all fail alike, beside the forward's time
 SILENT_S = 15.0  # a process that lives sends a beat every `BEAT_S`
 BEAT_S = 0.5
 LOAD_S = 600.0
@@ -54,6 +55,7 @@ class Member:
         self.loaded: Loaded | None = None
         self.done = 0
         self.failed: str | None = None
+        self.failed_at = 0.0
 
 
 class Group:
@@ -64,6 +66,8 @@ class Group:
         self._lost, self._news = lost, threading.Condition()
         self._why: str | None = None
         self._closed = False
+        self._turn, self._began = 0, time.monotonic()  # what rank 0 does, and since when
+        self._judging = False  # whether all ranks have failed alike
         self._folder = tempfile.TemporaryDirectory(prefix="vllm-omni-ranks-")
         self.rendezvous = str(Path(self._folder.name) / "rendezvous")
         self.members: list[Member] = []
@@ -122,22 +126,36 @@ class Group:
             raise DeviceLostError(f"the group of ranks has ended: {self._why}")
 
     def keep_up(self, number: int) -> None:
-        """Wait for ranks that are too far behind turn `number`."""
+        """Wait for ranks that are too far behind turn `number`, which begins then."""
+        self._turn, self._began = number, math.inf
         self._wait(lambda: all(m.done >= number - LEAD for m in self.members), self.timeout_s, f"reach turn {number}")
+        self._began = time.monotonic()
 
     def fails_alike(self, what: str) -> bool:
-        """Whether every other rank reports the same failure of the same forward, too."""
+        """Whether every other rank reports the same failure of the same forward, too.
+
+        Forwards without a collective may be turns apart: a rank is given the time to get there, and to do this one.
+        """
+        took = time.monotonic() - self._began
+        grace = GRACE_S + (took if took < self.timeout_s else 0.0)  # after so long this one has waited for the others
         with self._news:
-            self._news.wait_for(lambda: self._why or all(m.failed is not None for m in self.members), GRACE_S)
+            self._judging = True
+            self._news.wait_for(lambda: self._why or all(map(self._is_there, self.members)), self.timeout_s)
+            self._news.wait_for(lambda: self._why or all(m.failed is not None for m in self.members), grace)
             told = [member.failed for member in self.members]
             for member in self.members:
                 member.failed = None
+            self._judging = False
         alike = self._why is None and all(other == what for other in told)
         if not alike:
             self._end(f"a forward has failed on some ranks only: {what}; {', '.join(map(str, told))}")
             return False
         self.tell(Verdict(True))
         return True
+
+    def _is_there(self, member: Member) -> bool:
+        """Whether a rank has failed, or has begun what rank 0 does."""
+        return member.failed is not None or member.done >= self._turn - 1
 
     def close(self) -> None:
         """End the other ranks, and reap them."""
@@ -191,7 +209,7 @@ class Group:
                     elif isinstance(message, Done):
                         member.done = message.number
                     elif isinstance(message, Failed):
-                        member.failed = message.what
+                        member.failed, member.failed_at = message.what, time.monotonic()
                     self._news.notify_all()
         except (OSError, ValueError) as error:
             logger.error("rank %d cannot be understood: %s", member.rank, error)
@@ -211,3 +229,13 @@ class Group:
                 patience = min(SILENT_S, self.timeout_s) * (1 if member.loaded else 20)
                 if time.monotonic() - member.heard > patience:
                     self._end(f"rank {member.rank} has been silent for {patience:.0f} s")
+                if self._fails_alone(member):
+                    self._end(f"rank {member.rank} has failed alone: {member.failed}")
+
+    def _fails_alone(self, member: Member) -> bool:
+        """Whether rank 0 should have failed as well by now: in twice the time that the member had, or less."""
+        with self._news:
+            if member.failed is None or self._judging:
+                return False
+            took = min(max(0.0, member.failed_at - self._began), self.timeout_s)
+            return time.monotonic() - max(member.failed_at, self._began) > 2 * GRACE_S + took

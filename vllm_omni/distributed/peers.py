@@ -3,33 +3,62 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from vllm_omni.distributed.config import ParallelConfig
 from vllm_omni.errors import DeviceLostError, InvalidValueError
 from vllm_omni.kernels.device import without_tensors
 from vllm_omni.kernels.promise import mapped, tensors_in
+from vllm_omni.kernels.splits import Unshared, unshared_in
 
 T = TypeVar("T")
 
 
+class Groups(NamedTuple):
+    """Process groups that a rank is in, beside that of all ranks."""
+
+    branches: dist.ProcessGroup | None = None  # those with the same part of the other guidance branches; None: all
+    hosts: dist.ProcessGroup | None = None  # all again, for numbers of the host's, if ranks keep unlike parts
+
+
+ALONE = Groups()
+
+
 class Peers:
-    """`size` ranks that make the same forwards in the same order, each its own part."""
+    """Ranks that make the same forwards in the same order, each its own part."""
 
     def __init__(
-        self, rank: int, size: int, branches: bool, device: torch.device, alike: Callable[[Exception], bool]
+        self,
+        rank: int,
+        parallel: ParallelConfig,
+        device: torch.device,
+        alike: Callable[[Exception], bool],
+        groups: Groups = ALONE,
     ) -> None:
-        """`branches`: a rank's part of a guided step is one of its calls. `alike`: whether all ranks failed so."""
-        self.rank, self.size, self.branches, self.device = rank, size, branches, device
-        self._alike = alike
+        """`alike`: whether all ranks failed so."""
+        self.rank, self.device, self._parallel = rank, device, parallel
+        self._alike, self._groups = alike, groups
+        self._branch = rank * parallel.cfg_parallel_size // parallel.ranks
 
     @property
     def share(self) -> tuple[int, int] | None:
         """(index, count) of the calls of a guided step that are made here; None: all are."""
-        return (self.rank, self.size) if self.branches else None
+        count = self._parallel.cfg_parallel_size
+        return (self._branch, count) if count > 1 else None
+
+    def call(self, module: torch.nn.Module, arguments: Mapping[str, Any]) -> Any:
+        """What a denoiser returns, `guarded`; tokens that the ranks cannot share are named."""
+        try:
+            return self.guarded(partial(module, **arguments))
+        except AssertionError as error:
+            if self._parallel.tokens_split == 1:  # else it is of diffusers' sharding
+                raise
+            raise self._uneven(str(without_tensors(error)), unshared_in(module, arguments)) from None
 
     def guarded(self, act: Callable[[], T]) -> T:
         """What `act`, a part of a forward, returns. DeviceLostError if it fails on this rank but not on all.
@@ -41,19 +70,35 @@ class Peers:
         except Exception as error:  # whatever it is, the others wait in a collective, or will
             if not self._alike(error):
                 raise DeviceLostError(f"rank {self.rank} failed alone: {type(error).__name__}: {error}") from error
-            if isinstance(error, AssertionError):  # of diffusers' sharding
-                fix = f"must make a number of tokens that {self.size} ranks can share"
-                raise InvalidValueError("size", str(without_tensors(error))[:80], fix) from None
             raise
 
+    def _uneven(self, text: str, unshared: Unshared | None) -> InvalidValueError:
+        """What to say of tokens that the ranks cannot share: the text's, or the size's."""
+        ranks, lifting = self._parallel.tokens_split, self._parallel.lifting
+        fix = f"must make a number of tokens that {ranks} ranks can share"
+        if self._parallel.unlike:
+            fix = f"must make a token for each of {ranks} ranks at least"
+        elif lifting is not None:
+            fix += f" ({lifting} lifts that)"
+        field = "prompt" if unshared is not None and unshared.text else "size"
+        return InvalidValueError(field, text[:80] if unshared is None else unshared.tokens, fix)
+
     def agree(self, values: Sequence[float | None]) -> list[float | None]:
-        """Rank 0's values: what was compared by several ranks is decided once."""
+        """Rank 0's values: what was compared by several ranks is decided once, for all branches."""
         if not values:
             return []
         numbers = [math.nan if value is None else value for value in values]
         told = torch.tensor(numbers, dtype=torch.float64, device=self.device)
         dist.broadcast(told, src=0)
         return [None if math.isnan(value) else value for value in told.tolist()]
+
+    def largest(self, nbytes: int) -> int:
+        """The bytes of the rank that has most of what each keeps now: by them all decide what there is room for."""
+        if self._groups.hosts is None:
+            return nbytes
+        told = torch.tensor([nbytes], dtype=torch.int64)
+        self.guarded(lambda: dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._groups.hosts))
+        return int(told.item())
 
     def completed(self, results: list[list[T]], divided: Sequence[bool]) -> list[list[T]]:
         """The results of each request's calls, where other ranks have made some of those that are `divided`."""
@@ -64,12 +109,12 @@ class Peers:
         return [list(next(others)) if some else made for made, some in zip(results, divided, strict=True)]
 
     def swap(self, own: Sequence[Any]) -> list[list[Any]]:
-        """By rank, what each has made in the place of `own`: one exchange, of the bytes of its tensors."""
+        """By branch, what was made of it in the place of `own`: one exchange, of the bytes of its tensors."""
         tensors = [tensor.contiguous() for one in own for tensor in tensors_in(one)]
         sent = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
-        parts = [torch.empty_like(sent) for _ in range(self.size)]
-        dist.all_gather(parts, sent)
-        return [list(own) if rank == self.rank else _like(own, tensors, part) for rank, part in enumerate(parts)]
+        parts = [torch.empty_like(sent) for _ in range(self._parallel.cfg_parallel_size)]
+        dist.all_gather(parts, sent, group=self._groups.branches)
+        return [list(own) if i == self._branch else _like(own, tensors, part) for i, part in enumerate(parts)]
 
 
 def _like(own: Sequence[Any], tensors: Sequence[torch.Tensor], part: torch.Tensor) -> list[Any]:

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+from functools import partial
 from typing import Any
 
 from vllm_omni.distributed.messages import Beat, Done, Failed, Join, Loaded, Meet, Turn, Verdict, receive, send
@@ -46,14 +47,14 @@ class Rank:
             self.tell(Beat())
             time.sleep(every_s)
 
-    def fails_alike(self, error: Exception) -> bool:
-        """Report a failure, and wait for what rank 0 makes of it."""
+    def fails_alike(self, timeout_s: float, error: Exception) -> bool:
+        """Report a failure, and wait for what rank 0 makes of it, which may wait for slower ranks."""
         from vllm_omni.distributed.group import GRACE_S
         from vllm_omni.distributed.lockstep import told
 
         self.tell(Failed(told(error)))
         try:
-            return self._verdicts.get(timeout=2 * GRACE_S).alike
+            return self._verdicts.get(timeout=2 * (timeout_s + GRACE_S)).alike
         except queue.Empty:
             return False
 
@@ -113,7 +114,8 @@ def main() -> int:
     rank.tell(Loaded())
     if not isinstance(rank.next(), Meet):
         return 0
-    join_group(engine, join.rank, join.rendezvous, join.seed, rank.fails_alike)
+    alike = partial(rank.fails_alike, engine.config.parallel_config.rank_timeout_s)
+    join_group(engine, join.rank, join.rendezvous, join.seed, alike)
     return rank.follow(engine)
 
 

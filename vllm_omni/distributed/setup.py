@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.denoiser.specs import denoisers_of, unwrapped
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.distributed.config import ParallelConfig
 from vllm_omni.distributed.pace import GroupPace
-from vllm_omni.distributed.peers import Peers
+from vllm_omni.distributed.peers import Groups, Peers
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.kernels.placement import finish_move
 
 
 def config_of(config: OmniDiffusionConfig, rank: int) -> OmniDiffusionConfig:
@@ -32,7 +34,8 @@ def config_of(config: OmniDiffusionConfig, rank: int) -> OmniDiffusionConfig:
 
 def check_devices(config: OmniDiffusionConfig) -> None:
     """InvalidValueError if the devices are too few, or not of one kind."""
-    ranks, kind = config.parallel_config.ranks, (config.device or "").partition(":")
+    parallel, kind = config.parallel_config, (config.device or "").partition(":")
+    ranks = parallel.ranks
     if kind[2]:
         raise InvalidValueError("device", config.device, "names one device, and every rank has its own; leave it out")
     if dist.is_initialized():
@@ -41,7 +44,7 @@ def check_devices(config: OmniDiffusionConfig) -> None:
     if not on_cpu and torch.cuda.device_count() < ranks:
         fix = f"has more ranks than there are devices, {torch.cuda.device_count()}"
         raise InvalidValueError("parallel_config", f"{ranks} ranks", fix)
-    if on_cpu and config.parallel_config.cfg_parallel_size == 1 and not torch.accelerator.device_count():
+    if on_cpu and ranks > parallel.cfg_parallel_size and not torch.accelerator.device_count():
         raise InvalidValueError("parallel_config", f"{ranks} ranks", "needs accelerators: on CPUs no model is split")
 
 
@@ -54,20 +57,27 @@ def join_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks are processes of one machine
+    timeout = timedelta(seconds=parallel.rank_timeout_s)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=parallel.ranks,
-        timeout=timedelta(seconds=parallel.rank_timeout_s),
+        timeout=timeout,
     )
+    mesh = init_device_mesh(device.type, tuple(parallel.mesh.values()), mesh_dim_names=tuple(parallel.mesh))
     for module in denoisers_of(engine.worker.pipeline).values():
-        split(unwrapped(module), parallel)
-    engine.worker.agree_on_memory(_least(runner.memory.free(engine.config.gpu_memory_utilization), device))
-    runner.peers = Peers(rank, parallel.ranks, parallel.cfg_parallel_size > 1, device, alike)
+        split(unwrapped(module), parallel, mesh)
+        if parallel.tensor_parallel_size > 1:
+            finish_move(module, device)
+    hosts = dist.new_group(backend="gloo", timeout=timeout) if parallel.unlike else None
+    runner.peers = Peers(rank, parallel, device, alike, Groups(mesh.get_group("cfg"), hosts))
+    room = _least(runner.memory.free(engine.config.gpu_memory_utilization), device)
+    engine.worker.agree_on_memory(room, runner.peers.largest)
     runner.pace = GroupPace()
     for binder in runner.binders.values():
         binder.pads = parallel.ring_degree == 1  # a ring takes no mask
+        binder.multiple = parallel.ulysses_degree if binder.pads and not parallel.unlike else 1
     torch.manual_seed(seed)
 
 
@@ -77,7 +87,7 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
-def split(module: torch.nn.Module, parallel: ParallelConfig) -> None:
+def split(module: torch.nn.Module, parallel: ParallelConfig, mesh: DeviceMesh | None = None) -> None:
     """Split one denoiser by diffusers' own means; InvalidValueError if it cannot be, before anything is changed."""
     from diffusers import ContextParallelConfig
     from diffusers.models._modeling_parallel import TensorParallelConfig
@@ -88,17 +98,22 @@ def split(module: torch.nn.Module, parallel: ParallelConfig) -> None:
         field = "ulysses_degree" if parallel.ulysses_degree > 1 else "ring_degree"
         if getattr(module, "_cp_plan", None) is None:
             raise InvalidValueError(field, parallel.tokens_split, f"must be 1: diffusers has no way to split {name}")
-        if isinstance(heads, int) and heads % parallel.ulysses_degree:
-            fix = f"must divide the {heads} attention heads of {name}; ring_degree need not"
-            raise InvalidValueError("ulysses_degree", parallel.ulysses_degree, fix)
-        plan: Any = ContextParallelConfig(ulysses_degree=parallel.ulysses_degree, ring_degree=parallel.ring_degree)
+        if isinstance(heads, int):
+            _check_heads(heads, name, parallel)
+        plan: Any = ContextParallelConfig(
+            ulysses_degree=parallel.ulysses_degree,
+            ring_degree=parallel.ring_degree,
+            ulysses_anything=parallel.ulysses_anything,
+            ring_anything=parallel.ring_anything,
+            mesh=None if mesh is None else mesh["ring", "ulysses"],
+        )
     elif parallel.tensor_parallel_size > 1:
         field, size = "tensor_parallel_size", parallel.tensor_parallel_size
         if getattr(module, "_tp_plan", None) is None:
             raise InvalidValueError(field, size, f"must be 1: diffusers has no way to split {name}'s layers")
         if isinstance(heads, int) and heads % size:
             raise InvalidValueError(field, size, f"must divide the {heads} attention heads of {name}")
-        plan = TensorParallelConfig(tp_degree=size)
+        plan = TensorParallelConfig(tp_degree=size, mesh=None if mesh is None else mesh["tp"])
     else:
         return
     with warnings.catch_warnings():
@@ -107,6 +122,18 @@ def split(module: torch.nn.Module, parallel: ParallelConfig) -> None:
             module.enable_parallelism(config=plan)  # type: ignore[operator]
         except (ValueError, NotImplementedError) as error:
             raise InvalidValueError(field, vars(parallel)[field], f"cannot be used with {name}: {error}") from None
+
+
+def _check_heads(heads: int, name: str, parallel: ParallelConfig) -> None:
+    """InvalidValueError if the ranks cannot share the attention heads; `ulysses_anything` gives the last rank fewer."""
+    degree = parallel.ulysses_degree
+    most = -(-heads // degree)
+    if parallel.ulysses_anything and most * degree - heads >= most:
+        fix = f"must leave heads for every rank, of the {heads} attention heads of {name}"
+        raise InvalidValueError("ulysses_degree", degree, fix)
+    if heads % degree and not parallel.ulysses_anything:
+        fix = f"must divide the {heads} attention heads of {name}; with ulysses_anything or as ring_degree it need not"
+        raise InvalidValueError("ulysses_degree", degree, fix)
 
 
 def _least(room: int | None, device: torch.device) -> int | None:

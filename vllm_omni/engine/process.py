@@ -217,20 +217,23 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     from vllm_omni.engine.learning import IdleLearning
     from vllm_omni.engine.loop import EngineLoop, warm_up
     from vllm_omni.engine.malloc import keep_freed_memory
-    from vllm_omni.kernels.placement import device_in_turn
+    from vllm_omni.kernels.placement import device_in_turn, see_in_turn
 
     keeps_memory = keep_freed_memory(config.device)
-    if start.replicas > 1:
+    ranks = config.parallel_config.ranks
+    if start.replicas > 1 and ranks > 1:
+        see_in_turn(config.device, start.replica, start.replicas, ranks)
+    elif start.replicas > 1:
         names = "device", *config.component_devices
         config = config.model_copy(update={name: device_in_turn(vars(config)[name], start.replica) for name in names})
     engine = open_engine(config, lambda: os._exit(DEVICE_LOST))
-    if start.step_timeout_s is not None and config.parallel_config.ranks == 1:
+    if start.step_timeout_s is not None and ranks == 1:
         engine.worker.runner.room.longest_s = start.step_timeout_s / TURNS_PER_TIMEOUT
     loop = EngineLoop(engine, link.commands, link.send, log_prompts=start.log_prompts)
     loop.costs, loop.keeps_memory = start.costs or loop.costs, keeps_memory
     info = describe(engine, {})
     tokens = warm_up(engine, info, loop.costs) if start.warmup else {}
-    if config.parallel_config.ranks == 1:  # trials follow the clock, which is not the same on all ranks
+    if ranks == 1:  # trials follow the clock, which is not the same on all ranks
         loop.learning = IdleLearning(engine, info)
     if start.condition is not None:
         loop.control.restore(start.condition)

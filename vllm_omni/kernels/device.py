@@ -154,8 +154,11 @@ class Memory:
         return max(0, int(free + kept - (1.0 - share) * total))
 
     def spare(self) -> int:
-        """Bytes that nobody needed since `begin`, less a part that cannot be had in one piece; 0 on a CPU."""
-        if self._device is None:
+        """Bytes that nobody needed since `begin`, less a part that cannot be had in one piece.
+
+        0 on a CPU, and where several ranks decide alike.
+        """
+        if self._device is None or self._agreed is not None:
             return 0
         free, most = self.free() or 0, self.most()
         return max(0, int(0.9 * (free + torch.cuda.memory_allocated(self._device) - most)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -60,6 +61,22 @@ def device_in_turn(asked: str | None, turn: int) -> str | None:
     return f"cuda:{turn % torch.cuda.device_count()}"
 
 
+def see_in_turn(asked: str | None, turn: int, engines: int, ranks: int) -> None:
+    """Hide the CUDA devices of all engines but one from this process and those that it starts: the ranks of that one.
+
+    InvalidValueError if there are too few for all. It must come before anything has asked CUDA for its devices.
+    """
+    count = torch.cuda.device_count() if asked in (None, "cuda") else 0
+    if not count:
+        return
+    if count < engines * ranks:
+        fix = f"times {ranks} ranks needs {engines * ranks} devices, and there are {count}"
+        raise InvalidValueError("data_parallel_size", engines, fix)
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [*map(str, range(count))] if listed is None else listed.split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(names[turn * ranks : (turn + 1) * ranks])
+
+
 def parts_of(pipeline: Any, option: str) -> dict[str, torch.nn.Module]:
     """The modules that an option of `COMPONENTS` is about, by name; InvalidValueError if there are none."""
     names = COMPONENTS[option]
@@ -84,8 +101,16 @@ def place(pipeline: Any, devices: Mapping[str, str]) -> dict[str, torch.device]:
     return before
 
 
-def put_on(pipeline: Any, device: str, offload: bool, elsewhere: Mapping[str, str] = MappingProxyType({})) -> None:
+def put_on(
+    pipeline: Any,
+    device: str,
+    offload: bool,
+    elsewhere: Mapping[str, str] = MappingProxyType({}),
+    later: Sequence[str] = (),
+) -> None:
     """Move the pipeline's parts to the device, or let them come when they are needed; `elsewhere` as for `place`.
+
+    Components named in `later` stay in main memory, for `finish_move`.
 
     ModelLoadError if they do not fit; InvalidValueError, with torch's own words, if there is no such device.
     """
@@ -94,7 +119,7 @@ def put_on(pipeline: Any, device: str, offload: bool, elsewhere: Mapping[str, st
             pipeline.enable_model_cpu_offload(device=device)
         else:
             place(pipeline, elsewhere)
-            _move(pipeline, device, [name for option in elsewhere for name in COMPONENTS[option]])
+            _move(pipeline, device, [*later, *(name for option in elsewhere for name in COMPONENTS[option])])
     except (RuntimeError, AssertionError) as error:
         if not is_out_of_memory(error):
             raise InvalidValueError("device", device, f"cannot be used ({str(error).splitlines()[0]})") from error
@@ -108,6 +133,21 @@ def put_on(pipeline: Any, device: str, offload: bool, elsewhere: Mapping[str, st
         f"the weights do not fit on {device}: they take {_shown(whole)} ({largest} {_shown(parts[largest])}), "
         f"and {_shown(free)} of {_shown(total)} are free; set enable_cpu_offload, a shorter dtype, or another device"
     )
+
+
+def finish_move(module: torch.nn.Module, device: torch.device) -> None:
+    """Move what is not on the device yet: all of a module, or what is left of one that was split on the way there.
+
+    ModelLoadError if it does not fit.
+    """
+    try:
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.device.type != device.type:
+                tensor.data = tensor.data.to(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise ModelLoadError(f"this part of the weights does not fit on {device}; set more ranks") from None
 
 
 def _move(pipeline: Any, device: str, but: Sequence[str] = ()) -> None:

@@ -6,14 +6,21 @@ block has none of its hooks, so it asks here for what they would do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 Split = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Unshared(NamedTuple):
+    """Tokens that the ranks cannot share: how many, and whether they are the text's."""
+
+    tokens: int
+    text: bool
 
 
 def splits_of(module: torch.nn.Module) -> dict[str, Split]:
@@ -26,17 +33,36 @@ def splits_of(module: torch.nn.Module) -> dict[str, Split]:
     }
 
 
+def unshared_in(module: torch.nn.Module, arguments: Mapping[str, Any]) -> Unshared | None:
+    """What the ranks cannot share of a call of a split module; None if its arguments do not say."""
+    for part in module.modules():
+        for hook in _split_hooks(part):
+            config = hook.parallel_config
+            ranks, any_number = config._flattened_mesh.size(), config.ulysses_anything or config.ring_anything
+            for name, plan in hook.metadata.items():
+                value = arguments.get(name) if isinstance(name, str) else None
+                lists = isinstance(plan, list | tuple)
+                if lists or not isinstance(value, torch.Tensor) or value.ndim != plan.expected_dims:
+                    continue
+                tokens = value.shape[plan.split_dim]
+                if tokens < ranks if any_number else tokens % ranks:
+                    return Unshared(tokens, name.startswith("encoder"))
+    return None
+
+
 def mean_of_all(module: torch.nn.Module, mean: Split) -> Split:
-    """`mean`, over the parts that all ranks have; as it is if the module is not split. Parts are equally large."""
+    """`mean`, over the parts that all ranks have, large or small; as it is if the module is not split."""
     hook = next((hook for part in module.modules() for hook in _split_hooks(part)), None)
     if hook is None:
         return mean
     group = hook.parallel_config._flattened_mesh.get_group()
 
     def of_all(x: torch.Tensor) -> torch.Tensor:
-        total = mean(x)
+        numbers = x[0].numel()
+        own = mean(x)
+        total = torch.cat([own * numbers, own.new_full((1,), numbers)])  # and of how many
         dist.all_reduce(total, group=group)
-        return total / dist.get_world_size(group)
+        return total[:-1] / total[-1]
 
     return of_all
 

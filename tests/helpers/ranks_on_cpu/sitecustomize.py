@@ -1,7 +1,8 @@
 """In every Python process that has this folder on its PYTHONPATH: what diffusers needs to split a model on a CPU.
 
-Its parallel modes count accelerators, want an attention kernel that also returns the log-sum-exp for the ring, and know
-"cpu" as no device for tensor parallelism; tests alone stand in for these. Variables, without effect where they are not:
+Its parallel modes count accelerators, want an attention kernel that also returns the log-sum-exp for the ring, know
+"cpu" as no device for tensor parallelism, and gather unlike parts, which gloo does not; tests alone stand in for these.
+Variables, without effect where they are not:
 
 - OMNI_RANK_FAMILY: the model of that name in `families.py` is loaded, whatever model is asked for
 - OMNI_RANK_FAULT: a file; as soon as it is there with `RANK KIND` in it, that rank removes it in the middle of its next
@@ -20,7 +21,7 @@ from typing import Any
 
 def split_on_cpu() -> None:
     import torch
-    from diffusers.hooks import tensor_parallel
+    from diffusers.hooks import context_parallel, tensor_parallel
     from diffusers.models import attention_dispatch
 
     counted = torch.accelerator.device_count
@@ -43,6 +44,17 @@ def split_on_cpu() -> None:
         return out.permute(0, 2, 1, 3), sums.permute(0, 2, 1)
 
     attention_dispatch._native_attention_forward_op = with_sums
+
+    def gathered(tensor: Any, dim: int, group: Any) -> Any:
+        sizes = context_parallel.gather_size_by_comm(tensor.shape[dim], group)
+        gap = list(tensor.shape)
+        gap[dim] = max(sizes) - tensor.shape[dim]
+        filled = torch.cat([tensor, tensor.new_zeros(gap)], dim).contiguous()
+        parts = [torch.empty_like(filled) for _ in sizes]
+        torch.distributed.all_gather(parts, filled, group=group)
+        return torch.cat([part.narrow(dim, 0, size) for part, size in zip(parts, sizes, strict=True)], dim)
+
+    context_parallel._all_gather_anything = gathered
 
 
 def load(name: str) -> None:
@@ -78,8 +90,8 @@ def fail(asked: Path) -> None:
         else:
             raise RuntimeError("on one rank")
 
-    def split_with_fault(module: Any, parallel: Any) -> None:
-        split(module, parallel)
+    def split_with_fault(module: Any, *how: Any) -> None:
+        split(module, *how)
         blocks = next(part for part in module.children() if isinstance(part, torch.nn.ModuleList))
         blocks[1].register_forward_pre_hook(met)  # the first block's collectives are done
 

@@ -12,10 +12,11 @@ T = TypeVar("T", bound=Residual)
 
 
 class CacheStore:
-    """Counts the bytes of all buffers alive; `budget` None is no limit."""
+    """Counts the bytes of all buffers alive, a tensor's as `counted` says; `budget` None is no limit."""
 
     def __init__(self, budget: int | None = None) -> None:
         self.budget = budget
+        self.counted: Callable[[int], int] = int
         self.used = 0
         self.peak = 0
 
@@ -37,6 +38,7 @@ class Buffer(Mapping[K, T], Generic[K, T]):
     def __init__(self, store: CacheStore) -> None:
         self._store = store
         self._tensors: dict[K, T] = {}
+        self._nbytes: dict[K, int] = {}
 
     def __getitem__(self, key: K) -> T:
         return self._tensors[key]
@@ -50,9 +52,9 @@ class Buffer(Mapping[K, T], Generic[K, T]):
     def put(self, key: K, tensor: T) -> bool:
         """Keep `tensor` in the place of what `key` held; False, and the place is empty, if the budget has no room."""
         self.discard(key)
-        if not self._store.take(tensor.nbytes):
+        if not self._store.take(nbytes := self._store.counted(tensor.nbytes)):
             return False
-        self._tensors[key] = tensor
+        self._tensors[key], self._nbytes[key] = tensor, nbytes
         return True
 
     def keep_only(self, wanted: Callable[[Any], bool]) -> None:
@@ -61,8 +63,8 @@ class Buffer(Mapping[K, T], Generic[K, T]):
             self.discard(key)
 
     def discard(self, key: K) -> None:
-        if (tensor := self._tensors.pop(key, None)) is not None:
-            self._store.give_back(tensor.nbytes)
+        if self._tensors.pop(key, None) is not None:
+            self._store.give_back(self._nbytes.pop(key))
 
     def clear(self) -> None:
         """Give every byte back."""

@@ -7,13 +7,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.nn.functional import pad
 
 from vllm_omni.diffusion.denoiser.discover import names_of
 from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.rows import equal, joined, latents_of, row_shape
 from vllm_omni.diffusion.denoiser.specs import Text
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.kernels.padding import padded
 
 WORTH_PADDING = 1.25  # the longest sequence of a forward over the shortest
 
@@ -25,6 +25,7 @@ class CallBinder:
         self.name, self.denoiser = name, denoiser
         self._names = names_of(denoiser.module)
         self.pads = True  # shorter texts, with a mask
+        self.multiple = 1  # of tokens, to which texts that can have a mask are padded
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The call's arguments by name; InvalidValueError for one that has none."""
@@ -60,20 +61,20 @@ class CallBinder:
         return tuple(parts)
 
     def join(self, calls: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """One call's arguments for many; a single call stays as it is."""
+        """One call's arguments for many; a single call stays as it is, if its texts may."""
         first = dict(calls[0])
-        spec = self.denoiser.roles_for(first)
-        if len(calls) == 1 or spec is None:
+        if (spec := self.denoiser.roles_for(first)) is None:
             return first
-        padded: dict[str, list[Any]] = {}
-        for text in spec.texts:
-            if text.mask and first.get(text.name) is not None:
-                padded[text.name], masks = _padded(
-                    [call[text.name] for call in calls], [c.get(text.mask) for c in calls]
-                )
-                first[text.mask], padded[text.mask] = masks[0], masks
+        masked = [text for text in spec.texts if text.mask and first.get(text.name) is not None]
+        if len(calls) == 1 and all(first[text.name].shape[1] % self.multiple == 0 for text in masked):
+            return first
+        texts: dict[str, list[Any]] = {}
+        for text in masked:
+            given = [call[text.name] for call in calls], [call.get(text.mask) for call in calls]
+            texts[text.name], texts[text.mask] = padded(*given, self.multiple)
+            first[text.mask] = texts[text.mask][0]
         return first | {
-            name: joined(padded.get(name) or [call[name] for call in calls], int(name in spec.rows_in_dim_1))
+            name: joined(texts.get(name) or [call[name] for call in calls], int(name in spec.rows_in_dim_1))
             for name in spec.rows
             if first.get(name) is not None
         }
@@ -92,18 +93,3 @@ def _text_shape(text: Text, value: Any, latents: Any) -> Hashable:
     if value is None:
         return None
     raise TypeError(type(value))
-
-
-def _padded(texts: Sequence[torch.Tensor], masks: Sequence[torch.Tensor | None]) -> tuple[list[Any], list[Any]]:
-    """(texts, masks) at the length of the longest; None for masks where nothing is left out."""
-    longest = max(text.shape[1] for text in texts)
-    if all(mask is None for mask in masks) and all(text.shape[1] == longest for text in texts):
-        return list(texts), [None] * len(texts)
-    dtype = next((mask.dtype for mask in masks if mask is not None), torch.bool)
-    whole = [
-        torch.ones(text.shape[:2], dtype=dtype, device=text.device) if mask is None else mask.to(dtype)
-        for text, mask in zip(texts, masks, strict=True)
-    ]
-    gaps = [longest - text.shape[1] for text in texts]
-    filled = [pad(text, (0, 0, 0, gap)) for text, gap in zip(texts, gaps, strict=True)]
-    return filled, [pad(mask, (0, gap)) for mask, gap in zip(whole, gaps, strict=True)]

@@ -229,9 +229,9 @@ class ModelRunner:
         return calls[0], self.binders[calls[0].branch[0]].join([call.arguments for call in calls])
 
     def _call(self, name: str, arguments: Mapping[str, Any]) -> Any:
-        call = partial(self.modules[name], **arguments)
-        with scales_kept_by(self.modules[name], arguments):
-            return call() if self.peers is None else self.peers.guarded(call)
+        module = self.modules[name]
+        with scales_kept_by(module, arguments):
+            return module(**arguments) if self.peers is None else self.peers.call(module, arguments)
 
     # --------------------------------------------------------------------------------------------------- between calls
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class DiffusionWorker:
         if (name := engine_backend(config.cache_backend)) != "none":  # a wrong name fails before any weight loads
             self.default_cache = parse(name, config.cache_config or DiffusionCacheConfig())
         self._backends: dict[str, StackBackend] = {}
+        self._counted: Callable[[int], int] = int  # as how many the bytes of a residual
         self._places: dict[str, torch.device] = {}  # where components were that this has moved
 
     def load_model(self, pipeline: Any = None, defaults: dict[str, Any] | None = None) -> None:
@@ -141,10 +143,12 @@ class DiffusionWorker:
         self.runner.adapters.close()
         self._put_back()
 
-    def agree_on_memory(self, room: int | None) -> None:
-        """Plan with `room` free bytes from now on, as all ranks do."""
+    def agree_on_memory(self, room: int | None, counted: Callable[[int], int]) -> None:
+        """Plan with `room` free bytes from now on, and count what is kept, as all ranks do."""
         self.runner.memory.agree(room)
+        self._counted = counted
         for backend in self._backends.values():
+            backend.store.counted = counted
             if backend.config.memory_budget_mb is None:
                 self._limit(backend)
 
@@ -164,6 +168,7 @@ class DiffusionWorker:
                 self._limit(backend)
             for other in self._backends.values():  # one budget for all
                 backend.store = other.store
+            backend.store.counted = self._counted
             if not self._backends:
                 self.runner.room.govern(backend.store)
             self._backends[name] = backend
