@@ -28,6 +28,7 @@ def found(report: dict[str, Any], model: str, section: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_on_a_cpu(tmp_path: Path) -> None:
     line, report = check(tmp_path, "--device", "cpu", "--models", "flux", "wan")
     assert line["failed"] == line["missed"] == [] and line["held"] >= 6 and line["check"] == "gpu"
@@ -41,6 +42,7 @@ def test_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.usefixtures("fake_gpu_can_be_built")
 def test_on_the_fake_gpu(tmp_path: Path) -> None:
     line, report = check(tmp_path, "--device", "fake", "--models", "flux")

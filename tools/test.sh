@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # All checks, the same here and in CI: ruff, mypy, pytest. Two files of tests run at a time, with a thread each; those
-# that measure time or memory (marked alone) follow one by one, with as many threads as there are cores.
+# that measure time or memory (marked alone) follow one by one, with as many threads as there are cores. A few tests
+# that failed are tried once more, with nothing beside them; what passes then is named as flaky, and is no failure.
 # With `--fast`, the tests marked slow are left out. With `--gpu`: the whole set on the fake CUDA device and no other, a
 # quarter of an hour. With other arguments: only pytest, with those arguments.
 set -euo pipefail
@@ -9,6 +10,39 @@ bash tools/setup.sh
 
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 bin=.venv/bin
+retried=60 # more failures than this are no accident
+
+# The tests that failed in the last run with this cache, one a line.
+failures() {
+    local found=$1/v/cache/lastfailed
+    [[ ! -f $found ]] || "$bin/python" -c 'import json, sys; print(*json.load(open(sys.argv[1])), sep="\n")' "$found" | sort
+}
+
+# lane NAME MARKS PATHS -- OPTIONS: tests of those marks, with the options; what failed once more, without them.
+lane() {
+    local name=$1 marks=$2 paths=() status=0 failed again flaky
+    shift 2
+    while [[ $1 != -- ]]; do paths+=("$1"); shift; done
+    shift
+    local cache=.pytest_cache/$name
+    rm -rf "$cache"
+    local pytest=("$bin/python" -m pytest -o "cache_dir=$cache" -m "$marks" "${paths[@]}")
+    "${pytest[@]}" "$@" || status=$?
+    [[ $status -ne 0 ]] || return 0
+    failed=$(failures "$cache")
+    # 1: tests failed. Anything else is no test's affair, nor is a file that cannot be collected, which has no "::".
+    if [[ $status -ne 1 || -z $failed ]] || grep -qv :: <<<"$failed" || [[ $(wc -l <<<"$failed") -gt $retried ]]; then
+        return 1
+    fi
+    printf 'once more, alone (%s):\n%s\n' "$name" "$failed"
+    status=0
+    "${pytest[@]}" --last-failed --last-failed-no-failures none || status=$?
+    again=$(failures "$cache")
+    flaky=$(comm -23 <(printf '%s\n' "$failed") <(printf '%s\n' "$again"))
+    [[ -z $flaky || $status -gt 1 ]] || sed 's/^/flaky: /; s/$/ (failed once, passed alone)/' <<<"$flaky"
+    return "$status"
+}
+
 but_slow=""
 if [[ ${1:-} == --fast ]]; then
     but_slow=" and not slow"
@@ -17,7 +51,7 @@ fi
 if [[ ${1:-} == --gpu ]]; then
     export VLLM_OMNI_FAKE_CUDA=all OMP_NUM_THREADS=1
     tests=(tests/fake_cuda tests/test_gpu_check.py)
-    "$bin/python" -m pytest -n 2 --dist load -m "not alone" -rP "${tests[@]}" && exec "$bin/python" -m pytest -m alone "${tests[@]}"
+    lane gpu "not alone" "${tests[@]}" -- -n 2 --dist load -rP && lane gpu-alone alone "${tests[@]}" -- && exit 0
     exit 1
 fi
 if [[ $# -ne 0 ]]; then
@@ -28,6 +62,6 @@ failed=()
 # What fails does not keep the rest from running, so that one run shows everything.
 "$bin/ruff" check . || failed+=(ruff)
 "$bin/mypy" vllm_omni || failed+=(mypy)
-OMP_NUM_THREADS=1 "$bin/python" -m pytest -n 2 --dist loadfile -m "not alone$but_slow" || failed+=(pytest)
-"$bin/python" -m pytest -m "alone$but_slow" || failed+=("pytest, tests alone")
+OMP_NUM_THREADS=1 lane parallel "not alone$but_slow" -- -n 2 --dist loadfile || failed+=(pytest)
+lane alone "alone$but_slow" -- || failed+=("pytest, tests alone")
 [[ ${#failed[@]} -eq 0 ]] || { printf 'FAILED: %s\n' "${failed[@]}"; exit 1; }

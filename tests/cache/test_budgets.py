@@ -258,6 +258,14 @@ def test_a_schedule_of_300_steps_keeps_its_budget(tiny: Omni) -> None:
 # -------------------------------------------------------------------------------------------------------------- seconds
 
 
+def nearest(omni: Omni) -> float:
+    """The smallest budget by what has been measured by now; the next request moves the average."""
+    hopeless = generate(omni, [embeds(0)], [params({"seconds": 1e-6})])[0]
+    found = re.search(r"seconds is out of reach for 12 steps of this size \(nearest: ([\d.e-]+)", str(hopeless.error))
+    assert isinstance(hopeless.error, InvalidValueError) and found is not None
+    return float(found[1])
+
+
 def test_seconds_are_refused_before_a_measurement_and_kept_after_it(profile: str) -> None:
     with Omni.from_pipe(
         tiny_flux(), cache_backend="magcache", cache_config={"profile": profile}, defaults=DEFAULTS
@@ -267,13 +275,8 @@ def test_seconds_are_refused_before_a_measurement_and_kept_after_it(profile: str
             raise early.error
         for seed in range(3):
             generate(omni, [embeds(0)], [params({"nfe": 6}, seed)])
-        hopeless = generate(omni, [embeds(0)], [params({"seconds": 1e-6})])[0]
-        found = re.search(
-            r"seconds is out of reach for 12 steps of this size \(nearest: ([\d.e-]+)", str(hopeless.error)
-        )
-        assert isinstance(hopeless.error, InvalidValueError) and found is not None
-        nearest = float(found[1])
-        for seconds in (2 * nearest, 4 * nearest):  # how many fit is the machine's
+        for times in (2, 4):  # how many fit is the machine's
+            seconds = times * nearest(omni)
             kept = generate(omni, [embeds(0)], [params({"seconds": seconds})])[0]
             assert kept.error is None and 2 <= kept.computed_steps <= STEPS
             assert kept.cache_settings["seconds"] == seconds

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import diffusers as d
 import pytest
 import torch
+from closeness import assert_close
 from pipelines import CURVE, DEFAULTS, embeds, run_latents, tiny_flux
 
 from vllm_omni import Omni
@@ -95,7 +96,7 @@ def served(pipe: Any, **kwargs: Any) -> list[Any]:
 def test_an_odd_scheduler_is_served_and_cached(name: str) -> None:
     wanted = plain(odd_pipeline(ODD[name]))
     for output, latents in zip(served(odd_pipeline(ODD[name])), wanted, strict=True):
-        torch.testing.assert_close(output.latents, latents, rtol=0, atol=1e-5)
+        assert_close(output.latents, latents)
     cached = served(odd_pipeline(ODD[name]), cache_backend="magcache", cache_config={"mag_ratios": CURVE})
     assert [output.computed_steps + output.skipped_steps for output in cached] == list(STEPS)
     assert all(output.skipped_steps for output in cached)
@@ -156,7 +157,7 @@ def test_a_second_scheduler_is_each_requests_own(same: bool) -> None:
     wanted, pipe = plain(make()), make()
     before = dict(vars(pipe.second_scheduler))
     for output, latents in zip(served(pipe), wanted, strict=True):
-        torch.testing.assert_close(output.latents, latents, rtol=0, atol=1e-5)
+        assert_close(output.latents, latents)
     assert vars(pipe.second_scheduler).keys() == before.keys() and pipe.second_scheduler.step_index is None
 
 
@@ -181,7 +182,7 @@ def test_what_a_scheduler_holds_of_its_pipeline_is_not_copied(of: str) -> None:
     wanted, pipe = plain(make()), make()
     (asked := Correcting.asked).clear()
     for output, latents in zip(served(pipe), wanted, strict=True):
-        torch.testing.assert_close(output.latents, latents, rtol=0, atol=1e-5)
+        assert_close(output.latents, latents)
     assert set(asked) == {id(pipe.scheduler.held["of"])} and len(asked) == sum(STEPS)
 
 

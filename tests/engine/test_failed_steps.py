@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from closeness import assert_close
 from gating import GATES, asked
 from pipelines import CURVE, DEFAULTS, embeds, tiny_flux
 
@@ -135,4 +136,4 @@ def test_a_joint_decode_that_fails(omni: Omni, cache: str) -> None:
     assert fault.failed
     for got, own in zip(together, alone, strict=True):
         assert got.error is None and got.computed_steps == own.computed_steps
-        assert abs(got.images[0] - own.images[0]).max() <= 1e-5
+        assert_close(got.images[0], own.images[0])

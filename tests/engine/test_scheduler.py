@@ -1,6 +1,6 @@
 """The scheduling policy, without any model."""
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_omni.diffusion.scheduler import AGEING_S, PATIENCE, StepKind, StepScheduler
@@ -94,6 +94,7 @@ def test_priority_decides_until_age_outweighs_it() -> None:
     assert scheduler.waiting == ["urgent", "old", "twin", "later urgent"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1000), st.integers(-10, 10)), min_size=2, max_size=20))
 def test_a_request_is_overtaken_only_within_its_priority_disadvantage(asked: list[tuple[float, int]]) -> None:
     scheduler = StepScheduler(1)

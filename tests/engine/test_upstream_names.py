@@ -13,6 +13,7 @@ import pytest_asyncio
 import torch
 from adapters import save_adapter
 from pipelines import CURVE, DEFAULTS, embeds, run_latents, tiny_flux
+from waiting import until
 
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -201,8 +202,9 @@ async def test_generate_takes_what_upstream_takes(omni: AsyncOmni, tmp_path: Pat
 @pytest.mark.parametrize("wait", [True, False])
 async def test_generation_is_paused_and_resumed(omni: AsyncOmni, wait: bool) -> None:
     wanted = (await final(omni, Params(**FEW))).latents
-    running = asyncio.create_task(final(omni, Params(**FEW | {"num_inference_steps": 60})))
-    await asyncio.sleep(0.1)
+    steps = 200 if wait else 1000  # more than are taken before it is aborted
+    running = asyncio.create_task(final(omni, Params(**FEW | {"num_inference_steps": steps})))
+    await asyncio.to_thread(until, omni.engine.has_unfinished_requests, pause_s=0.001)
     await omni.pause_generation(wait_for_inflight_requests=wait)
     assert await omni.is_paused() and not omni.engine.has_unfinished_requests()
     ended = await running

@@ -20,6 +20,7 @@ import httpx
 import uvicorn
 from paths import DEMO, ROOT
 from pipelines import tiny_wan
+from waiting import until
 
 from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.entrypoints.engines import make_engine
@@ -33,6 +34,7 @@ OTHER_KEY = "sk-another-key"
 GENERATIONS = "/v1/images/generations"
 EDITS = "/v1/images/edits"
 CHAT = "/v1/chat/completions"
+LONG = {"steps": 200, "size": "256x256", "cache": "off"}  # seconds on every machine; nobody waits for the end
 ENGINE_ARGS = {"model": "demo", "cache_backend": "magcache", "max_num_seqs": 4}
 
 
@@ -71,7 +73,8 @@ class Running:
     def idle(self) -> Any:
         """The statistics once nothing runs."""
         jobs = self.app.state.omni.jobs.running
-        for _ in range(500):
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
             stats = self.do(self.engine.stats())
             if not stats.running and not stats.waiting and not jobs:
                 return stats
@@ -88,11 +91,7 @@ class Held:
         self.thread = threading.Thread(target=self._run)
         before = server.do(server.engine.stats()).running
         self.thread.start()
-        for _ in range(500):
-            if server.do(server.engine.stats()).running > before:
-                return
-            time.sleep(0.01)
-        raise AssertionError("it does not run")
+        until(lambda: server.do(server.engine.stats()).running > before)
 
     def _run(self) -> None:
         self.reply = httpx.post(self._url + GENERATIONS, json=self.body, headers=AUTH, timeout=60)
@@ -128,13 +127,13 @@ def serve(engine_args: dict[str, Any] | None = None, **settings: Any) -> Iterato
 
     thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
     thread.start()
-    up.wait(120)
+    up.wait(300)
     assert "server" in box, "the engine did not start"
     try:
         yield Running(f"http://127.0.0.1:{sock.getsockname()[1]}", box["app"], box["engine"], box["loop"])
     finally:
         box["server"].should_exit = True
-        thread.join(30)
+        thread.join(60)
         sock.close()
         state = box["server"].server_state
         assert not thread.is_alive(), f"it does not end: {len(state.connections)} connections, tasks: {state.tasks}"
@@ -147,6 +146,7 @@ class Command:
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    resting: int = 0  # VmRSS before the first attack
 
     def status(self, name: str) -> int:
         """Of the front end, in KiB: VmRSS, or VmHWM, the largest since `forget_peak`."""
@@ -176,18 +176,20 @@ def command(folder: Path, *words: str | Path, through: tuple[str, ...] = (), **e
         process = subprocess.Popen(line, stdout=out, stderr=out, env=os.environ | places | environment, cwd=folder)
     server = Command(f"http://127.0.0.1:{port}", process, log)
     try:
-        for _ in range(600):
-            assert process.poll() is None, log.read_text()
-            try:
-                if httpx.get(server.url + "/health/ready").status_code == 200:
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
+        until(lambda: ready(server), 300, pause_s=0.1)
         yield server
     finally:
         process.terminate()
         process.wait(60)
+
+
+def ready(server: Command) -> bool:
+    """Whether it takes requests; AssertionError if it has ended instead."""
+    assert server.process.poll() is None, server.log.read_text()
+    try:
+        return httpx.get(server.url + "/health/ready").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def replace_engine(server: Running, http: httpx.Client, path: str = "/health/ready") -> None:
@@ -196,8 +198,4 @@ def replace_engine(server: Running, http: httpx.Client, path: str = "/health/rea
     assert engine is not None
     engine.process.kill()
     engine.process.wait(10)
-    time.sleep(0.5)
-    for _ in range(600):
-        if http.get(path).status_code == 200:
-            break
-        time.sleep(0.05)
+    until(lambda: server.engine._engine is not engine and http.get(path).status_code == 200, 120, pause_s=0.05)

@@ -18,6 +18,7 @@ from unittest import mock
 import httpx
 from http_server import Running, serve
 from paths import PROBE
+from waiting import until
 
 from vllm_omni.entrypoints.openai import jobs, media
 from vllm_omni.entrypoints.openai.protocol import streams
@@ -53,7 +54,7 @@ class Trace:
                 found[:] = [at for at, w, ids in told if w == what and (not ids or any(name in i for i in ids))]
                 return len(found) >= nth
 
-            assert self._news.wait_for(came, 20), (what, name, self.events[since:][-20:])
+            assert self._news.wait_for(came, 60), (what, name, self.events[since:][-20:])
             return found[nth - 1]
 
     def steps_after(self, since: int, name: str, left: float) -> int:
@@ -144,7 +145,7 @@ class Leaving:
 
     def run(self, route: Route, point: str, count: int) -> Left:
         """`count` clients leave at `point`, those of "step" at each step in turn."""
-        left, before = Left(), self._last or self._stats()
+        left, before = Left(), self._last or self._stats(lambda stats: not held(stats))
         busy = self._occupy() if point == "queued" else None
         tried = 0
         while left.count < count and tried < 3 * count:
@@ -154,13 +155,12 @@ class Leaving:
             tried += 1
         if busy is not None:
             busy.close()
-        after = self._last = self._stats()
-        aborted = sum(after.aborts_by_stage.values()) - sum(before.aborts_by_stage.values())
-        if point == "queued":
-            aborted = after.aborts_by_stage.get("queued", 0) - before.aborts_by_stage.get("queued", 0)
-        if point != "file" and aborted < left.count:
-            left.wrong.append(f"{aborted} of {left.count} were counted as aborted")
-        if after.cache_bytes or after.queued_cost_s:
+        enough = aborts(before, point) + (0 if point == "file" else left.count)
+        after = self._last = self._stats(lambda stats: aborts(stats, point) >= enough and not held(stats))
+        if aborts(after, point) < enough:
+            counted = aborts(after, point) - aborts(before, point)
+            left.wrong.append(f"{counted} of {left.count} were counted as aborted")
+        if held(after):
             left.wrong.append(f"{after.cache_bytes} bytes, {after.queued_cost_s} s of work are left")
         return left
 
@@ -172,7 +172,7 @@ class Leaving:
             gone.sendall(self._request(replace(route, body=route.body | shown), name))
             key = name if not route.job else ""
             if point == "queued":
-                self._until(lambda: self._known(route, name) and len(self.server.engine._requests) > 1)
+                until(lambda: self._known(route, name) and len(self.server.engine._requests) > 1, pause_s=0.002)
                 time.sleep(0.01)
             elif point == "event":
                 gone.recv(1)
@@ -190,7 +190,7 @@ class Leaving:
             left.missed += 1
         else:
             left.count += 1
-        self._until(lambda: not self._holds(route, key))
+        until(lambda: not self._holds(route, key), pause_s=0.002)
         left.longest_s = max(left.longest_s, time.monotonic() - at)
         left.most_steps_after = max(left.most_steps_after, self.trace.steps_after(since, key, at))
 
@@ -224,48 +224,55 @@ class Leaving:
         self.trace.wait(since, "step")
         return busy
 
-    def _stats(self) -> Any:
-        """Once nothing is in flight and the engine has said so."""
+    def _stats(self, settled: Callable[[Any], bool]) -> Any:
+        """Once nothing is in flight and the engine has said so, and what it said is `settled`; or ten seconds later."""
         if self.kind == "videos":
             for job in self.http.get(VIDEOS, params={"limit": 100}).json()["data"]:
                 self.http.delete(f"{VIDEOS}/{job['id']}")
-        self._until(lambda: not self.server.engine._requests)
-        time.sleep(0.3)
-        return self.server.do(self.server.engine.stats())
-
-    @staticmethod
-    def _until(condition: Callable[[], Any]) -> None:
-        end = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < end, "it did not happen"
-            time.sleep(0.002)
+        until(lambda: not self.server.engine._requests)
+        end = time.monotonic() + 10
+        while not settled(stats := self.server.idle()) and time.monotonic() < end:
+            time.sleep(0.02)
+        return stats
 
 
-def slowly(original: Any, tell: Callable[[], None]) -> Any:
+def aborts(stats: Any, point: str) -> int:
+    """How many were counted, of those that waited or of all."""
+    stages = stats.aborts_by_stage
+    return stages.get("queued", 0) if point == "queued" else sum(stages.values())
+
+
+def held(stats: Any) -> bool:
+    """Whether anything of a request is left, as the engine has it."""
+    return bool(stats.cache_bytes or stats.queued_cost_s)
+
+
+def slowly(original: Any, seconds: float, tell: Callable[[], None]) -> Any:
     def act(*args: Any) -> Any:
         tell()
-        time.sleep(FILE_S)
+        time.sleep(seconds)
         return original(*args)
 
     return act
 
 
 @contextmanager
-def leaving(kind: str, model: str, png: bytes, png_url: str) -> Iterator[Leaving]:
-    """A server of `model` with one place to run and some to wait."""
+def leaving(kind: str, model: str, png: bytes, png_url: str, slower: float = 1.0) -> Iterator[Leaving]:
+    """A server of `model` with one place to run and some to wait; each part takes so many times longer than usual."""
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ):
         trace = Trace(f"{folder}/trace")
         paths = [str(PROBE), os.environ.get("PYTHONPATH", "")]
         os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        os.environ |= {"OMNI_PROBE_TRACE": f"{folder}/trace", "OMNI_PROBE_SLOW": f"{ENCODE_S},{STEP_S},{DECODE_S}"}
+        slow = ",".join(str(seconds * slower) for seconds in (ENCODE_S, STEP_S, DECODE_S))
+        os.environ |= {"OMNI_PROBE_TRACE": f"{folder}/trace", "OMNI_PROBE_SLOW": slow}
         os.environ["OMNI_PROBE_CACHE"] = f"{folder}/counts"
         args = {"model": model, "max_num_seqs": 1, "cache_backend": "magcache", "max_inference_steps": BUSY_STEPS}
         if kind == "videos":
             args["cache_config"] = {"mag_ratios": [1.0] * 50}
         writing = mock.patch.object(
-            jobs.VideoJobs, "_write", slowly(jobs.VideoJobs._write, lambda: trace.note("file"))
+            jobs.VideoJobs, "_write", slowly(jobs.VideoJobs._write, FILE_S * slower, lambda: trace.note("file"))
         )
-        encoding = mock.patch.object(media, "encode", slowly(media.encode, lambda: trace.note("file")))
+        encoding = mock.patch.object(media, "encode", slowly(media.encode, FILE_S * slower, lambda: trace.note("file")))
         first = mock.patch.object(streams, "FIRST_S", 0.05)
         with (
             writing, encoding, first, serve(args, sse_keep_alive_interval_s=0.05, max_steps=BUSY_STEPS) as server,

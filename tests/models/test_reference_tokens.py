@@ -7,6 +7,7 @@ from typing import Any
 import diffusers as d
 import pytest
 import torch
+from closeness import assert_close
 from families import FAMILIES
 from family import picture
 from pipelines import CURVE
@@ -54,7 +55,7 @@ def served(pipe: Any, **kwargs: Any) -> list[Any]:
 
 def test_reference_tokens_that_are_sent_once(pipe: Any) -> None:
     for i, output in enumerate(served(pipe)):
-        torch.testing.assert_close(output.latents, plain(pipe, i), rtol=0, atol=1e-5)
+        assert_close(output.latents, plain(pipe, i))
 
 
 def test_a_residual_of_another_shape_is_never_forecast_with(pipe: Any) -> None:
@@ -65,6 +66,6 @@ def test_a_residual_of_another_shape_is_never_forecast_with(pipe: Any) -> None:
     backend = MagCacheBackend(DiffusionCacheConfig(**GREEDY))
     backend.enable(pipe)
     for i, output in enumerate(outputs):
-        torch.testing.assert_close(plain(pipe, i), output.latents, rtol=0, atol=1e-5)
+        assert_close(plain(pipe, i), output.latents)
         assert backend.last_request is not None and backend.last_request.skipped_steps == output.skipped_steps
     backend.disable(pipe)

@@ -59,6 +59,7 @@ def editor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
     with command(tmp_path_factory.mktemp("editor"), model, "--api-key", *keys) as started:
         headers, files = {"Authorization": f"Bearer {PROCESS_KEY}"}, {"image": saved(scene())}
         httpx.post(started.url + EDITS, data={"prompt": "x", "steps": "2"}, files=files, headers=headers, timeout=60)
+        started.resting = started.status("VmRSS")
         yield started
 
 

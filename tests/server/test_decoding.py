@@ -33,12 +33,12 @@ def given(data: bytes, mask: bool = False) -> list[Given]:
 
 
 async def test_a_picture_of_countless_parts_keeps_no_small_one_waiting(decoder: Decoder) -> None:
-    """Its header says 64 by 64 pixels; reading it takes half a second or more."""
+    """Its header says 64 by 64 pixels; reading it takes a second or more."""
     gray = saved(Image.new("L", (64, 64)), "JPEG")
-    parts = [raw_png(64, 64, bytes(64 * 193), more=chunk(b"prVt", b"") * 200_000),
-             gray[:2] + b"\xff\xfe\0\2" * 2**19 + gray[2:]]  # fmt: skip
+    parts = [raw_png(64, 64, bytes(64 * 193), more=chunk(b"prVt", b"") * 400_000),
+             gray[:2] + b"\xff\xfe\0\2" * 2**20 + gray[2:]]  # fmt: skip
     slow = [asyncio.create_task(decoder.decode(given(data), MOST)) for data in parts]
-    await asyncio.sleep(0.05)
+    await asyncio.sleep(0)  # they have been sent
     for _ in range(5):
         assert not isinstance(await decoder.decode(given(saved(scene())), MOST), Refusal)
     assert not all(task.done() for task in slow)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 
 import httpx
 import pytest
-from http_server import GENERATIONS, Running
+from http_server import GENERATIONS, LONG, Running
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import until
 
 from vllm_omni.entrypoints.openai.middleware import OPEN_PATHS
 
@@ -18,29 +18,38 @@ def samples(http: httpx.Client) -> dict[tuple[str, str], float]:
     return {(s.name, json.dumps(s.labels)): s.value for f in text_string_to_metric_families(text) for s in f.samples}
 
 
+GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm_omni:cache_state_bytes",
+          "vllm_omni:queued_cost_seconds")  # fmt: skip
+Samples = dict[tuple[str, str], float]
+
+
+def ended(before: Samples, after: Samples) -> dict[str, float]:
+    """How many requests ended in which way between the two."""
+    return {json.loads(label)["finished_reason"]: value - before.get((name, label), 0)
+            for (name, label), value in after.items() if name == "vllm:request_success_total"}  # fmt: skip
+
+
+def settled(before: Samples, after: Samples) -> Samples | None:
+    """Those after five requests, once nothing is left of them."""
+    left = any(value for (name, _), value in after.items() if name in GAUGES)
+    return after if not left and sum(ended(before, after).values()) == 5 else None
+
+
 def test_metrics_add_up(server: Running, http: httpx.Client) -> None:
     server.idle()
     before = samples(http)
-    for body in ({"steps": 3}, {"steps": 3, "n": 2}, {"steps": 200, "cache": "off", "timeout_s": 0.2}, {"steps": 0}):
+    for body in ({"steps": 3}, {"steps": 3, "n": 2}, LONG | {"timeout_s": 0.2}, {"steps": 0}):
         http.post(GENERATIONS, json={"prompt": "x"} | body)
     with pytest.raises(httpx.ReadTimeout):
-        http.post(GENERATIONS, json={"prompt": "x", "steps": 200, "cache": "off"}, timeout=0.3)
-    server.idle()
-    time.sleep(0.6)
-    after = samples(http)
+        http.post(GENERATIONS, json={"prompt": "x"} | LONG, timeout=0.3)
+    after = until(lambda: settled(before, samples(http)))
     counters = [key for key in before if key[0].endswith(("_total", "_bucket", "_count", "_sum"))]
     assert len(counters) > 30 and all(after[key] >= before[key] for key in counters)
-    outcomes = {json.loads(label)["finished_reason"]: value - before.get((name, label), 0)
-                for (name, label), value in after.items() if name == "vllm:request_success_total"}  # fmt: skip
+    outcomes = ended(before, after)
     assert outcomes == {"finished": 3, "expired": 1, "aborted": 1} | {
         k: 0 for k in outcomes.keys() - {"finished", "expired", "aborted"}
     }
-    for name in (
-        "vllm:num_requests_running",
-        "vllm:num_requests_waiting",
-        "vllm_omni:cache_state_bytes",
-        "vllm_omni:queued_cost_seconds",
-    ):
+    for name in GAUGES:
         assert [value for (key, _), value in after.items() if key == name] == [0], name
     assert len(after) < 200
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 from http_server import AUTH, ENGINE_ARGS, GENERATIONS, KEY, Running, serve
+from waiting import until
 
 from vllm_omni.entrypoints.cli.serve_flags import refuse_early
 from vllm_omni.errors import InvalidValueError, OmniError
@@ -105,10 +106,16 @@ def test_wrong_defaults_are_refused_on_the_command_line(text: str) -> None:
 
 
 def test_statistics_are_logged_while_there_is_work(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    def lines() -> list[str]:
+        return [record.message for record in caplog.records if "Running:" in record.message]
+
+    def silent() -> bool:
+        before = lines()
+        time.sleep(0.6)  # three lines, while there is work
+        return lines() == before
+
     with caplog.at_level(logging.INFO, "vllm_omni.entrypoints.openai.metrics"):
-        draw(http, steps=100, cache="off")
-        time.sleep(0.5)
-        busy = [record.message for record in caplog.records if "Running:" in record.message]
-        time.sleep(0.6)
-        assert [record.message for record in caplog.records if "Running:" in record.message] == busy  # idle: no line
+        draw(http, steps=100, cache="off", size="128x128")
+        until(silent)
+    busy = lines()
     assert busy and any("Running: 1 reqs" in line for line in busy) and "Skipped: 0.0%" in busy[0]

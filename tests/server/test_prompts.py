@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 
 import httpx
 import pytest
 from http_server import CHAT, ENGINE_ARGS, GENERATIONS, Running, serve
 from prometheus_client.parser import text_string_to_metric_families
+from waiting import until
 
 FEW = {"prompt": "a red apple", "steps": 2, "seed": 1}
 
@@ -35,10 +35,8 @@ class Asker:
         before = self._counts()
         reply = self.http.post(path, json=body)
         assert reply.status_code == 200, reply.text
-        for _ in range(200):
-            if sum(now := self._counts()) > sum(before):
-                break
-            time.sleep(0.02)
+        until(lambda: sum(self._counts()) > sum(before))
+        now = self._counts()
         assert sum(now) == sum(before) + 1
         return now[0] > before[0], json.dumps(reply.json().get("data") or reply.json()["choices"])
 
@@ -74,10 +72,10 @@ def test_no_key_and_no_user_profits_from_what_another_asked(keyed: Running, one:
 def test_it_can_be_off() -> None:
     with serve(ENGINE_ARGS | {"prompt_cache_mb": 0}) as running:
         asker = Asker(running, "any")
+        before = asker.metric("vllm_omni:denoise_steps_total", kind="computed")
         for _ in range(2):
-            assert asker.http.post(GENERATIONS, json=FEW).status_code == 200
-        running.idle()
-        time.sleep(0.6)
+            assert asker.http.post(GENERATIONS, json=FEW | {"cache": "off"}).status_code == 200
+        until(lambda: asker.metric("vllm_omni:denoise_steps_total", kind="computed") >= before + 4)  # it has been told
         assert asker._counts() == (0, 0) and asker.metric("vllm_omni:prompt_cache_bytes") == 0
 
 

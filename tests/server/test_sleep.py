@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ from paths import DEMO
 from PIL import Image
 from pipelines import save_tiny_flux
 from safetensors.torch import load_file, save_file
+from waiting import until
 
 UPDATE = "/update_weights_from_disk"
 FEW = {"prompt": "red apple", "steps": 3, "seed": 1, "cache": "off"}
@@ -110,7 +110,7 @@ def test_a_server_sleeps_and_wakes(sleeper: Running, http: httpx.Client, level: 
     assert int(reply.headers["Retry-After"]) > 0
     assert http.get("/health/ready").status_code == 503 and http.get("/health").status_code == 200
     if level == 2:  # 9.3 million weights in fp32
-        assert memory_kb(sleeper) < memory - 30_000
+        until(lambda: memory_kb(sleeper) < memory - 30_000, 20)
     assert http.post("/sleep", json={"level": level}).status_code == 200  # it sleeps already
     assert not http.post("/wake_up").json()["is_sleeping"]
     assert picture(http) == before and http.get("/health/ready").status_code == 200
@@ -122,9 +122,8 @@ def test_running_requests_end_before_the_sleep_and_new_ones_are_refused(sleeper:
     running = [Held(sleeper, FEW) for _ in range(2)]
     with ThreadPoolExecutor(1) as pool:
         asleep = pool.submit(http.post, "/sleep")
-        while (status := http.post(GENERATIONS, json=FEW | {"steps": 1}).status_code) == 200:
-            time.sleep(0.01)
-        assert status == 503 and not asleep.done()
+        status = until(lambda: {http.post(GENERATIONS, json=FEW | {"steps": 1}).status_code} - {200})
+        assert status == {503} and not asleep.done()
         assert asleep.result(60).json()["is_sleeping"]
     assert all(apart(one.picture(), alone) <= 1 for one in running)
 
@@ -151,7 +150,8 @@ def test_requests_during_a_wake_are_answered(sleeper: Running, http: httpx.Clien
         replies = list(pool.map(lambda _: http.post(GENERATIONS, json=FEW), range(8)))
         assert awake.result(60).status_code == 200
     assert {reply.status_code for reply in replies} <= {200, 503}
-    assert all(reply.json()["data"][0]["b64_json"] == before for reply in replies if reply.status_code == 200)
+    pictures = [reply.json()["data"][0]["b64_json"] for reply in replies if reply.status_code == 200]
+    assert all(apart(one, before) <= 1 for one in pictures)  # they may share a batch
     assert picture(http) == before
 
 
@@ -252,8 +252,7 @@ def test_no_request_mixes_old_and_new_weights(sleeper: Running, http: httpx.Clie
     running = [Held(sleeper, FEW) for _ in range(4)]  # all places
     with ThreadPoolExecutor(3) as pool:
         queued = pool.submit(picture, http, steps=10)
-        while not sleeper.do(sleeper.engine.stats()).waiting:
-            time.sleep(0.01)
+        until(lambda: sleeper.do(sleeper.engine.stats()).waiting)
         updated = pool.submit(http.post, UPDATE, json={"model_path": "changed"})
         assert updated.result(60).status_code == 200
         assert queued.result(60) == picture(http, steps=10)  # it had to wait, and has the new ones

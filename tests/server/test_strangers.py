@@ -6,7 +6,8 @@ import http.client
 import json
 import math
 import signal
-import time
+from functools import partial
+from operator import contains
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ import httpx
 import pytest
 from http_replies import envelope
 from http_server import AUTH, GENERATIONS, KEY, Running, command
+from waiting import until
 
 from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig
 from vllm_omni.entrypoints.omni import Omni
@@ -61,8 +63,7 @@ def test_an_id_is_free_as_soon_as_its_client_has_left(server: Running) -> None:
         headers = AUTH | {"Content-Type": "application/json", "X-Request-Id": name}
         connection = http.client.HTTPConnection(place.hostname or "", place.port)
         connection.request("POST", GENERATIONS, body, headers)
-        while name not in server.app.state.omni.jobs.running:
-            time.sleep(0.01)
+        until(partial(contains, server.app.state.omni.jobs.running, name), pause_s=0.002)
         connection.close()
         reply = httpx.post(server.url + GENERATIONS, headers=AUTH | {"X-Request-Id": name}, timeout=60,
                            json={"prompt": "x", "size": "64x64", "steps": 1})  # fmt: skip
@@ -85,9 +86,10 @@ def test_a_hangup_drains_like_the_other_signal(tmp_path: Path, number: signal.Si
     with command(tmp_path, "demo", "--api-key", KEY) as server:
         place = urlsplit(server.url)
         connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=60)
-        connection.request("POST", GENERATIONS, json.dumps({"prompt": "x", "size": "128x128", "steps": 60}),
+        connection.request("POST", GENERATIONS, json.dumps({"prompt": "x", "size": "128x128", "steps": 100}),
                            AUTH | {"Content-Type": "application/json"})  # fmt: skip
-        time.sleep(0.5)
+        running = 'vllm:num_requests_running{model_name="demo"} 1.0'
+        until(lambda: running in httpx.get(server.url + "/metrics", headers=AUTH).text)
         server.process.send_signal(number)
         assert connection.getresponse().status == 200
-        assert server.process.wait(30) == 0
+        assert server.process.wait(120) == 0
