@@ -41,7 +41,11 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     (("vllm_omni.engine", "vllm_omni.distributed"),),
     (("vllm_omni.trials",), ("vllm_omni.diffusion", "vllm_omni.diffusion.diffusion_engine")),
     (("vllm_omni.diffusion.worker",),),
-    (("vllm_omni.diffusion.scheduler",), ("vllm_omni.diffusion.cache",), ("vllm_omni.diffusion.loader",)),
+    (
+        ("vllm_omni.diffusion.scheduler",),
+        ("vllm_omni.diffusion.cache", "vllm_omni.learning"),
+        ("vllm_omni.diffusion.loader",),
+    ),
     (("vllm_omni.diffusion.denoiser",), ("vllm_omni.guidance",), ("vllm_omni.distributed.peers",)),
     (("vllm_omni.diffusion.hooks",), ("vllm_omni.kernels",), ("vllm_omni.diffusion.cache.plan.schedule",)),
     (

@@ -15,7 +15,6 @@ from pipelines import run_latents, tiny_flux
 from planning import planned
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.magcache.learning import keep
 from vllm_omni.diffusion.cache.profile import (
     FORMAT,
     CacheProfile,
@@ -28,6 +27,7 @@ from vllm_omni.diffusion.cache.profile import (
 from vllm_omni.diffusion.cache.settings import parse
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.learning import keep
 
 STEPS = 6
 

@@ -20,12 +20,12 @@ from stepping import add
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache.magcache.learning import REQUESTS
 from vllm_omni.engine.control import EngineControl
 from vllm_omni.engine.describe import describe
 from vllm_omni.engine.learning import IdleLearning
 from vllm_omni.engine.wire import UpdateWeights
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.learning import REQUESTS
 
 
 def drawn(omni: Omni, outputs: dict[str, Any]) -> int:

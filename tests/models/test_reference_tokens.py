@@ -69,3 +69,16 @@ def test_a_residual_of_another_shape_is_never_forecast_with(pipe: Any) -> None:
         assert_close(plain(pipe, i), output.latents)
         assert backend.last_request is not None and backend.last_request.skipped_steps == output.skipped_steps
     backend.disable(pipe)
+
+
+def test_edits_that_begin_together_keep_their_reference_tokens_apart(pipe: Any) -> None:
+    """Their first calls are alike in everything, but what comes back beside the latents has no rows to divide."""
+    pictures = [picture(torch.Generator().manual_seed(seed), 64) for seed in (3, 4)]
+    prompts = [prompt(i) | {"multi_modal_data": {"image": one}} for i, one in enumerate(pictures)]
+    size: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "height": 64, "width": 64}
+    with Omni.from_pipe(pipe) as omni:
+        outputs = omni.generate(prompts, [Params(seed=i, **size) for i in range(2)], use_tqdm=False)
+    for i, output in enumerate(outputs):
+        assert output.ok, output.error
+        alone = pipe(**prompt(i), **size, image=pictures[i], generator=torch.Generator().manual_seed(i)).images
+        torch.testing.assert_close(output.latents, alone, rtol=0, atol=1e-5)

@@ -13,7 +13,7 @@ from zoo import NOT_COVERED, ZOO, covered, transformer_classes
 from zoo_states import STATES
 
 from vllm_omni import Omni
-from vllm_omni.diffusion.cache.magcache.learning import REQUESTS
+from vllm_omni.learning import REQUESTS
 
 STEPS = 6
 RELATIVE = 1e-5  # of the largest number, in float32

@@ -1,4 +1,6 @@
-"""Finishes a profile that was learnt from requests, in the time that nobody needs the engine.
+"""Learns what requests alone do not teach, in the time that nobody needs the engine.
+
+That is curve and matrix of schedules that requests have and a published curve serves, and what finishes a profile.
 
 Trials are requests of its own, one at a time: they step only while nothing else is there, count nowhere, and wait in
 the middle while others run. Their prompts are the ones below; nobody's own is ever kept.
@@ -6,7 +8,7 @@ the middle while others run. Their prompts are the ones below; nobody's own is e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Any
@@ -18,6 +20,7 @@ from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
+from vllm_omni.diffusion.worker.request import PlanOf
 from vllm_omni.engine.interface import ModelInfo
 from vllm_omni.errors import OmniError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
@@ -48,9 +51,12 @@ PROMPTS = (
 )
 
 
-def sample_prompt(info: ModelInfo, text: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(prompt, parameters) of a request at the model's own size, with a gray picture if it needs one."""
+def sample_prompt(
+    info: ModelInfo, text: str, asked: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(prompt, parameters) of a request at the model's own size or the one `asked`, with a gray picture if needed."""
     size: dict[str, Any] = {name: info.defaults[name] for name in ("height", "width") if name in info.defaults}
+    size |= asked or {}
     prompt: dict[str, Any] = {"prompt": text}
     if (needed := [name for name, picture in info.pictures.items() if picture.needed]) and size:
         from PIL import Image
@@ -70,15 +76,16 @@ class IdleLearning:
         self._measurement: Measurement[CacheProfile] | None = None
         self._results: list[Away] = []
         self._exact: dict[bool, tuple[int, torch.Tensor]] = {}  # of the last prompt: latents, and what is decoded
-        self._trial: tuple[str, Trial] | None = None  # under way
-        self._given_up = False
+        self._trial: tuple[str, Trial | None] | None = None  # under way; None: a run that is measured itself
         self._repeats = 0
 
     @property
     def wanted(self) -> bool:
         """Whether there is something to try."""
         learner = self._engine.worker.learner
-        return not self._given_up and self._trial is None and learner is not None and learner.learn() is not None
+        if self._trial is not None or learner is None or learner.learning is None or learner.learning.over:
+            return False
+        return learner.learn() is not None or learner.learning.to_run() is not None
 
     @property
     def progress(self) -> str:
@@ -98,7 +105,17 @@ class IdleLearning:
     def _begin(self) -> None:
         learner = self._engine.worker.learner
         assert learner is not None and learner.learning is not None
-        if (profile := learner.learn()) is None:
+        profile, to_run = learner.learn(), learner.learning.to_run()
+        if to_run is not None:
+            schedule, course = to_run
+            if not course.runs:
+                logger.info("magcache: %d steps, cached by a curve so far, are measured now", schedule.steps)
+            course.runs += 1
+            number = len(PROMPTS) + course.runs  # with seeds of their own
+            state_of = partial(learner.learning.state_of_run, schedule)
+            self._run(None, number, schedule.steps, course.size, state_of)
+            return
+        if profile is None:
             return
         if self._profile is None or profile.name != self._profile.name:
             self._profile, self._measurement = profile, None
@@ -108,26 +125,27 @@ class IdleLearning:
             logger.info("magcache: %s of %s, when nobody waits", self._measurement.name, profile.name)
         if not self._measurement.trials:
             read = self._measurement.read([])
-            self._given_up = read == profile  # nothing more can be found by trying
+            learner.learning.over = read == profile  # nothing more can be found by trying
             self._finish(read)
             return
         trial = self._measurement.trials[len(self._results)]
         if self._exact.get(trial.picture, (None,))[0] != trial.prompt:
             trial = Trial(trial.prompt, picture=trial.picture)
-        self._run(trial, len(profile.ratios))
+        steps, size = trial.steps or len(profile.ratios), profile.provenance.get("size", {})
+        self._run(trial, trial.prompt, steps, size, trial.plan or _uncached)
 
-    def _run(self, trial: Trial, steps: int) -> None:
-        prompt, size = sample_prompt(self._info, PROMPTS[trial.prompt % len(PROMPTS)])
+    def _run(self, trial: Trial | None, number: int, steps: int, asked: Mapping[str, int], plan_of: PlanOf) -> None:
+        prompt, size = sample_prompt(self._info, PROMPTS[number % len(PROMPTS)], asked)
         params = OmniDiffusionSamplingParams(
-            num_inference_steps=trial.steps or steps,
-            seed=FIRST_SEED + trial.prompt,
-            output_type="np" if trial.picture else "latent",
+            num_inference_steps=steps,
+            seed=FIRST_SEED + number,
+            output_type="np" if trial is not None and trial.picture else "latent",
             cache="off",  # it has a plan of its own: what the engine's settings would refuse is nothing to it
             **size,
         )
         request = OmniDiffusionRequest(f"trial-{next(self._numbers)}\0", prompt, normalise_prompt(prompt), params)
         self._trial = request.request_id, trial
-        self._engine.try_out(request, trial.plan or _uncached)
+        self._engine.try_out(request, plan_of)
 
     def takes(self, output: OmniRequestOutput) -> bool:
         """Take in a trial's end; False if the output is somebody's."""
@@ -139,7 +157,8 @@ class IdleLearning:
         if output.error is not None:
             self._give_up(output.error)
             return True
-        self._guarded(partial(self._take, trial, output))
+        if trial is not None:
+            self._guarded(partial(self._take, trial, output))
         return True
 
     def _guarded(self, act: Callable[[], None]) -> None:
@@ -182,11 +201,19 @@ class IdleLearning:
     def forget(self) -> None:
         """Drop what was measured: the model has other weights now."""
         self._measurement, self._results, self._exact, self._profile = None, [], {}, None
-        self._given_up, self._repeats = False, 0
+        self._repeats = 0
+        self._tell(over=False)
 
     def _give_up(self, error: Exception) -> None:
-        self._trial, self._given_up = None, True
+        self._trial = None
+        self._tell(over=True)
         logger.warning("magcache: no more trials, one failed: %s; the profile stays as it is", error)
+
+    def _tell(self, over: bool) -> None:
+        """Let requests know whether what needs runs is going to come."""
+        learner = self._engine.worker.learner
+        if learner is not None and learner.learning is not None:
+            learner.learning.over = over
 
 
 def _uncached(schedule: Schedule) -> None:

@@ -66,6 +66,7 @@ class StackBackend(CacheBackend):
     name: ClassVar[str]
     profiles: tuple[CacheProfile, ...] = ()  # of the checkpoint, for backends that plan from one
     by_request = False  # requests ask for it, and bring what the checkpoint lacks
+    many_ranks = False  # others make the same forwards
 
     def __init__(self, config: DiffusionCacheConfig) -> None:
         super().__init__(config)
@@ -89,6 +90,12 @@ class StackBackend(CacheBackend):
     @abstractmethod
     def state(self, schedule: Schedule, settings: CacheSettings | None = None) -> CacheState:
         """The state of a request that is about to run this schedule, under its own settings or the backend's."""
+
+    def noticed(
+        self, state: CacheState, schedule: Schedule, settings: CacheSettings, size: Mapping[str, int] | None
+    ) -> CacheState:
+        """`state`, or one that is measured too in its place, of a request of this size; None: it may not teach."""
+        return state
 
     def _spec(self, module: torch.nn.Module) -> DenoiserSpec | None:
         """A description of the user's own."""
@@ -122,16 +129,19 @@ class StackBackend(CacheBackend):
         self._found(next(iter(self.denoisers.values())), model_name_of(pipeline))
         self._pipeline = pipeline
         if standalone:
-            self._session = Session(self._tracker(pipeline), self.state)
+            self._session = Session(self._tracker(pipeline), self._alone)
             for name, module in modules.items():
                 hook = StandaloneHook(name, self.denoisers[name], self.stack_for, self._session)
                 attach(module, hook)
                 self._hooked.append((module, hook))
         self.enabled = True
 
+    def _alone(self, schedule: Schedule) -> CacheState:
+        return self.noticed(self.state(schedule), schedule, self.settings, {})
+
     def _denoiser(self, module: torch.nn.Module, known: Denoiser | None) -> Denoiser:
         own = self._spec(module)
-        return known if known is not None and own in (None, known.written) else Denoiser(module, own)
+        return known if known is not None and own in (None, known.described) else Denoiser(module, own)
 
     def _tracker(self, pipeline: Any) -> Tracker:
         """By the pipeline's scheduler; one without has its calls counted."""

@@ -36,6 +36,7 @@ MAX_STEPS = 1000
 _GONE = ("mean", "newton", "chebyshev", "normed")  # predictors that older profiles name
 MaskName = Literal["planned", "rule"]
 LARGEST = 1e12  # of any measured number: beyond it, squares and products overflow where nobody looks
+LEARNT = "learnt"  # the kind, in its provenance, of a profile that an engine has made of its own requests
 
 
 class MeasuredBudget(Settings):
@@ -239,12 +240,15 @@ def find_profiles(model_name: str, fingerprint: str) -> tuple[CacheProfile, ...]
     """The profiles of this very checkpoint: by the hash of its weights, or, of those without a hash, by hub id.
 
     The user's own (`profile_folder()`) come first, then those in the model's folder (`cache_profiles/`), then those
-    that come with the package. A file that cannot be read is passed over with a warning.
+    that come with the package. Learnt ones hold for some schedules alone: those by hub id come after them, for the
+    others. A file that cannot be read is passed over with a warning.
     """
     beside = _profiles_in(Path(model_name) / "cache_profiles") if model_name else []
     profiles = [*_profiles_in(profile_folder()), *beside, *(shipped_profile(name) for name in profile_names())]
     known = tuple(p for p in profiles if p.fingerprint == fingerprint)
-    return known or tuple(p for p in profiles if p.fingerprint is None and model_name in p.models)
+    if all(p.provenance.get("kind") == LEARNT for p in known):
+        known += tuple(p for p in profiles if p.fingerprint is None and model_name in p.models)
+    return known
 
 
 def nearest(profiles: Sequence[CacheProfile], steps: int) -> CacheProfile | None:

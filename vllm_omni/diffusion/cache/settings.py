@@ -129,11 +129,12 @@ class DiffusionCacheConfig(Settings):
     that kept so many decibels to the uncached output on every held-out pair when the profile was made), a
     `steps_mask` (flags, or {"compute": [...], "skip": [...]} in alternating runs), the threshold rule, or a `preset`.
     Nothing given is the preset "auto", 38 dB. A preset is a PSNR if the profile has figures, a speed-up if it has a
-    matrix, and the threshold rule otherwise. `calibrate` "auto" is for an engine whose checkpoint has no curve and no
-    profile: it serves uncached until it has learnt one from its first requests. `profile_insist` takes a profile that
-    was measured on other weights. `residual_dtype` is what residuals are kept in, for all requests of an engine:
-    "bfloat16" is half the memory of a model that runs in fp32; "float8" (e4m3, a scale per token) is half of that, for
-    some fidelity (docs/performance.md). cache-dit's and SeaCache's settings are taken by their own names, too.
+    matrix, and the threshold rule otherwise. `calibrate` "auto" is for an engine whose checkpoint has no matrix: it
+    learns a profile while it serves, by the published curve, or uncached where there is none. `profile_insist` takes
+    a profile that was measured on other weights. `residual_dtype` is what residuals are kept in, for all requests of an
+    engine: "bfloat16" is half the memory of a model that runs in fp32; "float8" (e4m3, a scale per token) is half of
+    that, for some fidelity (docs/performance.md). cache-dit's and SeaCache's settings are taken by their own names,
+    too.
     """
 
     def __init__(self, **values: Any) -> None:

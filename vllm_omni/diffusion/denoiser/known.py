@@ -11,10 +11,12 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import FunctionType, MethodType
 from typing import Any
 
 import diffusers
@@ -32,6 +34,8 @@ logger = init_logger(__name__)
 FORMAT = 3
 _PLAIN = (bool, int, float, str)
 MOST_SIGNATURES = 32  # a model that is called with another number each time must not be examined each time
+BETWEEN_BLOCKS = "controlnet"  # in the name of an argument that is made anew for each step
+_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "builtins")  # whose code is known
 
 
 class Denoiser:
@@ -40,10 +44,14 @@ class Denoiser:
     def __init__(self, module: torch.nn.Module, written: DenoiserSpec | None = None) -> None:
         """`written`: a description instead of what is known of the class. InvalidValueError if it does not fit."""
         self.module = unwrapped(module)
-        self.written = written or spec_of(module)
+        self.described = written or spec_of(module)
+        stack = None if self.described is None else BlockStack(self.module, self.described)
+        trusted = self.described != spec_of(module) or stack is None or _as_described(self.module, stack)
+        self.written, self._stack = (self.described, stack) if trusted else (None, None)  # else it must be found
+        if not trusted:
+            logger.info("%s runs code that is not diffusers' own: it is examined, whatever its class", self.name)
         self.findings: dict[str, Finding] = {}
         self.keeps_state = False  # a call may depend on those before it: no other request's comes in between
-        self._stack = None if self.written is None else BlockStack(self.module, self.written)
         self._file = None if self.written is not None else _file_of(self.module)
         self._reported: set[str] = set()
         if self._file is not None:
@@ -66,12 +74,16 @@ class Denoiser:
         if self.written is not None:
             return None if self.written.adds_between_blocks(arguments) else self._stack
         finding = self.findings.get(signature_of(arguments))
+        adds = self.described is not None and self.described.adds_between_blocks(arguments)
+        if adds or any(BETWEEN_BLOCKS in name and value is not None for name, value in arguments.items()):
+            return None  # a proof has seen the residual of its own call alone
         return self._stack if finding is not None and finding.cached else None
 
     def roles_for(self, arguments: Mapping[str, Any]) -> DenoiserSpec | None:
         """The roles of the arguments of a call that may share a forward; None: it goes alone."""
         if self.written is not None:
-            return None if self.written.adds_between_blocks(arguments) else self.written
+            alone = any(arguments.get(name) is not None for name in self.written.alone)
+            return None if alone or self.written.adds_between_blocks(arguments) else self.written
         finding = self.findings.get(signature_of(arguments))
         return finding.spec if finding is not None and finding.joined else None
 
@@ -177,11 +189,39 @@ def _file_of(module: torch.nn.Module) -> Path | None:
         digest.update(repr(public).encode())
     config = module.config.items() if isinstance(module, diffusers.ConfigMixin) else ()
     digest.update(repr(sorted((name, value) for name, value in config if not name.startswith("_"))).encode())
-    for source in sorted({type(part).__module__ for part in module.modules()}):
-        if source.partition(".")[0] in ("torch", "diffusers", "transformers", "peft"):
+    codes = [code for part in module.modules() for code in (_home_of(type(part)), *(c for _, c in _own_code(part)))]
+    digest.update(repr(codes).encode())
+    for source in sorted({source for source, _ in codes}):
+        if source.partition(".")[0] in _PACKAGES:
             continue
         file = vars(sys.modules[source]).get("__file__") if source in sys.modules else None
         if file is None or not Path(file).is_file():
             return None
         digest.update(Path(file).read_bytes())
     return profile_folder() / "denoisers" / f"{type(module).__name__}-{digest.hexdigest()[:16]}.json"
+
+
+def _own_code(part: torch.nn.Module) -> Iterator[tuple[str, tuple[str, str]]]:
+    """The functions and processors that are set on a module itself, by attribute, with where their code is."""
+    for name, value in vars(part).items():
+        if callable(value) and not name.startswith("_") and not isinstance(value, torch.nn.Module):
+            yield name, _home_of(value)
+
+
+def _home_of(value: Any) -> tuple[str, str]:
+    """The module and the name of what a callable runs, whatever it says of itself (`functools.wraps`)."""
+    while isinstance(value, partial | MethodType):
+        value = value.func if isinstance(value, partial) else value.__func__
+    if isinstance(value, FunctionType):
+        return str(value.__globals__.get("__name__")), value.__code__.co_qualname
+    kind = value if isinstance(value, type) else type(value)
+    return kind.__module__, kind.__qualname__
+
+
+def _as_described(module: torch.nn.Module, stack: BlockStack) -> bool:
+    """Whether it runs the code that descriptions were written for: its forward, its blocks', and every processor."""
+    blocks = [block for entry in stack.spec.stack for block in module.get_submodule(entry.name).children()]
+    homes = [_home_of(type(unwrapped(part)).forward) for part in (module, *blocks)]
+    for part in module.modules():
+        homes += [home for name, home in _own_code(part) if name == "forward" or "processor" in name]
+    return all(source.partition(".")[0] in (*_PACKAGES, "vllm_omni") for source, _ in homes)

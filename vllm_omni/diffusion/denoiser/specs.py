@@ -55,6 +55,7 @@ class DenoiserSpec:
     image_first: bool = False  # a fused tail holds the image tokens before the text
     only_for_blocks: tuple[str, ...] = ()  # child modules whose output nothing but the blocks reads
     between_blocks: tuple[str, ...] = ()  # "argument" or "argument.key" that adds something to the stack: compute
+    alone: tuple[str, ...] = ()  # arguments with which a call returns something that has no rows
     every_place: bool = False  # the model counts its blocks: without them, there is a stand-in in each one's place
     in_place: bool = False  # blocks write into what they are given
 
@@ -90,6 +91,7 @@ DENOISERS: dict[str, DenoiserSpec] = {
         stack=(BlockList("transformer_blocks", _JOINT), BlockList("single_transformer_blocks", ("hidden_states",))),
         rows=("hidden_states", "encoder_hidden_states", "timestep", "guidance"),
         shared=("img_ids", "txt_ids"),
+        alone=("kv_cache_mode",),
         # FLUX.2 joins the text stream to the image before its single blocks: its embedding is read even if none runs
     ),
     "QwenImageTransformer2DModel": DenoiserSpec(

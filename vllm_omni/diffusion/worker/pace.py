@@ -12,6 +12,8 @@ from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels.timing import Pace
 
+SIZE = ("height", "width", "num_frames")
+
 
 def settle(pace: Pace, settings: CacheSettings, size: Hashable, schedule: Schedule) -> CacheSettings:
     """The settings with the most full forwards that a budget of seconds allows, `nfe`.
@@ -36,12 +38,17 @@ def settle(pace: Pace, settings: CacheSettings, size: Hashable, schedule: Schedu
     return settings._replace(plan=Budget(nfe=nfe, seconds=budget.seconds))
 
 
-def usual(request: Request) -> bool:
-    """Whether a profile may be learnt of it: the model as it is, on the whole schedule of so many steps."""
+def usual(request: Request) -> dict[str, int] | None:
+    """The size of a request that a profile may be learnt of, as far as it says; None: it may not.
+
+    It may if it has the model as it is, on the whole schedule of so many steps.
+    """
     asked, schedule = request.task.arguments, request.schedule
     own = asked.get("sigmas") is not None or asked.get("timesteps") is not None
     whole = schedule is None or asked.get("num_inference_steps") in (None, schedule.steps)
-    return whole and not own and not request.adapters and not request.changes
+    if own or not whole or request.adapters or request.changes:
+        return None
+    return {name: value for name in SIZE if isinstance(value := asked.get(name), int)}
 
 
 def size_of(denoiser: str, arguments: Mapping[str, Any], asked: Mapping[str, Any]) -> Hashable:

@@ -22,7 +22,7 @@ from vllm_omni.inputs.lora import Adapters
 from vllm_omni.kernels.promise import Promise
 from vllm_omni.kernels.timing import Timings
 
-PlanOf = Callable[[Schedule], CachePlan | None]  # None: every step computes
+PlanOf = Callable[[Schedule], CachePlan | CacheState | None]  # None: every step computes
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ import torch
 from diffusers.guiders import BaseGuidance
 
 from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
-from vllm_omni.diffusion.cache.calibration import RecordingState
 from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
@@ -376,17 +375,16 @@ class ModelRunner:
         request.cache.drop()
         request.size = size_of(denoiser, arguments, request.task.arguments)
         if request.plan_of is not None and request.backend is not None:
-            plan = request.plan_of(request.schedule)
-            dtype = KEPT_AS[request.backend.config.residual_dtype]
-            request.cache = CacheState() if plan is None else PlannedState(plan, request.backend.store, {}, dtype)
+            made = request.plan_of(request.schedule) or CacheState()
+            dtype, store = KEPT_AS[request.backend.config.residual_dtype], request.backend.store
+            request.cache = made if isinstance(made, CacheState) else PlannedState(made, store, {}, dtype)
         elif request.backend is not None and request.settings is not None:
             settings = settle(self.pace, request.settings, request.size, request.schedule)
             state = request.backend.refresh(
                 request.task.pipeline, request.schedule.steps, request_id=request.request_id, settings=settings
             )
             assert state is not None
-            unlike = isinstance(state, RecordingState) and not usual(request)
-            request.cache = CacheState() if unlike else state
+            request.cache = request.backend.noticed(state, request.schedule, settings, usual(request))
 
 
 def _parked(request: Request) -> ParkedCall:

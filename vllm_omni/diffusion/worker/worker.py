@@ -163,6 +163,7 @@ class DiffusionWorker:
             backend = get_cache_backend(name, made_with(name, self.default_cache))
             assert isinstance(backend, StackBackend)  # `engine_backend` let no other through
             backend.by_request = self.default_cache is None or self.default_cache.backend != name
+            backend.many_ranks = self.config.parallel_config.ranks > 1
             backend.enable(self.pipeline, standalone=False, known=self.runner.denoisers)
             if backend.store.budget is None and self.config.parallel_config.ranks > 1:
                 self._limit(backend)

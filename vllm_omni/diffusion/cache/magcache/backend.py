@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -10,9 +10,9 @@ import torch
 
 from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend, model_name_of
 from vllm_omni.diffusion.cache.calibration import Calibration
-from vllm_omni.diffusion.cache.magcache.learning import LEAST_STEPS, Learning, keep, unfinished
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.plan.compose import (
+    MAX_PAIR_STEPS,
     CachePlan,
     budgeted_forwards,
     choose_predictor,
@@ -20,13 +20,13 @@ from vllm_omni.diffusion.cache.plan.compose import (
     full_forwards,
     rule_of,
 )
+from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
 from vllm_omni.diffusion.cache.profile import (
     CacheProfile,
     find_profiles,
     fingerprint,
     named_profile,
-    nearest,
     profile_names,
 )
 from vllm_omni.diffusion.cache.settings import Budget, CacheSettings, DiffusionCacheConfig, Mask, Preset
@@ -34,6 +34,7 @@ from vllm_omni.diffusion.cache.state import CacheState, PlannedState
 from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.learning import LEAST_STEPS, Learning, chosen, keep, unfinished
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -50,16 +51,16 @@ class MagCacheBackend(StackBackend):
         self.learning: Learning | None = None
         self._ratios: tuple[float, ...] | None = None
         self._class = self._fingerprint = ""
-        self._reported_no_gain = False
+        self._reported_no_gain = self._bare = False
 
     def plan(self, steps: int, sigmas: Sequence[float], switches: Switches = ()) -> CachePlan:
         """What a request of this schedule would do under the backend's own settings."""
         schedule = Schedule(steps, tuple(sigmas), switches)
-        return compose(self.settings, *self._measured(self.settings, steps), schedule)
+        return compose(self.settings, *self._measured(self.settings, schedule), schedule)
 
     def check(self, settings: CacheSettings, steps: int | None = None) -> None:
         """Refuse what this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
-        ratios, profile = self._measured(settings, steps or len(self._ratios or ()) or 1)
+        ratios, profile = self._measured(settings, None if steps is None else Schedule(steps, ()))
         if self._waits(settings, ratios, profile):  # it runs uncached, whatever it asks for
             return
         if ratios is None and not isinstance(settings.plan, Mask):
@@ -73,11 +74,9 @@ class MagCacheBackend(StackBackend):
             return self.calibration.state(schedule)
         self.learn()
         settings = settings or self.settings
-        ratios, profile = self._measured(settings, schedule.steps)
+        ratios, profile = self._measured(settings, schedule)
         if self._waits(settings, ratios, profile):
-            if self.learning is None or ratios is not None or schedule.steps < LEAST_STEPS:
-                return CacheState()
-            return self.learning.state(schedule)
+            return CacheState()
         plan = compose(settings, ratios, profile, schedule)
         if all(plan.compute) and not self._reported_no_gain:
             self._reported_no_gain = True
@@ -96,12 +95,33 @@ class MagCacheBackend(StackBackend):
             facts["switches"] = schedule.switches
         return PlannedState(plan, self.store, facts, KEPT_AS[self.config.residual_dtype])
 
+    def noticed(
+        self, state: CacheState, schedule: Schedule, settings: CacheSettings, size: Mapping[str, int] | None
+    ) -> CacheState:
+        named = settings.config.profile not in (None, self.config.profile)
+        if self.learning is None or size is None or named or schedule.steps < LEAST_STEPS:
+            return state
+        _, profile = self._measured(settings, schedule)
+        if profile is not None and profile.gram is not None:
+            return state
+        if state.plan is None:  # it computes every step anyway
+            return self.learning.state(schedule, size)
+        if schedule.steps <= MAX_PAIR_STEPS:  # more are planned by the rule, whatever is known
+            self.learning.note(schedule, size)
+        return state
+
     def _waits(self, settings: CacheSettings, ratios: Any, profile: CacheProfile | None) -> bool:
         """Whether something that is still being learnt must be known before such a request can be cached."""
-        if self.learning is None or isinstance(settings.plan, Mask):
+        if isinstance(settings.plan, Mask) or settings.config.profile not in (None, self.config.profile):
+            return False
+        if ratios is None:
+            return self.learning is not None or self._bare
+        if self.learning is None or (self.learning.over and settings != self.settings):
             return False
         decibels = isinstance(settings.plan, Budget) and settings.plan.psnr is not None
-        return ratios is None or (decibels and profile is not None and unfinished(profile))
+        if profile is None or profile.gram is None:
+            return decibels or settings.config.predictor in NEED_GRAM
+        return decibels and unfinished(profile)
 
     def learn(self) -> CacheProfile | None:
         """Take over what was learnt by now; returns a profile that lacks what runs of its own would give, if any."""
@@ -134,18 +154,22 @@ class MagCacheBackend(StackBackend):
         self.profiles = tuple(named.values())
         keep(profile)
 
-    def _measured(self, settings: CacheSettings, steps: int) -> tuple[tuple[float, ...] | None, CacheProfile | None]:
-        """The curve and the profile for settings and a step count.
+    def _measured(
+        self, settings: CacheSettings, schedule: Schedule | None
+    ) -> tuple[tuple[float, ...] | None, CacheProfile | None]:
+        """The curve and the profile for settings and a schedule, None for one that is not known yet.
 
-        The profile is the one that the settings name, or of the checkpoint's the one measured nearest to the step
-        count; a curve that was given, with the request or for the engine, comes before the profile's.
+        The profile is the one that the settings name, or the one `chosen` of the checkpoint's; a curve that was given,
+        with the request or for the engine, comes before the profile's.
         """
         config = settings.config
         another = config.profile not in (None, self.config.profile)
         if another:
             profile: CacheProfile | None = self._named(config.profile or "", config.profile_insist)
+        elif schedule is None or self.config.profile:
+            profile = next(iter(self.profiles), None)
         else:
-            profile = nearest(self.profiles, steps)
+            profile = chosen(self.profiles, schedule)
         ratios = config.mag_ratios or (None if another else self._ratios)
         return ratios or (profile.ratios if profile is not None else None), profile
 
@@ -176,11 +200,14 @@ class MagCacheBackend(StackBackend):
             self.profiles = find_profiles(model_name, self._fingerprint)
         self._ratios = self.config.mag_ratios or MagCacheStrategyRegistry.users_curve(denoiser.module)
         _report(self.profiles)
-        nothing = self._ratios is None and not self.profiles and self.config.steps_mask is None
-        if self.config.calibrate == "auto" and (nothing or any(map(unfinished, self.profiles))):
+        given = self.config.profile or self._ratios or self.config.steps_mask
+        if self.config.calibrate == "auto" and (not given or any(map(unfinished, self.profiles))):
             self.learning = Learning(self._class, self._fingerprint, model_name)
             return
-        if nothing and self.calibration is None and not self.by_request:
+        self._bare = self.many_ranks and not given and not self.profiles and not self.by_request
+        if self._bare:
+            logger.warning("magcache: no profile of this checkpoint, and ranks learn none: it is served uncached")
+        elif not given and not self.profiles and self.calibration is None and not self.by_request:
             raise self._no_curve(model_name)
         choose_predictor(self.settings, next(iter(self.profiles), None))
 
