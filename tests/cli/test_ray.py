@@ -11,7 +11,7 @@ from commands import refused, run
 
 from vllm_omni.entrypoints.cli import ray
 from vllm_omni.entrypoints.cli.main import main
-from vllm_omni.entrypoints.ray_config import RayConfig, RayOptions
+from vllm_omni.entrypoints.ray_config import RayConfig, RayOptions, app_config
 from vllm_omni.errors import InvalidValueError, UnknownKeyError
 
 
@@ -68,3 +68,26 @@ def test_the_help_names_the_flags() -> None:
     assert ran.returncode == 0
     for flag in ("--replicas", "--max-replicas", "--address", "--cache-backend", "--max-steps", "--host"):
         assert flag in ran.stdout
+
+
+def test_args_of_a_config_file_are_served_as_the_same_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "from outside")
+    engine = {"cache_backend": "magcache", "max_num_seqs": 4}
+    file = app_config({"model": "demo", "engine_args": engine, "options": {"max_replicas": 4}, "replicas": "2"})
+    words = "--cache-backend magcache --max-num-seqs 4 --replicas 2 --max-replicas 4"
+    command = parsed("demo", *words.split())
+    assert file.serve_config() == command.serve_config() and file.options == command.options
+    assert file.http.api_key == ("from outside",)
+    assert file.serve_config().engine_args["cache_config"] == {"calibrate": "auto"}
+    asked = engine | {"cache_config": {"calibrate": "off"}}
+    own = app_config({"model": "demo", "engine_args": asked, "http": {"api_key": ["own"]}})
+    assert own.http.api_key == ("own",) and own.serve_config().engine_args["cache_config"] == {"calibrate": "off"}
+
+
+def test_where_serve_listens_is_refused_in_args_with_its_place() -> None:
+    for field, args in (("port", {"port": 81}), ("http.host", {"http": {"host": "0.0.0.0"}})):
+        with pytest.raises(InvalidValueError, match=r"http_options.*serve start --http-host") as refused:
+            app_config({"model": "demo"} | args)
+        assert refused.value.field == field
+    with pytest.raises(InvalidValueError, match="http must hold fields of HttpOptions"):
+        app_config({"model": "demo", "http": "0.0.0.0"})

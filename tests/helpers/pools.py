@@ -7,7 +7,7 @@ import os
 import signal
 from typing import Any
 
-from process_client import ARGS, last, until
+from process_client import ARGS, last, reported, until
 
 from vllm_omni.engine.interface import EngineStats
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams as Params
@@ -50,7 +50,8 @@ async def asked(pool: ReplicaPool, count: int, prefix: str, **params: Any) -> li
 
 async def idle(pool: ReplicaPool) -> EngineStats:
     await until(lambda: not pool._asked and not sum(held(pool)))
-    await asyncio.sleep(0.6)  # the reports that follow the last outputs
+    there = [replica.engine for replica in pool.replicas if replica.engine.state in ("ready", "asleep")]
+    await asyncio.gather(*(reported(engine) for engine in there))  # type: ignore[arg-type]
     stats = await pool.stats()
     assert (stats.running, stats.waiting, stats.cache_bytes, stats.queued_cost_s) == (0, 0, 0, 0.0)
     return stats

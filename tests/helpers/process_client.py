@@ -30,9 +30,17 @@ async def until(condition: Any, seconds: float = 30.0) -> float:
     return time.monotonic() - began
 
 
+async def reported(client: ProcessEngineClient) -> None:
+    """Once a report has come that was made after this call: any command makes one of an engine that does nothing."""
+    ledger = client.ledger
+    seen = ledger._stats
+    client._send_abort(["nobody"])
+    await until(lambda: ledger._stats is not seen and not (ledger._stats.running or ledger._stats.waiting))
+
+
 async def idle(client: ProcessEngineClient) -> None:
     await until(lambda: not client._requests)
-    await asyncio.sleep(0.1)  # the report that follows the last output
+    await reported(client)
     stats = await client.stats()
     assert (stats.running, stats.waiting, stats.cache_bytes, stats.queued_cost_s) == (0, 0, 0, 0.0)
 

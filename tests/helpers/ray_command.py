@@ -1,10 +1,12 @@
-"""`vllm-omni ray` in processes of its own, and which these are."""
+"""The server on Ray Serve in processes of its own, by either command, and which these are."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,41 +16,64 @@ import httpx
 from paths import ROOT
 
 START_S = 180.0
+Running = tuple[str, subprocess.Popen[bytes], Path]  # address, process, log
 
 
 @contextmanager
-def ray_command(folder: Path, *words: str) -> Iterator[tuple[str, subprocess.Popen[bytes], Path]]:
-    """`vllm-omni ray demo` with a home of its own, until the block ends by SIGTERM; address, process, log."""
+def ray_command(folder: Path, *words: str) -> Iterator[Running]:
+    """`vllm-omni ray demo` with a home of its own, until the block ends by SIGTERM."""
+    port = _port()
+    line = ["vllm_omni", "ray", "demo", "--cache-backend", "magcache", "--port", str(port), *words]
+    with _running(folder, line, port, b"serving demo on") as running:
+        yield running
+
+
+@contextmanager
+def serve_run(folder: Path, file: Path, **environment: str) -> Iterator[Running]:
+    """Serve's own `serve run` of a config file, at another port, with a Ray and a home of its own, until SIGTERM."""
+    port = _port()
+    copy = folder / file.name
+    copy.write_text(file.read_text().replace("port: 8000", f"port: {port}"))
+    temporary = tempfile.mkdtemp(prefix="ray")  # short: sockets lie in it
+    own = {"RAY_TMPDIR": temporary, "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+    try:
+        with _running(folder, ["ray.serve.scripts", "run", str(copy)], port, b"", **own, **environment) as running:
+            yield running
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _port() -> int:
+    return 8200 + os.getpid() % 500
+
+
+@contextmanager
+def _running(folder: Path, line: list[str], port: int, says: bytes, **environment: str) -> Iterator[Running]:
     home = folder / "home"
     home.mkdir()
     log = folder / "log"
-    port = 8200 + os.getpid() % 500
-    line = [
-        sys.executable,
-        "-m",
-        "vllm_omni",
-        "ray",
-        "demo",
-        "--cache-backend",
-        "magcache",
-        "--port",
-        str(port),
-        *words,
-    ]
-    places = {"PYTHONPATH": str(ROOT), "HOME": str(home), "OMP_WAIT_POLICY": "PASSIVE"}
+    places = {"PYTHONPATH": str(ROOT), "HOME": str(home), "OMP_WAIT_POLICY": "PASSIVE"} | environment
+    others = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     with log.open("wb") as out:
-        process = subprocess.Popen([*line, *words], stdout=out, stderr=out, env=os.environ | places, cwd=folder)
+        command = [sys.executable, "-m", *line]
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=others | places, cwd=folder)
     url = f"http://127.0.0.1:{port}"
     try:
         until = time.monotonic() + START_S
-        while b"serving demo on" not in log.read_bytes() and time.monotonic() < until:
-            assert process.poll() is None, log.read_text()[-3000:]
+        while not (_ready(url) and says in log.read_bytes()):
+            assert process.poll() is None and time.monotonic() < until, log.read_text()[-3000:]
             time.sleep(0.2)
-        assert httpx.get(url + "/health/ready", timeout=30).status_code == 200, log.read_text()[-3000:]
         yield url, process, log
     finally:
         process.terminate()
         process.wait(90)
+
+
+def _ready(url: str) -> bool:
+    try:
+        return httpx.get(url + "/health/ready", timeout=30).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def descendants(pid: int) -> dict[int, str]:

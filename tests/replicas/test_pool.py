@@ -18,7 +18,8 @@ from pools import LONG, all_ready, asked, demo_pool, first_of, held, idle, kill
 from process_client import ARGS, last, until
 
 from vllm_omni import Omni
-from vllm_omni.engine.wire import LoadAdapter, Sleep, StopProfile, UnloadAdapter, UpdateWeights, Wake
+from vllm_omni.engine import cost
+from vllm_omni.engine.wire import LoadAdapter, Sleep, StatsReport, StopProfile, UnloadAdapter, UpdateWeights, Wake
 from vllm_omni.errors import (
     ConflictError,
     DeadlineExceededError,
@@ -31,6 +32,7 @@ from vllm_omni.errors import (
     UnknownAdapterError,
 )
 from vllm_omni.replicas.pool import ReplicaPool
+from vllm_omni.replicas.replica import ReplicaEngine
 
 one_loop = pytest.mark.asyncio(loop_scope="module")
 
@@ -85,19 +87,35 @@ async def test_a_request_goes_where_less_is_left_to_do_and_not_where_fewer_are(p
     await idle(pool)
 
 
+def rows_left(engine: ReplicaEngine) -> float:
+    """Of its first job, by the very costs that its seconds were planned with."""
+    (seconds, pixels), *_ = engine.load.jobs
+    costs = cost.by_itself(engine.ledger.costs)
+    ends = cost.planned_seconds(costs, pixels, 0.0, 0.0)
+    return (seconds - ends) / (cost.planned_seconds(costs, pixels, 1.0, 0.0) - ends)
+
+
 @one_loop
-async def test_what_is_left_of_each_job_shrinks_as_its_steps_are_done(pool: ReplicaPool) -> None:
-    stream = await first_of(pool, "left", **LONG)
-    async with aclosing(stream):
+async def test_what_is_left_of_each_job_shrinks_as_its_steps_are_done(
+    pool: ReplicaPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with aclosing(await first_of(pool, "left", num_inference_steps=900, cache="off")) as stream:
         (engine,) = [replica.engine for replica in pool.replicas if replica.engine.load.jobs]
-        seen = []
-        async for output in stream:
-            seen.append((output.step, engine.load.jobs[0][0] if engine.load.jobs else 0.0))
-            if output.finished:
-                break
-    early, late = [seconds for step, seconds in seen if step < 50], [s for step, s in seen if 110 < step < 150]
-    assert early and late and max(late) < 0.6 * max(early)
+        note, left, done = engine.ledger.note, list[float](), list[int]()
+
+        def noted(report: StatsReport) -> None:
+            note(report)
+            left.append(rows_left(engine))
+            done.append(report.stats.steps_computed)
+
+        monkeypatch.setattr(engine.ledger, "note", noted)
+        while len(left) < 4:
+            assert not (await anext(stream)).finished
+        monkeypatch.undo()
+    assert left[-1] < left[0] < 900 and all(abs(rows - round(rows)) < 1e-6 for rows in left), left
+    assert len({round(rows) + steps for rows, steps in zip(left, done, strict=True)}) == 1, (left, done)
     assert 0.0 < engine.load.unshared <= 1.0
+    await idle(pool)
 
 
 @one_loop
@@ -118,24 +136,26 @@ async def test_stats_add_up_and_each_request_is_counted_once(pool: ReplicaPool) 
 
 @one_loop
 async def test_requests_beyond_the_places_of_all_are_refused_at_once(pool: ReplicaPool) -> None:
-    tasks = await asked(pool, 14, "full", num_inference_steps=40, cache="off")
+    running = await asked(pool, 10, "full", num_inference_steps=900, cache="off")
+    waiting = await asked(pool, 4, "line", num_inference_steps=20)
     for i in range(20):
         with pytest.raises(QueueFullError) as full:
             await last(pool, f"more-{i}")
         assert full.value.retry_after_s >= 1.0
     with pytest.raises(InvalidValueError, match="must not be in use"):
         await last(pool, "full-0")
-    assert not any(task.done() for task in tasks) and held(pool) == [5, 5]
+    assert not any(task.done() for task in (*running, *waiting)) and held(pool) == [5, 5]
     stats = await pool.stats()
     assert stats.waiting >= 4 and stats.queued_cost_s > 0
-    assert all(output.ok for output in await asyncio.gather(*tasks))
+    for task in running:
+        task.cancel()
+    assert all(output.ok for output in await asyncio.gather(*waiting))
     await idle(pool)
 
 
 @one_loop
 async def test_those_that_wait_go_in_their_order_wherever_there_is_a_place_first(pool: ReplicaPool) -> None:
-    long = await asked(pool, 5, "long", num_inference_steps=900, cache="off")
-    short = await asked(pool, 5, "short", num_inference_steps=30, cache="off")
+    long = await asked(pool, 10, "long", num_inference_steps=900, cache="off")
     late = asyncio.create_task(last(pool, "late", num_inference_steps=4, priority=5))
     gone = asyncio.create_task(last(pool, "gone", num_inference_steps=4))
     early = asyncio.create_task(last(pool, "early", num_inference_steps=4, priority=-5))
@@ -146,12 +166,16 @@ async def test_those_that_wait_go_in_their_order_wherever_there_is_a_place_first
     assert isinstance((await gone).error, RequestAbortedError)
     expired = await last(pool, "expired", num_inference_steps=4, timeout_s=0.01)
     assert isinstance(expired.error, DeadlineExceededError)
-    await until(lambda: len(pool._line) < 2)
-    assert [request.request_id for request in pool._line] in (["late"], [])
-    assert all(output.ok for output in await asyncio.gather(early, late, *short))
+    assert [request.request_id for request in pool._line] == ["early", "late"]
     assert (await pool.stats()).aborts_by_stage["queued"] == before + 1
+    place = next(replica for replica in pool.replicas if "long-3" in replica.engine._requests.ids)
+    await pool.abort("long-3")
+    assert isinstance((await long[3]).error, RequestAbortedError)
+    await until(lambda: len(pool._line) < 2)
+    assert [request.request_id for request in pool._line] == ["late"] and "early" in place.engine._requests.ids
     for task in long:
         task.cancel()
+    assert all(output.ok for output in await asyncio.gather(early, late))
     await idle(pool)
 
 

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from paths import DEMO
 from PIL import Image
 from pools import LONG, first_of
-from process_client import ARGS, last, until
+from process_client import ARGS, last, reported, until
 
 from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.engine.pictures import SharedMemory, SharedPicture
@@ -113,7 +113,11 @@ def wire_of(pool: ReplicaPool, index: int) -> Wire:
 
 @one_loop
 async def test_what_crosses_is_what_the_engine_says(pool: ReplicaPool, hosts: list[EngineHost]) -> None:
+    await asyncio.gather(*(reported(host.engine) for host in hosts))
+    before = sum(host.engine.ledger._stats.steps_computed for host in hosts)
     direct = await last(hosts[0].engine, "direct", num_inference_steps=9)  # type: ignore[arg-type]
+    engines = [replica.engine for replica in pool.replicas]
+    await until(lambda: not any(one.load.jobs for one in engines) and engines[0].ledger.costs.computed)
     outputs = await asyncio.gather(*(last(pool, f"far-{i}", num_inference_steps=9) for i in range(4)))
     assert all(output.ok and output.plan == direct.plan and output.prompt == "red apple" for output in outputs)
     assert all(levels_apart(output.images[0], direct.images[0]) <= 1 for output in outputs)
@@ -124,10 +128,11 @@ async def test_what_crosses_is_what_the_engine_says(pool: ReplicaPool, hosts: li
     with pytest.raises(UnknownKeyError, match="did you mean"):
         await last(pool, "bad", cache={"treshold": 0.1})
     assert pool.info == hosts[0].engine.info
-    await asyncio.sleep(0.6)
+    steps = before + direct.computed_steps + sum(output.computed_steps for output in outputs)
+    await until(lambda: sum(one._stats.steps_computed for one in engines) == steps)
     stats = await pool.stats()
     assert [one.name for one in stats.replicas] == ["a", "b"] and stats.requests["finished"] == 4
-    assert stats.steps_computed >= sum(output.computed_steps for output in outputs)
+    assert stats.steps_computed == steps
 
 
 @one_loop

@@ -68,7 +68,8 @@ class ProcessEngineClient:
     wait. An engine process that dies, is silent for `heartbeat_timeout_s`, or spends `step_timeout_s` in one step is
     ended and replaced, at most `max_restarts` times in `restart_window_s`. `launch` is the first one, if it was
     launched with the same settings already; with others it is ended. `place` is (which one, of how many) engines on
-    this machine, and `changed` is called when it has started, or will not start any more.
+    this machine; `changed` is called when it has started, or will not start any more, and `freed` when a request has
+    ended, also one that nobody waits for.
     """
 
     def __init__(
@@ -87,11 +88,12 @@ class ProcessEngineClient:
         launch: Launch | None = None,
         place: Place = ALONE,
         changed: Callable[[], None] = lambda: None,
+        freed: Callable[[], None] = lambda: None,
     ) -> None:
         config = OmniDiffusionConfig(**engine_args)  # raises what is wrong
         self._start = _start_of(engine_args, warmup, heartbeat_s, step_timeout_s, log_json, log_prompts, place)
         self._name = "the engine" if place == ALONE else f"replica {place[0]}"
-        self._changed = changed
+        self._changed, self._freed = changed, freed
         if launch is not None and launch.start != self._start:
             launch.discard()
             launch = None
@@ -381,6 +383,7 @@ class ProcessEngineClient:
         if not self._requests:
             self._ledger.calm()
             self._empty.set()
+        self._freed()
 
     def _end_all(self, error_of: Callable[[str], Exception]) -> None:
         self._requests.end_all(lambda request_id: OmniRequestOutput(request_id, error=error_of(request_id)))

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, model_validator
 
-from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig
+from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig, http_options, with_calibration
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.settings import Settings
+
+_SERVE_LISTENS = (
+    "is a setting of Ray Serve itself: `http_options` at the top of its config file, or `serve start --http-host HOST "
+    "--http-port PORT`, and not one of the application's args"
+)
 
 
 class RayOptions(Settings):
@@ -51,10 +57,30 @@ class RayConfig(Settings):
         """The settings of the HTTP application, checked."""
         bounds = {"max_inference_steps": self.limits.max_steps, "max_image_pixels": self.limits.max_pixels}
         return ServeConfig(
-            engine_args={"model": self.model} | bounds | self.engine_args,
+            engine_args={"model": self.model} | bounds | with_calibration(self.engine_args),
             limits=self.limits,
             http=self.http,
             served_model_name=self.served_model_name,
             warmup=self.warmup,
             shutdown_timeout_s=self.shutdown_timeout_s,
         )
+
+
+def app_config(args: Mapping[str, Any]) -> RayConfig:
+    """The settings of a Serve config file's `args`: fields of `RayConfig`, as plain data.
+
+    From a command line, fields of `RayOptions` may stand beside `model`, and are texts. Where Serve listens is for its
+    own settings to say; a key that is not given is that of VLLM_API_KEY.
+    """
+    http = args.get("http", {})
+    if not isinstance(http, Mapping):
+        raise InvalidValueError("http", http, "must hold fields of HttpOptions by name")
+    for name in ("host", "port"):
+        for field, given in ((name, args), (f"http.{name}", http)):
+            if name in given:
+                raise InvalidValueError(field, given[name], _SERVE_LISTENS)
+    own = {name: value for name, value in args.items() if name in RayOptions.model_fields}
+    rest = {name: value for name, value in args.items() if name not in own}
+    if own:
+        rest["options"] = RayOptions(**{**rest.get("options", {}), **own})
+    return RayConfig(**rest | {"http": http_options(http)})

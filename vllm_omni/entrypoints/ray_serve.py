@@ -7,7 +7,10 @@ command `vllm-omni ray` takes `application`. Needs the extra `[ray]`.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,18 +21,22 @@ from ray.serve.handle import DeploymentHandle
 
 from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.entrypoints.openai.app import build_app
-from vllm_omni.entrypoints.ray_config import RayConfig, RayOptions
+from vllm_omni.entrypoints.ray_config import RayConfig, RayOptions, app_config
 from vllm_omni.errors import EngineDeadError, OmniError
-from vllm_omni.logger import init_logger
+from vllm_omni.logger import init_logger, told
+from vllm_omni.replicas.kept import KeptTask
 from vllm_omni.replicas.members import members
 from vllm_omni.replicas.pool import ReplicaPool
 from vllm_omni.replicas.ray_link import RayLink, keep_to_loopback
 from vllm_omni.replicas.ray_policy import QUEUED, NamedRouter, QueuedSeconds
-from vllm_omni.replicas.remote import EngineHost, RemoteEngine
+from vllm_omni.replicas.remote import EngineHost, LinkLostError, RemoteEngine
 
 logger = init_logger(__name__)
 
 LOOK_EVERY_S = 0.2  # at which replicas there are
+JOIN_S = 10.0  # in which one must have described itself
+TELL_S = 1.0  # in which one must have heard what waits here
+UNSEEN_S = 30.0  # without a look, until the front itself counts as dead
 _SCALE_EVERY_S = 1.0
 
 
@@ -84,58 +91,78 @@ class Front:
         self._config, self._handle = RayConfig(**config).serve_config(), engines
         limits, engine = self._config.limits, self._config.engine_config()
         self._pool = ReplicaPool([], engine.max_num_seqs, limits.max_queued_requests)
-        self._links, self._told = dict[str, RayLink](), 0.0
+        self._links = dict[str, RayLink]()
+        self._joining = dict[str, asyncio.Task[None]]()
+        self._told = dict[str, float]()  # by replica: what waits here, as it was last told
         await self._handle.describe.remote()  # returns once there is a replica
         await self._meet()
-        self._following = asyncio.create_task(self._follow())
+        await asyncio.gather(*self._joining.values())
+        self._looked = time.monotonic()
+        self._following = KeptTask(self._follow, LOOK_EVERY_S, "looking after the replicas")
 
     async def __serve_build_asgi_app__(self) -> FastAPI:
         return build_app(self._pool, self._config)
 
     async def check_health(self) -> None:
         """Raise if nobody looks after the replicas any more."""
-        if self._following.done():
-            raise EngineDeadError("the front does not follow its replicas any more")
+        if (unseen_s := time.monotonic() - self._looked) > UNSEEN_S:
+            raise EngineDeadError(f"the front has not looked after its replicas for {unseen_s:.0f} s")
 
     async def __del__(self) -> None:
         self._following.cancel()
+        for task in self._joining.values():
+            task.cancel()
         await self._pool.shutdown()
 
     async def _follow(self) -> None:
         while True:
             await self._meet()
             await self._tell_waiting()
+            self._looked = time.monotonic()
             await asyncio.sleep(LOOK_EVERY_S)
 
     async def _tell_waiting(self) -> None:
-        """Tell the replicas what waits here, when that has changed."""
-        replicas = self._pool.replicas
-        share = self._pool.waiting_s / max(1, len(replicas))
-        if share == self._told or not replicas:
-            return
-        self._told = share
-        links = [self._links[replica.name] for replica in replicas if replica.name in self._links]
-        await asyncio.gather(*(link.note_waiting(share) for link in links), return_exceptions=True)
+        """Tell each replica its share of what waits here, where that has changed."""
+        share = self._pool.waiting_s / max(1, len(self._pool.replicas))
+        names = [replica.name for replica in self._pool.replicas if self._told.get(replica.name) != share]
+        await asyncio.gather(*(self._tell(name, share) for name in names))
+
+    async def _tell(self, name: str, share: float) -> None:
+        """One that does not answer keeps nobody waiting: Ray would try it again for ever."""
+        with suppress(LinkLostError, TimeoutError):
+            async with asyncio.timeout(TELL_S):
+                await self._links[name].note_waiting(share)
+                self._told[name] = share
 
     async def _meet(self) -> None:
-        """Let the pool have the replicas that Serve has."""
-        there, known = members(), {replica.name: replica for replica in self._pool.replicas}
-        for name in known.keys() - there:
+        """Let the pool have the replicas that Serve has; those that come do so in their own time."""
+        there, known = members(), {replica.name for replica in self._pool.replicas}
+        for name in known - there:
             logger.info("replica %s has left", name)
             await self._pool.leave(name)
-            self._links.pop(name, None)
-        for name in there - known.keys():
-            self._links[name] = link = RayLink(self._handle, name)
-            engine = RemoteEngine(link)
-            try:
-                async with asyncio.timeout(10.0):
-                    await engine.start()
-            except (OmniError, TimeoutError) as error:
-                logger.warning("replica %s does not answer: %s", name, error)
-                continue
-            engine.changed = lambda name=name: self._pool.changed(name)  # type: ignore[misc]
-            self._pool.join(name, engine)
-            logger.info("replica %s has joined", name)
+            del self._links[name]
+            self._told.pop(name, None)
+        for name in there - known - self._joining.keys():
+            task = self._joining[name] = asyncio.create_task(self._join(name))
+            task.add_done_callback(partial(self._joined, name))
+
+    async def _join(self, name: str) -> None:
+        link = RayLink(self._handle, name)
+        engine = RemoteEngine(link, partial(self._pool.changed, name), self._pool.freed)
+        try:
+            async with asyncio.timeout(JOIN_S):
+                await engine.start()
+        except (OmniError, TimeoutError) as error:
+            logger.warning("replica %s does not answer: %s", name, error)
+            return
+        self._links[name] = link
+        self._pool.join(name, engine)
+        logger.info("replica %s has joined", name)
+
+    def _joined(self, name: str, task: asyncio.Task[None]) -> None:
+        del self._joining[name]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("replica %s could not join:\n%s", name, told(error))
 
 
 def application(config: RayConfig) -> Application:
@@ -185,12 +212,5 @@ def _replicas(options: RayOptions) -> dict[str, Any]:
 
 
 def app(args: dict[str, Any]) -> Application:
-    """The application of a Serve config file, or of `serve run ... model=demo`; `args` are `RayConfig`'s fields.
-
-    From a command line, fields of `RayOptions` may stand beside `model`, and are texts.
-    """
-    own = {name: value for name, value in args.items() if name in RayOptions.model_fields}
-    rest = {name: value for name, value in args.items() if name not in own}
-    if own:
-        rest["options"] = RayOptions(**{**rest.get("options", {}), **own})
-    return application(RayConfig(**rest))
+    """The application of a Serve config file, or of `serve run ... model=demo`; `app_config` says what `args` are."""
+    return application(app_config(args))

@@ -5,11 +5,13 @@ A field's description is the help text of its flag, and its default is written h
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, model_validator
 
+from vllm_omni import envs
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.scheduler import AGEING_S
 from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS
@@ -163,3 +165,17 @@ class ServeConfig(Settings):
             return self.served_model_name
         model = str(self.engine_args["model"])
         return (Path(model).name if Path(model).expanduser().is_dir() else model,)
+
+
+def http_options(given: Mapping[str, Any]) -> HttpOptions:
+    """The options that are given, with the key of VLLM_API_KEY if none is."""
+    key = envs.api_key()
+    return HttpOptions(**{"api_key": (key,) if key else (), **given})
+
+
+def with_calibration(engine_args: Mapping[str, Any]) -> dict[str, Any]:
+    """An engine's arguments as a server has them: a checkpoint without a profile does not stop it, but is learnt."""
+    cache = engine_args.get("cache_config") or {}
+    if engine_args.get("cache_backend") != "magcache" or not isinstance(cache, Mapping):
+        return dict(engine_args)
+    return {**engine_args, "cache_config": {"calibrate": "auto", **cache}}

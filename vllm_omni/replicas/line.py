@@ -19,7 +19,7 @@ from vllm_omni.errors import (
     UnknownAdapterError,
 )
 from vllm_omni.replicas.control import PoolControl
-from vllm_omni.replicas.replica import Replica
+from vllm_omni.replicas.replica import Replica, ReplicaEngine
 from vllm_omni.replicas.request import PoolRequest
 from vllm_omni.replicas.routing import Asked, Load
 
@@ -36,6 +36,7 @@ class Line:
         self._room, self.choice = seqs + AHEAD, choice
         self._waiting: list[PoolRequest] = []
         self._draw = random.Random()
+        self._planner: ReplicaEngine | None = None  # the last that was able to take any: it plans though it has gone
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -45,10 +46,11 @@ class Line:
 
     @property
     def seconds(self) -> float:
-        """What those that wait would take, each with an engine to itself."""
-        if not self._waiting or not (able := self._able()):
+        """What those that wait would take, each with an engine to itself, also while no engine is there."""
+        self._able()
+        if (planner := self._planner) is None:
             return 0.0
-        return sum(able[0].engine.planned(request.params)[0] for request in self._waiting)
+        return sum(planner.planned(request.params)[0] for request in self._waiting)
 
     async def place(self, request: PoolRequest) -> Replica:
         """The replica that is to take it, with a place kept there. A new request that none can take is refused.
@@ -112,7 +114,10 @@ class Line:
 
     def _able(self) -> list[Replica]:
         weights = self._control.weights
-        return [replica for replica in self._replicas if replica.able(weights)]
+        able = [replica for replica in self._replicas if replica.able(weights)]
+        if able:
+            self._planner = able[0].engine
+        return able
 
     def _planned(self, request: PoolRequest, able: Sequence[Replica]) -> tuple[float, int]:
         """Its seconds, as the engines plan it on average, and its pixels; one that has measured nothing learns how."""
@@ -133,11 +138,13 @@ class Line:
         if "ready" in states:
             return EngineDeadError("the engines are being brought to one condition", retry_after_s=1.0)
         excuses = []
-        for replica in self._replicas:
+        for replica in list(self._replicas):
             try:
                 await replica.engine.check_health()
             except EngineDeadError as error:
                 excuses.append(error)
+        if not excuses:
+            return EngineDeadError("the engines have just come back", retry_after_s=1.0)
         back = [error for error in excuses if error.retry_after_s is not None]
         return min(back, key=lambda error: error.retry_after_s or 0.0) if back else excuses[0]
 

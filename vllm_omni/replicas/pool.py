@@ -220,6 +220,10 @@ class ReplicaPool:
                 task.add_done_callback(self._tasks.discard)
         self._tell()
 
+    def freed(self) -> None:
+        """Note that an engine may have a place: a request has ended there, also one that nobody waits for."""
+        self._tell()
+
     async def _catch_up(self, replica: Replica) -> None:
         await self._control.catch_up(replica)
         self._tell()
@@ -267,6 +271,11 @@ class ReplicaPool:
                 if all(one.name in request.refused_by for one in self.replicas):
                     raise
                 logger.info("replica %s does not take %s: %s", replica.name, request.request_id, error)
+            except EngineDeadError as error:  # it died after it was chosen, and never had the request
+                if replica.engine.ready or request.told or self._closed:
+                    raise
+                request.taken -= 1
+                logger.info("replica %s died before it had %s: %s", replica.name, request.request_id, error)
             except _LostError as lost:
                 replica.lost += 1
                 again = f"{request.taken} of {MOST_AGAIN}"
@@ -324,6 +333,10 @@ def local_pool(
         if pool is not None:
             pool.changed(str(index))
 
+    def freed() -> None:
+        if pool is not None:  # a fault there must not end whoever says so
+            asyncio.get_running_loop().call_soon(pool.freed)
+
     seqs = OmniDiffusionConfig(**engine_args).max_num_seqs
     engines = [
         ProcessEngineClient(
@@ -332,6 +345,7 @@ def local_pool(
             launch=launches[index] if index < len(launches) else None,
             place=(index, size),
             changed=partial(changed, index),
+            freed=freed,
             **options,
         )
         for index in range(size)

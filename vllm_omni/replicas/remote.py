@@ -35,11 +35,13 @@ from vllm_omni.errors import EngineDeadError, InvalidValueError, OmniError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.logger import init_logger, told
 from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.replicas.kept import KeptTask
 
 logger = init_logger(__name__)
 
 REPORT_EVERY_S = 0.25
-SILENCE_S = 15.0  # without a report, until an engine counts as dead
+SILENCE_S = 15.0  # with neither a report nor an output, until an engine counts as dead
+_LISTENS = 5  # times within `SILENCE_S`; a front that stood still has listened once
 WATCH_AGAIN_S = 1.0  # after reports have ended
 
 
@@ -111,10 +113,15 @@ class EngineHost:
 
 
 class RemoteEngine:
-    """The `ReplicaEngine` of an `EngineHost` at the other end of a link. `changed` is called when its state changes."""
+    """The `ReplicaEngine` of an `EngineHost` at the other end of a link.
 
-    def __init__(self, link: Link, changed: Callable[[], None] = lambda: None) -> None:
-        self._link, self.changed = link, changed
+    `changed` is called when its state changes, `freed` when a report has fewer requests than before.
+    """
+
+    def __init__(
+        self, link: Link, changed: Callable[[], None] = lambda: None, freed: Callable[[], None] = lambda: None
+    ) -> None:
+        self._link, self.changed, self._freed = link, changed, freed
         self._info: ModelInfo | None = None
         self.condition = EngineCondition()
         self.state = "starting"
@@ -123,7 +130,7 @@ class RemoteEngine:
         self._sizes: dict[str, RequestSize] = {}
         self._stats = EngineStats()
         self._heard = 0.0
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: KeptTask | None = None
 
     async def start(self) -> None:
         """Return once it has described its model; EngineDeadError if it does not answer."""
@@ -134,7 +141,7 @@ class RemoteEngine:
         assert isinstance(loaded, Loaded)
         self._info, self.condition = loaded.info, loaded.condition
         self.state, self._heard = "asleep" if self.condition.asleep else "ready", time.monotonic()
-        self._watching = asyncio.create_task(self._watch())
+        self._watching = KeptTask(self._watch, WATCH_AGAIN_S, "listening to a replica")
 
     @property
     def info(self) -> ModelInfo:
@@ -178,7 +185,7 @@ class RemoteEngine:
         self._sizes[request_id] = RequestSize.of(sampling_params, self.info.defaults)
         ended = False
         try:
-            async with aclosing(self._link.generate(frame, timeout_s)) as frames:
+            async with aclosing(self._while_heard(self._link.generate(frame, timeout_s))) as frames:
                 async for answer in frames:
                     for output in _outputs(answer):
                         output.request_id, output.prompt = request_id, prompt
@@ -196,6 +203,8 @@ class RemoteEngine:
         finally:
             del self._sizes[request_id]
             self._jobs.pop(request_id, None)
+            if self.state == "dead" and not self._sizes and self._watching is not None:
+                self._watching.cancel()  # it has left, and has ended what it had
         if not ended:
             dead = EngineDeadError(f"the replica ended {lost} while the request was in flight", 5.0)
             yield OmniRequestOutput(request_id, prompt, error=dead)
@@ -229,12 +238,11 @@ class RemoteEngine:
         """Whoever started it ends it."""
 
     async def shutdown(self) -> None:
-        """Listen no more."""
+        """Ask nothing more of it, and listen until what it has is done."""
         self.state = "dead"
         self._link.close()
-        if self._watching is not None:
-            self._watching.cancel()
-            await asyncio.wait([self._watching])
+        if self._watching is not None and not self._sizes:
+            await self._watching.end()
 
     async def _carried(self, call: Any) -> Any:
         try:
@@ -243,11 +251,35 @@ class RemoteEngine:
             self._note_lost()
             raise EngineDeadError(f"the replica does not answer ({error})", 5.0) from None
 
+    async def _while_heard(self, frames: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        """The frames; LinkLostError after `SILENCE_S` without a sound: a link may wait for ever for a lost machine."""
+        async with aclosing(frames):
+            while True:
+                following = asyncio.ensure_future(anext(frames, None))
+                try:
+                    await self._awaited(following)
+                finally:
+                    if not following.done():
+                        following.cancel()
+                        await asyncio.wait([following])
+                if (frame := following.result()) is None:
+                    return
+                yield frame
+
+    async def _awaited(self, following: asyncio.Future[bytes | None]) -> None:
+        """Return once it has come; reports that come meanwhile are heard, too."""
+        silent, heard = 0, self._heard
+        while not following.done():
+            if silent == _LISTENS:
+                raise LinkLostError(f"nothing was heard for {SILENCE_S:g} s")
+            await asyncio.wait([following], timeout=SILENCE_S / _LISTENS)
+            silent, heard = silent + 1 if heard == self._heard else 0, self._heard
+
     async def _watch(self) -> None:
         """Note reports; when they end, ask for more until `shutdown`: a link may be lost for a moment."""
         while self.state != "dead":
             try:
-                async with aclosing(self._link.watch()) as frames:
+                async with aclosing(self._while_heard(self._link.watch())) as frames:
                     async for frame in frames:
                         self._note(_event(frame))
             except LinkLostError as error:
@@ -267,13 +299,17 @@ class RemoteEngine:
     def _note(self, event: EngineEvent) -> None:
         assert isinstance(event, StateReport)
         before, self._heard = self.state, time.monotonic()
-        self.state, self.condition, report = event.state, event.condition, event.report
-        if self.state == "dead":
-            self.state = "starting"  # whoever started it replaces it
+        if before == "dead":
+            return  # it has left, and ends what it has
+        self.state = "starting" if event.state == "dead" else event.state  # whoever started it replaces it
+        self.condition, report = event.condition, event.report
         self.ledger.note(report)
-        self._jobs, self._stats = dict(report.jobs) if report.costs.computed else {}, report.stats
+        held, self._stats = len(self._jobs), report.stats
+        self._jobs = dict(report.jobs) if report.costs.computed else {}
         if self.state != before:
             self.changed()
+        elif len(self._jobs) < held:
+            self._freed()
 
 
 def _answer(output: OmniRequestOutput) -> bytes:

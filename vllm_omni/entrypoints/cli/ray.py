@@ -12,12 +12,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from vllm_omni import envs
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.entrypoints.cli.engine_flags import MODEL, add_engine_flags, engine_args
 from vllm_omni.entrypoints.cli.flags import add_flags, command_parser, given, named_by_flag
 from vllm_omni.entrypoints.ray_config import RayConfig, RayOptions
-from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig
+from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig, http_options
 from vllm_omni.errors import OmniError
 from vllm_omni.model_folder import resolve_model
 
@@ -68,15 +67,12 @@ def ray_config(args: argparse.Namespace) -> RayConfig:
     """The validated settings of a parsed command line. InvalidValueError names the flag."""
     with named_by_flag(RayOptions, Limits, HttpOptions, OmniDiffusionConfig, RayConfig):
         engine = engine_args(args)
-        if engine.get("cache_backend") == "magcache":  # a server is not stopped by a checkpoint that has no profile
-            engine["cache_config"] = {"calibrate": "auto"} | engine.get("cache_config", {})
-        key = envs.api_key()
         config = RayConfig(
             model=engine.pop("model"),
             engine_args=engine,
             options=RayOptions(**given(args, RayOptions)),
             limits=Limits(**given(args, Limits)),
-            http=HttpOptions(**{"api_key": (key,) if key else ()} | given(args, HttpOptions)),
+            http=http_options(given(args, HttpOptions)),
             **{name: value for name, value in given(args, RayConfig).items() if name != "model"},
         )
         config.serve_config()

@@ -10,13 +10,13 @@ import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 
-from vllm_omni import _vllm_compat, envs
+from vllm_omni import _vllm_compat
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.distributed.config import ParallelConfig
 from vllm_omni.entrypoints.cli.engine_flags import MODEL, add_engine_flags, engine_args
 from vllm_omni.entrypoints.cli.flags import add_flags, flag_of, flags_of, given, named_by_flag, unknown_flags
 from vllm_omni.entrypoints.cli.foreign_flags import ONE_DEVICE, PARALLEL, REFUSED
-from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig
+from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig, http_options, with_calibration
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.model_folder import resolve_model
 
@@ -131,10 +131,7 @@ def serve_config(args: argparse.Namespace) -> ServeConfig:
             raise InvalidValueError(flag_of(name), size, ONE_DEVICE)
     with named_by_flag(ServeConfig, Limits, HttpOptions, OmniDiffusionConfig, ParallelConfig):
         limits = Limits(**given(args, Limits))
-        key = envs.api_key()
-        http = HttpOptions(**{"api_key": (key,) if key else ()} | given(args, HttpOptions))
+        http = http_options(given(args, HttpOptions))
         bounds = {"max_inference_steps": limits.max_steps, "max_image_pixels": limits.max_pixels}
-        engine = engine_args(args) | bounds
-        if engine.get("cache_backend") == "magcache":  # a server is not stopped by a checkpoint that has no profile
-            engine["cache_config"] = {"calibrate": "auto"} | engine.get("cache_config", {})
+        engine = with_calibration(engine_args(args)) | bounds
         return ServeConfig(engine_args=engine, limits=limits, http=http, **given(args, ServeConfig))
