@@ -1,4 +1,4 @@
-"""One request at a time through a server, and sixteen clients: each way of waiting for threads, against plain diffusers.
+"""One request at a time through a server, and sixteen clients: ways of waiting for threads, against plain diffusers.
 
 Idle OpenMP threads either sleep at once (`passive`), spin for a number of rounds first, or spin as the library does
 unless told (`unset`). One server process for each way; plain diffusers has a process of its own, with nothing set. What

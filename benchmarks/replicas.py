@@ -1,10 +1,11 @@
 """Two engines of the demo behind one front: routing rules against each other, what the front adds, and the simulator.
 
-32 clients pause between requests, so that the engines have about `--load` of what they can do; every rule sees the same
-requests and pauses, in turn, in rounds. The simulator then runs the same clients with the costs that the engines have
-measured meanwhile: its mean and its duration should be the real ones within a tenth (the exit code says so). What the front adds is the time of
-one-step requests through a pool of one engine, against the same engine asked directly, in turn, and the processor time
-of a choice among two engines that have 16 requests each. The last line is one JSON document.
+32 clients pause between requests, so that the engines have about `--load` of what they can do; every rule sees the
+same requests and pauses, in turn, in rounds. The simulator then runs the same clients with the costs that the engines
+have measured meanwhile: its mean and its duration should be the real ones within a tenth (the exit code says so). What
+the front adds is the time of one-step requests through a pool of one engine, against the same engine asked directly,
+in turn, and the processor time of a choice among two engines that have 16 requests each. The last line is one JSON
+document.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def device_problem(built: str | None, driver: tuple[int, int] | None, available:
 def architecture_problem(index: int, capability: tuple[int, int], built: Sequence[str]) -> str | None:
     """Why a device cannot run what torch was built for, and what to do; None if it can.
 
-    `built`: as `torch.cuda.get_arch_list` has it: an `sm_` runs on devices of its major version from its minor one on, a
-    `compute_` is compiled for any newer device at its start.
+    `built`: as `torch.cuda.get_arch_list` has it: an `sm_` runs on devices of its major version from its minor one on,
+    a `compute_` is compiled for any newer device at its start.
     """
     for architecture in built:
         kind, _, digits = architecture.partition("_")

@@ -26,7 +26,7 @@ def profile_folder() -> Path:
 
 
 def spin_briefly(environment: MutableMapping[str, str]) -> None:
-    """OMP_WAIT_POLICY or GOMP_SPINCOUNT: how a process's idle OpenMP threads wait. Unless one is set, they spin briefly.
+    """OMP_WAIT_POLICY or GOMP_SPINCOUNT: how idle OpenMP threads wait. Unless one is set, they spin briefly.
 
     Threads that sleep at once make small operations half as quick on a quiet machine; threads that spin as long as they
     do by default take the cores of whoever else has work.

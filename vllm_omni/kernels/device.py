@@ -25,13 +25,15 @@ T = TypeVar("T")
 
 # What CUDA, Triton, cuBLAS and cuDNN report, some as plain RuntimeErrors, once the context has gone.
 _LOST = re.compile(
-    r"CUDA error:|Triton Error \[CUDA\]:|CU(BLAS|DNN|SOLVER|SPARSE|FFT)_\w*(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
+    r"CUDA error:|Triton Error \[CUDA\]:"
+    r"|CU(BLAS|DNN|SOLVER|SPARSE|FFT)_\w*(EXECUTION_FAILED|INTERNAL_ERROR|MAPPING_ERROR)"
 )
-# What CUDA refuses to do, and goes on: a grid that is too large, say (the runtime's errors that are not "inconsistent").
+# What CUDA refuses to do, and goes on: a grid that is too large, say.
 _REFUSED = re.compile(
     r"invalid (argument|configuration argument|pitch argument|device symbol|device function|device ordinal|texture"
     r"|resource handle)|too many resources requested|no kernel image|operation not (supported|permitted)|device not ready"
-    r"|named symbol not found|already (mapped|registered)|STATUS_(NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM|ARCH_MISMATCH)"
+    r"|named symbol not found|already (mapped|registered)"
+    r"|STATUS_(NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM|ARCH_MISMATCH)"
 )
 # Creating a handle of cuBLAS or cuDNN needs memory, too, and says so in its own way.
 _SHORT = re.compile(r"CUDA (error: )?out of memory|CU(BLAS|DNN)_\w*(ALLOC_FAILED|NOT_INITIALIZED)")

@@ -168,8 +168,8 @@ class Room:
     @property
     def largest(self) -> int:
         """Elements of the largest latents that have been denoised."""
-        denoised = [work for work, measured in self._sizes.items() if measured.nbytes and not isinstance(work.kind, tuple)]
-        return max((work.elements for work in denoised), default=0)
+        known = [work for work, measured in self._sizes.items() if measured.nbytes]
+        return max((work.elements for work in known if not isinstance(work.kind, tuple)), default=0)
 
     def _of(self, work: Work) -> Measured:
         while len(self._sizes) >= KEPT_SIZES and work not in self._sizes:  # sizes are the clients' choice
