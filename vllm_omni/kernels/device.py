@@ -31,8 +31,8 @@ _LOST = re.compile(
 # What CUDA refuses to do, and goes on: a grid that is too large, say.
 _REFUSED = re.compile(
     r"invalid (argument|configuration argument|pitch argument|device symbol|device function|device ordinal|texture"
-    r"|resource handle)|too many resources requested|no kernel image|operation not (supported|permitted)|device not ready"
-    r"|named symbol not found|already (mapped|registered)"
+    r"|resource handle)|too many resources requested|no kernel image|operation not (supported|permitted)"
+    r"|device not ready|named symbol not found|already (mapped|registered)"
     r"|STATUS_(NOT_SUPPORTED|INVALID_VALUE|BAD_PARAM|ARCH_MISMATCH)"
 )
 # Creating a handle of cuBLAS or cuDNN needs memory, too, and says so in its own way.
