@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from paths import ROOT
 from pipelines import embeds
-from process_client import gone
+from process_client import gone, until
 
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.engine.client import ProcessEngineClient
@@ -68,8 +68,7 @@ def test_every_fault_of_a_rank_ends_in_restarted_or_failed_requests(fault: Path)
                 output = await made(client, f"{rank} {kind}", params())
                 assert isinstance(output.error, EngineDeadError), (rank, kind, output.error)
                 assert time.monotonic() - began < 4 * TIMEOUT_S, (rank, kind)  # far more only if it hangs
-                while not client.ready:
-                    await asyncio.sleep(0.05)
+                await until(lambda: client.ready, 120)
                 assert not fault.exists() and all(map(gone, processes)), (rank, kind)
                 again = await made(client, f"after {rank} {kind}", params())
                 assert (again.latents == wanted).all()
