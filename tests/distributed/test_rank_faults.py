@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from paths import ROOT
 from pipelines import embeds, negative
-from process_client import gone
+from process_client import gone, until
 
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.engine.client import ProcessEngineClient

@@ -36,7 +36,10 @@ def test_a_picture_in_a_batch_is_the_one_made_alone_but_for_roundings() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_in_batches_of_one_size_neighbours_change_no_bit(dtype: torch.dtype) -> None:
-    """Kernels choose their order of sums by shape, so that differences come from the size of a batch alone."""
+    """Kernels choose their order of sums by shape, so that differences come from the size of a batch.
+
+    Some choose it by a row's place as well: at another one, a picture is the same but for roundings.
+    """
     with Omni("demo", dtype=str(dtype).removeprefix("torch.")) as omni:
         transformer, seen = omni.engine.worker.pipeline.transformer, []
         handle = transformer.register_forward_pre_hook(lambda m, a, given: seen.append(given), with_kwargs=True)
@@ -52,4 +55,6 @@ def test_in_batches_of_one_size_neighbours_change_no_bit(dtype: torch.dtype) -> 
                 return transformer(**named)[0].float().numpy()
 
         together, twins, turned = rows([0, 1, 2, 3]), rows([0, 0, 0, 0]), rows([3, 2, 1, 0])
-        assert np.array_equal(together[0], twins[0]) and np.array_equal(together, turned[::-1])
+        assert np.array_equal(together[0], twins[0])
+        bound = {"roundings": ROUNDINGS * 2**16} if dtype == torch.bfloat16 else {}  # in float32's
+        assert_close(together, turned[::-1], **bound)

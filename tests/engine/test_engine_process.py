@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import platform
 import subprocess
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import pytest_asyncio
 import torch
+from allocating import counted, faults
 from closeness import levels_apart
 from paths import ROOT
 from PIL import Image
@@ -111,7 +110,8 @@ async def test_stats_count_steps_and_requests(client: ProcessEngineClient) -> No
 
 
 @one_loop
-@pytest.mark.skipif(torch.cuda.is_available() or platform.libc_ver()[0] != "glibc", reason="another allocator")
+@pytest.mark.alone
+@counted
 async def test_a_forward_of_the_engine_finds_the_memory_of_the_last_one(client: ProcessEngineClient) -> None:
     assert client._engine is not None
     counts = []
@@ -119,7 +119,8 @@ async def test_a_forward_of_the_engine_finds_the_memory_of_the_last_one(client: 
         before = page_faults(client._engine.process.pid)
         await asyncio.gather(*(last(client, f"{turn}-{i}", num_inference_steps=6) for i in range(8)))
         counts.append(page_faults(client._engine.process.pid) - before)
-    assert min(counts) < 1000, counts  # else 10,000
+    theirs = await asyncio.to_thread(faults, "a user's", ARGS, 8, 6)
+    assert min(counts) < theirs / 4, (counts, theirs)
 
 
 @one_loop
@@ -253,15 +254,13 @@ async def test_cancel_and_abort_end_only_their_own_request_at_every_stage(client
 
 @one_loop
 async def test_deadlines_hold_while_waiting_and_while_running(client: ProcessEngineClient) -> None:
-    began = time.monotonic()
-    slow = [last(client, f"slow-{i}", num_inference_steps=1000, cache="off", timeout_s=1.0 + 0.1 * i) for i in range(4)]
-    tasks = [asyncio.create_task(one) for one in slow]
+    long = {"num_inference_steps": 1000, "height": 256, "width": 256, "cache": "off"}  # minutes
+    tasks = [asyncio.create_task(last(client, f"slow-{i}", timeout_s=4.0 + 0.1 * i, **long)) for i in range(4)]
     await until(lambda: client._ledger._stats.running == 4)
     waiting = await last(client, "queued", timeout_s=0.2)
     assert isinstance(waiting.error, DeadlineExceededError) and "had not begun" in str(waiting.error)
     ended = await asyncio.gather(*tasks)
-    assert all(isinstance(output.error, DeadlineExceededError) and output.step > 0 for output in ended)
-    assert time.monotonic() - began < 10  # 1,000 steps of four take longer
+    assert all(isinstance(output.error, DeadlineExceededError) and 0 < output.step < 1000 for output in ended)
     assert (await last(client, "in-time", num_inference_steps=2, timeout_s=30.0)).ok
 
 

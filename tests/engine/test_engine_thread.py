@@ -13,6 +13,7 @@ import pytest
 import pytest_asyncio
 import torch
 from calls import CACHED, final, within
+from closeness import assert_close
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
 from PIL import Image
 from pipelines import embeds, run_latents, tiny_flux
@@ -130,7 +131,7 @@ async def test_several_event_loops_may_ask(async_omni: AsyncOmni) -> None:
     expected = [(await final(async_omni, i)).latents for i in range(3)]
     elsewhere = [asyncio.to_thread(lambda i=i: asyncio.run(final(async_omni, i))) for i in range(3)]
     for output, alone in zip(await within(30, asyncio.gather(*elsewhere)), expected, strict=True):
-        assert (output.latents - alone).abs().max() <= 1e-5 * alone.abs().max()
+        assert_close(output.latents, alone)
 
 
 def asked() -> tuple[dict[str, Any], Params, Callable[[], None]]:
@@ -203,4 +204,4 @@ async def test_engines_over_one_denoiser_take_turns() -> None:
             both = [(omni, i, more) for omni, more in ((text, {}), (edits, image)) for i in range(4)]
             made = await within(60, asyncio.gather(*[latents(*one) for one in both]))
             for got, alone in zip(made, wanted, strict=True):
-                torch.testing.assert_close(got, alone, rtol=1e-3, atol=1e-4)
+                assert_close(got, alone)

@@ -20,6 +20,7 @@ from diffusers import FluxPipeline
 from greenlet import GreenletExit
 from pipelines import DEFAULTS, embeds, tiny_flux
 from stepping import add, drain
+from waiting import until
 
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -59,7 +60,7 @@ def test_control_c_at_any_moment_ends_the_call_and_the_next_one_works(omni: Omni
         timer.start()
         caches = [None, "off", {"backend": "fbcache"}]
         try:
-            params = [Params(num_inference_steps=90, seed=round_, cache=cache) for cache in caches]
+            params = [Params(num_inference_steps=400, seed=round_, cache=cache) for cache in caches]
             omni.generate([embeds(i) for i in range(3)], params, use_tqdm=False)
             timer.join()
         except KeyboardInterrupt:
@@ -177,10 +178,9 @@ def test_close_from_another_thread_ends_the_call_that_runs(omni: Omni) -> None:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    while not omni.engine.has_unfinished_requests():
-        time.sleep(0.001)
+    until(omni.engine.has_unfinished_requests, pause_s=0.001)
     omni.close()
-    thread.join(5)
+    thread.join(60)
     assert raised and not thread.is_alive()
     with pytest.raises(EngineClosedError):
         latents(omni)

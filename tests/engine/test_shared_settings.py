@@ -13,6 +13,7 @@ import diffusers as d
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from diffusers import guiders
 from diffusers.hooks import LayerSkipConfig
 from pipelines import DEFAULTS, embeds, run_latents, tiny_flux
@@ -68,7 +69,7 @@ def test_tiling_is_for_the_request_that_asked_for_it(where: dict[str, str]) -> N
         outputs = omni.generate([embeds(i) for i in range(len(CASES))], params, use_tqdm=False)
         for output, images in zip(outputs, wanted, strict=True):
             assert output.ok, output.error
-            assert np.abs(np.asarray(output.images[0]) - images[0]).max() < 1e-4
+            assert_close(np.asarray(output.images[0]), images[0])
         assert not pipe.vae.use_tiling and "tile_overlap_factor" in vars(pipe.vae)
         assert isinstance(pipe.vae.kept, list)  # not a setting: left as the pipelines made it
 
@@ -85,7 +86,7 @@ def test_an_aborted_request_leaves_no_setting(after: int) -> None:
         assert drain(omni, {})["tiled"].error
         assert {name: vars(pipe.vae)[name] for name in before} == before
         output = omni.generate(embeds(1), Params(num_inference_steps=4, seed=1), use_tqdm=False)[0]
-    assert np.abs(np.asarray(output.images[0]) - plain(1, 4)[0]).max() < 1e-4
+    assert_close(np.asarray(output.images[0]), plain(1, 4)[0])
 
 
 # ------------------------------------------------------------------------------- hooks, blocks, autocast, a lock
@@ -226,7 +227,7 @@ def test_a_guiders_hooks_are_its_own_requests(name: str, guider: str, warm: bool
         outputs = omni.generate([family.prompt(i) for i in range(3)], params, use_tqdm=False)
     for output, latents in zip(outputs, wanted, strict=True):
         assert output.ok, output.error
-        torch.testing.assert_close(output.latents, latents, rtol=1e-3, atol=1e-4)
+        assert_close(output.latents, latents)
 
 
 def test_a_second_guider_is_each_requests_own() -> None:
@@ -248,7 +249,7 @@ def test_a_second_guider_is_each_requests_own() -> None:
         ]
         outputs = omni.generate([family.prompt(i) for i in range(3)], params, use_tqdm=False)
     for output, latents in zip(outputs, wanted, strict=True):
-        torch.testing.assert_close(output.latents, latents, rtol=1e-3, atol=1e-4)
+        assert_close(output.latents, latents)
 
 
 class Upcasts(d.FluxPipeline):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import subprocess
-import time
 import wave
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +16,10 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from closeness import assert_close
 from http_server import Running, serve
 from PIL import Image
+from waiting import until
 from zoo_sound import LTX_GUIDANCE, LTX_TEXT, RATE, SECOND, cosmos3, ltx2, stable_audio
 
 from vllm_omni import Omni
@@ -86,9 +87,7 @@ def test_video_and_sound_are_what_diffusers_makes(pipe: Any) -> None:
     for output, wanted in zip(outputs, plain, strict=True):
         assert output.ok, output.error
         assert output.computed_steps == output.num_inference_steps and output.skipped_steps == 0
-        torch.testing.assert_close(
-            torch.as_tensor(output.videos[0]), torch.as_tensor(wanted.frames[0]), rtol=1e-4, atol=1e-5
-        )
+        assert_close(output.videos[0], wanted.frames[0])
         sound, expected = torch.as_tensor(output.audio[0]), torch.as_tensor(wanted.audio[0])
         assert (sound - expected).norm() <= 1e-4 * expected.norm()
         assert expected.norm() > 0 and output.audio_rate == RATE and output.fps == 25.0
@@ -202,9 +201,9 @@ def test_a_clip_over_http_has_its_sound(tmp_path: Path) -> None:
         reply = httpx.post(running.url + "/v1/videos/sync", json=asked, timeout=60)
         assert reply.status_code == 200, reply.text
         job = httpx.post(running.url + "/v1/videos", json=asked, timeout=60).json()
-        while (job := httpx.get(f"{running.url}/v1/videos/{job['id']}").json())["status"] in ("queued", "in_progress"):
-            time.sleep(0.05)
-        kept = httpx.get(f"{running.url}/v1/videos/{job['id']}/content").content
+        url = f"{running.url}/v1/videos/{job['id']}"
+        until(lambda: httpx.get(url).json()["status"] not in ("queued", "in_progress"), pause_s=0.05)
+        kept = httpx.get(f"{url}/content").content
     for clip in (reply.content, kept):
         (tmp_path / "clip.mp4").write_bytes(clip)
         frames = np.asarray(imageio.imread(clip, plugin="FFMPEG", extension=".mp4"))

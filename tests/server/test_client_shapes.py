@@ -11,7 +11,6 @@ import base64
 import json
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +26,7 @@ from http_replies import picture
 from http_server import AUTH, CHAT, EDITS, ENGINE_ARGS, GENERATIONS, KEY, Running, serve, video_folder
 from openai import OpenAI
 from paths import DEMO
+from waiting import until
 
 PNG = saved(scene())
 DATA_URL = "data:image/png;base64," + base64.b64encode(PNG).decode()
@@ -203,10 +203,13 @@ MEANS: dict[str, Callable[[str, Shape], Any]] = {
 def film(url: str, job: dict[str, Any]) -> bytes:
     """Wait for a job as the benchmarks do: poll, fetch, delete."""
     with httpx.Client(base_url=url, headers=AUTH, timeout=60) as http:
-        while job["status"] not in ("completed", "failed"):
-            time.sleep(0.02)
-            job = http.get(f"{VIDEOS}/{job['id']}").json()
-        assert job["status"] == "completed", job
+
+        def ended() -> dict[str, Any] | None:
+            now = http.get(f"{VIDEOS}/{job['id']}").json()
+            return now if now["status"] in ("completed", "failed") else None
+
+        done = until(ended, pause_s=0.02)
+        assert done["status"] == "completed", done
         content = http.get(f"{VIDEOS}/{job['id']}/content").content
         assert http.delete(f"{VIDEOS}/{job['id']}").status_code == 200
         return content
