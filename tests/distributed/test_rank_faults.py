@@ -101,8 +101,7 @@ async def fail(client: ProcessEngineClient, fault: Path, faults: Faults, asked: 
         output = await made(client, f"{rank} {kind}", asked)
         assert isinstance(output.error, EngineDeadError), (rank, kind, output.error)
         assert time.monotonic() - began < 4 * TIMEOUT_S, (rank, kind)  # far more only if it hangs
-        while not client.ready:
-            await asyncio.sleep(0.05)
+        await until(lambda: client.ready, 120)
         assert not fault.exists() and all(map(gone, processes)), (rank, kind)
         again = await made(client, f"after {rank} {kind}", asked)
         assert (again.latents == wanted).all()
