@@ -25,6 +25,7 @@ import httpx
 import pytest
 from openai import OpenAI
 from paths import ROOT
+from waiting import until
 
 VLLM = Path(sys.executable).with_name("vllm")
 AUTH = {"Authorization": "Bearer sk-marker-of-a-key"}
@@ -207,10 +208,8 @@ def test_requests_beyond_the_shutdown_timeout_are_refused(tmp_path: Path) -> Non
     """Long requests, and one second for them: the client is sent elsewhere, and the server ends."""
     shm = set(os.listdir("/dev/shm"))
     with started(tmp_path, "--shutdown-timeout", "1") as (process, url):
-        until = time.monotonic() + 60
-        while answer(url, steps=1) != (200, ""):
-            assert process.poll() is None and time.monotonic() < until, (tmp_path / "log").read_text()
-            time.sleep(0.1)
+        until(lambda: process.poll() is not None or answer(url, steps=1) == (200, ""), 300, pause_s=0.1)
+        assert process.poll() is None, (tmp_path / "log").read_text()
         pids = family(process.pid)
         assert sigterm_under_load(process, url, steps=200, within_s=60) == [(503, "draining")] * 24
     log_text = (tmp_path / "log").read_text()
@@ -220,24 +219,29 @@ def test_requests_beyond_the_shutdown_timeout_are_refused(tmp_path: Path) -> Non
 def test_a_port_in_use_is_reported_before_vllm_is_imported(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        with started(tmp_path, "--port", port) as (process, _):
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 2
-    assert usage.ru_utime + usage.ru_stime < 7  # before vLLM is imported, which takes 8
-    ours = [line for line in (tmp_path / "log").read_text().splitlines() if "vllm-omni" in line]
+        with started(tmp_path, "--port", port, PYTHONPROFILEIMPORTTIME="1") as (process, _):
+            assert process.wait(120) == 2
+    lines = (tmp_path / "log").read_text().splitlines()
+    imported = {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+    assert "vllm_omni.entrypoints.cli.serve_flags" in imported and "vllm.engine.arg_utils" not in imported
+    ours = [line for line in lines if "vllm-omni" in line]
     assert ours == [f"vllm-omni serve: --port cannot be used (Address already in use), got '127.0.0.1:{port}'"]
     assert left_behind(tmp_path, [], set(os.listdir("/dev/shm"))) == []
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_an_unknown_flag_ends_the_engine_that_is_loading(tmp_path: Path) -> None:
     """The engine has begun to load by then; nothing is left of it."""
     seen: set[int] = set()
     shm = set(os.listdir("/dev/shm"))
     with started(tmp_path, "--uvicorn-log-level", "loud") as (process, _):
-        while process.poll() is None:
-            seen |= set(family(process.pid))
-            time.sleep(0.05)
+
+        def ended() -> bool:
+            seen.update(family(process.pid))
+            return process.poll() is not None
+
+        until(ended, 300, pause_s=0.05)
     assert process.returncode == 2 and "--uvicorn-log-level" in (tmp_path / "log").read_text()
-    assert len(seen) >= 2 and left_behind(tmp_path, list(seen), shm) == []
+    assert len(seen) >= 2
+    until(lambda: left_behind(tmp_path, list(seen), shm) == [], 20)
