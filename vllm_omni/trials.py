@@ -26,6 +26,8 @@ FORECASTS: dict[MaskName, tuple[PredictorName, ...]] = {
     "planned": ("linear", "gram", "affine", "affine3"),
     "rule": ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
 }
+USUAL = ("planned", "affine3")  # the mask and predictor that another must beat on every prompt
+CLEARLY = 6.0  # dB by which it must, over the number of prompts: of two, 3 dB each (docs/log.md)
 SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
 GAINS = 10  # steps of a run at which gains are measured
 
@@ -141,7 +143,8 @@ def choices(
 ) -> Measurement[CacheProfile]:
     """`profile` with, for each of some speed-ups, the mask and the predictor whose latents stay nearest to uncached.
 
-    Nearest in the root mean square over `prompts` from `first` on, which the worst of them lead.
+    Nearest by the mean logarithm over `prompts` from `first` on: in decibels each counts as much as the other. A few
+    say little of prompts that they are not, so that the usual choice stays unless all of them are clearly against it.
     """
     steps = len(profile.ratios)
     budgets = [
@@ -152,18 +155,25 @@ def choices(
     ]
 
     def read(results: Sequence[Away]) -> CacheProfile:
-        relative = np.array([result.squared / max(result.energy, 1e-30) for result in results])
-        errors = relative.reshape(prompts, len(budgets)).mean(axis=0)
-        best: dict[float, tuple[float, MeasuredBudget]] = {}
-        for error, budget in zip(errors, budgets, strict=True):
-            if budget.speedup not in best or error < best[budget.speedup][0]:
-                best[budget.speedup] = float(error), budget
-        return profile.model_copy(update={"budgets": tuple(budget for _, budget in best.values())})
+        relative = [max(result.squared, 1e-30) / max(result.energy, 1e-30) for result in results]
+        errors = np.log(relative).reshape(prompts, len(budgets))
+        return profile.model_copy(update={"budgets": tuple(_best(budgets, errors))})
 
     alone = [profile.model_copy(update={"budgets": (budget,)}) for budget in budgets]
     plans = [_planned(one, round(steps / budget.speedup)) for one, budget in zip(alone, budgets, strict=True)]
     trials = tuple(Trial(first + prompt, plan) for prompt in range(prompts) for plan in plans)
     return Measurement("choices", trials, read)
+
+
+def _best(budgets: Sequence[MeasuredBudget], errors: np.ndarray) -> list[MeasuredBudget]:
+    """For each speed-up the best by the logarithms of the `errors` (prompts, budgets)."""
+    best, margin = {}, CLEARLY / len(errors) * np.log(10) / 10
+    for speedup in dict.fromkeys(budget.speedup for budget in budgets):
+        own = [i for i, budget in enumerate(budgets) if budget.speedup == speedup]
+        usual = next(i for i in own if (budgets[i].mask, budgets[i].predictor) == USUAL)
+        better = [i for i in own if (errors[:, i] < errors[:, usual] - margin).all()]
+        best[speedup] = budgets[min(better or [usual], key=lambda i: errors[:, i].mean())]
+    return [*best.values()]
 
 
 def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:

@@ -1,0 +1,45 @@
+"""What the results of trials are read as."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_omni.diffusion.cache.profile import CacheProfile
+from vllm_omni.trials import FORECASTS, Away, choices
+
+STEPS = 8
+CHOICES = [(mask, predictor) for mask, predictors in FORECASTS.items() for predictor in predictors]
+
+
+def profile() -> CacheProfile:
+    vectors = np.cumsum(np.random.default_rng(0).standard_normal((STEPS, 8)), axis=0)
+    gram = tuple(map(tuple, (vectors @ vectors.T).tolist()))
+    sigmas = tuple(np.linspace(1, 0.1, STEPS).tolist())
+    return CacheProfile(name="x", transformer_class="X", ratios=(1.0,) * STEPS, sigmas=sigmas, gram=gram)
+
+
+@pytest.mark.parametrize(
+    ("linear", "gram", "chosen"),
+    [
+        ((1, 1), (1, 1), "affine3"),
+        ((-4, -4), (1, 1), "linear"),
+        ((-4, -2), (1, 1), "affine3"),  # not clearly
+        ((-40, 1), (1, 1), "affine3"),  # of one prompt alone
+        ((-9, -4), (-5, -5), "linear"),  # by the mean of decibels
+    ],
+)
+def test_a_few_prompts_must_be_clearly_against_the_usual_choice(linear: Any, gram: Any, chosen: str) -> None:
+    """Of two prompts, the second ten times as hard: by how many dB two other choices end farther than the usual one."""
+    away = {("planned", "linear"): linear, ("planned", "gram"): gram, ("planned", "affine3"): (0, 0)}
+    measurement = choices(profile(), 2)
+    results = []
+    for trial, (mask, predictor) in zip(
+        measurement.trials, len(measurement.trials) // len(CHOICES) * CHOICES, strict=True
+    ):
+        decibels = away.get((mask, predictor), (9, 9))[trial.prompt]
+        results.append(Away(0.01 * 10 ** (trial.prompt + decibels / 10), 1.0))
+    budgets = measurement.read(results).budgets
+    assert budgets and {(budget.mask, budget.predictor) for budget in budgets} == {("planned", chosen)}
