@@ -87,9 +87,15 @@ def test_a_small_argument_that_is_written_in_place_is_read_again() -> None:
     when = torch.tensor(1.0)
     first = equal(when, memory)
     when.fill_(2.0)
-    assert equal(when, memory) != first and not memory
-    large = torch.zeros(READ_AGAIN + 1)
-    assert equal(large, memory) == equal(large, memory) and len(memory) == 1
+    assert equal(when, memory) != first
+    when.fill_(1.0)
+    assert equal(when, memory) == first == equal(torch.tensor(1.0), {})
+    turned = torch.arange(6.0).reshape(2, 3).T  # its bytes are not in its own order
+    before = equal(turned, memory)
+    turned[0, 0] = 7.0
+    assert equal(turned, memory) != before
+    large, known = torch.zeros(READ_AGAIN + 1), len(memory)
+    assert equal(large, memory) == equal(large, memory) and len(memory) == known + 1
 
 
 def test_an_argument_by_place_that_has_no_name_is_refused() -> None:
