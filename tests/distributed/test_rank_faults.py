@@ -13,6 +13,7 @@ import pytest
 from paths import ROOT
 from pipelines import embeds, negative
 from process_client import gone, until
+from ranks import full_set
 
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.engine.client import ProcessEngineClient
@@ -75,6 +76,7 @@ def test_every_fault_of_a_rank_ends_in_restarted_or_failed_requests(fault: Path)
     asyncio.run(scenario())
 
 
+@full_set
 @pytest.mark.slow
 @pytest.mark.alone
 @pytest.mark.parametrize(("how", "faults"), OTHERS, ids=["cfg", "tensor"])

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from paths import ROOT
+from ranks import full_set
 
 NEAR = 1e-5  # of the largest number
 HELPERS = ROOT / "tests" / "helpers"
@@ -25,11 +26,11 @@ CASES = [
 ]
 BRANCHES_TOO = {"caches": ["plan", "inner gate"]}
 ODD, ODD_TEXT = {"size": [20, 20], "lengths": [7, 7]}, {"lengths": [7, 6]}
-MORE: list[tuple[str, dict[str, Any], dict[str, Any]]] = [  # of each combination what differs from its parts
-    ("FLUX.1", ULYSSES | RING, BRANCHES_TOO),
-    ("FLUX.1", CFG | TENSOR, BRANCHES_TOO),
-    ("Qwen-Image", CFG | ULYSSES, BRANCHES_TOO),
-    ("Wan 2.1", CFG | RING, {"caches": ["outer gate"]}),
+MORE: list[Any] = [  # of each combination what differs from its parts
+    pytest.param("FLUX.1", ULYSSES | RING, BRANCHES_TOO, marks=full_set),  # four processes each
+    pytest.param("FLUX.1", CFG | TENSOR, BRANCHES_TOO, marks=full_set),
+    pytest.param("Qwen-Image", CFG | ULYSSES, BRANCHES_TOO, marks=full_set),
+    pytest.param("Wan 2.1", CFG | RING, {"caches": ["outer gate"]}, marks=full_set),
     ("Qwen-Image", ULYSSES, ODD_TEXT | {"caches": ["off", "plan"]}),
     ("Qwen-Image", ULYSSES | {"ulysses_anything": True}, ODD_TEXT | BRANCHES_TOO | {"size": [48, 16]}),
     ("FLUX.1", RING | {"ring_anything": True}, ODD | BRANCHES_TOO),
