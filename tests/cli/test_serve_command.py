@@ -134,6 +134,9 @@ def answer(url: str, steps: int) -> tuple[int, str]:
     return reply.status_code, reply.json().get("error", {}).get("code", "")
 
 
+IN_FLIGHT = ('running{model_name="demo"} 16', 'waiting{model_name="demo"} 8')
+
+
 def sigterm_under_load(
     process: subprocess.Popen[bytes], url: str, steps: int, within_s: float
 ) -> list[tuple[int, str]]:
@@ -141,7 +144,8 @@ def sigterm_under_load(
     with ThreadPoolExecutor(24) as pool:
         load = [pool.submit(answer, url, steps) for _ in range(24)]
         for _ in range(1000):
-            if 'num_requests_waiting{model_name="demo"} 8.0' in httpx.get(url + "/metrics", headers=AUTH).text:
+            gauges = httpx.get(url + "/metrics", headers=AUTH).text
+            if all(f'num_requests_{gauge}.0' in gauges for gauge in IN_FLIGHT):
                 break
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
