@@ -21,7 +21,7 @@ RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 # Not the source folder: the installed package is what runs.
 WORKDIR /home/omni
 USER omni
-ENV OMP_WAIT_POLICY=PASSIVE PYTHONUNBUFFERED=1
+ENV PYTHONUNBUFFERED=1
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=180s --retries=3 \
     CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/health', timeout=4)"]

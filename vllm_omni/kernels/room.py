@@ -26,7 +26,12 @@ class Work(NamedTuple):
 
     kind: Hashable  # forwards with all blocks, those without, text encoders and decoders by their call
     size: Hashable
-    elements: int = 0  # of the request's latents, by which sizes are compared; 0: they cannot be
+    elements: int = 0  # of what is worked on, latents for the most part, by which sizes are compared; 0: they cannot be
+
+    @property
+    def coding(self) -> bool:
+        """Whether it is a text encoder's, or a decoder's."""
+        return isinstance(self.kind, tuple)
 
 
 class Held(Protocol):
@@ -169,7 +174,7 @@ class Room:
     def largest(self) -> int:
         """Elements of the largest latents that have been denoised."""
         known = [work for work, measured in self._sizes.items() if measured.nbytes]
-        return max((work.elements for work in known if not isinstance(work.kind, tuple)), default=0)
+        return max((work.elements for work in known if not work.coding), default=0)
 
     def _of(self, work: Work) -> Measured:
         while len(self._sizes) >= KEPT_SIZES and work not in self._sizes:  # sizes are the clients' choice

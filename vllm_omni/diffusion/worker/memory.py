@@ -83,8 +83,7 @@ class Retries:
         if is_out_of_memory(failure):
             work = work_of(batch[0])
             if len(batch) == 1:
-                decoding = isinstance(work.kind, tuple)  # or encoding
-                return [self.memory.too_large(failure, decoding, work.elements, self.room.largest)]
+                return [self.memory.too_large(failure, work.coding, work.elements, self.room.largest)]
             self._most[work] = half = (len(batch) + 1) // 2
             logger.warning("%s has no room for %d such requests at once; from now on %d", self.memory, len(batch), half)
             return self.each_or_errors(batch[:half], act)
