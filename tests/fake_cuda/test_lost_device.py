@@ -72,6 +72,7 @@ def test_every_request_ends_once_and_no_other_is_taken(kernels: int) -> None:
 
 
 @pytest.mark.usefixtures("cuda")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the thread ends by its error
 async def test_an_engine_in_a_thread_ends() -> None:
     async def one(omni: AsyncOmni, i: int) -> Any:
         async for output in omni.generate(embeds(i), LATENT):

@@ -70,8 +70,8 @@ def subjects(
         if name in shipped_models():
             makers[name] = lambda name=name: shipped(machine, name)
     for name, family in {
-        "flux": Family(flux, _flux_weights, FLUX),
-        "wan": Family(wan, _wan_weights, WAN),
+        "flux": Family(flux, _flux_weights, _flux_tokens, FLUX),
+        "wan": Family(wan, _wan_weights, _wan_tokens, WAN),
     }.items():
         makers[name] = lambda family=family: fitting(machine, family, dtype, size, seconds)
     yield from ((name, make) for name, make in makers.items() if not names or name in names)
@@ -97,20 +97,23 @@ def shipped(machine: Machine, name: str) -> Subject:
 
 @dataclass(frozen=True)
 class Family:
-    """Random models of one architecture: `weights` is their number in a size."""
+    """Random models of one architecture: of a size, the number of its weights, and of tokens in a step of one row."""
 
     build: Callable[[Machine, tuple[int, ...], torch.dtype], Subject]
     weights: Callable[[tuple[int, ...]], int]
+    tokens: Callable[[tuple[int, ...]], int]
     sizes: dict[str, tuple[int, ...]]
 
 
 def fitting(machine: Machine, family: Family, dtype: torch.dtype, size: str | None, seconds: float) -> Subject:
     """The largest of the sizes whose weights have room and whose checks are done within `seconds`, or the one asked."""
     names = [size] if size is not None else list(family.sizes)
+    rate = _rate(machine, dtype) if len(names) > 1 else 0.0
     for name in names:
         last = name == names[-1]
-        needed = family.weights(family.sizes[name]) * dtype.itemsize
-        if not last and needed > WEIGHTS_SHARE * machine.free():
+        weights, tokens = family.weights(family.sizes[name]), family.tokens(family.sizes[name])
+        too_long = 2 * weights * tokens * ROW_STEPS > seconds * rate  # a step of it could take minutes on a CPU
+        if not last and (too_long or weights * dtype.itemsize > WEIGHTS_SHARE * machine.free()):
             continue
         subject = family.build(machine, family.sizes[name], dtype)
         subject.name += f" ({name})"
@@ -123,6 +126,13 @@ def fitting(machine: Machine, family: Family, dtype: torch.dtype, size: str | No
         if machine.kind == "cuda":
             torch.cuda.empty_cache()
     raise AssertionError("the smallest is always taken")
+
+
+def _rate(machine: Machine, dtype: torch.dtype) -> float:
+    """Operations a second in a product of two large matrices, which no forward exceeds."""
+    one = torch.ones(2048, 2048, dtype=dtype, device=machine.device)
+    one @ one
+    return 2 * 2048**3 / max(min(machine.seconds(lambda: one @ one) for _ in range(3)), 1e-9)
 
 
 def _embeddings(machine: Machine, dtype: torch.dtype, shapes: dict[str, tuple[int, ...]]) -> Callable[[int], Any]:
@@ -168,12 +178,16 @@ def flux(machine: Machine, size: tuple[int, ...], dtype: torch.dtype) -> Subject
         machine, dtype, {"prompt_embeds": (1, text, text_width), "pooled_prompt_embeds": (1, text_width)}
     )
     arguments = {"height": 2 * side, "width": 2 * side, "guidance_scale": 3.5}
-    return Subject("flux", pipeline, arguments, prompt, heads * head, (side // 2) ** 2)
+    return Subject("flux", pipeline, arguments, prompt, heads * head, _flux_tokens(size))
 
 
 def _flux_weights(size: tuple[int, ...]) -> int:
     double, single, heads, head = size[:4]
     return (heads * head) ** 2 * (36 * double + 15 * single)
+
+
+def _flux_tokens(size: tuple[int, ...]) -> int:
+    return (size[4] // 2) ** 2
 
 
 def wan(machine: Machine, size: tuple[int, ...], dtype: torch.dtype) -> Subject:
@@ -199,10 +213,15 @@ def wan(machine: Machine, size: tuple[int, ...], dtype: torch.dtype) -> Subject:
         return given | {"negative_prompt_embeds": -given["prompt_embeds"]}
 
     arguments = {"height": height, "width": width, "num_frames": frames, "guidance_scale": 3.0}
-    tokens = ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
-    return Subject("wan", pipeline, arguments, prompt, heads * head, tokens, branches=2)
+    return Subject("wan", pipeline, arguments, prompt, heads * head, _wan_tokens(size) // 2, branches=2)
 
 
 def _wan_weights(size: tuple[int, ...]) -> int:
     blocks, heads, head, inner = size[:4]
     return heads * head * (8 * heads * head + 2 * inner) * blocks
+
+
+def _wan_tokens(size: tuple[int, ...]) -> int:
+    """Of both calls of a step."""
+    frames, height, width = size[4:7]
+    return 2 * ((frames - 1) // 4 + 1) * (height // 16) * (width // 16)
