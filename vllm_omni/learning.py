@@ -196,4 +196,4 @@ def chosen(profiles: Sequence[CacheProfile], schedule: Schedule) -> CacheProfile
 
 @lru_cache(maxsize=32)
 def _curve_of(profile: CacheProfile) -> CacheProfile:
-    return profile.model_copy(update={"gram": None, "gains": None, "gain_errors": None, "budgets": ()})
+    return profile.curve_alone()

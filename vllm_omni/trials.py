@@ -16,17 +16,19 @@ from vllm_omni.diffusion.cache.plan.compose import CachePlan, compose
 from vllm_omni.diffusion.cache.plan.planner import forecast_error, step_weights
 from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
-from vllm_omni.diffusion.cache.profile import CacheProfile, MaskName, MeasuredBudget
+from vllm_omni.diffusion.cache.profile import CacheProfile, Forecasted, MaskName, MeasuredBudget
 from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, PredictorName, parse
 from vllm_omni.errors import InvalidValueError
 
 T = TypeVar("T")
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5)
-FORECASTS: dict[MaskName, tuple[PredictorName, ...]] = {
-    "planned": ("linear", "gram", "affine", "affine3"),
-    "rule": ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
+FORECASTS: dict[tuple[MaskName, Forecasted], tuple[PredictorName, ...]] = {
+    ("planned", "output"): ("linear", "gram", "affine", "affine3"),
+    ("planned", "residual"): ("linear", "gram", "affine", "affine3"),
+    ("rule", "residual"): ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
 }
-USUAL = ("planned", "affine3")  # the mask and predictor that another must beat on every prompt
+# What another must beat on every prompt: of outputs, or of residuals in a profile without the outputs' matrix.
+USUAL = (("planned", "output", "gram"), ("planned", "residual", "affine3"))
 CLEARLY = 6.0  # dB by which it must, over the number of prompts: of two, 3 dB each (docs/log.md)
 SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
 GAINS = 10  # steps of a run at which gains are measured
@@ -62,12 +64,12 @@ class Measurement(Generic[T]):
     read: Callable[[Sequence[Away]], T]
 
 
-def one_stale(step: int, gap: int, schedule: Schedule) -> CachePlan:
-    """Every step but one computes: it gets the residual of `gap` steps earlier, of the same denoiser, as it was."""
+def one_stale(step: int, gap: int, schedule: Schedule, what: Forecasted) -> CachePlan:
+    """Every step but one computes: it gets what was made `gap` steps earlier, by the same denoiser, as it was."""
     anchor = anchor_of(step, gap, schedule)
     mask = tuple(other != step or anchor is None for other in range(schedule.steps))
     terms: dict[int, Terms] = {} if anchor is None else {step: ((anchor, 1.0),)}
-    return CachePlan.of(mask, terms)
+    return CachePlan.of(mask, terms, what)
 
 
 def anchor_of(step: int, gap: int, schedule: Schedule) -> int | None:
@@ -79,37 +81,49 @@ def anchor_of(step: int, gap: int, schedule: Schedule) -> int | None:
 def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -> Measurement[CacheProfile]:
     """`profile` with the gain of each step and its standard error over prompts: see `CacheProfile`.
 
-    A run is disturbed at one step, by the residual of a tenth of the run earlier, and finished; how far it ends from
-    the undisturbed run is divided by the expected size of the disturbance. A few prompts say little of any one step,
-    so that gains are smoothed over a seventh of each denoiser's steps. Whatever is on the way
-    counts: the head, guidance over all branches, the scheduler, the other steps.
+    A run is disturbed at one step, by what was made a tenth of the run earlier, and finished; how far it ends from
+    the undisturbed run is divided by the expected size of the disturbance: of a residual, and of an output, if the
+    outputs' matrix is known. A few prompts say little of any one step, so that gains are smoothed over a seventh of
+    each denoiser's steps. Whatever is on the way counts: the head, guidance, the scheduler, the other steps.
     """
     assert profile.sigmas is not None and profile.gram is not None
-    steps, gram, weights = len(profile.sigmas), np.asarray(profile.gram), step_weights(profile.sigmas)
-    gap = max(1, round(steps / GAINS))
-    schedule = Schedule(steps, profile.sigmas, switches)
-    expected: dict[int, float] = {}
-    for step in sorted({*range(1, steps, gap), steps - 1} - {0}):
-        if (anchor := anchor_of(step, gap, schedule)) is not None:
-            error = float(forecast_error(gram, [np.array(anchor)], np.array(step), np.ones(1))) * weights[step]
-            expected |= {step: error} if error > 0 else {}
+    schedule = Schedule(len(profile.sigmas), profile.sigmas, switches)
+    gap = max(1, round(schedule.steps / GAINS))
+    kinds: tuple[Forecasted, ...] = ("residual",) if profile.output_gram is None else ("residual", "output")
+    expected = {kind: _stale_errors(profile, kind, gap, schedule) for kind in kinds}
 
-    def stale(step: int) -> Callable[[Schedule], CachePlan]:
-        return lambda real: one_stale(step, gap, real)
+    def stale(step: int, kind: Forecasted) -> Callable[[Schedule], CachePlan]:
+        return lambda real: one_stale(step, gap, real, kind)
 
     def read(results: Sequence[Away]) -> CacheProfile:
-        if not expected:
-            return profile.model_copy(update={"gains": (1.0,) * steps, "gain_errors": (0.0,) * steps})
-        away = np.sqrt([result.squared for result in results]).reshape(prompts, len(expected))
-        logs = np.log(np.maximum(away / np.array(list(expected.values())), 1e-12))
-        if not np.isfinite(logs).all():
-            raise InvalidValueError("gains", "NaN", "cannot be measured: a trial's latents are no numbers")
-        values = dict(zip(("gains", "gain_errors"), smooth_gains(schedule, list(expected), logs), strict=True))
+        away = np.sqrt([result.squared for result in results]).reshape(prompts, sum(map(len, expected.values())))
+        values: dict[str, np.ndarray] = {}
+        for kind, errors in expected.items():
+            own, away = away[:, : len(errors)], away[:, len(errors) :]
+            smooth, spread = np.ones(schedule.steps), np.zeros(schedule.steps)
+            if errors:
+                logs = np.log(np.maximum(own / np.array([*errors.values()]), 1e-12))
+                if not np.isfinite(logs).all():
+                    raise InvalidValueError("gains", "NaN", "cannot be measured: a trial's latents are no numbers")
+                smooth, spread = smooth_gains(schedule, [*errors], logs)
+            values |= {"gains": smooth, "gain_errors": spread} if kind == "residual" else {"output_gains": smooth}
         digits = {name: tuple(float(f"{v:.6g}") for v in value.tolist()) for name, value in values.items()}
         return profile.model_copy(update=digits)
 
-    trials = tuple(Trial(prompt, stale(step)) for prompt in range(prompts) for step in expected)
+    every = [(step, kind) for kind, errors in expected.items() for step in errors]
+    trials = tuple(Trial(prompt, stale(*one)) for prompt in range(prompts) for one in every)
     return Measurement("gains", trials, read)
+
+
+def _stale_errors(profile: CacheProfile, what: Forecasted, gap: int, schedule: Schedule) -> dict[int, float]:
+    """By step, how far the latents are expected to be moved if it gets what was made `gap` steps earlier."""
+    gram, weights = np.asarray(profile.measured(what).gram), step_weights(schedule.sigmas)
+    expected: dict[int, float] = {}
+    for step in sorted({*range(1, schedule.steps, gap), schedule.steps - 1} - {0}):
+        if (anchor := anchor_of(step, gap, schedule)) is not None:
+            error = float(forecast_error(gram, [np.array(anchor)], np.array(step), np.ones(1))) * weights[step]
+            expected |= {step: error} if error > 0 else {}
+    return expected
 
 
 def smooth_gains(schedule: Schedule, measured: Sequence[int], logs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -148,10 +162,11 @@ def choices(
     """
     steps = len(profile.ratios)
     budgets = [
-        MeasuredBudget(speedup=steps / nfe, mask=mask, predictor=predictor)
+        MeasuredBudget(speedup=steps / nfe, mask=mask, forecasts=what, predictor=predictor)
         for nfe in _forwards(steps, switches)
-        for mask, predictors in FORECASTS.items()
+        for (mask, what), predictors in FORECASTS.items()
         for predictor in predictors
+        if profile.measured(what).gram is not None
     ]
 
     def read(results: Sequence[Away]) -> CacheProfile:
@@ -170,7 +185,8 @@ def _best(budgets: Sequence[MeasuredBudget], errors: np.ndarray) -> list[Measure
     best, margin = {}, CLEARLY / len(errors) * np.log(10) / 10
     for speedup in dict.fromkeys(budget.speedup for budget in budgets):
         own = [i for i, budget in enumerate(budgets) if budget.speedup == speedup]
-        usual = next(i for i in own if (budgets[i].mask, budgets[i].predictor) == USUAL)
+        known = {(budgets[i].mask, budgets[i].forecasts, budgets[i].predictor): i for i in own}
+        usual = next(known[one] for one in USUAL if one in known)
         better = [i for i in own if (errors[:, i] < errors[:, usual] - margin).all()]
         best[speedup] = budgets[min(better or [usual], key=lambda i: errors[:, i].mean())]
     return [*best.values()]
@@ -178,7 +194,7 @@ def _best(budgets: Sequence[MeasuredBudget], errors: np.ndarray) -> list[Measure
 
 def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
     """`profile` with the decibels of each of its budgets, on prompts that decided nothing: see `MeasuredBudget`."""
-    steps, curve_only = len(profile.ratios), profile.model_copy(update={"gram": None, "budgets": ()})
+    steps, curve_only = len(profile.ratios), profile.curve_alone()
     forwards = [round(steps / budget.speedup) for budget in profile.budgets]
 
     def read(results: Sequence[Away]) -> CacheProfile:

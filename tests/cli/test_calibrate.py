@@ -59,7 +59,7 @@ def test_budgets_are_measured_on_held_out_prompts(made: Path) -> None:
     assert judged["prompts"] == 4 and judged["prompts_sha256"] == sha256_of(CAPTIONS[1::2])
     assert [round(8 / budget.speedup) for budget in profile.budgets] == [6, 5, 4, 3, 2]
     for budget in profile.budgets:
-        assert budget.pairs == 4 and budget.predictor in FORECASTS[budget.mask]
+        assert budget.pairs == 4 and budget.predictor in FORECASTS[budget.mask, budget.forecasts]
         assert budget.psnr is not None and budget.psnr_mean is not None and budget.rule_psnr is not None
         assert budget.rule_psnr - 1 < budget.psnr <= budget.psnr_mean
     assert profile.lacks == []

@@ -75,7 +75,7 @@ def test_the_first_requests_are_those_without_a_cache_and_the_next_is_cached(omn
     assert output.skipped_steps > 0 and output.cache_settings["profile"].startswith(f"mine-{STEPS}-")
     (file,) = profiles.glob("*.json")
     kept = load_profile(file)
-    assert len(kept.ratios) == STEPS and kept.gram is not None and kept.gains is None
+    assert len(kept.ratios) == STEPS and kept.gram is not None and kept.gains is None and kept.output_gram is not None
     assert "prompts_sha256" not in kept.provenance and kept.provenance["kind"] == "learnt"
 
 

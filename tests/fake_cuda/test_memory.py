@@ -54,7 +54,7 @@ def peak_of(omni: Omni, cache: Any, n: int = N, side: int = 64) -> tuple[int, in
     ("n", "share"), [(8, 0.25), *(pytest.param(24, share, marks=pytest.mark.slow) for share in (0.15, 0.2, 0.25))]
 )
 def test_a_cache_costs_no_request_its_picture_and_no_throughput(n: int, share: float) -> None:
-    """`n` requests at once, on a device with a part of what they take together: each runs, and sooner with the cache."""
+    """On a device with a part of what `n` requests take together, each runs, and sooner with the cache."""
     side = 128
     rates = {"flops": 1e10, "bandwidth": 1e13, "launch_s": 1e-7, "queue": 10**7}  # so quick that nobody waits for it
     config = {"mag_ratios": CURVE, "predictor": "linear"}

@@ -1,7 +1,8 @@
 """Measuring a checkpoint: computes every step of some prompts, and keeps what a profile needs.
 
 gamma_t = mean over tokens of ||r_t|| / ||r_(t-1)|| in fp32 (arXiv 2506.09045); G[s, t] = <r_s, r_t> per element,
-averaged over prompts and branches. A residual stays where it is made: of each step a sketch of a few thousand numbers
+averaged over prompts and branches, and the same of the output that the scheduler gets.
+A residual stays where it is made: of each step a sketch of a few thousand numbers
 is kept, a fixed random projection under which inner products, and those of differences, hold to a few per cent
 (Charikar, Chen and Farach-Colton 2002; the error is sqrt(2 / width)). So any request of any size can be measured.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -39,6 +40,7 @@ class Calibration:
         self._signs: dict[torch.Size, torch.Tensor] = {}
         self._ratios: dict[str, list[np.ndarray]] = {}
         self._grams: dict[str, list[np.ndarray]] = {}
+        self._outputs: list[np.ndarray] = []
 
     def state(self, schedule: Schedule) -> RecordingState:
         """The state of a request that is measured."""
@@ -76,6 +78,10 @@ class Calibration:
         self._ratios.setdefault(branch, []).append(np.array(ratios))
         self._grams.setdefault(branch, []).append(gram)
 
+    def add_output(self, gram: np.ndarray) -> None:
+        """The matrix (steps, steps) of one finished request's outputs, all branches joined."""
+        self._outputs.append(gram)
+
     def profile(self, name: str, transformer_class: str, fingerprint: str, **provenance: Any) -> CacheProfile:
         """The average over everything added; InvalidValueError where nothing was."""
         if self.sigmas is None:
@@ -92,6 +98,7 @@ class Calibration:
             ratios=next(iter(branches.values())),
             sigmas=tuple(round(s, 6) for s in self.sigmas),
             gram=_rounded(every.mean(axis=0)),
+            output_gram=_rounded(np.mean(self._outputs, axis=0)) if self._outputs else None,
             branches=branches,
             branch_grams={b: _rounded(gram) for b, gram in grams.items()} if len(grams) > 1 else {},
             provenance={
@@ -125,6 +132,7 @@ class RecordingState(CacheState):
         self._sketches: dict[str, dict[int, torch.Tensor]] = {}  # by branch, whichever denoiser has the step
         self._ratios: dict[str, list[torch.Tensor]] = {}
         self._norms: dict[str, torch.Tensor] = {}  # of the last step's tokens
+        self._outputs: dict[int, torch.Tensor] = {}
 
     def wants(self, key: Key, step: int) -> bool:
         return True
@@ -151,14 +159,27 @@ class RecordingState(CacheState):
             ratios.append((norm / before.clamp_min(1e-12)).mean())
         sketches[step], self._norms[branch] = kept.memory["sketch"], norm
         if len(sketches) == self._schedule.steps:
-            stacked = torch.stack([sketches[step] for step in range(self._schedule.steps)]).double()
-            gram = stacked @ stacked.T
+            gram = self._gram(sketches)
             curve = [1.0, *(torch.stack(ratios).tolist() if ratios else ())]
             if bool(gram.isfinite().all()) and all(map(math.isfinite, curve)):
                 self._calibration.add(branch, self._schedule.sigmas, curve, gram.cpu().numpy())
             del self._sketches[branch], self._ratios[branch], self._norms[branch]
 
+    def observe(self, step: int, model_output: Any, sample: Any) -> None:
+        """Keep a sketch of the output; with the last step's the matrix is complete."""
+        if not isinstance(model_output, torch.Tensor) or not model_output.dtype.is_floating_point:
+            return
+        self._outputs[step] = self._calibration.sketch(model_output.float())
+        if len(self._outputs) == self._schedule.steps:
+            if bool((gram := self._gram(self._outputs)).isfinite().all()):
+                self._calibration.add_output(gram.cpu().numpy())
+            self._outputs.clear()
+
+    def _gram(self, sketches: Mapping[int, torch.Tensor]) -> torch.Tensor:
+        stacked = torch.stack([sketches[step] for step in range(self._schedule.steps)]).double()
+        return stacked @ stacked.T
+
     def drop(self) -> None:
         super().drop()
-        for kept in (self._sketches, self._ratios, self._norms):
+        for kept in (self._sketches, self._ratios, self._norms, self._outputs):
             kept.clear()

@@ -15,10 +15,10 @@ from typing import Any, Self
 
 import torch
 
-from vllm_omni.diffusion.cache.state import CacheState, Computed, Forecast, Key, Signal
+from vllm_omni.diffusion.cache.state import CacheState, Computed, Forecast, Key, Output, Signal
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
-from vllm_omni.diffusion.denoiser.rows import latents_of
-from vllm_omni.kernels import ops
+from vllm_omni.diffusion.denoiser.rows import latents_of, take_rows
+from vllm_omni.kernels import ops, promise
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,29 @@ def look(
         row.state.decide(row.key, row.step, now, change)
 
 
+def is_of_output(forecast: Forecast | None) -> bool:
+    """Whether a forecast stands in for the whole denoiser, rather than for its blocks."""
+    return forecast is not None and any(isinstance(kept, Output) for kept, _ in forecast)
+
+
+def blended(forecast: Forecast) -> Any:
+    """sum_j w_j o_j in fp32, rounded once: outputs of earlier steps, of whatever form, in the place of a forward's."""
+    outputs = [[*promise.tensors_in(output.value)] for output, _ in forecast if isinstance(output, Output)]
+    sums = []
+    for tensors in zip(*outputs, strict=True):
+        total = torch.zeros_like(tensors[0], dtype=torch.float32)
+        for tensor, (_, weight) in zip(tensors, forecast, strict=True):
+            total.add_(tensor, alpha=weight)
+        sums.append(total.to(tensors[0].dtype))
+    first, each = forecast[0][0], iter(sums)
+    assert isinstance(first, Output)
+    return promise.mapped(lambda _: next(each), first.value)
+
+
 def corrected(forecasts: Sequence[tuple[slice, Forecast]], hidden_states: torch.Tensor) -> torch.Tensor:
     """x + sum_j w_j r_j, row by row; x of shape (rows, tokens, channels) is not changed."""
-    terms = [(residual, weight, rows.start) for rows, forecast in forecasts for residual, weight in forecast]
+    every = [(residual, weight, rows.start) for rows, forecast in forecasts for residual, weight in forecast]
+    terms = [term for term in every if not isinstance(term[0], Output)]
     residuals, weights, first_rows = (list(column) for column in zip(*terms, strict=True)) if terms else ([], [], [])
     return ops.forecast(hidden_states, residuals, weights, first_rows)
 
@@ -95,6 +115,19 @@ class CachedForward:
         if self._stack is not None:
             rows = self._batch[-1].rows.stop
             self._stack.enter(partial(corrected, self._forecasts) if self.skips else None, rows)
+
+    def results(self, result: Any) -> list[Any]:
+        """What each request gets if the forward has returned `result`: its rows, or its output as forecast.
+
+        If all are forecast there need be no forward; `result` is None then.
+        """
+        if self.skips and all(is_of_output(forecast) for _, forecast in self._forecasts):
+            return [blended(forecast) for _, forecast in self._forecasts]
+        made = [result] if len(self._batch) == 1 else [take_rows(result, row.rows) for row in self._batch]
+        if self.skips:
+            pairs = zip(made, self._forecasts, strict=True)
+            made = [blended(forecast) if is_of_output(forecast) else own for own, (_, forecast) in pairs]
+        return made
 
     def commit(self, result: Any) -> None:
         """Take in what the forward gave; call it within the scope, after everything else that can fail."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -35,6 +35,7 @@ FORMAT = 2
 MAX_STEPS = 1000
 _GONE = ("mean", "newton", "chebyshev", "normed")  # predictors that older profiles name
 MaskName = Literal["planned", "rule"]
+Forecasted = Literal["residual", "output"]  # what the blocks add, or what the denoiser returns
 LARGEST = 1e12  # of any measured number: beyond it, squares and products overflow where nobody looks
 LEARNT = "learnt"  # the kind, in its provenance, of a profile that an engine has made of its own requests
 
@@ -42,13 +43,15 @@ LEARNT = "learnt"  # the kind, in its provenance, of a profile that an engine ha
 class MeasuredBudget(Settings):
     """What was nearest to the uncached output at one number of full forwards, among all that may be cached.
 
-    `mask` says where its computed steps come from: the planner, or the published threshold rule. Decibels are PSNR to
+    `mask` says where its computed steps come from: the planner, or the published threshold rule; `forecasts` what its
+    skipped ones forecast: what the blocks add, or the denoiser's whole output. Decibels are PSNR to
     the uncached output, the lowest of `pairs` prompts and seeds that calibration had not seen: of this choice, of the
     published rule with reuse, and of an uncached run of as many steps. None: not measured.
     """
 
     speedup: float = Field(ge=1, lt=LARGEST, allow_inf_nan=False)  # steps per full forward
     mask: MaskName = "planned"
+    forecasts: Forecasted = "residual"
     predictor: PredictorName
     pairs: int = Field(default=0, ge=0)
     psnr: float | None = Field(default=None, allow_inf_nan=False)
@@ -57,13 +60,21 @@ class MeasuredBudget(Settings):
     fewer_steps_psnr: float | None = Field(default=None, allow_inf_nan=False)
 
 
+class Measured(NamedTuple):
+    """Matrix and gains, of residuals or of outputs."""
+
+    gram: tuple[tuple[float, ...], ...] | None
+    gains: tuple[float, ...] | None
+
+
 class CacheProfile(Settings):
     """`ratios` is gamma per step (1 first); `gram[s][t]` the mean of <r_s, r_t> over tokens, prompts and branches.
 
     `gains[t]` is how far the final latents end from the uncached run's per error of one in step t's residual and per
     unit of sigma that the step covers, `gain_errors` its standard error over prompts; both are joint over guidance
-    branches. `budgets` are the choices measured, by ascending speed-up. `branches` and `branch_grams` hold curve and
-    matrix per guidance branch.
+    branches. `output_gram` and `output_gains` are the same of the output that the scheduler gets, which guidance has
+    made of all branches. `budgets` are the choices measured, by ascending speed-up. `branches` and `branch_grams` hold
+    curve and matrix per guidance branch.
     """
 
     format: int = FORMAT
@@ -76,6 +87,8 @@ class CacheProfile(Settings):
     gram: tuple[tuple[float, ...], ...] | None = None
     gains: tuple[float, ...] | None = None
     gain_errors: tuple[float, ...] | None = None
+    output_gram: tuple[tuple[float, ...], ...] | None = None
+    output_gains: tuple[float, ...] | None = None
     budgets: tuple[MeasuredBudget, ...] = ()
     branches: dict[str, tuple[float, ...]] = Field(default_factory=dict)
     branch_grams: dict[str, tuple[tuple[float, ...], ...]] = Field(default_factory=dict)
@@ -129,16 +142,27 @@ class CacheProfile(Settings):
         for sigma in self.sigmas or ():
             if not 0 <= sigma < LARGEST:
                 raise InvalidValueError("sigmas", sigma, f"must be noise levels from 0 to {LARGEST:g}")
-        for field, values in {"gains": self.gains, "gain_errors": self.gain_errors}.items():
+        by_step = {"gains": self.gains, "gain_errors": self.gain_errors, "output_gains": self.output_gains}
+        for field, values in by_step.items():
             if values is not None and (len(values) != steps or not all(0 <= value < LARGEST for value in values)):
                 raise InvalidValueError(field, values, f"must be {steps} numbers from 0 to {LARGEST:g}")
-        grams = {"gram": self.gram, **{f"branch_grams.{b}": g for b, g in self.branch_grams.items()}}
+        grams = {"gram": self.gram, "output_gram": self.output_gram}
+        grams |= {f"branch_grams.{branch}": gram for branch, gram in self.branch_grams.items()}
         for field, rows in grams.items():
             if rows is not None:
                 _check_gram(field, rows, steps)
-        if self.sigmas is None and (self.gram is not None or self.gains is not None):
+        if self.sigmas is None and any(values is not None for values in (*grams.values(), *by_step.values())):
             raise InvalidValueError("sigmas", None, "must be given with gram or gains")
         return self
+
+    def measured(self, what: Forecasted) -> Measured:
+        """What is known for planning forecasts of residuals, or of outputs."""
+        return Measured(self.gram, self.gains) if what == "residual" else Measured(self.output_gram, self.output_gains)
+
+    def curve_alone(self) -> CacheProfile:
+        """The same without all that was measured beside the curve."""
+        measured = ("gram", "gains", "gain_errors", "output_gram", "output_gains")
+        return self.model_copy(update=dict.fromkeys(measured) | {"budgets": ()})
 
     def budget_at(self, forwards: int | None = None) -> MeasuredBudget | None:
         """The one measured at the number of full forwards nearest to this, in ratio; None if none was."""

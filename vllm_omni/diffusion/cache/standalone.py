@@ -21,7 +21,7 @@ from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.lora_scales import scale_of_call, scales_of
 from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.diffusion.denoiser.specs import unwrapped
-from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, Tracker, itself
+from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, StepTracker, Tracker, itself
 from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
 from vllm_omni.errors import InvalidValueError
 
@@ -36,6 +36,8 @@ class Session:
         self.state: CacheState | None = None
         self._make_state = make_state
         self._run: int | None = None
+        if isinstance(tracker, StepTracker):
+            tracker.observe = self._observe
 
     def locate(self, denoiser: str, branch: str | None) -> tuple[CacheState, StepPosition]:
         """The state of the request that calls, and the position of its call."""
@@ -45,6 +47,10 @@ class Session:
             self._run = position.run
             self.state = self._make_state(self.tracker.schedule())
         return self.state, position
+
+    def _observe(self, step: int, model_output: Any, sample: Any) -> None:
+        if self.state is not None:
+            self.state.observe(step, model_output, sample)
 
     def restart(self) -> None:
         """Forget the request."""
@@ -103,7 +109,9 @@ class StandaloneHook(ModelHook):
         forward, whole = self._forward, output is None
         try:
             if output is not None and forward is not None:
+                (made,) = forward.results(output)
                 forward.commit(output)
+                output = made
             whole = True
         finally:
             if not whole:

@@ -16,13 +16,31 @@ import torch
 from vllm_omni.diffusion.cache.plan.compose import CachePlan
 from vllm_omni.diffusion.cache.store import Buffer, CacheStore
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
-from vllm_omni.diffusion.denoiser.rows import latents_of
-from vllm_omni.kernels import ops
+from vllm_omni.diffusion.denoiser.rows import latents_of, take_rows
+from vllm_omni.kernels import ops, promise
 from vllm_omni.nested import tensors_in
 
 Key = tuple[str, str]  # (denoiser, branch)
-Forecast = list[tuple[ops.Residual, float]]  # residuals (rows, tokens, channels) and their weights
 _NONE_NEEDED: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a denoiser has returned of one request's rows: a tensor, a list of them, several streams."""
+
+    value: Any
+    rows: int
+
+    def __len__(self) -> int:
+        return self.rows
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in promise.tensors_in(self.value))
+
+
+# Residuals (rows, tokens, channels) to add in place of the blocks, or outputs to sum in place of the denoiser.
+Forecast = list[tuple[ops.Residual | Output, float]]
 
 
 class Signal(Enum):
@@ -46,6 +64,13 @@ class Computed:
     def output(self) -> torch.Tensor:
         return tensors_in(self.result)[0][self.rows]
 
+    def whole_output(self) -> Output | None:
+        """A copy of all that was returned of these rows; None if no tensor is among it."""
+        own = take_rows(self.result, self.rows)
+        if not any(True for _ in promise.tensors_in(own)):
+            return None
+        return Output(promise.mapped(torch.Tensor.clone, own), len(self.latents))
+
     def ends(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(after, before) the blocks."""
         return self.stack.ends(self.rows) if self.stack is not None else None
@@ -58,7 +83,7 @@ class Computed:
 class Kept(NamedTuple):
     """Tensors of a computed step that later steps will need."""
 
-    residual: ops.Residual | None = None
+    residual: ops.Residual | Output | None = None
     memory: Mapping[str, torch.Tensor] = {}
 
 
@@ -71,7 +96,7 @@ class CacheState:
         """`settings` is what the output reports of the cache; None without one."""
         self.settings = settings
         self._store = store or CacheStore()
-        self._residuals: dict[Key, Buffer[int, ops.Residual]] = {}
+        self._residuals: dict[Key, Buffer[int, ops.Residual | Output]] = {}
         self._memory: dict[Key, Buffer[str, torch.Tensor]] = {}
         self._shapes: dict[Key, object] = {}  # of each branch's latents
         self._computed: set[int] = set()
@@ -119,6 +144,9 @@ class CacheState:
         """Note what was done at `step`: computed, leaving `kept`, or (None) skipped."""
         (self._skipped if kept is None else self._computed).add(step)
 
+    def observe(self, step: int, model_output: Any, sample: Any) -> None:
+        """Look at what the scheduler got at the end of a step: the output of all branches as guidance joins them."""
+
     def drop(self) -> None:
         """Give every byte back."""
         for residuals in self._residuals.values():
@@ -136,7 +164,7 @@ class CacheState:
     def skipped_steps(self) -> int:
         return len(self._skipped - self._computed)
 
-    def _residuals_of(self, key: Key) -> Buffer[int, ops.Residual]:
+    def _residuals_of(self, key: Key) -> Buffer[int, ops.Residual | Output]:
         return self._residuals.setdefault(key, Buffer(self._store))
 
     def _memory_of(self, key: Key) -> Buffer[str, torch.Tensor]:
@@ -170,14 +198,20 @@ class PlannedState(CacheState):
         residuals = self._residuals.get(key)
         if terms is None or residuals is None or any(anchor not in residuals for anchor, _ in terms):
             return None
+        if not terms and self.plan.forecasts == "output":  # all weights are zero
+            return None
         pairs = [(residuals[anchor], weight) for anchor, weight in terms]
         return None if any(len(residual) != rows for residual, _ in pairs) else pairs
 
     def wants(self, key: Key, step: int) -> bool:
-        return step in self._needed_after(step)
+        return self.plan.forecasts == "residual" and step in self._needed_after(step)
 
     def prepare(self, key: Key, step: int, computed: Computed) -> Kept:
-        if not self.wants(key, step) or step in self._refused or (ends := computed.ends()) is None:
+        if step not in self._needed_after(step) or step in self._refused:
+            return Kept()
+        if self.plan.forecasts == "output":
+            return Kept(computed.whole_output())
+        if (ends := computed.ends()) is None:
             return Kept()
         after, before = ends
         return Kept(ops.residual(after, before, self._dtype or after.dtype))
@@ -190,7 +224,7 @@ class PlannedState(CacheState):
         if key in self._residuals:
             self._residuals[key].keep_only(self._needed_after(step).__contains__)
 
-    def _keep(self, key: Key, step: int, residual: ops.Residual) -> None:
+    def _keep(self, key: Key, step: int, residual: ops.Residual | Output) -> None:
         if not self._residuals_of(key).put(step, residual):
             self._refused.add(step)
             for residuals in self._residuals.values():

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
-from vllm_omni.kernels.ops import Residual
+
+class Held(Protocol):
+    """A tensor, or what is made of some."""
+
+    @property
+    def nbytes(self) -> int: ...
+
 
 K = TypeVar("K")
-T = TypeVar("T", bound=Residual)
+T = TypeVar("T", bound=Held)
 
 
 class CacheStore:

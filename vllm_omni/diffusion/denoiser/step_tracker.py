@@ -46,7 +46,7 @@ class StepTracker:
         self._run = self._step = 0
         self._index: int | None = None  # the scheduler's own after the last step
         self._unnamed: dict[str, int] = {}
-        self.observe: Callable[[Any, Any], None] | None = None  # gets each step's model output and sample
+        self.observe: Callable[[int, Any, Any], None] | None = None  # gets each step's model output and sample
         self.on_begin: Callable[[], None] | None = None  # called when a run begins
         self.attach()
 
@@ -79,7 +79,7 @@ class StepTracker:
     def ended_step(self, model_output: Any, sample: Any) -> None:
         """Note that the scheduler has made a step of `sample`."""
         if self.observe is not None:
-            self.observe(model_output, sample)
+            self.observe(self._step, model_output, sample)
         index = vars(self._scheduler).get("_step_index")
         if index is None or index != self._index:  # Cosmos makes each step twice, and sets the index back between
             self._step += 1

@@ -124,8 +124,9 @@ class Request:
     def __post_init__(self) -> None:
         self.tracker.observe = self._observe
 
-    def _observe(self, model_output: Any, sample: Any) -> None:
-        self.previews.observe(self.step, model_output, sample)
+    def _observe(self, step: int, model_output: Any, sample: Any) -> None:
+        self.previews.observe(step, model_output, sample)
+        self.cache.observe(step, model_output, sample)
 
     @property
     def step(self) -> int:

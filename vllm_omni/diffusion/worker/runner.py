@@ -11,7 +11,7 @@ import torch
 from diffusers.guiders import BaseGuidance
 
 from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
-from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, look
+from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, is_of_output, look
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
 from vllm_omni.diffusion.cache.state import CacheState, PlannedState, Signal
@@ -20,7 +20,7 @@ from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.discover import rows_in
 from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.lora_scales import scales_kept, scales_kept_by
-from vllm_omni.diffusion.denoiser.rows import latents_of, row_slices, take_rows
+from vllm_omni.diffusion.denoiser.rows import latents_of, row_slices
 from vllm_omni.diffusion.denoiser.specs import denoisers_of
 from vllm_omni.diffusion.denoiser.step_tracker import StepTracker
 from vllm_omni.diffusion.request import OmniDiffusionRequest
@@ -185,12 +185,14 @@ class ModelRunner:
     # --------------------------------------------------------------------------------------------- what can be retried
 
     def _forward(self, batch: Sequence[Request]) -> list[Any]:
-        first, arguments = self._joined(batch)
         rows, calls = self._rows(batch), [call for request in batch for call in _parked(request).here]
-        forward = CachedForward(self._stack(batch, first, arguments), rows, [call.forecast for call in calls])
+        forecasts = [call.forecast for call in calls]
+        needless = all(map(is_of_output, forecasts))
+        first, arguments = (calls[0], {}) if needless else self._joined(batch)
+        forward = CachedForward(None if needless else self._stack(batch, first, arguments), rows, forecasts)
         with first.changes.installed(), forward:
-            output = self._call(first.branch[0], arguments)
-            each = iter([output] if len(rows) == 1 else [take_rows(output, own.rows) for own in rows])
+            output = None if needless else self._call(first.branch[0], arguments)
+            each = iter(forward.results(output))
             results = [[next(each) for _ in _parked(request).here] for request in batch]
             if self.peers is not None:
                 results = self.peers.completed(results, [_parked(request).mine is not None for request in batch])

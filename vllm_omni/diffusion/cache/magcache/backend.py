@@ -15,7 +15,7 @@ from vllm_omni.diffusion.cache.plan.compose import (
     MAX_PAIR_STEPS,
     CachePlan,
     budgeted_forwards,
-    choose_predictor,
+    choose_forecast,
     compose,
     full_forwards,
     rule_of,
@@ -67,7 +67,7 @@ class MagCacheBackend(StackBackend):
             raise self._no_curve(model_name_of(self._pipeline))
         if steps is not None and not (isinstance(settings.plan, Budget) and settings.plan.seconds):
             budgeted_forwards(settings, profile, steps)
-        choose_predictor(settings, profile)
+        choose_forecast(settings, profile)
 
     def state(self, schedule: Schedule, settings: CacheSettings | None = None) -> CacheState:
         if self.calibration is not None:
@@ -81,11 +81,13 @@ class MagCacheBackend(StackBackend):
         if all(plan.compute) and not self._reported_no_gain:
             self._reported_no_gain = True
             logger.info("magcache: nothing to gain in %d steps, every one of them computes", schedule.steps)
+        predictor, forecasts = choose_forecast(settings, profile, plan.full_forwards)
         facts: dict[str, object] = {
             "backend": "magcache",
             **_plan_facts(settings, profile, schedule),
             "planned_forwards": plan.full_forwards,
-            "predictor": choose_predictor(settings, profile, plan.full_forwards),
+            "predictor": predictor,
+            "forecasts": forecasts,
             "profile": profile.name if profile is not None else None,
         }
         best = profile.budget_at(plan.full_forwards) if profile is not None else None
@@ -209,7 +211,7 @@ class MagCacheBackend(StackBackend):
             logger.warning("magcache: no profile of this checkpoint, and ranks learn none: it is served uncached")
         elif not given and not self.profiles and self.calibration is None and not self.by_request:
             raise self._no_curve(model_name)
-        choose_predictor(self.settings, next(iter(self.profiles), None))
+        choose_forecast(self.settings, next(iter(self.profiles), None))
 
     def _no_curve(self, model_name: str = "") -> InvalidValueError:
         return InvalidValueError(

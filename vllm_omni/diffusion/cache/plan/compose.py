@@ -14,7 +14,7 @@ from vllm_omni.diffusion.cache.plan.planner import best_plan, confine, gram_cost
 from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, Terms, forecasts, resample_gains, resample_gram
 from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan, mask_plan, rule_with
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches, forced_steps
-from vllm_omni.diffusion.cache.profile import CacheProfile
+from vllm_omni.diffusion.cache.profile import CacheProfile, Forecasted
 from vllm_omni.diffusion.cache.settings import BUDGETS, Budget, CacheSettings, Mask, Preset, Rule
 from vllm_omni.errors import InvalidValueError
 
@@ -24,20 +24,24 @@ MAX_PLANNED_STEPS = 1000
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a request will do at each step, known before its first: compute or forecast, and what it keeps for that."""
+    """What a request will do at each step, known before its first: compute or forecast, and what it keeps for that.
+
+    It forecasts what the blocks add, so that embedding and head still run, or the denoiser's whole output.
+    """
 
     compute: Plan
     terms: dict[int, Terms] = field(default_factory=dict)
     needed_after: tuple[frozenset[int], ...] = ()
+    forecasts: Forecasted = "residual"
 
     @classmethod
-    def of(cls, compute: Plan, terms: dict[int, Terms]) -> CachePlan:
+    def of(cls, compute: Plan, terms: dict[int, Terms], forecasts: Forecasted = "residual") -> CachePlan:
         needed: list[frozenset[int]] = []
         later: frozenset[int] = frozenset()
         for step in range(len(compute) - 1, -1, -1):
             needed.append(later)
             later |= {anchor for anchor, _ in terms.get(step, ())}
-        return cls(compute, terms, tuple(reversed(needed)))
+        return cls(compute, terms, tuple(reversed(needed)), forecasts)
 
     @property
     def full_forwards(self) -> int:
@@ -53,22 +57,21 @@ def compose(
     Each denoiser's segment is planned as a run of its own; a budget is for all of them together.
     """
     curve = resample(ratios, schedule.steps, settings.config.curve_resampling) if ratios is not None else None
-    gram = _gram_at(profile, schedule.sigmas)
-    compute = _compute_steps(settings, curve, gram, profile, ratios, schedule)
-    predictor = choose_predictor(settings, profile, sum(compute))
+    compute = _compute_steps(settings, curve, profile, ratios, schedule)
+    predictor, what = choose_forecast(settings, profile, sum(compute))
+    gram = _gram_at(profile, schedule.sigmas, what)
     if gram is None and curve is not None and predictor == "gamma":  # it looks at magnitudes alone
         gram = np.diag(np.cumprod(curve) ** 2)
     terms: dict[int, Terms] = {}
     for part in schedule.segments:
         own = forecasts(compute[part], schedule.sigmas[part], predictor, None if gram is None else gram[part, part])
         terms |= {part.start + t: tuple((part.start + anchor, w) for anchor, w in own[t]) for t in own}
-    return CachePlan.of(compute, terms)
+    return CachePlan.of(compute, terms, what)
 
 
 def _compute_steps(
     settings: CacheSettings,
     curve: tuple[float, ...] | None,
-    gram: np.ndarray | None,
     profile: CacheProfile | None,
     ratios: tuple[float, ...] | None,
     schedule: Schedule,
@@ -91,10 +94,11 @@ def _compute_steps(
         return _by_rule(curves, rule_of(settings), schedule, guarded)
     # Measured with the same share of the steps computed: the rule's mask may have been nearer than the planner's.
     best = profile.budget_at(max(1, round(nfe / schedule.steps * len(profile.ratios)))) if profile is not None else None
+    predictor, what = choose_forecast(settings, profile, nfe)
+    gram = _gram_at(profile, schedule.sigmas, what)
     if gram is None or schedule.steps > MAX_PAIR_STEPS or (best is not None and best.mask == "rule"):
         return rule_with(plan_at, schedule.steps, nfe)
-    costs = _costs(gram, profile, schedule, choose_predictor(settings, profile, nfe))
-    return best_plan(costs, nfe, guarded)
+    return best_plan(_costs(gram, _gains_at(profile, schedule.sigmas, what), schedule, predictor), nfe, guarded)
 
 
 def rule_of(settings: CacheSettings) -> Rule:
@@ -114,34 +118,36 @@ def _by_rule(curves: Sequence[tuple[float, ...]], rule: Rule, schedule: Schedule
     return plan
 
 
-def _costs(gram: np.ndarray, profile: CacheProfile | None, schedule: Schedule, predictor: str) -> np.ndarray:
-    gains = np.ones(schedule.steps)
-    if profile is not None and profile.gains is not None and profile.sigmas is not None:
-        gains = resample_gains(profile.gains, profile.sigmas, schedule.sigmas)
-
+def _costs(gram: np.ndarray, gains: np.ndarray, schedule: Schedule, predictor: str) -> np.ndarray:
     def from_step(step: int) -> np.ndarray:
         return gram_costs(gram[step:, step:], schedule.sigmas[step:], predictor, gains[step:])
 
     return confine(from_step(0), schedule.switches, from_step)
 
 
-def choose_predictor(settings: CacheSettings, profile: CacheProfile | None, forwards: int | None = None) -> str:
-    """The predictor that is named, or for `auto` what calibration found best with so many full forwards.
+def choose_forecast(
+    settings: CacheSettings, profile: CacheProfile | None, forwards: int | None = None
+) -> tuple[str, Forecasted]:
+    """The predictor that is named, of residuals, or for `auto` what calibration found best with so many full forwards.
 
-    Without a measurement that is least squares with weights that sum to one, or, without a matrix, reuse.
+    Without a measurement that is least squares, of the output if its matrix is known and of residuals with weights that
+    sum to one otherwise, or, without a matrix, reuse.
 
     Forwards, not steps per forward, set how far apart in sigma the anchors are, whatever the step count.
     """
     asked = settings.config.predictor
     if asked == "auto":
         best = profile.budget_at(forwards) if profile is not None else None
-        unmeasured = "affine" if profile is not None and profile.gram is not None else "reuse"
-        return best.predictor if best is not None else unmeasured
+        if best is not None:
+            return best.predictor, best.forecasts
+        if profile is not None and profile.output_gram is not None:
+            return "gram", "output"
+        return "affine" if profile is not None and profile.gram is not None else "reuse", "residual"
     if asked in NEED_GRAM and (profile is None or profile.gram is None):
         raise InvalidValueError(
             "predictor", asked, "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"
         )
-    return asked
+    return asked, "residual"
 
 
 def full_forwards(
@@ -222,7 +228,13 @@ def expected_forwards(settings: CacheSettings, steps: int) -> int:
     return round(steps * min(1.0, share))
 
 
-def _gram_at(profile: CacheProfile | None, sigmas: Sequence[float]) -> np.ndarray | None:
-    if profile is None or profile.gram is None or profile.sigmas is None:
+def _gram_at(profile: CacheProfile | None, sigmas: Sequence[float], what: Forecasted) -> np.ndarray | None:
+    if profile is None or profile.sigmas is None or (gram := profile.measured(what).gram) is None:
         return None
-    return resample_gram(np.asarray(profile.gram), profile.sigmas, sigmas)
+    return resample_gram(np.asarray(gram), profile.sigmas, sigmas)
+
+
+def _gains_at(profile: CacheProfile | None, sigmas: Sequence[float], what: Forecasted) -> np.ndarray:
+    if profile is None or profile.sigmas is None or (gains := profile.measured(what).gains) is None:
+        return np.ones(len(sigmas))
+    return resample_gains(gains, profile.sigmas, sigmas)
