@@ -72,7 +72,7 @@ class StackBackend(CacheBackend):
         super().__init__(config)
         self.settings = parse(self.name, config)
         budget = config.memory_budget_mb
-        self.store = CacheStore(None if budget is None else int(budget * 2**20))
+        self.store = CacheStore(None if budget is None else int(budget * 2**20), KEPT_AS[config.residual_dtype])
         self.denoisers: dict[str, Denoiser] = {}
         self._pipeline: Any = None
         self._session: Session | None = None

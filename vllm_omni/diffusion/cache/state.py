@@ -176,17 +176,9 @@ class PlannedState(CacheState):
 
     plan: CachePlan
 
-    def __init__(
-        self,
-        plan: CachePlan,
-        store: CacheStore,
-        settings: Mapping[str, object],
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        """`dtype` is what residuals are kept in; None is the model's own."""
+    def __init__(self, plan: CachePlan, store: CacheStore, settings: Mapping[str, object]) -> None:
         super().__init__(store, settings)
         self.plan = plan
-        self._dtype = dtype
         self._refused: set[int] = set()
 
     def forecast(self, key: Key, step: int, rows: int) -> Forecast | None:
@@ -214,7 +206,7 @@ class PlannedState(CacheState):
         if (ends := computed.ends()) is None:
             return Kept()
         after, before = ends
-        return Kept(ops.residual(after, before, self._dtype or after.dtype))
+        return Kept(ops.residual(after, before, self._store.dtype or after.dtype))
 
     def commit(self, key: Key, step: int, kept: Kept | None) -> None:
         """Also drop what no later step needs. If one branch finds no room, all compute: the decision is joint."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
+
 
 class Held(Protocol):
     """A tensor, or what is made of some."""
@@ -18,10 +20,13 @@ T = TypeVar("T", bound=Held)
 
 
 class CacheStore:
-    """Counts the bytes of all buffers alive, a tensor's as `counted` says; `budget` None is no limit."""
+    """Counts the bytes of all buffers alive, a tensor's as `counted` says; `budget` None is no limit.
 
-    def __init__(self, budget: int | None = None) -> None:
-        self.budget = budget
+    `dtype` is what residuals are kept in, None the model's own.
+    """
+
+    def __init__(self, budget: int | None = None, dtype: torch.dtype | None = None) -> None:
+        self.budget, self.dtype = budget, dtype
         self.counted: Callable[[int], int] = int
         self.used = 0
         self.peak = 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from diffusers.guiders import BaseGuidance
 
-from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
+from vllm_omni.diffusion.cache.base import StackBackend
 from vllm_omni.diffusion.cache.forward import BatchRows, CachedForward, is_of_output, look
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.standalone import refuse_other_caches
@@ -378,8 +378,7 @@ class ModelRunner:
         request.size = size_of(denoiser, arguments, request.task.arguments)
         if request.plan_of is not None and request.backend is not None:
             made = request.plan_of(request.schedule) or CacheState()
-            dtype, store = KEPT_AS[request.backend.config.residual_dtype], request.backend.store
-            request.cache = made if isinstance(made, CacheState) else PlannedState(made, store, {}, dtype)
+            request.cache = made if isinstance(made, CacheState) else PlannedState(made, request.backend.store, {})
         elif request.backend is not None and request.settings is not None:
             settings = settle(self.pace, request.settings, request.size, request.schedule)
             state = request.backend.refresh(

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend
+from vllm_omni.diffusion.cache.base import StackBackend
 from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, PREDICTORS
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.settings import PLANS, CacheSettings, DiffusionCacheConfig, GateSettings
@@ -80,11 +80,10 @@ class GatedState(CacheState):
         settings: CacheSettings,
         schedule: Schedule,
         store: CacheStore,
-        dtype: torch.dtype | None = None,
     ) -> None:
         plan, config = settings.plan, settings.config
         assert isinstance(plan, GateSettings)
-        self.rule, self._sigmas, self._dtype = rule, schedule.sigmas, dtype
+        self.rule, self._sigmas = rule, schedule.sigmas
         self._threshold = rule.threshold if plan.threshold is None else plan.threshold
         self._max_skips = rule.max_skip_steps if plan.max_skip_steps is None else plan.max_skip_steps
         self._begin = max(1, int(plan.retention_ratio * schedule.steps + 0.5))
@@ -168,7 +167,7 @@ class GatedState(CacheState):
         if self._shows_first_block:
             assert first is not None
             before = before + first
-        return Kept(ops.residual(after, before, self._dtype or after.dtype), memory)
+        return Kept(ops.residual(after, before, self._store.dtype or after.dtype), memory)
 
     def commit(self, key: Key, step: int, kept: Kept | None) -> None:
         super().commit(key, step, kept)
@@ -210,7 +209,7 @@ class GateBackend(StackBackend):
         rule = self.make_rule(settings.config)
         if rule.signal is not Signal.LATENTS:  # each rank may see a part of it alone
             rule.mean = mean_of_all(next(iter(self.denoisers.values())).module, mean_abs)
-        return GatedState(rule, settings, schedule, self.store, KEPT_AS[self.config.residual_dtype])
+        return GatedState(rule, settings, schedule, self.store)
 
     def _found(self, denoiser: Denoiser, model_name: str) -> None:
         """Refuse what the gate could not compare, before any request comes, if the denoiser is described."""

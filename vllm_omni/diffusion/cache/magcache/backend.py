@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_omni.diffusion.cache.base import KEPT_AS, StackBackend, model_name_of
+from vllm_omni.diffusion.cache.base import StackBackend, model_name_of
 from vllm_omni.diffusion.cache.calibration import Calibration
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.plan.compose import (
@@ -95,7 +95,7 @@ class MagCacheBackend(StackBackend):
             facts["fewer_steps_are_nearer"] = True  # on held-out prompts, an uncached run of as many steps
         if schedule.switches:
             facts["switches"] = schedule.switches
-        return PlannedState(plan, self.store, facts, KEPT_AS[self.config.residual_dtype])
+        return PlannedState(plan, self.store, facts)
 
     def noticed(
         self, state: CacheState, schedule: Schedule, settings: CacheSettings, size: Mapping[str, int] | None
