@@ -27,8 +27,7 @@ FORECASTS: dict[tuple[MaskName, Forecasted], tuple[PredictorName, ...]] = {
     ("planned", "residual"): ("linear", "gram", "affine", "affine3"),
     ("rule", "residual"): ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
 }
-# What another must beat on every prompt: of outputs, or of residuals in a profile without the outputs' matrix.
-USUAL = (("planned", "output", "gram"), ("planned", "residual", "affine3"))
+USUAL = ("planned", "residual", "affine3")  # what another must beat on every prompt
 CLEARLY = 6.0  # dB by which it must, over the number of prompts: of two, 3 dB each (docs/log.md)
 SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
 GAINS = 10  # steps of a run at which gains are measured
@@ -155,7 +154,7 @@ def _local_line(places: np.ndarray, values: np.ndarray, at: int, width: float) -
 def choices(
     profile: CacheProfile, prompts: int, first: int = 0, switches: tuple[int, ...] = ()
 ) -> Measurement[CacheProfile]:
-    """`profile` with, for each of some speed-ups, the mask and the predictor whose latents stay nearest to uncached.
+    """`profile` with, for each of some speed-ups, the mask and the forecast whose output stays nearest to uncached.
 
     Nearest by the mean logarithm over `prompts` from `first` on: in decibels each counts as much as the other. A few
     say little of prompts that they are not, so that the usual choice stays unless all of them are clearly against it.
@@ -176,7 +175,7 @@ def choices(
 
     alone = [profile.model_copy(update={"budgets": (budget,)}) for budget in budgets]
     plans = [_planned(one, round(steps / budget.speedup)) for one, budget in zip(alone, budgets, strict=True)]
-    trials = tuple(Trial(first + prompt, plan) for prompt in range(prompts) for plan in plans)
+    trials = tuple(Trial(first + prompt, plan, picture=True) for prompt in range(prompts) for plan in plans)
     return Measurement("choices", trials, read)
 
 
@@ -185,8 +184,7 @@ def _best(budgets: Sequence[MeasuredBudget], errors: np.ndarray) -> list[Measure
     best, margin = {}, CLEARLY / len(errors) * np.log(10) / 10
     for speedup in dict.fromkeys(budget.speedup for budget in budgets):
         own = [i for i, budget in enumerate(budgets) if budget.speedup == speedup]
-        known = {(budgets[i].mask, budgets[i].forecasts, budgets[i].predictor): i for i in own}
-        usual = next(known[one] for one in USUAL if one in known)
+        usual = next(i for i in own if (budgets[i].mask, budgets[i].forecasts, budgets[i].predictor) == USUAL)
         better = [i for i in own if (errors[:, i] < errors[:, usual] - margin).all()]
         best[speedup] = budgets[min(better or [usual], key=lambda i: errors[:, i].mean())]
     return [*best.values()]

@@ -97,7 +97,7 @@ def test_a_published_curve_serves_until_idle_time_has_brought_a_matrix(
     assert omni.engine.worker.runner.forwards == computed and not omni.engine.reports()
     output = draw(omni, 9)
     assert output.skipped_steps > 0 and output.cache_settings["profile"].startswith(f"mine-{STEPS}-")
-    assert output.cache_settings["forecasts"] == "output"
+    assert output.cache_settings["predictor"] == "affine"
     kept = load_profile(next(profiles.glob("mine-*.json")))
     assert kept.provenance["size"] == {"height": 32, "width": 32} and kept.gains is None
     assert idle.wanted  # gains come next
@@ -146,7 +146,7 @@ def test_steps_that_a_learnt_profile_says_nothing_of_are_cached_by_its_curve_and
     with learning(folder) as omni:
         for seed in range(REQUESTS):
             assert draw(omni, seed, steps=4).skipped_steps == 0
-        assert draw(omni, 7, steps=4).cache_settings["forecasts"] == "output"
+        assert draw(omni, 7, steps=4).cache_settings["predictor"] == "affine"
         for seed in range(REQUESTS):
             output = draw(omni, seed, steps=16)
             assert output.skipped_steps > 0 and output.cache_settings["predictor"] == "reuse"
@@ -155,7 +155,7 @@ def test_steps_that_a_learnt_profile_says_nothing_of_are_cached_by_its_curve_and
             assert learning_of(omni).to_run() is not None
             run_once(idle, omni)
         output = draw(omni, 9, steps=16)
-        assert output.cache_settings["forecasts"] == "output" and output.cache_settings["profile"].startswith("mine-16")
+        assert output.cache_settings["predictor"] == "affine" and output.cache_settings["profile"].startswith("mine-16")
 
 
 def test_a_run_that_does_not_meet_the_schedule_is_not_repeated(omni: Omni) -> None:

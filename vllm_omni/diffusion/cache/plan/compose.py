@@ -130,8 +130,7 @@ def choose_forecast(
 ) -> tuple[str, Forecasted]:
     """The predictor that is named, of residuals, or for `auto` what calibration found best with so many full forwards.
 
-    Without a measurement that is least squares, of the output if its matrix is known and of residuals with weights that
-    sum to one otherwise, or, without a matrix, reuse.
+    Without a measurement that is least squares with weights that sum to one, or, without a matrix, reuse.
 
     Forwards, not steps per forward, set how far apart in sigma the anchors are, whatever the step count.
     """
@@ -140,8 +139,6 @@ def choose_forecast(
         best = profile.budget_at(forwards) if profile is not None else None
         if best is not None:
             return best.predictor, best.forecasts
-        if profile is not None and profile.output_gram is not None:
-            return "gram", "output"
         return "affine" if profile is not None and profile.gram is not None else "reuse", "residual"
     if asked in NEED_GRAM and (profile is None or profile.gram is None):
         raise InvalidValueError(
