@@ -25,6 +25,7 @@ CASES = [
     if (family, how) != ("Wan 2.1", TENSOR)  # diffusers has no plan for it
 ]
 BRANCHES_TOO = {"caches": ["plan", "inner gate"]}
+WHOLE_OUTPUTS = {"caches": ["whole outputs"]}  # every rank has them
 ODD, ODD_TEXT = {"size": [20, 20], "lengths": [7, 7]}, {"lengths": [7, 6]}
 MORE: list[Any] = [  # of each combination what differs from its parts
     pytest.param("FLUX.1", ULYSSES | RING, BRANCHES_TOO, marks=full_set),  # four processes each
@@ -34,6 +35,8 @@ MORE: list[Any] = [  # of each combination what differs from its parts
     ("Qwen-Image", ULYSSES, ODD_TEXT | {"caches": ["off", "plan"]}),
     ("Qwen-Image", ULYSSES | {"ulysses_anything": True}, ODD_TEXT | BRANCHES_TOO | {"size": [48, 16]}),
     ("FLUX.1", RING | {"ring_anything": True}, ODD | BRANCHES_TOO),
+    ("FLUX.1", CFG, WHOLE_OUTPUTS),
+    pytest.param("Wan 2.1", ULYSSES, WHOLE_OUTPUTS, marks=full_set),
 ]
 
 
@@ -89,7 +92,7 @@ def test_ranks_make_what_one_process_makes(family: str, how: dict[str, int]) -> 
 @pytest.mark.parametrize(("family", "how", "more"), MORE, ids=lambda v: v if isinstance(v, str) else "-".join(v))
 def test_combinations_make_what_one_process_makes(family: str, how: dict[str, Any], more: dict[str, Any]) -> None:
     """Tokens split in both ways, branches beside tokens or layers, and numbers of tokens that ranks cannot share."""
-    asked = {name: value for name, value in more.items() if name != "caches"}
+    asked = more if more == WHOLE_OUTPUTS else {name: value for name, value in more.items() if name != "caches"}
     alone, ranks = served(family, "{}", json.dumps(asked)), served(family, json.dumps(how), json.dumps(more))
     parts = prod(size for name, size in how.items() if name != "tensor_parallel_size")
     for name, several in ranks.items():

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 BEGAN = time.monotonic()
@@ -21,6 +23,7 @@ CACHES: dict[str, Any] = {
     "outer gate": {"backend": "seacache", "rel_l1_thresh": 0.3},
     "inner gate": {"backend": "fbcache", "rel_l1_thresh": 0.6},
 }
+WHOLE = "whole outputs"  # forecasts of what the denoiser returns; asked for by name
 
 
 def requests_of(family: Any, cache: Any, more: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -39,6 +42,23 @@ def requests_of(family: Any, cache: Any, more: dict[str, Any]) -> dict[str, tupl
         number = (0, 1, 3, 4)[i]  # number 2 has a mask, which a ring cannot have
         asked[str(i)] = of_length(family, number, *lengths), params
     return asked
+
+
+def whole_outputs(omni: Any) -> dict[str, Any]:
+    """A cache with the plan's mask, and a profile by which outputs are forecast."""
+    from vllm_omni.diffusion.cache.profile import CacheProfile
+
+    steps = len(MASK)
+    near = tuple(tuple(0.9 ** abs(i - j) for j in range(steps)) for i in range(steps))
+    chosen = ({"speedup": 2.0, "predictor": "affine", "forecasts": "output"},)
+    kind = type(omni.engine.worker.pipeline.transformer).__name__
+    facts = {"gram": near, "output_gram": near, "budgets": chosen, "ratios": (1.0,) * steps}
+    profile = CacheProfile(
+        name="whole", transformer_class=kind, sigmas=tuple(1 - i / steps for i in range(steps)), **facts
+    )
+    path = Path(tempfile.mkdtemp()) / "whole.json"
+    profile.save(path)
+    return {"backend": "magcache", "steps_mask": MASK, "profile": str(path)}
 
 
 def serve(omni: Any, family: Any, name: str, more: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +104,7 @@ def main() -> None:
     family = next(family for family in FAMILIES if family.name == sys.argv[1])
     more = json.loads(sys.argv[3])
     with Omni("demo", dtype="float32", device="cpu", **json.loads(sys.argv[2])) as omni:
+        CACHES.update({WHOLE: whole_outputs(omni)} if WHOLE in more.get("caches", ()) else {})
         for name in more.get("caches", CACHES):
             print(json.dumps(serve(omni, family, name, more)), flush=True)
     print(json.dumps({"seconds": time.monotonic() - BEGAN}), flush=True)
