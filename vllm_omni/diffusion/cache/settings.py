@@ -24,7 +24,7 @@ BUDGETS = ("nfe", "speedup", "seconds", "psnr")
 
 _RULE = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio")
 PLANS = (*BUDGETS, "steps_mask", "preset")
-_SHORT = dict(zip(("threshold", "max_skip_steps", "retention_ratio"), _RULE, strict=True))
+SHORT = dict(zip(("threshold", "max_skip_steps", "retention_ratio"), _RULE, strict=True))
 _ENGINE_ONLY = {"memory_budget_mb", "mag_calibrate", "residual_dtype", "calibrate"}
 
 
@@ -292,7 +292,7 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
         asked = {"preset": asked}
     if not isinstance(asked, Mapping):
         raise InvalidValueError("cache", asked, "must be None, 'off', a preset's name or a dict of overrides")
-    known = {"enabled", "backend", *_SHORT, *OTHER_NAMES, *set(DiffusionCacheConfig.model_fields) - _ENGINE_ONLY}
+    known = {"enabled", "backend", *SHORT, *OTHER_NAMES, *set(DiffusionCacheConfig.model_fields) - _ENGINE_ONLY}
     check_keys("cache", asked, known)
     given, asked = asked, in_our_names(asked)
     if asked.get("enabled", True) is False or asked.get("backend") in ("none", "off"):
@@ -301,11 +301,11 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
         raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, PRESET_NAMES))}")
     named = [name for name, value in asked.items() if value is not None]
     budget = next((name for name in BUDGETS if name in named), None)
-    if budget and (rule := next((name for name in ("preset", *_SHORT, *_RULE) if name in named), None)):
+    if budget and (rule := next((name for name in ("preset", *SHORT, *_RULE) if name in named), None)):
         raise InvalidValueError(f"cache.{budget}", asked[budget], f"and {rule} each make the plan: give one")
     with in_their_words(given, {"backend": "cache_backend"}):
         backend = engine_backend(asked.get("backend") or (engine.backend if engine else "magcache"))
-    short: dict[str, str] = _SHORT if backend == "magcache" else _SHORT | {"threshold": "rel_l1_thresh"}
+    short: dict[str, str] = SHORT if backend == "magcache" else SHORT | {"threshold": "rel_l1_thresh"}
     own = {short.get(str(key), str(key)): asked[key] for key in asked if key not in ("enabled", "backend")}
     with in_their_words(given, OURS | short):
         return parse(backend, DiffusionCacheConfig.from_dict(_inherited(engine, backend, own) | own))
