@@ -179,11 +179,8 @@ class StackBackend(CacheBackend):
             return self.state(schedule_of(pipeline), settings)
         if not self.enabled or pipeline is not self._pipeline:
             self.enable(pipeline)
-        if self._session is None:
-            return None
-        self._session.restart()
-        if num_inference_steps is not None and isinstance(self._session.tracker, CallTracker):
-            self._session.tracker.steps = num_inference_steps
+        if self._session is not None:
+            self._session.restart(num_inference_steps)
         return None
 
     def disable(self, pipeline: Any) -> None:

@@ -41,13 +41,17 @@ class Session:
         """The state of the request that calls, and the position of its call."""
         position = self.tracker.locate(denoiser, branch)
         if self.state is None or position.run != self._run:
-            self.restart()
+            self._forget()
             self._run = position.run
             self.state = self._make_state(self.tracker.schedule())
         return self.state, position
 
-    def restart(self) -> None:
-        """Forget the request."""
+    def restart(self, steps: int | None = None) -> None:
+        """Forget the request; where calls are counted, the next one is the first, of `steps` or as many as before."""
+        self.tracker.restart(steps)
+        self._forget()
+
+    def _forget(self) -> None:
         if self.state is not None:
             self.state.drop()
         self.state = self._run = None
@@ -76,6 +80,8 @@ class StandaloneHook(ModelHook):
         return module
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._forward is not None:  # no hook runs after a forward that a KeyboardInterrupt ends
+            self.session.restart()
         self._close()
         state, position = self.session.locate(self.name, self.branch)
         if position.step == 0:  # it may have come after ours
@@ -98,15 +104,13 @@ class StandaloneHook(ModelHook):
         return args, kwargs
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
-        if output is None:  # the forward raised: the request is over
-            self.session.restart()
-        forward, whole = self._forward, output is None
+        forward, whole = self._forward, False
         try:
             if output is not None and forward is not None:
                 forward.commit(output)
-            whole = True
+            whole = output is not None
         finally:
-            if not whole:
+            if not whole:  # the forward raised, or what it returned cannot be kept: the request is over
                 self.session.restart()
             self._close()
         return output
