@@ -41,6 +41,11 @@ OURS = {**_RENAMED, **dict.fromkeys(_PREDICTORS, "predictor"), "max_warmup_steps
 OTHER_NAMES = frozenset({*OURS, *_FIXED})
 
 
+def is_off(name: object) -> bool:
+    """Whether a backend's name, or what a request gives as its cache, is a word for no cache at all."""
+    return isinstance(name, str) and name.lower() in ("none", "off")
+
+
 @contextmanager
 def in_their_words(given: Mapping[str, Any], ours: Mapping[str, str]) -> Iterator[None]:
     """Errors within name a setting as it was `given`; `ours` are the names that it has here."""

@@ -12,6 +12,8 @@ from closeness import assert_close
 from errors_raised import assert_matches
 from pipelines import CURVE, DEFAULTS, embeds, tiny_flux
 
+from vllm_omni.diffusion.cache.selector import get_cache_backend
+from vllm_omni.diffusion.cache.settings import engine_backend
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import InvalidValueError, ModelLoadError, OmniError, UnknownKeyError
@@ -102,6 +104,13 @@ def test_bad_sampling_params_are_refused(omni: Omni, params: dict[str, Any], mes
         ({"treshold": 0.1}, "cache has no 'treshold'; did you mean 'threshold'"),
         ({"mag_max_skip_step": 0.1}, "mag_max_skip_step.*did you mean.*'mag_max_skip_steps'"),
         ({"backend": "magcash"}, "^backend must be one of .*'magcache'.*got 'magcash'"),
+        ({"backend": 5}, "^backend must be one of .*'magcache'.*got 5"),
+        ({"backend": ""}, "^backend must be one of .*got ''"),
+        ({"backend": ["magcache"]}, "^backend must be one of .*got .*magcache"),
+        ({"enabled": 0}, "cache.enabled must be true or false.*got 0"),
+        ({"enabled": "false"}, "cache.enabled must be true or false.*got 'false'"),
+        ({"enabled": None}, "cache.enabled must be true or false.*got None"),
+        ({5: 1}, "cache has no '5'"),
         ({"preset": "slow"}, "cache.preset must be one of .*'fast'.*got 'slow'"),
         ({"threshold": 0}, "threshold.*greater than 0, got 0"),
         ({"threshold": -0.1}, "threshold.*greater than 0"),
@@ -128,6 +137,17 @@ def test_bad_sampling_params_are_refused(omni: Omni, params: dict[str, Any], mes
 )
 def test_bad_cache_settings_of_a_request_are_refused(omni: Omni, cache: Any, message: str) -> None:
     assert_matches(refused(omni, embeds(0), {"cache": cache}), message)
+
+
+@pytest.mark.parametrize("word", ["none", "None", "off", "OFF"])
+def test_a_word_for_no_cache_means_that_everywhere(omni: Omni, word: str) -> None:
+    caches = [word, {"backend": word}, {"backend": word, "nfe": 3}, {"enabled": False}]
+    outputs = omni.generate([embeds(0)] * 4, [{**GOOD, "cache": cache} for cache in caches], use_tqdm=False)
+    for output in outputs:
+        assert output.ok and output.cache_settings is None, output.error
+    assert get_cache_backend(word) is None and engine_backend(word) == "none"
+    with pytest.raises(InvalidValueError, match="needs a cache_backend"):
+        OmniDiffusionConfig(model="demo", cache_backend=word, cache_config={"nfe": 5})
 
 
 def test_a_bad_request_is_an_output_with_an_error(omni: Omni) -> None:
@@ -193,6 +213,9 @@ def test_a_bad_cache_config_is_refused(settings: dict[str, Any], message: str) -
         ({"model": "demo", "max_num_seqs": 0}, "max_num_seqs.*got 0"),
         ({"model": "demo", "max_num_seq": 1}, "max_num_seq.*did you mean.*'max_num_seqs'"),
         ({"model": "demo", "cache_config": {}}, "cache_config needs a cache_backend"),
+        ({"model": "demo", "cache_backend": "None", "cache_config": {"nfe": 5}}, "cache_config needs a cache_backend"),
+        ({"model": "demo", "cache_backend": "Off", "cache_config": {"nfe": 5}}, "cache_config needs a cache_backend"),
+        ({"model": "demo", "cache_backend": 5, "cache_config": {"nfe": 5}}, "cache_backend.*got 5"),
         ({"model": "demo", "cache_backend": "magcache", "cache_config": 5}, "DiffusionCacheConfig.*dict.*got 5"),
         ({"model": "demo", "cache_backend": "magcache", "cache_config": {"mag_calibrate": True}}, "mag_calibrate"),
         ({"model": "demo", "cache_backend": "magcache", "cache_config": {"mag_treshold": 1}}, "'mag_threshold'"),

@@ -25,9 +25,9 @@ def get_cache_backend(
     name: str | None, config: DiffusionCacheConfig | Mapping[str, Any] | None = None
 ) -> CacheBackend | None:
     """The backend `name` with `config`; None for None and "none". InvalidValueError for a name that nobody has."""
-    if name is None or str(name).lower() == "none":
+    if (plain := canonical_name(name)) == "none":
         return None
-    module, attribute = _BACKENDS[canonical_name(name)]
+    module, attribute = _BACKENDS[plain]
     if config is None:
         config = DiffusionCacheConfig()
     elif not isinstance(config, DiffusionCacheConfig):

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, field_validator, model_validator
 
-from vllm_omni.cache_names import OTHER_NAMES, OURS, in_our_names, in_their_words, mask_of_bins
+from vllm_omni.cache_names import OTHER_NAMES, OURS, in_our_names, in_their_words, is_off, mask_of_bins
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 from vllm_omni.settings import Settings
 
@@ -237,19 +237,22 @@ class CacheSettings(NamedTuple):
     config: DiffusionCacheConfig
 
 
-def canonical_name(name: str) -> str:
-    """`magcache` for `mag_cache`, `MagCache` and `mag-cache`; InvalidValueError (a ValueError) lists the choices."""
-    plain = str(name).lower().replace("_", "").replace("-", "")
+def canonical_name(name: Any) -> str:
+    """`magcache` for `mag_cache`, `MagCache` and `mag-cache`; "none" for None and a word for no cache.
+
+    InvalidValueError (a ValueError) lists the choices.
+    """
+    if name is None or is_off(name):
+        return "none"
+    plain = name.lower().replace("_", "").replace("-", "") if isinstance(name, str) else ""
     if plain not in BACKENDS:
         raise UnknownChoiceError("cache_backend", name, ("none", *ENGINE_BACKENDS))
     return plain
 
 
-def engine_backend(name: str | None) -> str:
+def engine_backend(name: Any) -> str:
     """`name` as the engine takes it: the canonical name of a backend with a state per request, or "none"."""
-    if name is None or name.lower() == "none":
-        return "none"
-    if (plain := canonical_name(name)) not in ENGINE_BACKENDS:
+    if (plain := canonical_name(name)) not in ("none", *ENGINE_BACKENDS):
         fix = "keeps one state per model and cannot serve requests; take 'fbcache', the same rule"
         raise InvalidValueError("cache_backend", name, fix)
     return plain
@@ -283,9 +286,9 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
     """
     if asked is None:
         return engine
+    if is_off(asked):
+        return None
     if isinstance(asked, str):
-        if asked in ("off", "none"):
-            return None
         if asked not in PRESET_NAMES:
             names = ", ".join(map(repr, PRESET_NAMES))
             raise InvalidValueError("cache", asked, f"must be 'off', a dict, or one of {names}")
@@ -295,7 +298,11 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
     known = {"enabled", "backend", *SHORT, *OTHER_NAMES, *set(DiffusionCacheConfig.model_fields) - _ENGINE_ONLY}
     check_keys("cache", asked, known)
     given, asked = asked, in_our_names(asked)
-    if asked.get("enabled", True) is False or asked.get("backend") in ("none", "off"):
+    if not isinstance(enabled := asked.get("enabled", True), bool):
+        raise InvalidValueError(
+            "cache.enabled", enabled, "must be true or false; leave it out for the engine's setting"
+        )
+    if not enabled or is_off(name := asked.get("backend")):
         return None
     if (preset := asked.get("preset")) is not None and preset not in PRESET_NAMES:
         raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, PRESET_NAMES))}")
@@ -304,7 +311,7 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
     if budget and (rule := next((name for name in ("preset", *SHORT, *_RULE) if name in named), None)):
         raise InvalidValueError(f"cache.{budget}", asked[budget], f"and {rule} each make the plan: give one")
     with in_their_words(given, {"backend": "cache_backend"}):
-        backend = engine_backend(asked.get("backend") or (engine.backend if engine else "magcache"))
+        backend = engine_backend(name if name is not None else engine.backend if engine else "magcache")
     short: dict[str, str] = SHORT if backend == "magcache" else SHORT | {"threshold": "rel_l1_thresh"}
     own = {short.get(str(key), str(key)): asked[key] for key in asked if key not in ("enabled", "backend")}
     with in_their_words(given, OURS | short):
