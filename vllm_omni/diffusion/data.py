@@ -74,17 +74,11 @@ class OmniDiffusionConfig(Settings):
         """Also by the names of the fields of `parallel_config`."""
         super().__init__(**gathered(values))
 
-    @field_validator("parallel_config", mode="before")
+    @field_validator("parallel_config", "cache_config", mode="before")
     @classmethod
-    def _parallel_config(cls, value: Any) -> Any:
-        return value if isinstance(value, ParallelConfig) else ParallelConfig.from_dict(value)
-
-    @field_validator("cache_config", mode="before")
-    @classmethod
-    def _cache_config(cls, value: Any) -> Any:
-        if value is None or isinstance(value, DiffusionCacheConfig):
-            return value
-        return DiffusionCacheConfig.from_dict(value)
+    def _nested(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = ParallelConfig if info.field_name == "parallel_config" else DiffusionCacheConfig
+        return value if value is None or isinstance(value, kind) else kind.from_dict(value)
 
     @property
     def component_devices(self) -> dict[str, str]:

@@ -118,11 +118,8 @@ class StackBackend(CacheBackend):
         self.disable(pipeline)
         modules = {name: module for name, module in denoisers_of(pipeline).items() if has_blocks(module)}
         if not modules:
-            raise InvalidValueError(
-                "cache_backend",
-                self.name,
-                f"finds no list of blocks in {type(pipeline).__name__}; serve it with 'none'",
-            )
+            fix = f"finds no list of blocks in {type(pipeline).__name__}; serve it with 'none'"
+            raise InvalidValueError("cache_backend", self.name, fix)
         for module in modules.values():
             refuse_other_caches(module)
         self.denoisers = {name: self._denoiser(module, (known or {}).get(name)) for name, module in modules.items()}

@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from vllm_omni.cache_names import OTHER_NAMES, OURS, in_our_names, in_their_words, is_off, mask_of_bins
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
@@ -99,16 +101,21 @@ AUTO = Preset("auto", Rule(), 2.0, 38.0)
 PRESET_NAMES = (AUTO.name, *PRESETS)
 
 
+def _numbers(field: str, value: Any, what: str) -> tuple[float, ...]:
+    """Any sequence or tensor of numbers, one per step; `what` they must be."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise InvalidValueError(field, value, f"must be a list of {what}, one per step")
+    try:
+        return tuple(float(v) for v in value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise InvalidValueError(field, value, f"must be a flat list of {what}, one per step") from None
+
+
 def as_curve(field: str, value: Any) -> tuple[float, ...] | None:
     """A magnitude curve as floats, from any sequence or tensor of finite values > 0 that is not empty."""
     if value is None:
         return None
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise InvalidValueError(field, value, "must be a list of numbers, one per step")
-    try:
-        curve = tuple(float(v) for v in value)
-    except (TypeError, ValueError):
-        raise InvalidValueError(field, value, "must be a flat list of numbers, one per step") from None
+    curve = _numbers(field, value, "numbers of 1e-6 to 1e6")
     if not curve:
         raise InvalidValueError(field, value, "must not be empty: give one ratio per step, or leave it out")
     for index, ratio in enumerate(curve):
@@ -141,7 +148,7 @@ class DiffusionCacheConfig(Settings):
         with in_their_words(values, OURS):
             super().__init__(**in_our_names(values))
 
-    mag_ratios: tuple[float, ...] | None = None
+    mag_ratios: Annotated[tuple[float, ...] | None, BeforeValidator(partial(as_curve, "mag_ratios"))] = None
     num_inference_steps: int | None = Field(default=None, ge=1, le=10_000)
     mag_threshold: float = Field(default=0.24, gt=0, allow_inf_nan=False)
     mag_max_skip_steps: int = Field(default=5, ge=1, le=10_000)
@@ -176,37 +183,31 @@ class DiffusionCacheConfig(Settings):
             preset = None
         return merged | {"preset": preset}
 
-    @field_validator("mag_ratios", mode="before")
-    @classmethod
-    def _curve(cls, value: Any) -> Any:
-        return as_curve("mag_ratios", value)
-
     @field_validator("steps_mask", mode="before")
     @classmethod
     def _mask(cls, value: Any) -> Any:
         if value is None:
             return None
-        if isinstance(value, Mapping):
-            value = mask_of_bins(value)
-        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-            raise InvalidValueError("steps_mask", value, "must be a list of flags, one per step")
-        mask = tuple(bool(v) for v in value)
-        if not mask or not mask[0]:
-            raise InvalidValueError("steps_mask", value, "must begin with a computed step (1)")
-        return mask
+        flags = _numbers("steps_mask", mask_of_bins(value) if isinstance(value, Mapping) else value, "flags, 0 or 1")
+        if not flags or not flags[0] or {*flags} - {0, 1}:
+            raise InvalidValueError("steps_mask", value, "must begin with a computed step (1), and hold 0 and 1 alone")
+        return tuple(map(bool, flags))
 
-    @field_validator("nfe")
+    @field_validator("profile")
     @classmethod
-    def _nfe(cls, value: int | None) -> int | None:
-        if value is not None and value < 1:
-            raise InvalidValueError("nfe", value, "must be at least 2 (1 if the last step may be skipped)")
+    def _profile(cls, value: str | None) -> str | None:
+        try:
+            Path(value or "").is_file()
+        except OSError as error:  # a name that is too long, or a folder that may not be searched
+            raise InvalidValueError("profile", value, f"cannot be read ({error.strerror}); give another file") from None
         return value
 
-    @field_validator("speedup")
+    @field_validator("nfe", "speedup")
     @classmethod
-    def _speedup(cls, value: float | None) -> float | None:
+    def _from_one(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and value < 1:
-            raise InvalidValueError("speedup", value, "must be at least 1, which computes every step")
+            least = {"nfe": "2 (1 if the last step may be skipped)", "speedup": "1, which computes every step"}
+            raise InvalidValueError(str(info.field_name), value, f"must be at least {least[str(info.field_name)]}")
         return value
 
     @model_validator(mode="after")
@@ -215,6 +216,9 @@ class DiffusionCacheConfig(Settings):
         if len(given) > 1:
             first, second, *_ = given
             raise InvalidValueError(first, given[first], f"and {second} each make the plan: give one")
+        if self.mag_calibrate and self.calibrate == "auto":
+            fix = "learns while an engine serves, mag_calibrate measures a plain pipeline; give one of them"
+            raise InvalidValueError("calibrate", "auto", fix)
         if self.psnr is not None and (self.predictor != "auto" or not self.compute_last_step or self.mag_ratios):
             fix = "was measured without mag_ratios, another predictor, or compute_last_step off; leave these out"
             raise InvalidValueError("psnr", self.psnr, fix)
@@ -238,10 +242,7 @@ class CacheSettings(NamedTuple):
 
 
 def canonical_name(name: Any) -> str:
-    """`magcache` for `mag_cache`, `MagCache` and `mag-cache`; "none" for None and a word for no cache.
-
-    InvalidValueError (a ValueError) lists the choices.
-    """
+    """`magcache` for `mag_cache` and `MagCache`, "none" for no cache; else InvalidValueError lists the choices."""
     if name is None or is_off(name):
         return "none"
     plain = name.lower().replace("_", "").replace("-", "") if isinstance(name, str) else ""
@@ -304,7 +305,8 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
         )
     if not enabled or is_off(name := asked.get("backend")):
         return None
-    if (preset := asked.get("preset")) is not None and preset not in PRESET_NAMES:
+    preset = asked.get("preset")
+    if preset is not None and not (isinstance(preset, str) and preset in PRESET_NAMES):
         raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, PRESET_NAMES))}")
     named = [name for name, value in asked.items() if value is not None]
     budget = next((name for name in BUDGETS if name in named), None)

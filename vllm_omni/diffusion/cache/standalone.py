@@ -192,9 +192,6 @@ _COUNTS = {"cnt", "enable_teacache", "accumulated_rel_l1_distance", "previous_mo
 
 def _stateful_hook(module: torch.nn.Module) -> str | None:
     """The name of a hook of diffusers' that keeps state, as every cache does that its `apply_…` functions put on."""
-    for part in module.modules():
-        if (registry := vars(part).get("_diffusers_hook")) is not None:
-            for name, hook in registry.hooks.items():
-                if type(hook)._is_stateful:
-                    return name
-    return None
+    registries = [vars(part).get("_diffusers_hook") for part in module.modules()]
+    hooks = [pair for registry in registries if registry is not None for pair in registry.hooks.items()]
+    return next((name for name, hook in hooks if type(hook)._is_stateful), None)
