@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,10 +14,12 @@ from closeness import levels_apart
 from diffusers import DiffusionPipeline
 from paths import DEMO
 
-from vllm_omni import Omni
+from vllm_omni import AsyncOmni, Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.diffusion import loader
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.loader import load_pipeline, prepare
+from vllm_omni.entrypoints.omni import WHILE_LOADING
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError
 from vllm_omni.model_folder import generation_defaults
 
@@ -82,6 +87,41 @@ def test_what_cannot_be_done_is_refused_with_the_reason() -> None:
     ]:
         with pytest.raises(kind, match=told):
             Omni("demo", device="cpu", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ({"dtype": "bfloat16"}, r"pipe\.to\(dtype\)"),
+        ({"device": "cuda"}, r"pipe\.to\(device\)"),
+        ({"device": "cpu:1"}, r"pipe\.to\(device\)"),
+        ({"revision": "main"}, "from_pretrained"),
+        ({"enforce_eager": False}, "compile_repeated_blocks"),
+        ({"enable_cpu_offload": True}, "enable_model_cpu_offload"),
+        ({"enable_layerwise_offload": True}, "enable_group_offload"),
+        ({"quantization": "fp8"}, "enable_layerwise_casting"),
+        ({"attention_backend": "nonsense"}, "set_attention_backend"),
+        ({"vae_use_slicing": True}, "enable_slicing"),
+        ({"vae_use_tiling": True}, "enable_tiling"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Omni, AsyncOmni])
+def test_a_loaded_pipeline_is_not_given_options_of_loading(kind: Any, given: dict[str, Any], instead: str) -> None:
+    from pipelines import DEFAULTS, tiny_flux
+
+    with pytest.raises(InvalidValueError, match=f"{next(iter(given))} is applied while .*{instead}"):
+        kind.from_pipe(tiny_flux(), defaults=DEFAULTS, **given)
+
+
+def test_options_of_loading_that_a_pipeline_meets_are_taken() -> None:
+    from pipelines import DEFAULTS, tiny_flux
+
+    Omni.from_pipe(tiny_flux(), defaults=DEFAULTS, dtype="float32", device="cpu", enforce_eager=True).close()
+
+
+def test_every_option_that_the_loader_applies_is_known_to_from_pipe() -> None:
+    read = set(re.findall(r"\bconfig\.([a-z_]+)", inspect.getsource(loader))) | {"enable_cpu_offload"}
+    assert read - {"model", "component_devices", "parallel_config"} == set(WHILE_LOADING)
 
 
 def test_a_pipeline_that_was_given_sleeps_at_level_1_alone(tmp_path: Path) -> None:
