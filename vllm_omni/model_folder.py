@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from vllm_omni.errors import ModelLoadError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+# What diffusers, PEFT and safetensors raise about files that lack what they are asked for.
+UNREADABLE = (OSError, ValueError, LookupError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
 _FUNCTION = re.compile(r"([A-Za-z_]\w*)((?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
