@@ -12,6 +12,7 @@ import pytest
 import torch
 from closeness import levels_apart
 from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 from paths import DEMO
 
 from vllm_omni import AsyncOmni, Omni
@@ -120,8 +121,43 @@ def test_options_of_loading_that_a_pipeline_meets_are_taken() -> None:
 
 
 def test_every_option_that_the_loader_applies_is_known_to_from_pipe() -> None:
-    read = set(re.findall(r"\bconfig\.([a-z_]+)", inspect.getsource(loader))) | {"enable_cpu_offload"}
-    assert read - {"model", "component_devices", "parallel_config"} == set(WHILE_LOADING)
+    source = inspect.getsource(loader)
+    read = {name for name in OmniDiffusionConfig.model_fields if re.search(rf"\b{name}\b", source)}
+    assert read - {"model", "parallel_config"} == set(WHILE_LOADING)
+
+
+class Whole(AutoencoderMixin, torch.nn.Module):
+    """A decoder of diffusers' that knows neither tiles nor slices."""
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"vae_use_tiling": True}, "(enable_tiling|Tiling)"),
+        ({"vae_use_slicing": True}, "(enable_slicing|Slicing)"),
+        ({"quantization": "fp8"}, "enable_layerwise_casting"),
+        ({"attention_backend": "native"}, "set_attention_backend"),
+        ({"enforce_eager": False}, "compile_repeated_blocks"),
+    ],
+)
+def test_an_option_that_a_model_cannot_have_is_named(
+    given: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import tiny_flux
+
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = pipe.transformer.config
+
+    for vae in (None, torch.nn.Linear(1, 1), Whole()):
+        pipe = tiny_flux()
+        pipe.transformer = Own()
+        pipe.vae = vae
+        monkeypatch.setattr(loader, "_pipeline", lambda *given, pipe=pipe: pipe)
+        with pytest.raises(InvalidValueError, match=f"cannot be used with this model, leave it out.*{told}") as refused:
+            load_pipeline(OmniDiffusionConfig(model="demo", device="cpu", **given))
+        assert {refused.value.field: refused.value.value} == given
 
 
 def test_a_pipeline_that_was_given_sleeps_at_level_1_alone(tmp_path: Path) -> None:

@@ -26,12 +26,7 @@ from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels import ops
 
 DEFAULT_STEPS = 28  # of a bare denoiser, unless the settings say
-KEPT_AS = {  # residual_dtype
-    "model": None,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float8": ops.EIGHT_BITS,
-}
+KEPT_AS = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float8": ops.EIGHT_BITS}
 
 
 class CacheBackend(ABC):

@@ -28,9 +28,7 @@ def get_cache_backend(
     if (plain := canonical_name(name)) == "none":
         return None
     module, attribute = _BACKENDS[plain]
-    if config is None:
-        config = DiffusionCacheConfig()
-    elif not isinstance(config, DiffusionCacheConfig):
-        config = DiffusionCacheConfig.from_dict(config)
+    if not isinstance(config, DiffusionCacheConfig):
+        config = DiffusionCacheConfig.from_dict({} if config is None else config)
     backend: CacheBackend = vars(import_module(module))[attribute](config)
     return backend

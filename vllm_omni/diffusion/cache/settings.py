@@ -305,8 +305,7 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
         )
     if not enabled or is_off(name := asked.get("backend")):
         return None
-    preset = asked.get("preset")
-    if preset is not None and not (isinstance(preset, str) and preset in PRESET_NAMES):
+    if not isinstance(preset := asked.get("preset"), str | None) or preset not in (None, *PRESET_NAMES):
         raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, PRESET_NAMES))}")
     named = [name for name, value in asked.items() if value is not None]
     budget = next((name for name in BUDGETS if name in named), None)
