@@ -166,6 +166,7 @@ def test_bad_lora_modules_are_refused_at_start_up(tmp_path: Path) -> None:
         (str(cut), "could not be loaded"),
         (str(tmp_path / "gone"), "does not exist"),
         ("/" + "a" * 300, "does not exist"),
+        ("~nobody-here/adapter", "does not exist"),
     ]:
         with pytest.raises(ModelLoadError, match=message):
             Omni.from_pipe(tiny_flux(), defaults=DEFAULTS, lora_modules={"x": where})

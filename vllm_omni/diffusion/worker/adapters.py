@@ -79,8 +79,8 @@ class AdapterSwitch:
 
 
 def _load(pipeline: Any, name: str, where: str) -> None:
-    path = Path(where).expanduser()
-    local = os.path.exists(path)  # of a name that is too long, Path.exists raises
+    path = Path(os.path.expanduser(where))  # Path's own raises for an unknown user, and exists for a name too long
+    local = os.path.exists(path)
     if not local and (where.count("/") != 1 or where.startswith((".", "/", "~"))):
         raise ModelLoadError(f"lora_modules {name!r}: {where!r} does not exist; give a file, a folder or a hub id")
     if local and path.is_file() and path.suffix != ".safetensors":
