@@ -14,6 +14,7 @@ from typing import Any
 from vllm_omni.errors import InvalidValueError, check_keys
 
 MAX_MASK = 10_000
+_PLAIN = int | float | str | None
 
 _RENAMED = {
     "residual_diff_threshold": "rel_l1_thresh",
@@ -46,6 +47,11 @@ def is_off(name: object) -> bool:
     return isinstance(name, str) and name.lower() in ("none", "off")
 
 
+def differ(one: Any, other: Any) -> bool:
+    """Whether two settings are not the same; what is no plain value is itself alone, for arrays compare by element."""
+    return one is not other and not (isinstance(one, _PLAIN) and isinstance(other, _PLAIN) and one == other)
+
+
 @contextmanager
 def in_their_words(given: Mapping[str, Any], ours: Mapping[str, str]) -> Iterator[None]:
     """Errors within name a setting as it was `given`; `ours` are the names that it has here."""
@@ -64,11 +70,11 @@ def in_our_names(values: Mapping[str, Any]) -> dict[str, Any]:
         value = values[name]
         if name in _FIXED:
             only, fix = _FIXED[name]
-            if not isinstance(value, type(only) | int | float) or value != only:
+            if differ(value, only):
                 raise InvalidValueError(name, value, fix)
             continue
         target, meant = _meaning(name, value, values)
-        if own.setdefault(target, meant) != meant:
+        if differ(own.setdefault(target, meant), meant):
             raise InvalidValueError(name, value, f"says what {target} says, and another value; give one of them")
     return own
 

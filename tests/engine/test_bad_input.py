@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from closeness import assert_close
 from errors_raised import assert_matches
 from pipelines import CURVE, DEFAULTS, embeds, tiny_flux
 
+from vllm_omni.cache_names import OTHER_NAMES
 from vllm_omni.diffusion.cache.selector import get_cache_backend
-from vllm_omni.diffusion.cache.settings import engine_backend
+from vllm_omni.diffusion.cache.settings import engine_backend, override, parse
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import InvalidValueError, ModelLoadError, OmniError, UnknownKeyError
@@ -138,6 +141,9 @@ def test_bad_sampling_params_are_refused(omni: Omni, params: dict[str, Any], mes
         ({"enable_taylorseer": []}, r"^enable_taylorseer must be one of False, True, got \[\]"),
         ({"sea_residual_order": {}}, r"^sea_residual_order must be one of 0, 1, got \{\}"),
         ({"Fn_compute_blocks": torch.ones(2)}, "^Fn_compute_blocks must be 1"),
+        ({"preset": "fast", "mag_threshold": torch.ones(2)}, "mag_threshold should be a valid number"),
+        ({"residual_diff_threshold": torch.ones(2)}, "^residual_diff_threshold should be a valid number"),
+        ({"preset": torch.ones(2)}, "cache.preset must be one of"),
         ({"preset": ["fast"]}, "cache.preset must be one of"),
         ({"profile": "a" * 300}, "profile cannot be read .*give another file.*got 'aaa"),
         ({"profile": "a/" * 4000}, "profile cannot be read .*give another file.*got 'a/a"),
@@ -150,6 +156,22 @@ def test_bad_sampling_params_are_refused(omni: Omni, params: dict[str, Any], mes
 )
 def test_bad_cache_settings_of_a_request_are_refused(omni: Omni, cache: Any, message: str) -> None:
     assert_matches(refused(omni, embeds(0), {"cache": cache}), message)
+
+
+ODD = (
+    None, -1, True, 0.5, math.nan, 10**400, "", "a" * 300, "\0", "\ud800", b"x", [], ["1", "0"], [None], [[1]],
+    [10**400], {}, {"compute": 5}, {"skip": "a"}, {1: 2}, {1}, object(), torch.ones(2), torch.tensor(1.0), np.ones(2),
+    np.bool_(1), iter([1]), 1 + 2j, len, "x/" * 3000,
+)  # fmt: skip
+KEYS = ("enabled", "backend", "threshold", *sorted(OTHER_NAMES), *DiffusionCacheConfig.model_fields, 5, None, ("a",))
+
+
+@pytest.mark.parametrize("beside", [{}, {"preset": "fast"}, {"residual_diff_threshold": 0.1}, {"backend": "teacache"}])
+def test_whatever_a_request_gives_as_its_cache_is_taken_or_refused_by_an_error_of_ours(beside: dict[str, Any]) -> None:
+    for engine in (None, parse("magcache", DiffusionCacheConfig(nfe=5)), parse("teacache", DiffusionCacheConfig())):
+        for asked in (*ODD, *({**beside, key: value} for key in KEYS for value in ODD)):
+            with suppress(OmniError):
+                override(asked, engine)
 
 
 @pytest.mark.parametrize("word", ["none", "None", "off", "OFF"])

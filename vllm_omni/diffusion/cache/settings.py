@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from vllm_omni.cache_names import OTHER_NAMES, OURS, in_our_names, in_their_words, is_off, mask_of_bins
+from vllm_omni.cache_names import OTHER_NAMES, OURS, differ, in_our_names, in_their_words, is_off, mask_of_bins
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 from vllm_omni.settings import Settings
 
@@ -179,7 +179,7 @@ class DiffusionCacheConfig(Settings):
         preset = values.get("preset", None if named else AUTO.name)
         own = PRESETS[preset].as_config() if isinstance(preset, str) and preset in PRESETS else {}
         merged = own | values
-        if any(merged[name] != own[name] for name in _RULE if name in own):
+        if any(differ(merged[name], own[name]) for name in _RULE if name in own):
             preset = None
         return merged | {"preset": preset}
 
