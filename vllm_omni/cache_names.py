@@ -6,7 +6,7 @@ to give instead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from vllm_omni.errors import InvalidValueError, check_keys
 
 MAX_MASK = 10_000
+_PLAIN = int | float | str | None
 
 _RENAMED = {
     "residual_diff_threshold": "rel_l1_thresh",
@@ -41,6 +42,16 @@ OURS = {**_RENAMED, **dict.fromkeys(_PREDICTORS, "predictor"), "max_warmup_steps
 OTHER_NAMES = frozenset({*OURS, *_FIXED})
 
 
+def is_off(name: object) -> bool:
+    """Whether a backend's name, or what a request gives as its cache, is a word for no cache at all."""
+    return isinstance(name, str) and name.lower() in ("none", "off")
+
+
+def differ(one: Any, other: Any) -> bool:
+    """Whether two settings are not the same; what is no plain value is itself alone, for arrays compare by element."""
+    return one is not other and not (isinstance(one, _PLAIN) and isinstance(other, _PLAIN) and one == other)
+
+
 @contextmanager
 def in_their_words(given: Mapping[str, Any], ours: Mapping[str, str]) -> Iterator[None]:
     """Errors within name a setting as it was `given`; `ours` are the names that it has here."""
@@ -59,11 +70,11 @@ def in_our_names(values: Mapping[str, Any]) -> dict[str, Any]:
         value = values[name]
         if name in _FIXED:
             only, fix = _FIXED[name]
-            if value != only:
+            if differ(value, only):
                 raise InvalidValueError(name, value, fix)
             continue
         target, meant = _meaning(name, value, values)
-        if own.setdefault(target, meant) != meant:
+        if differ(own.setdefault(target, meant), meant):
             raise InvalidValueError(name, value, f"says what {target} says, and another value; give one of them")
     return own
 
@@ -73,7 +84,7 @@ def _meaning(name: str, value: Any, values: Mapping[str, Any]) -> tuple[str, Any
         return _RENAMED[name], value
     if name in _PREDICTORS:
         choices = _PREDICTORS[name]
-        if value not in choices:
+        if not isinstance(value, int | float) or value not in choices:
             raise InvalidValueError(name, value, f"must be one of {', '.join(map(str, choices))}")
         return "predictor", choices[value]
     steps = values.get("num_inference_steps")
@@ -86,9 +97,12 @@ def _meaning(name: str, value: Any, values: Mapping[str, Any]) -> tuple[str, Any
 def mask_of_bins(value: Mapping[str, Any]) -> tuple[bool, ...]:
     """A mask from {"compute": [6, 2], "skip": [1, 3]}: runs that alternate, computed first (cache-dit's bins)."""
     check_keys("steps_mask", value, ("compute", "skip"))
-    computed, skipped = (list(value.get(name) or ()) for name in ("compute", "skip"))
-    lengths = computed + skipped
+    runs = [() if value.get(name) is None else value[name] for name in ("compute", "skip")]
+    listed = all(isinstance(run, Sequence) for run in runs)
+    lengths = [length for run in runs for length in run] if listed else [-1]
     if any(not isinstance(length, int) or length < 0 for length in lengths) or sum(lengths) > MAX_MASK:
-        raise InvalidValueError("steps_mask", value, f"must hold whole numbers that add up to at most {MAX_MASK}")
+        fix = f"must hold lists of whole numbers that add up to at most {MAX_MASK}"
+        raise InvalidValueError("steps_mask", value, fix)
+    computed, skipped = runs
     pairs = zip_longest(computed, skipped, fillvalue=0)
     return tuple(flag for run, gap in pairs for flag in (True,) * run + (False,) * gap)

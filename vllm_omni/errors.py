@@ -219,4 +219,4 @@ def check_keys(owner: str, given: Iterable[str], known: Iterable[str]) -> None:
     known = set(known)
     for key in given:
         if key not in known:
-            raise UnknownKeyError(owner, key, known)
+            raise UnknownKeyError(owner, str(key), known)

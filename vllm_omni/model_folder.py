@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from vllm_omni.errors import ModelLoadError
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+# What diffusers, PEFT and safetensors raise about files that lack what they are asked for.
+UNREADABLE = (OSError, ValueError, LookupError, RuntimeError, ImportError, AttributeError, TypeError, SafetensorError)
 _FUNCTION = re.compile(r"([A-Za-z_]\w*)((?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*)")
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -35,11 +37,11 @@ def resolve_model(model: str) -> str:
         if function[1] not in sys.modules and importlib.util.find_spec(function[1]) is None:
             raise ModelLoadError(f"model {model!r}: there is no module {function[1]!r} here or on PYTHONPATH")
         return model
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = Path(os.path.expanduser(model))  # unlike Path's own, it raises for no name
+    if os.path.isdir(folder):
         check_folder(folder)
         return str(folder)
-    if folder.exists():
+    if os.path.exists(folder):
         raise ModelLoadError(f"model {model!r} is a file; give the folder that holds model_index.json")
     looks_like_hub_id = model.count("/") == 1 and not model.startswith((".", "/", "~"))
     if not looks_like_hub_id:

@@ -130,7 +130,7 @@ def test_mag_cache_config_defaults() -> None:
     ],
 )
 def test_mag_cache_config_ranges_name_field_value_and_range(field: str, value: Any, bound: str) -> None:
-    with pytest.raises(ValueError, match=rf"{field}.*({bound}).*got ") as caught:
+    with pytest.raises(ValueError, match=rf"^{field}.*({bound}).*got ") as caught:
         MagCacheConfig(**{field: value})
     assert isinstance(caught.value, OmniError)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations, pairwise
 from typing import Any, get_args
 
 import numpy as np
 import pytest
+import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
 from planning import budgeted, planned, planned_cost
 
@@ -340,3 +342,8 @@ def test_a_mask_is_described_in_runs() -> None:
     for bad in ({"compute": [-1]}, {"compute": [10**9]}, {"compute": ["2"]}, {"computed": [1]}, {"skip": [3]}):
         with pytest.raises(InvalidValueError, match="steps_mask"):
             DiffusionCacheConfig(steps_mask=bad)
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor, lambda flags: [str(flag) for flag in flags]])
+def test_a_mask_is_read_from_flags_of_any_kind(kind: Callable[[Any], Any]) -> None:
+    assert DiffusionCacheConfig(steps_mask=kind([1, 0, 0])).steps_mask == (True, False, False)

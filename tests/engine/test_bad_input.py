@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from closeness import assert_close
 from errors_raised import assert_matches
 from pipelines import CURVE, DEFAULTS, embeds, tiny_flux
 
+from vllm_omni.cache_names import OTHER_NAMES
+from vllm_omni.diffusion.cache.selector import get_cache_backend
+from vllm_omni.diffusion.cache.settings import engine_backend, override, parse
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import InvalidValueError, ModelLoadError, OmniError, UnknownKeyError
@@ -102,6 +107,13 @@ def test_bad_sampling_params_are_refused(omni: Omni, params: dict[str, Any], mes
         ({"treshold": 0.1}, "cache has no 'treshold'; did you mean 'threshold'"),
         ({"mag_max_skip_step": 0.1}, "mag_max_skip_step.*did you mean.*'mag_max_skip_steps'"),
         ({"backend": "magcash"}, "^backend must be one of .*'magcache'.*got 'magcash'"),
+        ({"backend": 5}, "^backend must be one of .*'magcache'.*got 5"),
+        ({"backend": ""}, "^backend must be one of .*got ''"),
+        ({"backend": ["magcache"]}, "^backend must be one of .*got .*magcache"),
+        ({"enabled": 0}, "cache.enabled must be true or false.*got 0"),
+        ({"enabled": "false"}, "cache.enabled must be true or false.*got 'false'"),
+        ({"enabled": None}, "cache.enabled must be true or false.*got None"),
+        ({5: 1}, "cache has no '5'"),
         ({"preset": "slow"}, "cache.preset must be one of .*'fast'.*got 'slow'"),
         ({"threshold": 0}, "threshold.*greater than 0, got 0"),
         ({"threshold": -0.1}, "threshold.*greater than 0"),
@@ -119,6 +131,22 @@ def test_bad_sampling_params_are_refused(omni: Omni, params: dict[str, Any], mes
         ({"steps_mask": []}, "steps_mask must begin with a computed step"),
         ({"steps_mask": [0, 1]}, "steps_mask must begin with a computed step"),
         ({"steps_mask": 5}, "steps_mask.*got 5"),
+        ({"steps_mask": ["1", "2", "0"]}, "steps_mask must .*hold 0 and 1 alone"),
+        ({"steps_mask": ["1", "no"]}, "steps_mask must be a flat list of flags, 0 or 1"),
+        ({"steps_mask": torch.tensor(1)}, "steps_mask must be a flat list of flags"),
+        ({"steps_mask": {"compute": 5}}, "steps_mask must hold lists of whole numbers"),
+        ({"steps_mask": {"compute": [3], "skip": "2"}}, "steps_mask must hold lists of whole numbers"),
+        ({"mag_ratios": [10**400]}, "mag_ratios must be a flat list of numbers of 1e-6 to 1e6"),
+        ({"mag_ratios": torch.tensor(1.0)}, "mag_ratios must be a flat list of numbers"),
+        ({"enable_taylorseer": []}, r"^enable_taylorseer must be one of False, True, got \[\]"),
+        ({"sea_residual_order": {}}, r"^sea_residual_order must be one of 0, 1, got \{\}"),
+        ({"Fn_compute_blocks": torch.ones(2)}, "^Fn_compute_blocks must be 1"),
+        ({"preset": "fast", "mag_threshold": torch.ones(2)}, "mag_threshold should be a valid number"),
+        ({"residual_diff_threshold": torch.ones(2)}, "^residual_diff_threshold should be a valid number"),
+        ({"preset": torch.ones(2)}, "cache.preset must be one of"),
+        ({"preset": ["fast"]}, "cache.preset must be one of"),
+        ({"profile": "a" * 300}, "profile cannot be read .*give another file.*got 'aaa"),
+        ({"profile": "a/" * 4000}, "profile cannot be read .*give another file.*got 'a/a"),
         ({"predictor": "taylor"}, "predictor.*'reuse'.*got 'taylor'"),
         ({"predictor": "gram"}, "predictor needs a calibrated profile.*got 'gram'"),
         ({"profile": "/no/such/profile.json"}, "profile must be a profile file, or a name such as 'demo'"),
@@ -128,6 +156,33 @@ def test_bad_sampling_params_are_refused(omni: Omni, params: dict[str, Any], mes
 )
 def test_bad_cache_settings_of_a_request_are_refused(omni: Omni, cache: Any, message: str) -> None:
     assert_matches(refused(omni, embeds(0), {"cache": cache}), message)
+
+
+ODD = (
+    None, -1, True, 0.5, math.nan, 10**400, "", "a" * 300, "\0", "\ud800", b"x", [], ["1", "0"], [None], [[1]],
+    [10**400], {}, {"compute": 5}, {"skip": "a"}, {1: 2}, {1}, object(), torch.ones(2), torch.tensor(1.0), np.ones(2),
+    np.bool_(1), iter([1]), 1 + 2j, len, "x/" * 3000,
+)  # fmt: skip
+KEYS = ("enabled", "backend", "threshold", *sorted(OTHER_NAMES), *DiffusionCacheConfig.model_fields, 5, None, ("a",))
+
+
+@pytest.mark.parametrize("beside", [{}, {"preset": "fast"}, {"residual_diff_threshold": 0.1}, {"backend": "teacache"}])
+def test_whatever_a_request_gives_as_its_cache_is_taken_or_refused_by_an_error_of_ours(beside: dict[str, Any]) -> None:
+    for engine in (None, parse("magcache", DiffusionCacheConfig(nfe=5)), parse("teacache", DiffusionCacheConfig())):
+        for asked in (*ODD, *({**beside, key: value} for key in KEYS for value in ODD)):
+            with suppress(OmniError):
+                override(asked, engine)
+
+
+@pytest.mark.parametrize("word", ["none", "None", "off", "OFF"])
+def test_a_word_for_no_cache_means_that_everywhere(omni: Omni, word: str) -> None:
+    caches = [word, {"backend": word}, {"backend": word, "nfe": 3}, {"enabled": False}]
+    outputs = omni.generate([embeds(0)] * 4, [{**GOOD, "cache": cache} for cache in caches], use_tqdm=False)
+    for output in outputs:
+        assert output.ok and output.cache_settings is None, output.error
+    assert get_cache_backend(word) is None and engine_backend(word) == "none"
+    with pytest.raises(InvalidValueError, match="needs a cache_backend"):
+        OmniDiffusionConfig(model="demo", cache_backend=word, cache_config={"nfe": 5})
 
 
 def test_a_bad_request_is_an_output_with_an_error(omni: Omni) -> None:
@@ -174,6 +229,7 @@ def test_a_pipeline_without_a_text_encoder_fails_the_text_prompt_alone(omni: Omn
         ({"memory_budget_mb": -1}, "memory_budget_mb.*got -1"),
         ({"curve_resampling": "cubic"}, "curve_resampling.*'log'.*got 'cubic'"),
         ({"steps_mask": 5}, "steps_mask.*got 5"),
+        ({"mag_calibrate": True, "calibrate": "auto"}, "calibrate learns while an engine serves.*give one of them"),
     ],
 )
 def test_a_bad_cache_config_is_refused(settings: dict[str, Any], message: str) -> None:
@@ -193,6 +249,9 @@ def test_a_bad_cache_config_is_refused(settings: dict[str, Any], message: str) -
         ({"model": "demo", "max_num_seqs": 0}, "max_num_seqs.*got 0"),
         ({"model": "demo", "max_num_seq": 1}, "max_num_seq.*did you mean.*'max_num_seqs'"),
         ({"model": "demo", "cache_config": {}}, "cache_config needs a cache_backend"),
+        ({"model": "demo", "cache_backend": "None", "cache_config": {"nfe": 5}}, "cache_config needs a cache_backend"),
+        ({"model": "demo", "cache_backend": "Off", "cache_config": {"nfe": 5}}, "cache_config needs a cache_backend"),
+        ({"model": "demo", "cache_backend": 5, "cache_config": {"nfe": 5}}, "cache_backend.*got 5"),
         ({"model": "demo", "cache_backend": "magcache", "cache_config": 5}, "DiffusionCacheConfig.*dict.*got 5"),
         ({"model": "demo", "cache_backend": "magcache", "cache_config": {"mag_calibrate": True}}, "mag_calibrate"),
         ({"model": "demo", "cache_backend": "magcache", "cache_config": {"mag_treshold": 1}}, "'mag_threshold'"),

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from closeness import levels_apart
 from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.vae import AutoencoderMixin
 from paths import DEMO
 
-from vllm_omni import Omni
+from vllm_omni import AsyncOmni, Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.diffusion import loader
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.loader import load_pipeline, prepare
+from vllm_omni.entrypoints.omni import WHILE_LOADING
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError
 from vllm_omni.model_folder import generation_defaults
 
@@ -82,6 +88,76 @@ def test_what_cannot_be_done_is_refused_with_the_reason() -> None:
     ]:
         with pytest.raises(kind, match=told):
             Omni("demo", device="cpu", **given)
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ({"dtype": "bfloat16"}, r"pipe\.to\(dtype\)"),
+        ({"device": "cuda"}, r"pipe\.to\(device\)"),
+        ({"device": "cpu:1"}, r"pipe\.to\(device\)"),
+        ({"revision": "main"}, "from_pretrained"),
+        ({"enforce_eager": False}, "compile_repeated_blocks"),
+        ({"enable_cpu_offload": True}, "enable_model_cpu_offload"),
+        ({"enable_layerwise_offload": True}, "enable_group_offload"),
+        ({"quantization": "fp8"}, "enable_layerwise_casting"),
+        ({"attention_backend": "nonsense"}, "set_attention_backend"),
+        ({"vae_use_slicing": True}, "enable_slicing"),
+        ({"vae_use_tiling": True}, "enable_tiling"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Omni, AsyncOmni])
+def test_a_loaded_pipeline_is_not_given_options_of_loading(kind: Any, given: dict[str, Any], instead: str) -> None:
+    from pipelines import DEFAULTS, tiny_flux
+
+    with pytest.raises(InvalidValueError, match=f"{next(iter(given))} is applied while .*{instead}"):
+        kind.from_pipe(tiny_flux(), defaults=DEFAULTS, **given)
+
+
+def test_options_of_loading_that_a_pipeline_meets_are_taken() -> None:
+    from pipelines import DEFAULTS, tiny_flux
+
+    Omni.from_pipe(tiny_flux(), defaults=DEFAULTS, dtype="float32", device="cpu", enforce_eager=True).close()
+
+
+def test_every_option_that_the_loader_applies_is_known_to_from_pipe() -> None:
+    source = inspect.getsource(loader)
+    read = {name for name in OmniDiffusionConfig.model_fields if re.search(rf"\b{name}\b", source)}
+    assert read - {"model", "parallel_config"} == set(WHILE_LOADING)
+
+
+class Whole(AutoencoderMixin, torch.nn.Module):
+    """A decoder of diffusers' that knows neither tiles nor slices."""
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"vae_use_tiling": True}, "(enable_tiling|Tiling)"),
+        ({"vae_use_slicing": True}, "(enable_slicing|Slicing)"),
+        ({"quantization": "fp8"}, "enable_layerwise_casting"),
+        ({"attention_backend": "native"}, "set_attention_backend"),
+        ({"enforce_eager": False}, "compile_repeated_blocks"),
+    ],
+)
+def test_an_option_that_a_model_cannot_have_is_named(
+    given: dict[str, Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipelines import tiny_flux
+
+    class Own(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = pipe.transformer.config
+
+    for vae in (None, torch.nn.Linear(1, 1), Whole()):
+        pipe = tiny_flux()
+        pipe.transformer = Own()
+        pipe.vae = vae
+        monkeypatch.setattr(loader, "_pipeline", lambda *given, pipe=pipe: pipe)
+        with pytest.raises(InvalidValueError, match=f"cannot be used with this model, leave it out.*{told}") as refused:
+            load_pipeline(OmniDiffusionConfig(model="demo", device="cpu", **given))
+        assert {refused.value.field: refused.value.value} == given
 
 
 def test_a_pipeline_that_was_given_sleeps_at_level_1_alone(tmp_path: Path) -> None:

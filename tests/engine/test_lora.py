@@ -165,9 +165,35 @@ def test_bad_lora_modules_are_refused_at_start_up(tmp_path: Path) -> None:
         (str(pickled), "no .safetensors file"),
         (str(cut), "could not be loaded"),
         (str(tmp_path / "gone"), "does not exist"),
+        ("/" + "a" * 300, "does not exist"),
+        ("~nobody-here/adapter", "does not exist"),
     ]:
         with pytest.raises(ModelLoadError, match=message):
             Omni.from_pipe(tiny_flux(), defaults=DEFAULTS, lora_modules={"x": where})
+
+
+@pytest.mark.parametrize("error", [IndexError, AttributeError, TypeError, KeyboardInterrupt])
+def test_nothing_is_left_of_an_adapter_whose_loading_fails(
+    error: type[BaseException], adapters: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever diffusers raises, and wherever: here it has the adapter on the denoiser by then."""
+    with engine({}) as omni:
+        pipeline = omni.engine.worker.pipeline
+        bare = omni.generate(embeds(0), Params(num_inference_steps=3, seed=0, output_type="latent"), use_tqdm=False)[0]
+        own = type(pipeline).load_lora_weights
+
+        def fail(self: Any, *args: Any, **kwargs: Any) -> None:
+            own(self, *args, **kwargs)
+            raise error
+
+        with monkeypatch.context() as patched, pytest.raises(error if error is KeyboardInterrupt else ModelLoadError):
+            patched.setattr(type(pipeline), "load_lora_weights", fail)
+            omni.load_lora_adapter("ink", adapters["ink"])
+        assert not pipeline.get_list_adapters() and not omni.engine.worker.runner.adapters.loaded
+        omni.load_lora_adapter("ink", adapters["ink"])
+        omni.unload_lora_adapter("ink")
+        again = omni.generate(embeds(0), Params(num_inference_steps=3, seed=0, output_type="latent"), use_tqdm=False)[0]
+        assert again.ok and torch.equal(again.latents, bare.latents)
 
 
 def test_a_request_that_waits_for_its_encoder_is_not_changed_by_an_adapter_that_comes(tmp_path: Path) -> None:

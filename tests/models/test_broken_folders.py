@@ -39,7 +39,9 @@ def test_a_valid_folder_loads(folder: Path) -> None:
             assert omni.generate(prompt, {**GOOD, **DEFAULTS}, use_tqdm=False)[0].ok
 
 
-@pytest.mark.parametrize("model", ["/nonexistent", "./nonexistent", "~/nonexistent", "demmo", "a/b/c"])
+@pytest.mark.parametrize(
+    "model", ["/nonexistent", "./nonexistent", "~/nonexistent", "demmo", "a/b/c", "a" * 300, "~nobody-here/x"]
+)
 def test_a_missing_folder_is_refused_with_the_alternatives(model: str) -> None:
     with pytest.raises(ModelLoadError, match="does not exist; give a diffusers folder, a hub id, or one of") as caught:
         Omni(model)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from vllm_omni.diffusion.cache.settings import PRESET_NAMES, DiffusionCacheConfig
+from vllm_omni.diffusion.cache.settings import PRESET_NAMES, DiffusionCacheConfig, engine_backend
 from vllm_omni.distributed.config import ParallelConfig, check_combination, gathered
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
@@ -74,17 +74,11 @@ class OmniDiffusionConfig(Settings):
         """Also by the names of the fields of `parallel_config`."""
         super().__init__(**gathered(values))
 
-    @field_validator("parallel_config", mode="before")
+    @field_validator("parallel_config", "cache_config", mode="before")
     @classmethod
-    def _parallel_config(cls, value: Any) -> Any:
-        return value if isinstance(value, ParallelConfig) else ParallelConfig.from_dict(value)
-
-    @field_validator("cache_config", mode="before")
-    @classmethod
-    def _cache_config(cls, value: Any) -> Any:
-        if value is None or isinstance(value, DiffusionCacheConfig):
-            return value
-        return DiffusionCacheConfig.from_dict(value)
+    def _nested(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = ParallelConfig if info.field_name == "parallel_config" else DiffusionCacheConfig
+        return value if value is None or isinstance(value, kind) else kind.from_dict(value)
 
     @property
     def component_devices(self) -> dict[str, str]:
@@ -123,7 +117,7 @@ class OmniDiffusionConfig(Settings):
                     raise InvalidValueError(option, device, f"cannot be combined with {offload}; leave one out")
         if self.enable_layerwise_offload and self.enable_cpu_offload:
             raise InvalidValueError("enable_layerwise_offload", True, "does what enable_cpu_offload does; give one")
-        if self.cache_config is not None and self.cache_backend in (None, "none"):
+        if self.cache_config is not None and engine_backend(self.cache_backend) == "none":
             raise InvalidValueError("cache_config", "given", "needs a cache_backend, e.g. cache_backend='magcache'")
         if self.cache_config is not None and self.cache_config.mag_calibrate:
             raise InvalidValueError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.errors import InvalidValueError, ModelLoadError
-from vllm_omni.model_folder import check_folder, made_by_function, resolve_model
+from vllm_omni.model_folder import UNREADABLE, check_folder, made_by_function, resolve_model
 from vllm_omni.modular import whole
 
 
@@ -26,13 +28,13 @@ def load_pipeline(config: OmniDiffusionConfig) -> Any:
             raise InvalidValueError(offload, True, "needs an accelerator to offload from; leave it out on cpu")
     try:
         pipeline = _pipeline(config, where, dtype)
-    except (OSError, ValueError, ImportError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+    except UNREADABLE as error:
         raise ModelLoadError(f"model {config.model!r} could not be loaded: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    if config.vae_use_slicing:
-        pipeline.vae.enable_slicing()
-    if config.vae_use_tiling:
-        pipeline.vae.enable_tiling()
+    for option, enable in {"vae_use_slicing": "enable_slicing", "vae_use_tiling": "enable_tiling"}.items():
+        if vars(config)[option]:
+            with asked_by(option, True):
+                getattr(pipeline.vae, enable)()
     prepare(pipeline, config, device, dtype)
     return pipeline
 
@@ -50,6 +52,15 @@ def _pipeline(config: OmniDiffusionConfig, where: str, dtype: Any) -> Any:
     return DiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True)
 
 
+@contextmanager
+def asked_by(option: str, value: Any) -> Iterator[None]:
+    """What the model does not do is an InvalidValueError about the option that asks for it."""
+    try:
+        yield
+    except (AttributeError, ValueError, RuntimeError, ImportError, OSError) as error:
+        raise InvalidValueError(option, value, f"cannot be used with this model, leave it out ({error})") from error
+
+
 def prepare(pipeline: Any, config: OmniDiffusionConfig, device: str, dtype: Any) -> None:
     """Quantisation, attention kernels, where the weights are kept, compiled blocks: diffusers does it all."""
     import torch
@@ -59,17 +70,17 @@ def prepare(pipeline: Any, config: OmniDiffusionConfig, device: str, dtype: Any)
 
     for denoiser in denoisers_of(pipeline).values():
         if config.quantization == "fp8":
-            denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+            with asked_by("quantization", "fp8"):
+                denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
         if config.attention_backend is not None:
-            try:
+            with asked_by("attention_backend", config.attention_backend):
                 denoiser.set_attention_backend(config.attention_backend)
-            except (ValueError, RuntimeError, ImportError, OSError) as error:
-                fix = f"cannot be used: {error}"
-                raise InvalidValueError("attention_backend", config.attention_backend, fix) from None
     if config.enable_layerwise_offload:
-        pipeline.enable_group_offload(torch.device(device), offload_type="block_level", num_blocks_per_group=1)
+        with asked_by("enable_layerwise_offload", True):
+            pipeline.enable_group_offload(torch.device(device), offload_type="block_level", num_blocks_per_group=1)
     else:
         later = [*denoisers_of(pipeline)] if config.parallel_config.tensor_parallel_size > 1 else []  # once split
         put_on(pipeline, device, config.enable_cpu_offload, config.component_devices, later)
     for denoiser in denoisers_of(pipeline).values() if not config.enforce_eager else ():
-        denoiser.compile_repeated_blocks(dynamic=True)
+        with asked_by("enforce_eager", False):
+            denoiser.compile_repeated_blocks(dynamic=True)

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vllm_omni.cache_names import is_off
 from vllm_omni.engine import cost
 from vllm_omni.engine.interface import EngineLoad, EngineStats
 from vllm_omni.engine.wire import StatsReport, UnitCosts
@@ -43,7 +44,7 @@ class RequestSize:
         height, width = (vars(params)[name] or defaults.get(name) or 0 for name in ("height", "width"))
         steps = params.num_inference_steps or defaults.get("num_inference_steps") or 50
         asked, share = params.cache, None
-        if asked in ("off", "none"):
+        if is_off(asked):
             share = 1.0
         elif isinstance(asked, Mapping):  # what is wrong with it, the engine says
             speedup, nfe = asked.get("speedup"), asked.get("nfe")

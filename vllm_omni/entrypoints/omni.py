@@ -14,6 +14,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
+from vllm_omni.diffusion.denoiser.specs import denoisers_of
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.distributed.lockstep import control_of, open_engine
@@ -32,6 +33,18 @@ from vllm_omni.modular import whole
 from vllm_omni.outputs import OmniRequestOutput
 
 SamplingParams = OmniDiffusionSamplingParams | dict[str, Any]
+WHILE_LOADING = {  # options that the loader alone carries out, and what its owner does to a pipeline instead
+    "dtype": "call pipe.to(dtype)",
+    "device": "call pipe.to(device)",
+    "revision": "give it to from_pretrained",
+    "enforce_eager": "call pipe.transformer.compile_repeated_blocks(dynamic=True)",
+    "enable_cpu_offload": "call pipe.enable_model_cpu_offload()",
+    "enable_layerwise_offload": "call pipe.enable_group_offload(device, offload_type='block_level')",
+    "quantization": "call pipe.transformer.enable_layerwise_casting(storage_dtype, compute_dtype)",
+    "attention_backend": "call pipe.transformer.set_attention_backend(name)",
+    "vae_use_slicing": "call pipe.vae.enable_slicing()",
+    "vae_use_tiling": "call pipe.vae.enable_tiling()",
+}
 
 
 class Omni:
@@ -208,7 +221,22 @@ def engine_over(pipe: Any, defaults: dict[str, Any] | None, engine_args: dict[st
     if (ranks := config.parallel_config.ranks) > 1:
         fix = "needs a model that every rank can load; give a folder or a hub id to Omni(...)"
         raise InvalidValueError("parallel_config", f"{ranks} ranks", fix)
+    _refuse_loading(pipe, config)
     return DiffusionEngine(config, pipe, defaults)
+
+
+def _refuse_loading(pipe: Any, config: OmniDiffusionConfig) -> None:
+    """InvalidValueError for an option of loading, unless the pipeline is as it says."""
+    weight = next((weight for denoiser in denoisers_of(pipe).values() for weight in denoiser.parameters()), None)
+    as_it_is: dict[str, tuple[str, ...]] = {}
+    if weight is not None:
+        as_it_is["dtype"] = (str(weight.dtype).removeprefix("torch."),)
+        as_it_is["device"] = (str(weight.device), weight.device.type)
+    for option, instead in WHILE_LOADING.items():
+        value = vars(config)[option]
+        if value not in (OmniDiffusionConfig.model_fields[option].default, *as_it_is.get(option, ())):
+            fix = f"is applied while a model is loaded, and this one is already; {instead} before from_pipe instead"
+            raise InvalidValueError(option, value, fix)
 
 
 @contextmanager

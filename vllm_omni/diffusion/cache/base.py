@@ -26,12 +26,7 @@ from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels import ops
 
 DEFAULT_STEPS = 28  # of a bare denoiser, unless the settings say
-KEPT_AS = {  # residual_dtype
-    "model": None,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float8": ops.EIGHT_BITS,
-}
+KEPT_AS = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float8": ops.EIGHT_BITS}
 
 
 class CacheBackend(ABC):
@@ -118,11 +113,8 @@ class StackBackend(CacheBackend):
         self.disable(pipeline)
         modules = {name: module for name, module in denoisers_of(pipeline).items() if has_blocks(module)}
         if not modules:
-            raise InvalidValueError(
-                "cache_backend",
-                self.name,
-                f"finds no list of blocks in {type(pipeline).__name__}; serve it with 'none'",
-            )
+            fix = f"finds no list of blocks in {type(pipeline).__name__}; serve it with 'none'"
+            raise InvalidValueError("cache_backend", self.name, fix)
         for module in modules.values():
             refuse_other_caches(module)
         self.denoisers = {name: self._denoiser(module, (known or {}).get(name)) for name, module in modules.items()}
@@ -179,11 +171,8 @@ class StackBackend(CacheBackend):
             return self.state(schedule_of(pipeline), settings)
         if not self.enabled or pipeline is not self._pipeline:
             self.enable(pipeline)
-        if self._session is None:
-            return None
-        self._session.restart()
-        if num_inference_steps is not None and isinstance(self._session.tracker, CallTracker):
-            self._session.tracker.steps = num_inference_steps
+        if self._session is not None:
+            self._session.restart(num_inference_steps)
         return None
 
     def disable(self, pipeline: Any) -> None:

@@ -25,12 +25,10 @@ def get_cache_backend(
     name: str | None, config: DiffusionCacheConfig | Mapping[str, Any] | None = None
 ) -> CacheBackend | None:
     """The backend `name` with `config`; None for None and "none". InvalidValueError for a name that nobody has."""
-    if name is None or str(name).lower() == "none":
+    if (plain := canonical_name(name)) == "none":
         return None
-    module, attribute = _BACKENDS[canonical_name(name)]
-    if config is None:
-        config = DiffusionCacheConfig()
-    elif not isinstance(config, DiffusionCacheConfig):
-        config = DiffusionCacheConfig.from_dict(config)
+    module, attribute = _BACKENDS[plain]
+    if not isinstance(config, DiffusionCacheConfig):
+        config = DiffusionCacheConfig.from_dict({} if config is None else config)
     backend: CacheBackend = vars(import_module(module))[attribute](config)
     return backend

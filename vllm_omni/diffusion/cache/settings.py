@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from vllm_omni.cache_names import OTHER_NAMES, OURS, in_our_names, in_their_words, mask_of_bins
+from vllm_omni.cache_names import OTHER_NAMES, OURS, differ, in_our_names, in_their_words, is_off, mask_of_bins
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 from vllm_omni.settings import Settings
 
@@ -24,7 +26,7 @@ BUDGETS = ("nfe", "speedup", "seconds", "psnr")
 
 _RULE = ("mag_threshold", "mag_max_skip_steps", "mag_retention_ratio")
 PLANS = (*BUDGETS, "steps_mask", "preset")
-_SHORT = dict(zip(("threshold", "max_skip_steps", "retention_ratio"), _RULE, strict=True))
+SHORT = dict(zip(("threshold", "max_skip_steps", "retention_ratio"), _RULE, strict=True))
 _ENGINE_ONLY = {"memory_budget_mb", "mag_calibrate", "residual_dtype", "calibrate"}
 
 
@@ -99,16 +101,21 @@ AUTO = Preset("auto", Rule(), 2.0, 38.0)
 PRESET_NAMES = (AUTO.name, *PRESETS)
 
 
+def _numbers(field: str, value: Any, what: str) -> tuple[float, ...]:
+    """Any sequence or tensor of numbers, one per step; `what` they must be."""
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise InvalidValueError(field, value, f"must be a list of {what}, one per step")
+    try:
+        return tuple(float(v) for v in value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise InvalidValueError(field, value, f"must be a flat list of {what}, one per step") from None
+
+
 def as_curve(field: str, value: Any) -> tuple[float, ...] | None:
     """A magnitude curve as floats, from any sequence or tensor of finite values > 0 that is not empty."""
     if value is None:
         return None
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise InvalidValueError(field, value, "must be a list of numbers, one per step")
-    try:
-        curve = tuple(float(v) for v in value)
-    except (TypeError, ValueError):
-        raise InvalidValueError(field, value, "must be a flat list of numbers, one per step") from None
+    curve = _numbers(field, value, "numbers of 1e-6 to 1e6")
     if not curve:
         raise InvalidValueError(field, value, "must not be empty: give one ratio per step, or leave it out")
     for index, ratio in enumerate(curve):
@@ -141,7 +148,7 @@ class DiffusionCacheConfig(Settings):
         with in_their_words(values, OURS):
             super().__init__(**in_our_names(values))
 
-    mag_ratios: tuple[float, ...] | None = None
+    mag_ratios: Annotated[tuple[float, ...] | None, BeforeValidator(partial(as_curve, "mag_ratios"))] = None
     num_inference_steps: int | None = Field(default=None, ge=1, le=10_000)
     mag_threshold: float = Field(default=0.24, gt=0, allow_inf_nan=False)
     mag_max_skip_steps: int = Field(default=5, ge=1, le=10_000)
@@ -172,41 +179,35 @@ class DiffusionCacheConfig(Settings):
         preset = values.get("preset", None if named else AUTO.name)
         own = PRESETS[preset].as_config() if isinstance(preset, str) and preset in PRESETS else {}
         merged = own | values
-        if any(merged[name] != own[name] for name in _RULE if name in own):
+        if any(differ(merged[name], own[name]) for name in _RULE if name in own):
             preset = None
         return merged | {"preset": preset}
-
-    @field_validator("mag_ratios", mode="before")
-    @classmethod
-    def _curve(cls, value: Any) -> Any:
-        return as_curve("mag_ratios", value)
 
     @field_validator("steps_mask", mode="before")
     @classmethod
     def _mask(cls, value: Any) -> Any:
         if value is None:
             return None
-        if isinstance(value, Mapping):
-            value = mask_of_bins(value)
-        if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-            raise InvalidValueError("steps_mask", value, "must be a list of flags, one per step")
-        mask = tuple(bool(v) for v in value)
-        if not mask or not mask[0]:
-            raise InvalidValueError("steps_mask", value, "must begin with a computed step (1)")
-        return mask
+        flags = _numbers("steps_mask", mask_of_bins(value) if isinstance(value, Mapping) else value, "flags, 0 or 1")
+        if not flags or not flags[0] or {*flags} - {0, 1}:
+            raise InvalidValueError("steps_mask", value, "must begin with a computed step (1), and hold 0 and 1 alone")
+        return tuple(map(bool, flags))
 
-    @field_validator("nfe")
+    @field_validator("profile")
     @classmethod
-    def _nfe(cls, value: int | None) -> int | None:
-        if value is not None and value < 1:
-            raise InvalidValueError("nfe", value, "must be at least 2 (1 if the last step may be skipped)")
+    def _profile(cls, value: str | None) -> str | None:
+        try:
+            Path(value or "").is_file()
+        except OSError as error:  # a name that is too long, or a folder that may not be searched
+            raise InvalidValueError("profile", value, f"cannot be read ({error.strerror}); give another file") from None
         return value
 
-    @field_validator("speedup")
+    @field_validator("nfe", "speedup")
     @classmethod
-    def _speedup(cls, value: float | None) -> float | None:
+    def _from_one(cls, value: float | None, info: ValidationInfo) -> float | None:
         if value is not None and value < 1:
-            raise InvalidValueError("speedup", value, "must be at least 1, which computes every step")
+            least = {"nfe": "2 (1 if the last step may be skipped)", "speedup": "1, which computes every step"}
+            raise InvalidValueError(str(info.field_name), value, f"must be at least {least[str(info.field_name)]}")
         return value
 
     @model_validator(mode="after")
@@ -215,6 +216,9 @@ class DiffusionCacheConfig(Settings):
         if len(given) > 1:
             first, second, *_ = given
             raise InvalidValueError(first, given[first], f"and {second} each make the plan: give one")
+        if self.mag_calibrate and self.calibrate == "auto":
+            fix = "learns while an engine serves, mag_calibrate measures a plain pipeline; give one of them"
+            raise InvalidValueError("calibrate", "auto", fix)
         if self.psnr is not None and (self.predictor != "auto" or not self.compute_last_step or self.mag_ratios):
             fix = "was measured without mag_ratios, another predictor, or compute_last_step off; leave these out"
             raise InvalidValueError("psnr", self.psnr, fix)
@@ -237,19 +241,19 @@ class CacheSettings(NamedTuple):
     config: DiffusionCacheConfig
 
 
-def canonical_name(name: str) -> str:
-    """`magcache` for `mag_cache`, `MagCache` and `mag-cache`; InvalidValueError (a ValueError) lists the choices."""
-    plain = str(name).lower().replace("_", "").replace("-", "")
+def canonical_name(name: Any) -> str:
+    """`magcache` for `mag_cache` and `MagCache`, "none" for no cache; else InvalidValueError lists the choices."""
+    if name is None or is_off(name):
+        return "none"
+    plain = name.lower().replace("_", "").replace("-", "") if isinstance(name, str) else ""
     if plain not in BACKENDS:
         raise UnknownChoiceError("cache_backend", name, ("none", *ENGINE_BACKENDS))
     return plain
 
 
-def engine_backend(name: str | None) -> str:
+def engine_backend(name: Any) -> str:
     """`name` as the engine takes it: the canonical name of a backend with a state per request, or "none"."""
-    if name is None or name.lower() == "none":
-        return "none"
-    if (plain := canonical_name(name)) not in ENGINE_BACKENDS:
+    if (plain := canonical_name(name)) not in ("none", *ENGINE_BACKENDS):
         fix = "keeps one state per model and cannot serve requests; take 'fbcache', the same rule"
         raise InvalidValueError("cache_backend", name, fix)
     return plain
@@ -283,29 +287,33 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
     """
     if asked is None:
         return engine
+    if is_off(asked):
+        return None
     if isinstance(asked, str):
-        if asked in ("off", "none"):
-            return None
         if asked not in PRESET_NAMES:
             names = ", ".join(map(repr, PRESET_NAMES))
             raise InvalidValueError("cache", asked, f"must be 'off', a dict, or one of {names}")
         asked = {"preset": asked}
     if not isinstance(asked, Mapping):
         raise InvalidValueError("cache", asked, "must be None, 'off', a preset's name or a dict of overrides")
-    known = {"enabled", "backend", *_SHORT, *OTHER_NAMES, *set(DiffusionCacheConfig.model_fields) - _ENGINE_ONLY}
+    known = {"enabled", "backend", *SHORT, *OTHER_NAMES, *set(DiffusionCacheConfig.model_fields) - _ENGINE_ONLY}
     check_keys("cache", asked, known)
     given, asked = asked, in_our_names(asked)
-    if asked.get("enabled", True) is False or asked.get("backend") in ("none", "off"):
+    if not isinstance(enabled := asked.get("enabled", True), bool):
+        raise InvalidValueError(
+            "cache.enabled", enabled, "must be true or false; leave it out for the engine's setting"
+        )
+    if not enabled or is_off(name := asked.get("backend")):
         return None
-    if (preset := asked.get("preset")) is not None and preset not in PRESET_NAMES:
+    if not isinstance(preset := asked.get("preset"), str | None) or preset not in (None, *PRESET_NAMES):
         raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, PRESET_NAMES))}")
     named = [name for name, value in asked.items() if value is not None]
     budget = next((name for name in BUDGETS if name in named), None)
-    if budget and (rule := next((name for name in ("preset", *_SHORT, *_RULE) if name in named), None)):
+    if budget and (rule := next((name for name in ("preset", *SHORT, *_RULE) if name in named), None)):
         raise InvalidValueError(f"cache.{budget}", asked[budget], f"and {rule} each make the plan: give one")
     with in_their_words(given, {"backend": "cache_backend"}):
-        backend = engine_backend(asked.get("backend") or (engine.backend if engine else "magcache"))
-    short: dict[str, str] = _SHORT if backend == "magcache" else _SHORT | {"threshold": "rel_l1_thresh"}
+        backend = engine_backend(name if name is not None else engine.backend if engine else "magcache")
+    short: dict[str, str] = SHORT if backend == "magcache" else SHORT | {"threshold": "rel_l1_thresh"}
     own = {short.get(str(key), str(key)): asked[key] for key in asked if key not in ("enabled", "backend")}
     with in_their_words(given, OURS | short):
         return parse(backend, DiffusionCacheConfig.from_dict(_inherited(engine, backend, own) | own))

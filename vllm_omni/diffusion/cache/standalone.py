@@ -43,7 +43,7 @@ class Session:
         """The state of the request that calls, and the position of its call."""
         position = self.tracker.locate(denoiser, branch)
         if self.state is None or position.run != self._run:
-            self.restart()
+            self._forget()
             self._run = position.run
             self.state = self._make_state(self.tracker.schedule())
         return self.state, position
@@ -52,8 +52,12 @@ class Session:
         if self.state is not None:
             self.state.observe(step, model_output, sample)
 
-    def restart(self) -> None:
-        """Forget the request."""
+    def restart(self, steps: int | None = None) -> None:
+        """Forget the request; where calls are counted, the next one is the first, of `steps` or as many as before."""
+        self.tracker.restart(steps)
+        self._forget()
+
+    def _forget(self) -> None:
         if self.state is not None:
             self.state.drop()
         self.state = self._run = None
@@ -82,6 +86,8 @@ class StandaloneHook(ModelHook):
         return module
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self._forward is not None:  # no hook runs after a forward that a KeyboardInterrupt ends
+            self.session.restart()
         self._close()
         state, position = self.session.locate(self.name, self.branch)
         if position.step == 0:  # it may have come after ours
@@ -104,17 +110,15 @@ class StandaloneHook(ModelHook):
         return args, kwargs
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
-        if output is None:  # the forward raised: the request is over
-            self.session.restart()
-        forward, whole = self._forward, output is None
+        forward, whole = self._forward, False
         try:
             if output is not None and forward is not None:
                 (made,) = forward.results(output)
                 forward.commit(output)
                 output = made
-            whole = True
+            whole = output is not None
         finally:
-            if not whole:
+            if not whole:  # the forward raised, or what it returned cannot be kept: the request is over
                 self.session.restart()
             self._close()
         return output
@@ -196,9 +200,6 @@ _COUNTS = {"cnt", "enable_teacache", "accumulated_rel_l1_distance", "previous_mo
 
 def _stateful_hook(module: torch.nn.Module) -> str | None:
     """The name of a hook of diffusers' that keeps state, as every cache does that its `apply_…` functions put on."""
-    for part in module.modules():
-        if (registry := vars(part).get("_diffusers_hook")) is not None:
-            for name, hook in registry.hooks.items():
-                if type(hook)._is_stateful:
-                    return name
-    return None
+    registries = [vars(part).get("_diffusers_hook") for part in module.modules()]
+    hooks = [pair for registry in registries if registry is not None for pair in registry.hooks.items()]
+    return next((name for name, hook in hooks if type(hook)._is_stateful), None)

@@ -95,6 +95,10 @@ class StepTracker:
             branch = DEFAULT_BRANCH if ordinal == 0 else f"{DEFAULT_BRANCH}-{ordinal}"
         return StepPosition(self._run, self._step, branch)
 
+    def restart(self, steps: int | None = None) -> None:
+        """Forget the calls of the step under way; the scheduler says when a run begins, and of how many steps."""
+        self._unnamed.clear()
+
     def schedule(self) -> Schedule:
         return schedule_of(self._pipeline)
 
@@ -118,9 +122,12 @@ class CallTracker:
     def schedule(self) -> Schedule:
         return Schedule(self.steps, tuple(1 - i / self.steps for i in range(self.steps)))
 
-    def stop(self) -> None:
-        self._calls = 0
+    def restart(self, steps: int | None = None) -> None:
+        """The next call is the first of a run, of `steps` or as many as before."""
+        self.steps, self._calls = steps or self.steps, 0
         self._seen.clear()
+
+    stop = restart
 
 
 Tracker = StepTracker | CallTracker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 
 from vllm_omni.errors import InvalidValueError, ModelLoadError
 from vllm_omni.inputs.lora import Adapters
+from vllm_omni.model_folder import UNREADABLE
 
 
 class AdapterSwitch:
@@ -29,10 +31,10 @@ class AdapterSwitch:
         self._held.add(name)
         try:
             _load(self._pipeline, name, where)
-        except ModelLoadError:
-            self.remove(name)
-            raise
-        self.loaded[name] = where
+            self.loaded[name] = where
+        finally:
+            if name not in self.loaded:
+                self.remove(name)
         self.use(())
 
     def remove(self, name: str) -> None:
@@ -77,10 +79,8 @@ class AdapterSwitch:
 
 
 def _load(pipeline: Any, name: str, where: str) -> None:
-    from safetensors import SafetensorError
-
-    path = Path(where).expanduser()
-    local = path.exists()
+    path = Path(os.path.expanduser(where))  # Path's own raises for an unknown user, and exists for a name too long
+    local = os.path.exists(path)
     if not local and (where.count("/") != 1 or where.startswith((".", "/", "~"))):
         raise ModelLoadError(f"lora_modules {name!r}: {where!r} does not exist; give a file, a folder or a hub id")
     if local and path.is_file() and path.suffix != ".safetensors":
@@ -89,7 +89,7 @@ def _load(pipeline: Any, name: str, where: str) -> None:
         raise ModelLoadError(f"lora_modules {name!r}: {type(pipeline).__name__} takes no LoRA adapters")
     try:
         pipeline.load_lora_weights(str(path) if local else where, adapter_name=name, use_safetensors=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except UNREADABLE as error:
         raise ModelLoadError(f"lora_modules {name!r}: could not be loaded: {error}") from error
     if not any(name in names for names in pipeline.get_list_adapters().values()):
         raise ModelLoadError(f"lora_modules {name!r}: {path.name} holds no adapter for {type(pipeline).__name__}")

@@ -8,6 +8,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from vllm_omni.cache_names import is_off
 from vllm_omni.diffusion.cache.settings import PRESET_NAMES
 from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
 from vllm_omni.entrypoints.cli.flags import command_parser, named_by_flag
@@ -60,7 +61,7 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> int:
     """Write the pictures; 1 if a prompt failed."""
     adapters = {f"lora-{index}": file for index, file in enumerate(args.lora)}
-    if args.cache not in (None, "none", *CACHES):
+    if args.cache not in (None, *CACHES) and not is_off(args.cache):
         raise UnknownChoiceError("--cache", args.cache, CACHES)
     engine = engine_args(args) | {"lora_modules": adapters}
     resolve_model(args.model)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, as_curve
+from vllm_omni.cache_names import in_their_words
+from vllm_omni.diffusion.cache.settings import SHORT, DiffusionCacheConfig
 
 
 @dataclass
@@ -21,16 +22,10 @@ class MagCacheConfig:
     transformer_type: str = "FluxTransformer2DModel"
 
     def __post_init__(self) -> None:
-        self.mag_ratios = as_curve("mag_ratios", self.mag_ratios)
-        self.as_cache_config()
+        self.mag_ratios = self.as_cache_config().mag_ratios
 
     def as_cache_config(self) -> DiffusionCacheConfig:
         """The same settings under the engine's names."""
-        return DiffusionCacheConfig(
-            mag_threshold=self.threshold,
-            mag_max_skip_steps=self.max_skip_steps,
-            mag_retention_ratio=self.retention_ratio,
-            num_inference_steps=self.num_inference_steps,
-            mag_ratios=as_curve("mag_ratios", self.mag_ratios),
-            mag_calibrate=self.mag_calibrate,
-        )
+        own = {SHORT.get(name, name): value for name, value in vars(self).items() if name != "transformer_type"}
+        with in_their_words(vars(self), SHORT):
+            return DiffusionCacheConfig(**own)

@@ -27,9 +27,7 @@ def apply_mag_cache_hook(
     InvalidValueError if it has no list of blocks, or if there is no curve.
     """
     if config.mag_calibrate:
-        raise InvalidValueError(
-            "mag_calibrate", True, "needs a pipeline: use MagCacheBackend, or `vllm-omni calibrate`"
-        )
+        raise InvalidValueError("mag_calibrate", True, "needs a pipeline: MagCacheBackend, or `vllm-omni calibrate`")
     if not has_blocks(module):
         raise InvalidValueError("transformer", type(module).__name__, "must have a list of blocks to be cached")
     spec = (strategy.spec if strategy is not None else None) or MagCacheStrategyRegistry.spec_of(module)
