@@ -40,6 +40,33 @@ def z_image() -> Any:
     return d.ZImagePipeline(d.FlowMatchEulerDiscreteScheduler(), None, None, None, model)
 
 
+def flux2() -> Any:
+    """A FLUX.2 klein of ten million parameters; its latents are packed by its VAE's statistics."""
+    import diffusers as d
+
+    sizes = {"in_channels": 16, "num_layers": 3, "num_single_layers": 6, "attention_head_dim": 32}
+    sizes |= {"num_attention_heads": 8, "joint_attention_dim": WIDTH, "axes_dims_rope": (8, 8, 8, 8)}
+    ends = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    ends |= {"latent_channels": 4, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    torch.manual_seed(0)
+    model = d.Flux2Transformer2DModel(**sizes, guidance_embeds=False).eval()
+    vae = d.AutoencoderKLFlux2(**ends).eval()
+    euler = d.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    return d.Flux2KleinPipeline(scheduler=euler, vae=vae, text_encoder=None, tokenizer=None, transformer=model)
+
+
+def chroma() -> Any:
+    """A Chroma of ten million parameters."""
+    import diffusers as d
+
+    sizes = {"in_channels": 16, "num_layers": 4, "num_single_layers": 6, "attention_head_dim": 32}
+    sizes |= {"num_attention_heads": 8, "joint_attention_dim": WIDTH, "axes_dims_rope": (8, 12, 12)}
+    sizes |= {"approximator_num_channels": 16, "approximator_hidden_dim": 64, "approximator_layers": 1}
+    torch.manual_seed(0)
+    model = d.ChromaTransformer2DModel(**sizes).eval()
+    return d.ChromaPipeline(d.FlowMatchEulerDiscreteScheduler(), None, None, None, model)
+
+
 def qwen_prompt(tokens: int, i: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(i)
     given: dict[str, Any] = {}
@@ -59,9 +86,23 @@ def z_prompt(tokens: int, i: int) -> dict[str, Any]:
     }
 
 
+def flux2_prompt(tokens: int, i: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(i)
+    lengths = {"prompt_embeds": tokens, "negative_prompt_embeds": max(4, tokens // 2)}
+    return {name: torch.randn(1, length, WIDTH, generator=generator) for name, length in lengths.items()}
+
+
+def chroma_prompt(tokens: int, i: int) -> dict[str, Any]:
+    given = flux2_prompt(tokens, i)
+    masks = {"prompt_attention_mask": "prompt_embeds", "negative_prompt_attention_mask": "negative_prompt_embeds"}
+    return given | {name: torch.ones(given[of].shape[:2], dtype=torch.bool) for name, of in masks.items()}
+
+
 MODELS: dict[str, tuple[Callable[[], Any], Callable[[int, int], dict[str, Any]], str]] = {
     "Qwen-Image-like": (qwen, qwen_prompt, "true_cfg_scale"),
     "Z-Image-like": (z_image, z_prompt, "guidance_scale"),
+    "FLUX.2-like": (flux2, flux2_prompt, "guidance_scale"),
+    "Chroma-like": (chroma, chroma_prompt, "guidance_scale"),
 }
 
 
@@ -69,10 +110,12 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     options = parser.parse_args()
     machine = begin(options)
     figures = {}
-    for name, (build, prompt, guidance) in MODELS.items():
+    for name in options.models:
+        build, prompt, guidance = MODELS[name]
         for kind, lengths in (("close", TOKENS), ("far apart", FAR)):
             figures[f"{name}, {kind}"] = measure(options, build, prompt, guidance, lengths)
     headers = [

@@ -27,8 +27,9 @@ FORECASTS: dict[tuple[MaskName, Forecasted], tuple[PredictorName, ...]] = {
     ("planned", "residual"): ("linear", "gram", "affine", "affine3"),
     ("rule", "residual"): ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
 }
-USUAL = ("planned", "residual", "affine3")  # what another must beat on every prompt
-CLEARLY = 6.0  # dB by which it must, over the number of prompts: of two, 3 dB each (docs/log.md)
+USUAL = ("planned", "residual", "affine3")  # what another must beat clearly (docs/log.md):
+CLEARLY = 6.0  # on every prompt by so many dB, over their number: of two, 3 dB each
+MANY, ERRORS = 6, 3.0  # or, of so many prompts, on average by so many standard errors
 SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
 GAINS = 10  # steps of a run at which gains are measured
 
@@ -181,13 +182,21 @@ def choices(
 
 def _best(budgets: Sequence[MeasuredBudget], errors: np.ndarray) -> list[MeasuredBudget]:
     """For each speed-up the best by the logarithms of the `errors` (prompts, budgets)."""
-    best, margin = {}, CLEARLY / len(errors) * np.log(10) / 10
+    best = {}
     for speedup in dict.fromkeys(budget.speedup for budget in budgets):
         own = [i for i, budget in enumerate(budgets) if budget.speedup == speedup]
         usual = next(i for i in own if (budgets[i].mask, budgets[i].forecasts, budgets[i].predictor) == USUAL)
-        better = [i for i in own if (errors[:, i] < errors[:, usual] - margin).all()]
+        better = [i for i in own if _clearly_better(errors[:, usual] - errors[:, i])]
         best[speedup] = budgets[min(better or [usual], key=lambda i: errors[:, i].mean())]
     return [*best.values()]
+
+
+def _clearly_better(less: np.ndarray) -> bool:
+    """Whether an error is less beyond what a few prompts show by chance; `less` by how much, in logarithms, of each."""
+    count, decibels = len(less), less * 10 / np.log(10)
+    if (decibels > CLEARLY / count).all():
+        return True
+    return count >= MANY and bool(decibels.mean() > ERRORS * decibels.std(ddof=1) / np.sqrt(count))
 
 
 def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:

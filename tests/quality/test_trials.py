@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vllm_omni.diffusion.cache.profile import CacheProfile
-from vllm_omni.trials import FORECASTS, Away, choices
+from vllm_omni.trials import FORECASTS, Away, _clearly_better, choices
 
 STEPS = 8
 CHOICES = [
@@ -48,3 +48,17 @@ def test_a_few_prompts_must_be_clearly_against_the_usual_choice(linear: Any, gra
         results.append(Away(0.01 * 10 ** (trial.prompt + decibels / 10), 1.0))
     budgets = measurement.read(results).budgets
     assert budgets and {(budget.mask, budget.predictor) for budget in budgets} == {("planned", chosen)}
+
+
+@pytest.mark.parametrize(
+    ("decibels", "clear"),
+    [
+        ((3, 4, 5, 3, 4, -1), True),  # 3.0 on average, standard error 0.9
+        ((9, 1, -4, 8, -3, 7), False),  # as much on average, standard error 2.4
+        ((3, 4, 5, 3, -1), False),  # too few to say
+        ((1.3,) * 5, True),
+        ((0.0,) * 8, False),
+    ],
+)
+def test_many_prompts_may_disagree_if_the_average_is_clear(decibels: tuple[float, ...], clear: bool) -> None:
+    assert _clearly_better(np.array(decibels) * np.log(10) / 10) is clear
