@@ -35,7 +35,7 @@ MORE: list[Any] = [  # of each combination what differs from its parts
     ("Qwen-Image", ULYSSES, ODD_TEXT | {"caches": ["off", "plan"]}),
     ("Qwen-Image", ULYSSES | {"ulysses_anything": True}, ODD_TEXT | BRANCHES_TOO | {"size": [48, 16]}),
     ("FLUX.1", RING | {"ring_anything": True}, ODD | BRANCHES_TOO),
-    ("FLUX.1", CFG, WHOLE_OUTPUTS),
+    pytest.param("FLUX.1", CFG, WHOLE_OUTPUTS, marks=full_set),
     pytest.param("Wan 2.1", ULYSSES, WHOLE_OUTPUTS, marks=full_set),
 ]
 

@@ -6,4 +6,5 @@ import os
 
 import pytest
 
-full_set = pytest.mark.skipif(os.environ.get("VLLM_OMNI_RANKS") != "all", reason="the full set: VLLM_OMNI_RANKS=all")
+ALL = os.environ.get("VLLM_OMNI_RANKS") == "all"
+full_set = pytest.mark.skipif(not ALL, reason="the full set: VLLM_OMNI_RANKS=all")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeGuard
 
 import torch
 
@@ -69,7 +69,7 @@ def look(
         row.state.decide(row.key, row.step, now, change)
 
 
-def is_of_output(forecast: Forecast | None) -> bool:
+def is_of_output(forecast: Forecast | None) -> TypeGuard[Forecast]:
     """Whether a forecast stands in for the whole denoiser, rather than for its blocks."""
     return forecast is not None and any(isinstance(kept, Output) for kept, _ in forecast)
 
@@ -121,13 +121,12 @@ class CachedForward:
 
         If all are forecast there need be no forward; `result` is None then.
         """
-        if self.skips and all(is_of_output(forecast) for _, forecast in self._forecasts):
-            return [blended(forecast) for _, forecast in self._forecasts]
-        made = [result] if len(self._batch) == 1 else [take_rows(result, row.rows) for row in self._batch]
-        if self.skips:
-            pairs = zip(made, self._forecasts, strict=True)
-            made = [blended(forecast) if is_of_output(forecast) else own for own, (_, forecast) in pairs]
-        return made
+        alone = len(self._batch) == 1
+        forecasts = [forecast for _, forecast in self._forecasts] if self.skips else [None] * len(self._batch)
+        return [
+            blended(forecast) if is_of_output(forecast) else result if alone else take_rows(result, row.rows)
+            for row, forecast in zip(self._batch, forecasts, strict=True)
+        ]
 
     def commit(self, result: Any) -> None:
         """Take in what the forward gave; call it within the scope, after everything else that can fail."""
