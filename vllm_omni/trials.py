@@ -29,7 +29,7 @@ FORECASTS: dict[tuple[MaskName, Forecasted], tuple[PredictorName, ...]] = {
 }
 USUAL = ("planned", "residual", "affine3")  # what another must beat clearly (docs/log.md):
 CLEARLY = 6.0  # on every prompt by so many dB, over their number: of two, 3 dB each
-MANY, ERRORS = 6, 3.0  # or, of so many prompts, on average by so many standard errors
+MANY, ERRORS = 6, 2.0  # or, of so many prompts, on average by so many standard errors
 SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
 GAINS = 10  # steps of a run at which gains are measured
 
