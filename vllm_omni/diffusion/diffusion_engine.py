@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,12 +30,11 @@ from vllm_omni.errors import (
     RequestAbortedError,
     refusal,
 )
-from vllm_omni.kernels.device import DeviceClock, Mark, current, is_lost, lost_by, refuse_lost
+from vllm_omni.kernels.device import DeviceClock, Mark, current, is_lost, lost_by, tried
 from vllm_omni.kernels.timing import RemainingWork, StepReport, Timings
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.made import fill
 
-T = TypeVar("T")
 KEPT_REPORTS = 1024  # of steps, until somebody asks
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of denoisers, which several engines may serve
 AWAIT_S = 0.05  # for what runs elsewhere, with nothing else to do; commands wait as long
@@ -172,7 +171,7 @@ class DiffusionEngine:
 
     def _start(self, entry: _Entry) -> None:
         """Begin a request, whose own fault is whatever goes wrong in it."""
-        error = _failure_of(self._begin, entry)
+        _, error = tried(partial(self._begin, entry))
         if entry.running is not None:
             self._settle(entry.running)
         elif error is not None:
@@ -191,7 +190,8 @@ class DiffusionEngine:
         kind, rows = batch[0].parked, sum(request.rows for request in batch)
         skipped, clock = kind is not None and kind.kind is StepKind.SKIP, self.worker.runner.clock
         decoded = [request.times.decode_s for request in batch]
-        if (error := _failure_of(self.worker.runner.run, batch)) is not None:
+        _, error = tried(partial(self.worker.runner.run, batch))
+        if error is not None:
             for request in batch:
                 if request.ended is None:
                     self.worker.runner.abort(request, error)
@@ -317,16 +317,6 @@ class DiffusionEngine:
         self._ended.append(_output(entry, event, self.worker.runner.clock))
 
 
-def _failure_of(act: Callable[[T], None], on: T) -> Exception | None:
-    """What `act` raises: nothing leaves a step but as the end of those requests that it was about."""
-    try:
-        act(on)
-    except Exception as error:
-        refuse_lost(error)
-        return error
-    return None
-
-
 def _remaining_work(entry: _Entry) -> RemainingWork:
     running, settings = entry.running, entry.settings
     rows: float = entry.arguments.get("num_images_per_prompt") or 1
@@ -361,8 +351,9 @@ def _output(entry: _Entry, event: Finished | Failed, clock: DeviceClock) -> Omni
         output.error = event.error if output.step else refusal(event.error, entry.arguments)
     else:
         latent = entry.arguments.get("output_type") == "latent"
-        put = partial(fill, output, latent=latent, fps=entry.fps, audio_rate=entry.audio_rate)
-        output.error = _failure_of(put, event.output) or output.error  # whatever a pipeline returns is its request's
+        put = partial(fill, output, event.output, latent=latent, fps=entry.fps, audio_rate=entry.audio_rate)
+        _, error = tried(put)  # whatever a pipeline returns is its request's
+        output.error = error or output.error
         clock.poll()  # a result that was looked at is there, and so are all times before it
     output.metrics = {"total_s": time.perf_counter() - entry.arrived, "text_tokens": 0}
     if running is not None:

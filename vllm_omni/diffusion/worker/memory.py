@@ -79,7 +79,7 @@ class Retries:
             elif failure is None and dropped:  # residuals were the reason: from now on no more than what was left
                 self.room.keep_less(kept + min(dropped // 2, self.memory.spare()))
         if failure is None:
-            return results
+            return results or []
         if is_out_of_memory(failure):
             work = work_of(batch[0])
             if len(batch) == 1:
@@ -91,13 +91,13 @@ class Retries:
             return [failure]
         return [self.each_or_errors([request], act)[0] for request in batch]
 
-    def _measured(self, batch: Sequence[Request], act: Act) -> tuple[list[Any], Exception | None]:
+    def _measured(self, batch: Sequence[Request], act: Act) -> tuple[list[Any] | None, Exception | None]:
         """`tried`, with an account of the bytes that this took if that is not known yet."""
         work = work_of(batch[0])
         if not self.room.unknown(work, len(batch)):
-            return tried(batch, act)
+            return tried(partial(act, batch))
         before = self.memory.begin()
-        results, failure = tried(batch, act)
+        results, failure = tried(partial(act, batch))
         if failure is None:
             took = self.memory.most() - before
             self.room.took(work, len(batch), took, work.kind is StepKind.COMPUTE, beside=before - self._kept())

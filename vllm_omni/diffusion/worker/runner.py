@@ -276,13 +276,12 @@ class ModelRunner:
             own = request.adapters if event.component in TEXT_ENCODERS else ()
             request.parked = ParkedCall(event, (key, own), StepKind.COMPONENT)
         else:
-            _, error = tried([request], partial(self._take, event))
+            _, error = tried(partial(self._take, request, event))
             if error is not None:  # the request's own arguments or schedule: it alone ends
                 request.end(self._advance(request, error))
 
-    def _take(self, event: DenoiserCall | Awaited, batch: Sequence[Request]) -> list[Any]:
-        """Queue a call of one request; if its pipeline can go on without the result, it waits for the next call."""
-        (request,) = batch
+    def _take(self, request: Request, event: DenoiserCall | Awaited) -> None:
+        """Queue a call of a request; if its pipeline can go on without the result, it waits for the next call."""
         if isinstance(event, Awaited):
             request.calls.asked()
             if self.peers is not None and self.peers.share is not None:
@@ -293,10 +292,9 @@ class ModelRunner:
                 promise = request.task.promise(form)
                 request.queue.append(replace(call, promise=promise))
                 self._arrive(request, self._advance(request, promise.value))
-                return []
+                return
             request.queue.append(call)
         self._next(request)
-        return []
 
     def _form(self, request: Request, call: ParkedCall) -> Any:
         """The form of the call's result, if its pipeline may have a promise of it; else None."""
