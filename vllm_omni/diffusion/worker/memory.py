@@ -69,7 +69,7 @@ class Retries:
         for make_room in (self._drop_others, self._drop_own):
             if failure is None or not is_out_of_memory(failure):
                 break
-            work, dropped, kept = work_of(batch[0]), make_room(batch), self._kept()
+            work, dropped, kept = work_of(batch[0]), make_room(batch), self.room.kept
             if dropped or self.memory.collect():
                 self.memory.begin()
                 results, failure = self._measured(batch, act)
@@ -100,31 +100,26 @@ class Retries:
         results, failure = tried(partial(act, batch))
         if failure is None:
             took = self.memory.most() - before
-            self.room.took(work, len(batch), took, work.kind is StepKind.COMPUTE, beside=before - self._kept())
+            self.room.took(work, len(batch), took, work.kind is StepKind.COMPUTE, beside=before - self.room.kept)
         return results, failure
-
-    def _kept(self) -> int:
-        """Bytes of all residuals."""
-        stores = {id(r.backend.store): r.backend.store for r in self.running if r.backend is not None}
-        return sum(store.used for store in stores.values())
 
     def _drop_others(self, batch: Sequence[Request]) -> int:
         """Drop what others keep for later steps, which then compute; returns the bytes."""
-        before = self._kept()
+        before = self.room.kept
         for other in self.running:
             used_next = other.parked is not None and other.parked.forecast is not None
             if not used_next and not any(other is request for request in batch):
                 other.cache.drop()
-        return before - self._kept()
+        return before - self.room.kept
 
     def _drop_own(self, batch: Sequence[Request]) -> int:
         """Let a request that is alone go on without a cache; returns the bytes, one if there was a cache at all."""
         request = batch[0]
         if len(batch) > 1 or request.backend is None:
             return 0
-        before = self._kept()
+        before = self.room.kept
         request.cache.drop()
-        dropped = before - self._kept()
+        dropped = before - self.room.kept
         request.backend = None
         if request.parked is not None and request.parked.forecast is not None:
             compute = partial(replace, kind=StepKind.COMPUTE, forecast=None)
