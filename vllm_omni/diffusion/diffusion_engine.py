@@ -30,7 +30,7 @@ from vllm_omni.errors import (
     RequestAbortedError,
     refusal,
 )
-from vllm_omni.kernels.device import DeviceClock, Mark, current, is_lost, lost_by, tried
+from vllm_omni.kernels.device import Mark, current, is_lost, lost_by, tried
 from vllm_omni.kernels.timing import RemainingWork, StepReport, Timings
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.made import fill
@@ -48,8 +48,6 @@ class _Entry:
     request: OmniDiffusionRequest
     arguments: dict[str, Any]
     settings: CacheSettings | None
-    fps: float
-    audio_rate: int | None
     arrived: float = field(default_factory=time.perf_counter)
     running: Request | None = None
     plan_of: PlanOf | None = None  # a trial's; nobody else's
@@ -95,14 +93,13 @@ class DiffusionEngine:
         if not request.request_id or request.request_id in self._entries:
             raise InvalidValueError("request_id", request.request_id, "must be new and not empty")
         arguments, settings = self.worker.check(request)
-        fps, audio_rate = self.worker.arguments.fps(request), self.worker.arguments.audio_rate
-        self._entries[request.request_id] = _Entry(request, arguments, settings, fps, audio_rate)
+        self._entries[request.request_id] = _Entry(request, arguments, settings)
         self.scheduler.add(request.request_id, priority, time.monotonic() if arrived is None else arrived)
 
     def try_out(self, request: OmniDiffusionRequest, plan_of: PlanOf) -> None:
         """Run `request` with a plan of its own whenever the engine has nothing else to do. It counts nowhere."""
         arguments, _ = self.worker.check(request)
-        entry = _Entry(request, arguments, self.worker.default_cache, 1.0, None, plan_of=plan_of)
+        entry = _Entry(request, arguments, self.worker.default_cache, plan_of=plan_of)
         self._entries[request.request_id] = entry
         self.scheduler.fill(request.request_id)
         with self._turn():
@@ -314,7 +311,7 @@ class DiffusionEngine:
     def _end(self, entry: _Entry, event: Finished | Failed) -> None:
         del self._entries[entry.request.request_id]
         self.scheduler.remove(entry.request.request_id)
-        self._ended.append(_output(entry, event, self.worker.runner.clock))
+        self._ended.append(_output(entry, event, self.worker))
 
 
 def _remaining_work(entry: _Entry) -> RemainingWork:
@@ -337,7 +334,7 @@ def _remaining_work(entry: _Entry) -> RemainingWork:
     return RemainingWork(*ours, computed * rows, (left - computed) * rows)
 
 
-def _output(entry: _Entry, event: Finished | Failed, clock: DeviceClock) -> OmniRequestOutput:
+def _output(entry: _Entry, event: Finished | Failed, worker: DiffusionWorker) -> OmniRequestOutput:
     output = OmniRequestOutput(entry.request.request_id, entry.request.prompt, seed=entry.seed)
     running = entry.running
     if running is not None:
@@ -350,14 +347,15 @@ def _output(entry: _Entry, event: Finished | Failed, clock: DeviceClock) -> Omni
     if isinstance(event, Failed):
         output.error = event.error if output.step else refusal(event.error, entry.arguments)
     else:
-        latent = entry.arguments.get("output_type") == "latent"
-        put = partial(fill, output, event.output, latent=latent, fps=entry.fps, audio_rate=entry.audio_rate)
+        latent, fps = entry.arguments.get("output_type") == "latent", worker.arguments.fps(entry.request)
+        put = partial(fill, output, event.output, latent, fps, worker.arguments.audio_rate)
         _, error = tried(put)  # whatever a pipeline returns is its request's
         output.error = error or output.error
-        clock.poll()  # a result that was looked at is there, and so are all times before it
+        worker.runner.clock.poll()  # a result that was looked at is there, and so are all times before it
     output.metrics = {"total_s": time.perf_counter() - entry.arrived, "text_tokens": 0}
     if running is not None:
-        output.metrics["text_tokens"] = running.text_tokens
+        tokens, _ = tried(partial(worker.text_tokens, entry.arguments))
+        output.metrics["text_tokens"] = tokens or 0
         output.stage_durations = {
             "queue_s": running.times.started - entry.arrived,
             "encode_and_denoise_s": running.times.encode_and_denoise_s,

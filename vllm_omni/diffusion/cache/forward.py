@@ -138,14 +138,10 @@ class CachedForward:
     def _computed(self, row: BatchRows, result: Any) -> tuple[Key, int, Computed]:
         return row.key, row.step, Computed(self._stack, row.rows, latents_of(row.arguments), result)
 
-    def close(self) -> None:
-        """Put the block stack back."""
-        if self._stack is not None:
-            self._stack.leave()
-
     def __enter__(self) -> Self:
         self.open()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
+        if self._stack is not None:
+            self._stack.leave()

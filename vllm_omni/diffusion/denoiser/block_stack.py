@@ -244,7 +244,7 @@ class BlockStack:
 
     def _note_first(self, streams: Streams) -> Streams:
         self._input = streams
-        return self._correct(streams) if len(self._blocks) == 1 else streams
+        return streams
 
     def _correct_last(self, streams: Streams) -> Streams:
         """The streams after the stack, among what else has come into them: a fused tail's text."""

@@ -223,19 +223,17 @@ class PipelineTask:
         arguments: dict[str, Any],
         device: torch.device | None = None,
         components: bool = True,
-        prelude: Callable[[], None] | None = None,
         elsewhere: Mapping[str, Elsewhere] = MappingProxyType({}),
     ) -> None:
         """`device`: where the pipeline is known to run; it finds out for itself otherwise. `components`: whether it
-        parks at text encoders and decoder, too. `prelude` runs first, as a part of the request. `elsewhere`: the
-        components that are not on `device`.
+        parks at text encoders and decoder, too. `elsewhere`: the components that are not on `device`.
         """
         self._vae: DecoderProxy | None = None
         self.pipeline: Any = copy.copy(pipeline)
         own = vars(self.pipeline)
         own |= own_schedulers(pipeline)
         own["_progress_bar_config"] = {"disable": True}
-        own["maybe_free_model_hooks"] = _nothing  # the model outlives the request
+        own["maybe_free_model_hooks"] = lambda: None  # the model outlives the request
         own.pop("_num_timesteps", None)
         if device is not None:
             self.pipeline.__class__ = _on_device(type(pipeline), device)  # type: ignore[arg-type]
@@ -255,7 +253,6 @@ class PipelineTask:
             own["vae"] = self._vae = DecoderProxy("vae", module, self._park, elsewhere.get("vae"))
             vars(self._vae)["_parks"] = components
         self.arguments = arguments
-        self._prelude = prelude
         self._greenlet: greenlet | None = None
         self._engine: greenlet | None = None
         self._promises: list[Promise] = []
@@ -289,14 +286,12 @@ class PipelineTask:
         return promise
 
     def release(self) -> None:
-        """Let go of the pipeline's copy, whose proxies hold this task, and of the prelude, which holds the request."""
-        self.pipeline = self._prelude = self._vae = None
+        """Let go of the pipeline's copy, whose proxies hold this task."""
+        self.pipeline = self._vae = None
         self._promises.clear()
 
     def _run(self) -> Event:
         try:
-            if self._prelude is not None:
-                self._prelude()
             with numpy.errstate(invalid="call", call=_no_number):  # of this greenlet alone
                 output = self.pipeline(**self.arguments)
                 self._wait()
@@ -358,7 +353,3 @@ def device_of(pipeline: Any, apart: bool = False) -> torch.device | None:
 def _no_number(kind: str, flag: int) -> None:
     """numpy reports NaN on its way into a picture."""
     raise NumericalError
-
-
-def _nothing() -> None:
-    """In place of a pipeline's clean-up after itself."""

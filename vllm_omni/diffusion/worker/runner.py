@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -86,21 +86,14 @@ class ModelRunner:
         arguments: dict[str, Any],
         backend: StackBackend | None,
         settings: CacheSettings | None,
-        text_tokens: Callable[[], int],
         plan_of: PlanOf | None = None,
     ) -> Request:
         """Begin a request, and park it at its first call: of a text encoder, or of its denoiser."""
-
         began = self.clock.mark()
-
-        def prelude() -> None:
-            request.text_tokens = text_tokens()
-
         self._check_denoisers()
         self._shared.scan()
         arguments = {name: moved(value, self.device) for name, value in arguments.items()}
-        elsewhere = self.components.elsewhere
-        task = PipelineTask(self.pipeline, arguments, self.device, prelude=prelude, elsewhere=elsewhere)
+        task = PipelineTask(self.pipeline, arguments, self.device, elsewhere=self.components.elsewhere)
         if (boundary := asked.params.boundary_ratio) is not None:
             task.pipeline.register_to_config(boundary_ratio=boundary)  # of the request's own copy
         adapters = asked.params.lora_request or ()

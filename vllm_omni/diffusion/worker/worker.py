@@ -95,12 +95,11 @@ class DiffusionWorker:
             arguments | {"generator": generator},
             self._backend(settings) if settings is not None else None,
             settings,
-            lambda: self._text_tokens(arguments),
             plan_of,
         )
         return running, seed
 
-    def _text_tokens(self, arguments: dict[str, Any]) -> int:
+    def text_tokens(self, arguments: dict[str, Any]) -> int:
         """Tokens of prompt and negative prompt, without padding, for the text encoder that reads most of them."""
         texts = [arguments.get(name) for name in ("prompt", "negative_prompt")]
         readers = [reader for name in TOKENIZERS if (reader := _tokenizer(self.pipeline, name)) is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
@@ -30,9 +30,9 @@ class CachePlan:
     """
 
     compute: Plan
-    terms: dict[int, Terms] = field(default_factory=dict)
-    needed_after: tuple[frozenset[int], ...] = ()
-    forecasts: Forecasted = "residual"
+    terms: dict[int, Terms]
+    needed_after: tuple[frozenset[int], ...]
+    forecasts: Forecasted
 
     @classmethod
     def of(cls, compute: Plan, terms: dict[int, Terms], forecasts: Forecasted = "residual") -> CachePlan:
@@ -150,23 +150,14 @@ def choose_forecast(
 def full_forwards(
     settings: CacheSettings, profile: CacheProfile | None, steps: int, switches: Switches = ()
 ) -> int | None:
-    """How many full forwards the plan is to have; None if the threshold rule or a mask says which steps compute."""
-    if isinstance(settings.plan, Budget):
-        return budgeted_forwards(settings, profile, steps, switches)
-    if isinstance(settings.plan, Preset):
-        return _preset_forwards(settings, settings.plan, profile, steps, switches)
-    return None
+    """How many full forwards the plan is to have; None if the threshold rule or a mask says which steps compute.
 
-
-def budgeted_forwards(
-    settings: CacheSettings, profile: CacheProfile | None, steps: int, switches: Switches = ()
-) -> int | None:
-    """The full forwards that a budget buys of `steps`: `nfe`, round(steps / speedup), or what keeps `psnr`.
-
-    None without a budget. A budget is kept or refused, never clamped: InvalidValueError names the nearest that can be
-    kept, or what the profile lacks.
+    A budget buys `nfe`, round(steps / speedup), or what keeps `psnr`. It is kept or refused, never clamped:
+    InvalidValueError names the nearest that can be kept, or what the profile lacks.
     """
     budget = settings.plan
+    if isinstance(budget, Preset):
+        return _preset_forwards(settings, budget, profile, steps, switches)
     if not isinstance(budget, Budget):
         return None
     if steps > MAX_PLANNED_STEPS:
