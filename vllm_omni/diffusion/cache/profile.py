@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
@@ -21,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from vllm_omni.diffusion.cache.settings import PredictorName, as_curve
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.files import write_whole
 from vllm_omni.logger import init_logger
 from vllm_omni.settings import Settings
 
@@ -190,17 +190,7 @@ class CacheProfile(Settings):
 
     def save(self, path: Path) -> None:
         """Write the profile as a file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", suffix=".part", dir=path.parent, delete=False) as file:
-            part = Path(file.name)
-            try:
-                file.write(self.model_dump_json(indent=1) + "\n")
-                file.flush()
-                part.chmod(0o644)
-                part.replace(path)
-            except OSError:
-                part.unlink(missing_ok=True)
-                raise
+        write_whole(path, lambda to: to.write(self.model_dump_json(indent=1).encode() + b"\n"))
 
 
 def _check_gram(field: str, rows: tuple[tuple[float, ...], ...], steps: int) -> None:
