@@ -168,15 +168,13 @@ class DiffusionEngine:
 
     def _start(self, entry: _Entry) -> None:
         """Begin a request, whose own fault is whatever goes wrong in it."""
-        _, error = tried(partial(self._begin, entry))
-        if entry.running is not None:
+        asked = entry.request, entry.arguments, entry.settings, entry.plan_of
+        begun, error = tried(partial(self.worker.start, *asked))
+        if begun is not None:
+            entry.running, entry.seed = begun
             self._settle(entry.running)
         elif error is not None:
             self._end(entry, Failed(error))
-
-    def _begin(self, entry: _Entry) -> None:
-        asked = entry.request, entry.arguments, entry.settings, entry.plan_of
-        entry.running, entry.seed = self.worker.start(*asked)
 
     def _run(self, pixels: int, batch: Sequence[Request], began: Mark, started: Sequence[Timings]) -> int:
         """Run one batch; what no single request's call has raised ends all of the batch, and nobody else.
@@ -347,7 +345,7 @@ def _output(entry: _Entry, event: Finished | Failed, worker: DiffusionWorker) ->
     if isinstance(event, Failed):
         output.error = event.error if output.step else refusal(event.error, entry.arguments)
     else:
-        latent, fps = entry.arguments.get("output_type") == "latent", worker.arguments.fps(entry.request)
+        latent, fps = entry.arguments.get("output_type") == "latent", entry.request.params.fps or worker.arguments.fps
         put = partial(fill, output, event.output, latent, fps, worker.arguments.audio_rate)
         _, error = tried(put)  # whatever a pipeline returns is its request's
         output.error = error or output.error

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -58,13 +58,6 @@ class MeasuredBudget(Settings):
     psnr_mean: float | None = Field(default=None, allow_inf_nan=False)
     rule_psnr: float | None = Field(default=None, allow_inf_nan=False)
     fewer_steps_psnr: float | None = Field(default=None, allow_inf_nan=False)
-
-
-class Measured(NamedTuple):
-    """Matrix and gains, of residuals or of outputs."""
-
-    gram: tuple[tuple[float, ...], ...] | None
-    gains: tuple[float, ...] | None
 
 
 class CacheProfile(Settings):
@@ -155,9 +148,9 @@ class CacheProfile(Settings):
             raise InvalidValueError("sigmas", None, "must be given with gram or gains")
         return self
 
-    def measured(self, what: Forecasted) -> Measured:
-        """What is known for planning forecasts of residuals, or of outputs."""
-        return Measured(self.gram, self.gains) if what == "residual" else Measured(self.output_gram, self.output_gains)
+    def gram_of(self, what: Forecasted) -> tuple[tuple[float, ...], ...] | None:
+        """The matrix for planning forecasts of residuals, or of outputs."""
+        return self.gram if what == "residual" else self.output_gram
 
     def curve_alone(self) -> CacheProfile:
         """The same without all that was measured beside the curve."""

@@ -27,7 +27,7 @@ from vllm_omni.diffusion.denoiser.prove import NO_ROOM, NOTHING, STATE, Call, Fi
 from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec, spec_of, unwrapped
 from vllm_omni.envs import profile_folder
 from vllm_omni.files import write_whole
-from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
+from vllm_omni.kernels.device import is_out_of_memory, tried
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -100,18 +100,15 @@ class Denoiser:
             self._report(f"calls of more than {MOST_SIGNATURES} kinds: the others are made alone, uncached")
             return
         known = None if self._stack is None else self._stack.spec
-        try:
-            finding = examine(self.module, call, arguments, known)
-        except Exception as error:
-            refuse_lost(error)
-            if not is_out_of_memory(error) and not makes(call, arguments):
-                return  # it fails whoever makes it, and says nothing of others
+        finding, error = tried(partial(examine, self.module, call, arguments, known))
+        if finding is not None:
+            self._take(signature, finding)
+            self._write()
+        elif error is not None and (is_out_of_memory(error) or makes(call, arguments)):
             why = NO_ROOM if is_out_of_memory(error) else f"could not be examined: {str(error)[:200]}"
             self._report(why)
             self.findings[signature] = Finding(NOTHING, False, why)
-            return
-        self._take(signature, finding)
-        self._write()
+        # else it fails whoever makes it, and says nothing of others
 
     def facts(self) -> dict[str, Any]:
         """What is known, in plain values."""

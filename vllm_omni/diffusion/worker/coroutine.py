@@ -83,11 +83,17 @@ class _Proxy:
     _park: Callable[[Any], Any]
     _module: Any
     _elsewhere: Elsewhere | None
+    _parks: bool
 
     def __init__(
-        self, name: str, module: torch.nn.Module, park: Callable[[Any], Any], elsewhere: Elsewhere | None = None
+        self,
+        name: str,
+        module: torch.nn.Module,
+        park: Callable[[Any], Any],
+        elsewhere: Elsewhere | None = None,
+        parks: bool = True,
     ) -> None:
-        vars(self).update(_name=name, _park=park, _module=module, _elsewhere=elsewhere)
+        vars(self).update(_name=name, _park=park, _module=module, _elsewhere=elsewhere, _parks=parks)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # pipelines ask isinstance(self.transformer, ...)
@@ -127,16 +133,9 @@ class EncoderProxy(_Proxy):
 
     _hooks: int | None
 
-    def __init__(
-        self,
-        name: str,
-        module: torch.nn.Module,
-        park: Callable[[Any], Any],
-        elsewhere: Elsewhere | None = None,
-        parks: bool = True,
-    ) -> None:
-        super().__init__(name, module, park, elsewhere)
-        vars(self)["_hooks"] = _hooks_on(module) if parks else None
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        vars(self)["_hooks"] = _hooks_on(self._module) if self._parks else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _hooks_on(self._module) != self._hooks:  # JoyImage's read the states there: they must be its own rows
@@ -157,7 +156,6 @@ class DecoderProxy(_Proxy):
     """A VAE; `decode` parks the request, unless its pipeline has changed the VAE for the time of the call."""
 
     _own: _Types | None = None  # before the change
-    _parks: bool = True
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """SDXL's pipelines decode in float32 and go back to float16: nobody else may run between."""
@@ -250,8 +248,7 @@ class PipelineTask:
             if parks or name in elsewhere:
                 own[name] = EncoderProxy(name, module, self._park, elsewhere.get(name), parks)
         if isinstance(module := own.get("vae"), torch.nn.Module):  # always: it leaves the VAE as it was
-            own["vae"] = self._vae = DecoderProxy("vae", module, self._park, elsewhere.get("vae"))
-            vars(self._vae)["_parks"] = components
+            own["vae"] = self._vae = DecoderProxy("vae", module, self._park, elsewhere.get("vae"), components)
         self.arguments = arguments
         self._greenlet: greenlet | None = None
         self._engine: greenlet | None = None

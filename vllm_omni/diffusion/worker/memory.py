@@ -45,7 +45,8 @@ class Retries:
     def at_once(self, batch: Sequence[Request]) -> int:
         """How many of a batch there is room and time for in one turn; one at least."""
         if work_of(batch[0]) in self._apart:
-            _take_apart(batch)
+            for request in batch:
+                request.take_apart()
         work, count = work_of(batch[0]), len(batch)
         count = min(count, self._most.get(work) or count, self.room.at_once(work) or count)
         return self.room.pays(work, count) if self.by_clock and work.kind is StepKind.COMPUTE else count
@@ -64,7 +65,8 @@ class Retries:
         if failure is not None and joined and (len(batch) == 1 or is_out_of_memory(failure)):
             if is_out_of_memory(failure):
                 self._apart.add(work_of(batch[0]))
-            _take_apart(joined)
+            for request in joined:
+                request.take_apart()
             return self.each_or_errors(batch[: self.at_once(batch)], act)
         for make_room in (self._drop_others, self._drop_own):
             if failure is None or not is_out_of_memory(failure):
@@ -125,11 +127,6 @@ class Retries:
             compute = partial(replace, kind=StepKind.COMPUTE, forecast=None)
             request.parked = compute(request.parked, earlier=tuple(map(compute, request.parked.earlier)))
         return dropped or 1
-
-
-def _take_apart(requests: Sequence[Request]) -> None:
-    for request in requests:
-        request.take_apart()
 
 
 def work_of(request: Request) -> Work:

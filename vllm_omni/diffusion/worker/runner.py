@@ -158,7 +158,9 @@ class ModelRunner:
                 self._arrive(request, event)
             else:
                 self._ran_component(request, event, own)
-            self._preview(request)
+            if request.previews.due is not None:
+                with self._shared.lent_to(OwnChanges()), scales_kept(self.components.encoders):
+                    draw(request, self.pipeline, self.binders, self.components.elsewhere)
 
     def _deliver(self, request: Request, results: Sequence[Any]) -> Event | None:
         """Bring the request what its calls have returned; None if others must be made before it can go on."""
@@ -254,11 +256,6 @@ class ModelRunner:
         encoding, ends = request.schedule is None, isinstance(event, Finished)
         self.pace.coding_done(self.clock, request.size, request.times, own, joint, n, encoding, ends)
         self._arrive(request, event)
-
-    def _preview(self, request: Request) -> None:
-        if request.previews.due is not None:
-            with self._shared.lent_to(OwnChanges()), scales_kept(self.components.encoders):
-                draw(request, self.pipeline, self.binders, self.components.elsewhere)
 
     def _arrive(self, request: Request, event: Event) -> None:
         """Take in what the request brings: its end, or a call whose kind and batch key are decided now."""

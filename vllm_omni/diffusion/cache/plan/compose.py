@@ -153,17 +153,22 @@ def full_forwards(
     """How many full forwards the plan is to have; None if the threshold rule or a mask says which steps compute.
 
     A budget buys `nfe`, round(steps / speedup), or what keeps `psnr`. It is kept or refused, never clamped:
-    InvalidValueError names the nearest that can be kept, or what the profile lacks.
+    InvalidValueError names the nearest that can be kept, or what the profile lacks. A preset is the rule, too, if the
+    profile has no Gram matrix to plan with.
     """
     budget = settings.plan
-    if isinstance(budget, Preset):
-        return _preset_forwards(settings, budget, profile, steps, switches)
-    if not isinstance(budget, Budget):
+    if not isinstance(budget, Budget | Preset):
         return None
+    least = len(forced_steps(steps, settings.config.compute_last_step, switches))
+    if isinstance(budget, Preset):
+        if not budget.planned or profile is None or profile.gram is None or steps > MAX_PLANNED_STEPS:
+            return None
+        if profile.has_figures:
+            return _forwards_keeping(budget.psnr, profile, steps, least)
+        return min(max(round(steps / budget.speedup), least), steps)
     if steps > MAX_PLANNED_STEPS:
         names = ", ".join(BUDGETS)
         raise InvalidValueError("num_inference_steps", steps, f"must be at most {MAX_PLANNED_STEPS} with {names}")
-    least = len(forced_steps(steps, settings.config.compute_last_step, switches))
     if budget.nfe is not None:
         if not least <= budget.nfe <= steps:
             near = min(max(budget.nfe, least), steps)
@@ -182,18 +187,6 @@ def full_forwards(
         nearest = f"nearest: {steps / least:g}, {least} full forwards"
         raise InvalidValueError("speedup", budget.speedup, f"is out of reach in {steps} steps ({nearest})")
     return nfe
-
-
-def _preset_forwards(
-    settings: CacheSettings, preset: Preset, profile: CacheProfile | None, steps: int, switches: Switches
-) -> int | None:
-    """The full forwards of a preset if the profile has a Gram matrix to plan with; None: the threshold rule."""
-    if not preset.planned or profile is None or profile.gram is None or steps > MAX_PLANNED_STEPS:
-        return None
-    least = len(forced_steps(steps, settings.config.compute_last_step, switches))
-    if profile.has_figures:
-        return _forwards_keeping(preset.psnr, profile, steps, least)
-    return min(max(round(steps / preset.speedup), least), steps)
 
 
 def _forwards_keeping(psnr: float, profile: CacheProfile, steps: int, least: int) -> int:
@@ -217,12 +210,13 @@ def expected_forwards(settings: CacheSettings, steps: int) -> int:
 
 
 def _gram_at(profile: CacheProfile | None, sigmas: Sequence[float], what: Forecasted) -> np.ndarray | None:
-    if profile is None or profile.sigmas is None or (gram := profile.measured(what).gram) is None:
+    if profile is None or profile.sigmas is None or (gram := profile.gram_of(what)) is None:
         return None
     return resample_gram(np.asarray(gram), profile.sigmas, sigmas)
 
 
 def _gains_at(profile: CacheProfile | None, sigmas: Sequence[float], what: Forecasted) -> np.ndarray:
-    if profile is None or profile.sigmas is None or (gains := profile.measured(what).gains) is None:
+    gains = None if profile is None else profile.gains if what == "residual" else profile.output_gains
+    if profile is None or profile.sigmas is None or gains is None:
         return np.ones(len(sigmas))
     return resample_gains(gains, profile.sigmas, sigmas)
