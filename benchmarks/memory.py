@@ -102,7 +102,7 @@ def _serve(bench: Any, requests: int, steps: int, cache: dict[str, Any] | None) 
     for output in omni.generate(prompts, params, use_tqdm=False):
         if output.error is not None:
             raise output.error
-    return max((backend.store.peak for backend in omni.engine.worker._backends.values()), default=0)
+    return omni.engine.worker.store.peak
 
 
 def _profile(transformer: Any, steps: int, folder: Path) -> str:

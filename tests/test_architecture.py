@@ -66,7 +66,10 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
         ("vllm_omni.modular",),
         ("vllm_omni.nested",),
     ),
-    (("vllm_omni.errors", "vllm_omni.logger", "vllm_omni.envs", "vllm_omni.version", "vllm_omni.driver"),),
+    (
+        ("vllm_omni.errors", "vllm_omni.logger", "vllm_omni.envs", "vllm_omni.version", "vllm_omni.driver"),
+        ("vllm_omni.files",),
+    ),
 )
 BOTTOM = len(LAYERS) - 1
 # These two stand for a file, not for everything under it: a new module must be given a layer.

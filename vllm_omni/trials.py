@@ -117,7 +117,7 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
 
 def _stale_errors(profile: CacheProfile, what: Forecasted, gap: int, schedule: Schedule) -> dict[int, float]:
     """By step, how far the latents are expected to be moved if it gets what was made `gap` steps earlier."""
-    gram, weights = np.asarray(profile.measured(what).gram), step_weights(schedule.sigmas)
+    gram, weights = np.asarray(profile.gram_of(what)), step_weights(schedule.sigmas)
     expected: dict[int, float] = {}
     for step in sorted({*range(1, schedule.steps, gap), schedule.steps - 1} - {0}):
         if (anchor := anchor_of(step, gap, schedule)) is not None:
@@ -166,7 +166,7 @@ def choices(
         for nfe in _forwards(steps, switches)
         for (mask, what), predictors in FORECASTS.items()
         for predictor in predictors
-        if profile.measured(what).gram is not None
+        if profile.gram_of(what) is not None
     ]
 
     def read(results: Sequence[Away]) -> CacheProfile:

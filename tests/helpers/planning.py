@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.plan.compose import CachePlan, budgeted_forwards, compose
+from vllm_omni.diffusion.cache.plan.compose import CachePlan, compose, full_forwards
 from vllm_omni.diffusion.cache.plan.planner import step_weights
 from vllm_omni.diffusion.cache.plan.predictors import forecasts
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
@@ -30,7 +30,7 @@ def budgeted(
     config: DiffusionCacheConfig, steps: int, profile: CacheProfile | None = None, switches: tuple[int, ...] = ()
 ) -> int | None:
     """The full forwards that the budget of `config` buys."""
-    return budgeted_forwards(parse("magcache", config), profile, steps, switches)
+    return full_forwards(parse("magcache", config), profile, steps, switches)
 
 
 def planned_cost(costs: np.ndarray, plan: Sequence[bool]) -> float:

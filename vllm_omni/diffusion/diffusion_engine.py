@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from threading import RLock
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -30,12 +30,11 @@ from vllm_omni.errors import (
     RequestAbortedError,
     refusal,
 )
-from vllm_omni.kernels.device import DeviceClock, Mark, current, is_lost, lost_by, refuse_lost
+from vllm_omni.kernels.device import Mark, current, is_lost, lost_by, tried
 from vllm_omni.kernels.timing import RemainingWork, StepReport, Timings
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.made import fill
 
-T = TypeVar("T")
 KEPT_REPORTS = 1024  # of steps, until somebody asks
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of denoisers, which several engines may serve
 AWAIT_S = 0.05  # for what runs elsewhere, with nothing else to do; commands wait as long
@@ -49,8 +48,6 @@ class _Entry:
     request: OmniDiffusionRequest
     arguments: dict[str, Any]
     settings: CacheSettings | None
-    fps: float
-    audio_rate: int | None
     arrived: float = field(default_factory=time.perf_counter)
     running: Request | None = None
     plan_of: PlanOf | None = None  # a trial's; nobody else's
@@ -96,14 +93,13 @@ class DiffusionEngine:
         if not request.request_id or request.request_id in self._entries:
             raise InvalidValueError("request_id", request.request_id, "must be new and not empty")
         arguments, settings = self.worker.check(request)
-        fps, audio_rate = self.worker.arguments.fps(request), self.worker.arguments.audio_rate
-        self._entries[request.request_id] = _Entry(request, arguments, settings, fps, audio_rate)
+        self._entries[request.request_id] = _Entry(request, arguments, settings)
         self.scheduler.add(request.request_id, priority, time.monotonic() if arrived is None else arrived)
 
     def try_out(self, request: OmniDiffusionRequest, plan_of: PlanOf) -> None:
         """Run `request` with a plan of its own whenever the engine has nothing else to do. It counts nowhere."""
         arguments, _ = self.worker.check(request)
-        entry = _Entry(request, arguments, self.worker.default_cache, 1.0, None, plan_of=plan_of)
+        entry = _Entry(request, arguments, self.worker.default_cache, plan_of=plan_of)
         self._entries[request.request_id] = entry
         self.scheduler.fill(request.request_id)
         with self._turn():
@@ -172,15 +168,13 @@ class DiffusionEngine:
 
     def _start(self, entry: _Entry) -> None:
         """Begin a request, whose own fault is whatever goes wrong in it."""
-        error = _failure_of(self._begin, entry)
-        if entry.running is not None:
+        asked = entry.request, entry.arguments, entry.settings, entry.plan_of
+        begun, error = tried(partial(self.worker.start, *asked))
+        if begun is not None:
+            entry.running, entry.seed = begun
             self._settle(entry.running)
         elif error is not None:
             self._end(entry, Failed(error))
-
-    def _begin(self, entry: _Entry) -> None:
-        asked = entry.request, entry.arguments, entry.settings, entry.plan_of
-        entry.running, entry.seed = self.worker.start(*asked)
 
     def _run(self, pixels: int, batch: Sequence[Request], began: Mark, started: Sequence[Timings]) -> int:
         """Run one batch; what no single request's call has raised ends all of the batch, and nobody else.
@@ -191,7 +185,8 @@ class DiffusionEngine:
         kind, rows = batch[0].parked, sum(request.rows for request in batch)
         skipped, clock = kind is not None and kind.kind is StepKind.SKIP, self.worker.runner.clock
         decoded = [request.times.decode_s for request in batch]
-        if (error := _failure_of(self.worker.runner.run, batch)) is not None:
+        _, error = tried(partial(self.worker.runner.run, batch))
+        if error is not None:
             for request in batch:
                 if request.ended is None:
                     self.worker.runner.abort(request, error)
@@ -314,17 +309,7 @@ class DiffusionEngine:
     def _end(self, entry: _Entry, event: Finished | Failed) -> None:
         del self._entries[entry.request.request_id]
         self.scheduler.remove(entry.request.request_id)
-        self._ended.append(_output(entry, event, self.worker.runner.clock))
-
-
-def _failure_of(act: Callable[[T], None], on: T) -> Exception | None:
-    """What `act` raises: nothing leaves a step but as the end of those requests that it was about."""
-    try:
-        act(on)
-    except Exception as error:
-        refuse_lost(error)
-        return error
-    return None
+        self._ended.append(_output(entry, event, self.worker))
 
 
 def _remaining_work(entry: _Entry) -> RemainingWork:
@@ -347,7 +332,7 @@ def _remaining_work(entry: _Entry) -> RemainingWork:
     return RemainingWork(*ours, computed * rows, (left - computed) * rows)
 
 
-def _output(entry: _Entry, event: Finished | Failed, clock: DeviceClock) -> OmniRequestOutput:
+def _output(entry: _Entry, event: Finished | Failed, worker: DiffusionWorker) -> OmniRequestOutput:
     output = OmniRequestOutput(entry.request.request_id, entry.request.prompt, seed=entry.seed)
     running = entry.running
     if running is not None:
@@ -360,13 +345,15 @@ def _output(entry: _Entry, event: Finished | Failed, clock: DeviceClock) -> Omni
     if isinstance(event, Failed):
         output.error = event.error if output.step else refusal(event.error, entry.arguments)
     else:
-        latent = entry.arguments.get("output_type") == "latent"
-        put = partial(fill, output, latent=latent, fps=entry.fps, audio_rate=entry.audio_rate)
-        output.error = _failure_of(put, event.output) or output.error  # whatever a pipeline returns is its request's
-        clock.poll()  # a result that was looked at is there, and so are all times before it
+        latent, fps = entry.arguments.get("output_type") == "latent", entry.request.params.fps or worker.arguments.fps
+        put = partial(fill, output, event.output, latent, fps, worker.arguments.audio_rate)
+        _, error = tried(put)  # whatever a pipeline returns is its request's
+        output.error = error or output.error
+        worker.runner.clock.poll()  # a result that was looked at is there, and so are all times before it
     output.metrics = {"total_s": time.perf_counter() - entry.arrived, "text_tokens": 0}
     if running is not None:
-        output.metrics["text_tokens"] = running.text_tokens
+        tokens, _ = tried(partial(worker.text_tokens, entry.arguments))
+        output.metrics["text_tokens"] = tokens or 0
         output.stage_durations = {
             "queue_s": running.times.started - entry.arrived,
             "encode_and_denoise_s": running.times.encode_and_denoise_s,

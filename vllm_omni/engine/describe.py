@@ -11,11 +11,9 @@ import diffusers
 
 from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
-from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.arguments import RENAMED
 from vllm_omni.diffusion.worker.preview import can_preview
 from vllm_omni.engine.interface import ModelInfo, PictureInput
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 
 _DEFAULTS = (
     "num_inference_steps",
@@ -66,7 +64,7 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
         pictures=picture_inputs(type(pipeline)),
         video_output=video,
         sound_output=worker.arguments.audio_rate is not None and not {"height", "num_frames", "video"} & {*signature},
-        fps=worker.arguments.fps(OmniDiffusionRequest("", "", {}, OmniDiffusionSamplingParams())),
+        fps=worker.arguments.fps,
         frame_multiple=_first(pipeline, _TEMPORAL) if video else 1,
     )
 

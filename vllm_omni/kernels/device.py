@@ -10,7 +10,7 @@ import re
 import resource
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,7 +21,7 @@ from vllm_omni.nested import mapped
 
 Mark = Any  # a float of the host's clock, or an event of a device that runs behind it
 Span = tuple[Mark, Mark]
-T = TypeVar("T")
+R = TypeVar("R")
 
 # What CUDA, Triton, cuBLAS and cuDNN report, some as plain RuntimeErrors, once the context has gone.
 _LOST = re.compile(
@@ -101,13 +101,13 @@ def let_go(error: BaseException | None) -> None:
         without_tensors(error)
 
 
-def tried(batch: Sequence[T], act: Callable[[Sequence[T]], list[Any]]) -> tuple[list[Any], Exception | None]:
-    """What an action on a batch returns, or raises; DeviceLostError if the device is lost."""
+def tried(act: Callable[[], R]) -> tuple[R | None, Exception | None]:
+    """What an action returns, or raises; DeviceLostError if the device is lost."""
     try:
-        return act(batch), None
+        return act(), None
     except Exception as error:  # out of memory or a bad input of one must not end the others
         let_go(error)
-        return [], error
+        return None, error
 
 
 def moved(value: Any, device: torch.device | None) -> Any:

@@ -81,6 +81,11 @@ class Room:
         self._held, self._given = held, held.budget
         held.budget = self.budget
 
+    @property
+    def kept(self) -> int:
+        """Bytes of all residuals."""
+        return 0 if self._held is None else self._held.used
+
     def keep_less(self, most: int) -> None:
         """Let residuals take no more than that: more were in the way."""
         self._ceiling = most if self._ceiling is None else min(most, self._ceiling)

@@ -21,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vllm_omni.engine.malloc import keep_freed_memory
+from vllm_omni.files import write_whole
 from vllm_omni.quality.bench import Bench, BenchModel, Result
 from vllm_omni.quality.meter import Work
 from vllm_omni.quality.metrics import lpips
@@ -79,17 +80,18 @@ class Worker:
         file = self.file(reference(steps), "reference.npz")
         if not file.is_file():
             pictures, work = self.bench.draw(reference(steps), self.plan.pairs)
-            _write(file, lambda to: np.savez(to, pictures=pictures, done=work.done, forwards=np.array(work.forwards)))
+            forwards = np.array(work.forwards)
+            write_whole(file, lambda to: np.savez(to, pictures=pictures, done=work.done, forwards=forwards))
         with np.load(file) as kept:
-            forwards = [(int(rows), float(each)) for rows, each in kept["forwards"]]
-            return kept["pictures"], Work(int(kept["done"]), forwards)
+            made = [(int(rows), float(each)) for rows, each in kept["forwards"]]
+            return kept["pictures"], Work(int(kept["done"]), made)
 
     def prepare(self, steps: int) -> Path:
         """Draw the uncached pictures; returns the file of the first of them."""
         file = self.file(reference(steps), "sheet.npy")
         if not file.is_file():
             few = self.reference(steps)[0][:SHEET_PAIRS].astype(np.float16)
-            _write(file, lambda to: np.save(to, few))
+            write_whole(file, lambda to: np.save(to, few))
         return file
 
     def tune(self, peer: str, steps: int) -> list[float]:
@@ -98,7 +100,7 @@ class Worker:
         if not file.is_file():
             pairs = tuning(list(self.plan.pairs), TUNING_PAIRS)
             text = json.dumps(self.bench.tune(peer, steps, pairs, TARGETS))
-            _write(file, lambda to: to.write(text.encode()))
+            write_whole(file, lambda to: to.write(text.encode()))
         return json.loads(file.read_text())
 
     def measure(self, row: Row) -> Result:
@@ -108,8 +110,8 @@ class Worker:
             result, pictures = self.bench.measure(row, self.plan.pairs, exact, whole)
             few = pictures[:SHEET_PAIRS].astype(np.float16)
             result.sheet = str(self.file(row, "sheet.npy"))
-            _write(Path(result.sheet), lambda to: np.save(to, few))
-            _write(file, lambda to: to.write(json.dumps(asdict(result)).encode()))
+            write_whole(Path(result.sheet), lambda to: np.save(to, few))
+            write_whole(file, lambda to: to.write(json.dumps(asdict(result)).encode()))
         kept = json.loads(file.read_text())
         return Result(**kept | {"row": Row(**kept["row"])})
 
@@ -118,7 +120,7 @@ class Worker:
         if not file.is_file():
             pairs = tuning(list(self.plan.pairs), CLOCK_PAIRS)
             text = json.dumps(self.bench.clock(rows, pairs))
-            _write(file, lambda to: to.write(text.encode()))
+            write_whole(file, lambda to: to.write(text.encode()))
         return json.loads(file.read_text())
 
     def file(self, what: Row | tuple[Row, ...], ending: str) -> Path:
@@ -320,11 +322,3 @@ def _digest(folder: str, names: tuple[str, ...] | None = None) -> str:
     files = [f for f in sorted((PACKAGE / folder).rglob("*")) if f.suffix in (".py", ".json")]
     kept = [f for f in files if names is None or f.stem in names]
     return hashlib.sha256(b"\0".join(f.read_bytes() for f in kept)).hexdigest()[:16]
-
-
-def _write(file: Path, fill: Callable[[Any], Any]) -> None:
-    """Whole or not at all: a run that is interrupted leaves nothing half-written."""
-    part = file.with_name(f"{file.name}.part")
-    with part.open("wb") as stream:
-        fill(stream)
-    part.replace(file)

@@ -29,6 +29,12 @@ DEFAULT_STEPS = 28  # of a bare denoiser, unless the settings say
 KEPT_AS = {"model": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float8": ops.EIGHT_BITS}
 
 
+def store_for(config: DiffusionCacheConfig) -> CacheStore:
+    """An empty store with the budget and the dtype of these settings."""
+    budget = config.memory_budget_mb
+    return CacheStore(None if budget is None else int(budget * 2**20), KEPT_AS[config.residual_dtype])
+
+
 class CacheBackend(ABC):
     """A choice of plan, predictor and profile, put on a pipeline's denoisers."""
 
@@ -66,8 +72,7 @@ class StackBackend(CacheBackend):
     def __init__(self, config: DiffusionCacheConfig) -> None:
         super().__init__(config)
         self.settings = parse(self.name, config)
-        budget = config.memory_budget_mb
-        self.store = CacheStore(None if budget is None else int(budget * 2**20), KEPT_AS[config.residual_dtype])
+        self.store = store_for(config)
         self.denoisers: dict[str, Denoiser] = {}
         self._pipeline: Any = None
         self._session: Session | None = None

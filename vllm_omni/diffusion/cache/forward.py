@@ -38,10 +38,6 @@ class BatchRows:
         self.state.forget(self.key)
         self.state.commit(self.key, self.step, kept)
 
-    @property
-    def wants(self) -> bool:
-        return self.state.wants(self.key, self.step)
-
 
 def look(
     batch: Sequence[BatchRows],
@@ -108,13 +104,16 @@ class CachedForward:
         self._batch = batch
         self._forecasts = [(row.rows, f) for row, f in zip(batch, forecasts, strict=True) if f is not None]
         self.skips = bool(batch) and len(self._forecasts) == len(batch)
-        self._stack = stack if self.skips or any(row.wants for row in batch) else None
+        self._stack = stack if self.skips or any(row.state.wants(row.key, row.step) for row in batch) else None
 
-    def open(self) -> None:
+    def open(self) -> Self:
         """Exchange the block stack, if need be."""
         if self._stack is not None:
             rows = self._batch[-1].rows.stop
             self._stack.enter(partial(corrected, self._forecasts) if self.skips else None, rows)
+        return self
+
+    __enter__ = open
 
     def results(self, result: Any) -> list[Any]:
         """What each request gets if the forward has returned `result`: its rows, or its output as forecast.
@@ -137,14 +136,6 @@ class CachedForward:
     def _computed(self, row: BatchRows, result: Any) -> tuple[Key, int, Computed]:
         return row.key, row.step, Computed(self._stack, row.rows, latents_of(row.arguments), result)
 
-    def close(self) -> None:
-        """Put the block stack back."""
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._stack is not None:
             self._stack.leave()
-
-    def __enter__(self) -> Self:
-        self.open()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()

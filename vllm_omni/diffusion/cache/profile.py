@@ -8,12 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, field_validator, model_validator
@@ -21,6 +20,7 @@ from pydantic import Field, field_validator, model_validator
 from vllm_omni.diffusion.cache.settings import PredictorName, as_curve
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.files import write_whole
 from vllm_omni.logger import init_logger
 from vllm_omni.settings import Settings
 
@@ -58,13 +58,6 @@ class MeasuredBudget(Settings):
     psnr_mean: float | None = Field(default=None, allow_inf_nan=False)
     rule_psnr: float | None = Field(default=None, allow_inf_nan=False)
     fewer_steps_psnr: float | None = Field(default=None, allow_inf_nan=False)
-
-
-class Measured(NamedTuple):
-    """Matrix and gains, of residuals or of outputs."""
-
-    gram: tuple[tuple[float, ...], ...] | None
-    gains: tuple[float, ...] | None
 
 
 class CacheProfile(Settings):
@@ -155,9 +148,9 @@ class CacheProfile(Settings):
             raise InvalidValueError("sigmas", None, "must be given with gram or gains")
         return self
 
-    def measured(self, what: Forecasted) -> Measured:
-        """What is known for planning forecasts of residuals, or of outputs."""
-        return Measured(self.gram, self.gains) if what == "residual" else Measured(self.output_gram, self.output_gains)
+    def gram_of(self, what: Forecasted) -> tuple[tuple[float, ...], ...] | None:
+        """The matrix for planning forecasts of residuals, or of outputs."""
+        return self.gram if what == "residual" else self.output_gram
 
     def curve_alone(self) -> CacheProfile:
         """The same without all that was measured beside the curve."""
@@ -190,17 +183,7 @@ class CacheProfile(Settings):
 
     def save(self, path: Path) -> None:
         """Write the profile as a file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", suffix=".part", dir=path.parent, delete=False) as file:
-            part = Path(file.name)
-            try:
-                file.write(self.model_dump_json(indent=1) + "\n")
-                file.flush()
-                part.chmod(0o644)
-                part.replace(path)
-            except OSError:
-                part.unlink(missing_ok=True)
-                raise
+        write_whole(path, lambda to: to.write(self.model_dump_json(indent=1).encode() + b"\n"))
 
 
 def _check_gram(field: str, rows: tuple[tuple[float, ...], ...], steps: int) -> None:

@@ -105,8 +105,7 @@ class StandaloneHook(ModelHook):
             if (signal := state.signal(row.key, row.step)) is not None:
                 look([row], signal, stack, partial(module.forward, *args, **kwargs))
             forecast = state.forecast(row.key, row.step, rows)
-        self._forward = CachedForward(stack, [row], [forecast])
-        self._forward.open()
+        self._forward = CachedForward(stack, [row], [forecast]).open()
         return args, kwargs
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:

@@ -145,12 +145,6 @@ def first_attention(block: torch.nn.Module) -> torch.nn.Module | None:
     return next((m for name, m in block.named_modules() if name.rpartition(".")[2] in ATTENTIONS), None)
 
 
-def slot(module: torch.nn.Module, name: str) -> tuple[dict[str, torch.nn.Module | None], str]:
-    """The children among which a submodule is, and its own name there."""
-    parent, _, own = name.rpartition(".")
-    return module.get_submodule(parent)._modules, own
-
-
 def like(container: torch.nn.Module, members: Sequence[torch.nn.Module]) -> torch.nn.Module:
     """A container of the same kind, also of a class of the model's own."""
     twin = copy.copy(container)
@@ -244,7 +238,7 @@ class BlockStack:
 
     def _note_first(self, streams: Streams) -> Streams:
         self._input = streams
-        return self._correct(streams) if len(self._blocks) == 1 else streams
+        return streams
 
     def _correct_last(self, streams: Streams) -> Streams:
         """The streams after the stack, among what else has come into them: a fused tail's text."""
@@ -341,6 +335,7 @@ def exchange(
     """Put `stand_ins` in the places of the submodules of these names, and return those."""
     own: dict[str, torch.nn.Module | None] = {}
     for name, stand_in in stand_ins.items():
-        children, key = slot(module, name)
+        parent, _, key = name.rpartition(".")
+        children = module.get_submodule(parent)._modules
         own[name], children[key] = children[key], stand_in
     return own

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -27,7 +26,8 @@ from vllm_omni.diffusion.denoiser.discover import signature_of
 from vllm_omni.diffusion.denoiser.prove import NO_ROOM, NOTHING, STATE, Call, Finding, examine, makes
 from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec, spec_of, unwrapped
 from vllm_omni.envs import profile_folder
-from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
+from vllm_omni.files import write_whole
+from vllm_omni.kernels.device import is_out_of_memory, tried
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -50,7 +50,7 @@ class Denoiser:
         self.written, self._stack = (self.described, stack) if trusted else (None, None)  # else it must be found
         if not trusted:
             logger.info("%s runs code that is not diffusers' own: it is examined, whatever its class", self.name)
-        self.findings: dict[str, Finding] = {}
+        self.findings = {} if self.written is None else {"": Finding(self.written, True)}  # by kind
         self.keeps_state = False  # a call may depend on those before it: no other request's comes in between
         self._file = None if self.written is not None else _file_of(self.module)
         self._reported: set[str] = set()
@@ -67,25 +67,24 @@ class Denoiser:
 
     def knows(self, arguments: Mapping[str, Any]) -> bool:
         """Whether it is known how a call like this may be made."""
-        return self.written is not None or signature_of(arguments) in self.findings
+        return self.kind_of(arguments) in self.findings
 
     def stack_for(self, arguments: Mapping[str, Any]) -> BlockStack | None:
         """The stack that such a call may be cached with; None: it computes."""
-        if self.written is not None:
-            return None if self.written.adds_between_blocks(arguments) else self._stack
-        finding = self.findings.get(signature_of(arguments))
-        adds = self.described is not None and self.described.adds_between_blocks(arguments)
-        if adds or any(BETWEEN_BLOCKS in name and value is not None for name, value in arguments.items()):
+        finding = self.findings.get(self.kind_of(arguments))
+        if self.described is not None and self.described.adds_between_blocks(arguments):
+            return None
+        if self.written is None and any(BETWEEN_BLOCKS in n and value is not None for n, value in arguments.items()):
             return None  # a proof has seen the residual of its own call alone
         return self._stack if finding is not None and finding.cached else None
 
     def roles_for(self, arguments: Mapping[str, Any]) -> DenoiserSpec | None:
         """The roles of the arguments of a call that may share a forward; None: it goes alone."""
-        if self.written is not None:
-            alone = any(arguments.get(name) is not None for name in self.written.alone)
-            return None if alone or self.written.adds_between_blocks(arguments) else self.written
-        finding = self.findings.get(signature_of(arguments))
-        return finding.spec if finding is not None and finding.joined else None
+        finding = self.findings.get(self.kind_of(arguments))
+        if finding is None or not finding.joined:
+            return None
+        alone = any(arguments.get(name) is not None for name in finding.spec.alone)
+        return None if alone or finding.spec.adds_between_blocks(arguments) else finding.spec
 
     def leave(self) -> None:
         """End the stack's scope, if one is open."""
@@ -94,34 +93,30 @@ class Denoiser:
 
     def learn(self, arguments: Mapping[str, Any], call: Call) -> None:
         """Examine the first call of its kind; `call` makes it, or one like it. No call fails because of it."""
-        signature = signature_of(arguments)
-        if self.written is not None or signature in self.findings:
+        signature = self.kind_of(arguments)
+        if signature in self.findings:
             return
         if len(self.findings) >= MOST_SIGNATURES:
             self._report(f"calls of more than {MOST_SIGNATURES} kinds: the others are made alone, uncached")
             return
         known = None if self._stack is None else self._stack.spec
-        try:
-            finding = examine(self.module, call, arguments, known)
-        except Exception as error:
-            refuse_lost(error)
-            if not is_out_of_memory(error) and not makes(call, arguments):
-                return  # it fails whoever makes it, and says nothing of others
+        finding, error = tried(partial(examine, self.module, call, arguments, known))
+        if finding is not None:
+            self._take(signature, finding)
+            self._write()
+        elif error is not None and (is_out_of_memory(error) or makes(call, arguments)):
             why = NO_ROOM if is_out_of_memory(error) else f"could not be examined: {str(error)[:200]}"
             self._report(why)
             self.findings[signature] = Finding(NOTHING, False, why)
-            return
-        self._take(signature, finding)
-        self._write()
+        # else it fails whoever makes it, and says nothing of others
 
     def facts(self) -> dict[str, Any]:
         """What is known, in plain values."""
-        if self.written is not None:
-            return {"class": self.name, "known": "described", "cached": True, "batched": True, "reasons": []}
         found = list(self.findings.values())
+        known = "found" if found else "not called yet"
         return {
             "class": self.name,
-            "known": "found" if found else "not called yet",
+            "known": known if self.written is None else "described",
             "cached": any(finding.cached for finding in found),
             "batched": any(finding.joined for finding in found),
             "reasons": list(dict.fromkeys(finding.reason for finding in found if finding.reason)),
@@ -148,11 +143,9 @@ class Denoiser:
             return
         lasting = {s: finding for s, finding in self.findings.items() if not finding.passing}
         kept = {signature: asdict(finding) for signature, finding in lasting.items()}
-        draft = self._file.with_suffix(f".{os.getpid()}")
+        text = json.dumps({"format": FORMAT, "class": self.name, "calls": kept}, indent=1) + "\n"
         try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            draft.write_text(json.dumps({"format": FORMAT, "class": self.name, "calls": kept}, indent=1) + "\n")
-            draft.replace(self._file)
+            write_whole(self._file, lambda to: to.write(text.encode()))
         except OSError as error:
             logger.warning("what was found of %s is not kept: %s", self.name, error)
 

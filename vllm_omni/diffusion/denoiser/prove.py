@@ -34,7 +34,7 @@ from vllm_omni.diffusion.denoiser.discover import (
 )
 from vllm_omni.diffusion.denoiser.rows import joined, latents_of, take_rows
 from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
-from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
+from vllm_omni.kernels.device import is_out_of_memory, refuse_lost, tried
 from vllm_omni.nested import copied, identical, largest_difference, mapped, rms_difference, tensors_in
 
 Call = Callable[[Mapping[str, Any]], Any]  # the denoiser, with its arguments by name
@@ -194,7 +194,7 @@ class _Examination:
         latents, why = latents_of(self.arguments), ""
         names = [name for name in self._ways[0].rows if self.arguments[name] is not latents]
         tries = [way.sharing(shared) for shared in _shared(self.arguments, names) for way in self._ways]
-        picks = dict.fromkeys(pick for tried in tries for pick in (tried, tried.one_for_all()))
+        picks = dict.fromkeys(pick for roles in tries for pick in (roles, roles.one_for_all()))
         for roles in islice(picks, MOST_ROLES):
             other = perturbed(self.arguments, roles)
             alone, error = _tried(partial(self._tapped, stack, other, self.rows))
@@ -275,13 +275,12 @@ def _names(spec: DenoiserSpec) -> str:
 
 def _tried(run: Callable[[], Any]) -> tuple[Any, str]:
     """What `run` returns and "", or None and what it raised."""
-    try:
-        return run(), ""
-    except Exception as error:  # a model that is called as it was never meant to be may raise anything
-        refuse_lost(error)
-        if is_out_of_memory(error):
-            raise
-        return None, f"{type(error).__name__}: {str(error)[:120]}".rstrip(": ")
+    output, error = tried(run)  # a model that is called as it was never meant to be may raise anything
+    if error is None:
+        return output, ""
+    if is_out_of_memory(error):
+        raise error
+    return None, f"{type(error).__name__}: {str(error)[:120]}".rstrip(": ")
 
 
 # -------------------------------------------------------------------------------------------------------------- values

@@ -245,13 +245,12 @@ def _watched_class(scheduler_class: type) -> type:
     def new(cls: type, *args: Any, **kwargs: Any) -> Any:
         return scheduler_class(*args, **kwargs)
 
-    def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = functools.partial(scheduler_class.set_timesteps, self)  # type: ignore[attr-defined]
-        return _reported(self, "set_timesteps", own, args, kwargs)
+    def reporting(name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(scheduler_class, name))
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return _reported(self, name, functools.partial(getattr(scheduler_class, name), self), args, kwargs)
 
-    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
-        own = functools.partial(scheduler_class.step, self)  # type: ignore[attr-defined]
-        return _reported(self, "step", own, args, kwargs)
+        return method
 
     def setattribute(self: Any, name: str, value: Any) -> None:
         if name in _METHODS and not isinstance(value, _PatchedMethod):
@@ -261,9 +260,8 @@ def _watched_class(scheduler_class: type) -> type:
     def reduce(self: Any, protocol: Any) -> Any:
         return copyreg._reconstructor, (scheduler_class, object, None), vars(self)  # type: ignore[attr-defined]
 
-    reporting = {f.__name__: f for f in (set_timesteps, step) if hasattr(scheduler_class, f.__name__)}
     methods = {
-        **{name: functools.wraps(getattr(scheduler_class, name))(f) for name, f in reporting.items()},
+        **{name: reporting(name) for name in _METHODS if hasattr(scheduler_class, name)},
         "__new__": new,
         "__setattr__": setattribute,
         "__reduce_ex__": reduce,

@@ -41,7 +41,7 @@ class ArgumentBuilder:
             if name not in self._accepted:
                 raise InvalidValueError("default_sampling_params", name, f"is not an argument of {self._name}")
         known = next((rate for name, rate in _FRAME_RATES.items() if self._name.startswith(name)), 16)
-        self._fps = float(defaults.get("fps", known))
+        self.fps = float(defaults.get("fps", known))  # of videos, unless a request asks for another rate
         self.audio_rate = _audio_rate(pipeline)
         self._config = config
         processor = vars(pipeline).get("image_processor")
@@ -81,10 +81,6 @@ class ArgumentBuilder:
             raise InvalidValueError(name, None, f"is needed by {self._name}; give it with the prompt")
         self._check(arguments)
         return arguments
-
-    def fps(self, request: OmniDiffusionRequest) -> float:
-        """Frames per second of this request's videos: as asked, or the model's own."""
-        return request.params.fps or self._fps
 
     def _check(self, arguments: dict[str, Any]) -> None:
         for name in ("num_inference_steps", "height", "width"):

@@ -115,22 +115,17 @@ class Components:
             if request.ended is not None:  # meanwhile
                 continue
             request.away = False
-            _, error = tried([request], partial(self._go_on, result, seconds, len(batch)))
+            _, error = tried(partial(self._runner.go_on, request, result, seconds, len(batch)))
             if error is not None:
                 self._runner.abort(request, error)
             self._returned.append(request)
 
-    def _go_on(self, result: Any, seconds: float, sharing: int, batch: Sequence[Request]) -> list[Any]:
-        (request,) = batch
-        self._runner.go_on(request, result, seconds, sharing)
-        return []
-
 
 def _each_or_errors(part: Elsewhere, calls: Sequence[ComponentCall]) -> list[Any]:
     """What each call returns or raises, of calls made as one if that works. In the module's thread."""
-    results, failure = tried(calls, lambda every: call_component(part.module, every, part))
+    results, failure = tried(lambda: call_component(part.module, calls, part))
     if failure is None:
-        return results
+        return results or []
     if len(calls) > 1:
         return [_each_or_errors(part, [call])[0] for call in calls]
     if is_out_of_memory(failure):

@@ -83,11 +83,17 @@ class _Proxy:
     _park: Callable[[Any], Any]
     _module: Any
     _elsewhere: Elsewhere | None
+    _parks: bool
 
     def __init__(
-        self, name: str, module: torch.nn.Module, park: Callable[[Any], Any], elsewhere: Elsewhere | None = None
+        self,
+        name: str,
+        module: torch.nn.Module,
+        park: Callable[[Any], Any],
+        elsewhere: Elsewhere | None = None,
+        parks: bool = True,
     ) -> None:
-        vars(self).update(_name=name, _park=park, _module=module, _elsewhere=elsewhere)
+        vars(self).update(_name=name, _park=park, _module=module, _elsewhere=elsewhere, _parks=parks)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:  # pipelines ask isinstance(self.transformer, ...)
@@ -127,16 +133,9 @@ class EncoderProxy(_Proxy):
 
     _hooks: int | None
 
-    def __init__(
-        self,
-        name: str,
-        module: torch.nn.Module,
-        park: Callable[[Any], Any],
-        elsewhere: Elsewhere | None = None,
-        parks: bool = True,
-    ) -> None:
-        super().__init__(name, module, park, elsewhere)
-        vars(self)["_hooks"] = _hooks_on(module) if parks else None
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        vars(self)["_hooks"] = _hooks_on(self._module) if self._parks else None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _hooks_on(self._module) != self._hooks:  # JoyImage's read the states there: they must be its own rows
@@ -157,7 +156,6 @@ class DecoderProxy(_Proxy):
     """A VAE; `decode` parks the request, unless its pipeline has changed the VAE for the time of the call."""
 
     _own: _Types | None = None  # before the change
-    _parks: bool = True
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """SDXL's pipelines decode in float32 and go back to float16: nobody else may run between."""
@@ -223,19 +221,17 @@ class PipelineTask:
         arguments: dict[str, Any],
         device: torch.device | None = None,
         components: bool = True,
-        prelude: Callable[[], None] | None = None,
         elsewhere: Mapping[str, Elsewhere] = MappingProxyType({}),
     ) -> None:
         """`device`: where the pipeline is known to run; it finds out for itself otherwise. `components`: whether it
-        parks at text encoders and decoder, too. `prelude` runs first, as a part of the request. `elsewhere`: the
-        components that are not on `device`.
+        parks at text encoders and decoder, too. `elsewhere`: the components that are not on `device`.
         """
         self._vae: DecoderProxy | None = None
         self.pipeline: Any = copy.copy(pipeline)
         own = vars(self.pipeline)
         own |= own_schedulers(pipeline)
         own["_progress_bar_config"] = {"disable": True}
-        own["maybe_free_model_hooks"] = _nothing  # the model outlives the request
+        own["maybe_free_model_hooks"] = lambda: None  # the model outlives the request
         own.pop("_num_timesteps", None)
         if device is not None:
             self.pipeline.__class__ = _on_device(type(pipeline), device)  # type: ignore[arg-type]
@@ -252,10 +248,8 @@ class PipelineTask:
             if parks or name in elsewhere:
                 own[name] = EncoderProxy(name, module, self._park, elsewhere.get(name), parks)
         if isinstance(module := own.get("vae"), torch.nn.Module):  # always: it leaves the VAE as it was
-            own["vae"] = self._vae = DecoderProxy("vae", module, self._park, elsewhere.get("vae"))
-            vars(self._vae)["_parks"] = components
+            own["vae"] = self._vae = DecoderProxy("vae", module, self._park, elsewhere.get("vae"), components)
         self.arguments = arguments
-        self._prelude = prelude
         self._greenlet: greenlet | None = None
         self._engine: greenlet | None = None
         self._promises: list[Promise] = []
@@ -289,14 +283,12 @@ class PipelineTask:
         return promise
 
     def release(self) -> None:
-        """Let go of the pipeline's copy, whose proxies hold this task, and of the prelude, which holds the request."""
-        self.pipeline = self._prelude = self._vae = None
+        """Let go of the pipeline's copy, whose proxies hold this task."""
+        self.pipeline = self._vae = None
         self._promises.clear()
 
     def _run(self) -> Event:
         try:
-            if self._prelude is not None:
-                self._prelude()
             with numpy.errstate(invalid="call", call=_no_number):  # of this greenlet alone
                 output = self.pipeline(**self.arguments)
                 self._wait()
@@ -358,7 +350,3 @@ def device_of(pipeline: Any, apart: bool = False) -> torch.device | None:
 def _no_number(kind: str, flag: int) -> None:
     """numpy reports NaN on its way into a picture."""
     raise NumericalError
-
-
-def _nothing() -> None:
-    """In place of a pipeline's clean-up after itself."""

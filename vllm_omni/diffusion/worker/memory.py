@@ -45,7 +45,8 @@ class Retries:
     def at_once(self, batch: Sequence[Request]) -> int:
         """How many of a batch there is room and time for in one turn; one at least."""
         if work_of(batch[0]) in self._apart:
-            _take_apart(batch)
+            for request in batch:
+                request.take_apart()
         work, count = work_of(batch[0]), len(batch)
         count = min(count, self._most.get(work) or count, self.room.at_once(work) or count)
         return self.room.pays(work, count) if self.by_clock and work.kind is StepKind.COMPUTE else count
@@ -64,12 +65,13 @@ class Retries:
         if failure is not None and joined and (len(batch) == 1 or is_out_of_memory(failure)):
             if is_out_of_memory(failure):
                 self._apart.add(work_of(batch[0]))
-            _take_apart(joined)
+            for request in joined:
+                request.take_apart()
             return self.each_or_errors(batch[: self.at_once(batch)], act)
         for make_room in (self._drop_others, self._drop_own):
             if failure is None or not is_out_of_memory(failure):
                 break
-            work, dropped, kept = work_of(batch[0]), make_room(batch), self._kept()
+            work, dropped, kept = work_of(batch[0]), make_room(batch), self.room.kept
             if dropped or self.memory.collect():
                 self.memory.begin()
                 results, failure = self._measured(batch, act)
@@ -79,7 +81,7 @@ class Retries:
             elif failure is None and dropped:  # residuals were the reason: from now on no more than what was left
                 self.room.keep_less(kept + min(dropped // 2, self.memory.spare()))
         if failure is None:
-            return results
+            return results or []
         if is_out_of_memory(failure):
             work = work_of(batch[0])
             if len(batch) == 1:
@@ -91,50 +93,40 @@ class Retries:
             return [failure]
         return [self.each_or_errors([request], act)[0] for request in batch]
 
-    def _measured(self, batch: Sequence[Request], act: Act) -> tuple[list[Any], Exception | None]:
+    def _measured(self, batch: Sequence[Request], act: Act) -> tuple[list[Any] | None, Exception | None]:
         """`tried`, with an account of the bytes that this took if that is not known yet."""
         work = work_of(batch[0])
         if not self.room.unknown(work, len(batch)):
-            return tried(batch, act)
+            return tried(partial(act, batch))
         before = self.memory.begin()
-        results, failure = tried(batch, act)
+        results, failure = tried(partial(act, batch))
         if failure is None:
             took = self.memory.most() - before
-            self.room.took(work, len(batch), took, work.kind is StepKind.COMPUTE, beside=before - self._kept())
+            self.room.took(work, len(batch), took, work.kind is StepKind.COMPUTE, beside=before - self.room.kept)
         return results, failure
-
-    def _kept(self) -> int:
-        """Bytes of all residuals."""
-        stores = {id(r.backend.store): r.backend.store for r in self.running if r.backend is not None}
-        return sum(store.used for store in stores.values())
 
     def _drop_others(self, batch: Sequence[Request]) -> int:
         """Drop what others keep for later steps, which then compute; returns the bytes."""
-        before = self._kept()
+        before = self.room.kept
         for other in self.running:
             used_next = other.parked is not None and other.parked.forecast is not None
             if not used_next and not any(other is request for request in batch):
                 other.cache.drop()
-        return before - self._kept()
+        return before - self.room.kept
 
     def _drop_own(self, batch: Sequence[Request]) -> int:
         """Let a request that is alone go on without a cache; returns the bytes, one if there was a cache at all."""
         request = batch[0]
         if len(batch) > 1 or request.backend is None:
             return 0
-        before = self._kept()
+        before = self.room.kept
         request.cache.drop()
-        dropped = before - self._kept()
+        dropped = before - self.room.kept
         request.backend = None
         if request.parked is not None and request.parked.forecast is not None:
             compute = partial(replace, kind=StepKind.COMPUTE, forecast=None)
             request.parked = compute(request.parked, earlier=tuple(map(compute, request.parked.earlier)))
         return dropped or 1
-
-
-def _take_apart(requests: Sequence[Request]) -> None:
-    for request in requests:
-        request.take_apart()
 
 
 def work_of(request: Request) -> Work:

@@ -34,7 +34,7 @@ def draw(
     step, velocity, latents = due
     clean = latents - request.schedule.sigmas[step] * velocity.to(latents.dtype)
     asked = request.task.arguments
-    images, error = tried([clean], lambda one: _pictures(pipeline, asked, one[0], binders, elsewhere))
+    images, error = tried(lambda: _pictures(pipeline, asked, clean, binders, elsewhere))
     if error is not None:
         logger.warning("no preview: %s", error)
     request.previews.images = images or None

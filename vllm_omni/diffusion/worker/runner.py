@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -86,21 +86,14 @@ class ModelRunner:
         arguments: dict[str, Any],
         backend: StackBackend | None,
         settings: CacheSettings | None,
-        text_tokens: Callable[[], int],
         plan_of: PlanOf | None = None,
     ) -> Request:
         """Begin a request, and park it at its first call: of a text encoder, or of its denoiser."""
-
         began = self.clock.mark()
-
-        def prelude() -> None:
-            request.text_tokens = text_tokens()
-
         self._check_denoisers()
         self._shared.scan()
         arguments = {name: moved(value, self.device) for name, value in arguments.items()}
-        elsewhere = self.components.elsewhere
-        task = PipelineTask(self.pipeline, arguments, self.device, prelude=prelude, elsewhere=elsewhere)
+        task = PipelineTask(self.pipeline, arguments, self.device, elsewhere=self.components.elsewhere)
         if (boundary := asked.params.boundary_ratio) is not None:
             task.pipeline.register_to_config(boundary_ratio=boundary)  # of the request's own copy
         adapters = asked.params.lora_request or ()
@@ -165,7 +158,9 @@ class ModelRunner:
                 self._arrive(request, event)
             else:
                 self._ran_component(request, event, own)
-            self._preview(request)
+            if request.previews.due is not None:
+                with self._shared.lent_to(OwnChanges()), scales_kept(self.components.encoders):
+                    draw(request, self.pipeline, self.binders, self.components.elsewhere)
 
     def _deliver(self, request: Request, results: Sequence[Any]) -> Event | None:
         """Bring the request what its calls have returned; None if others must be made before it can go on."""
@@ -262,11 +257,6 @@ class ModelRunner:
         self.pace.coding_done(self.clock, request.size, request.times, own, joint, n, encoding, ends)
         self._arrive(request, event)
 
-    def _preview(self, request: Request) -> None:
-        if request.previews.due is not None:
-            with self._shared.lent_to(OwnChanges()), scales_kept(self.components.encoders):
-                draw(request, self.pipeline, self.binders, self.components.elsewhere)
-
     def _arrive(self, request: Request, event: Event) -> None:
         """Take in what the request brings: its end, or a call whose kind and batch key are decided now."""
         if isinstance(event, Finished | Failed):
@@ -276,13 +266,12 @@ class ModelRunner:
             own = request.adapters if event.component in TEXT_ENCODERS else ()
             request.parked = ParkedCall(event, (key, own), StepKind.COMPONENT)
         else:
-            _, error = tried([request], partial(self._take, event))
+            _, error = tried(partial(self._take, request, event))
             if error is not None:  # the request's own arguments or schedule: it alone ends
                 request.end(self._advance(request, error))
 
-    def _take(self, event: DenoiserCall | Awaited, batch: Sequence[Request]) -> list[Any]:
-        """Queue a call of one request; if its pipeline can go on without the result, it waits for the next call."""
-        (request,) = batch
+    def _take(self, request: Request, event: DenoiserCall | Awaited) -> None:
+        """Queue a call of a request; if its pipeline can go on without the result, it waits for the next call."""
         if isinstance(event, Awaited):
             request.calls.asked()
             if self.peers is not None and self.peers.share is not None:
@@ -293,10 +282,9 @@ class ModelRunner:
                 promise = request.task.promise(form)
                 request.queue.append(replace(call, promise=promise))
                 self._arrive(request, self._advance(request, promise.value))
-                return []
+                return
             request.queue.append(call)
         self._next(request)
-        return []
 
     def _form(self, request: Request, call: ParkedCall) -> Any:
         """The form of the call's result, if its pipeline may have a promise of it; else None."""

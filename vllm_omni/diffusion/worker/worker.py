@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from vllm_omni.diffusion.cache.base import StackBackend
+from vllm_omni.diffusion.cache.base import StackBackend, store_for
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.cache.selector import get_cache_backend
 from vllm_omni.diffusion.cache.settings import CacheSettings, engine_backend, made_with, override, parse
@@ -37,10 +37,11 @@ class DiffusionWorker:
     def __init__(self, config: OmniDiffusionConfig) -> None:
         self.config = config
         self.default_cache: CacheSettings | None = None  # the engine's own cache setting
+        kept = config.cache_config or DiffusionCacheConfig()
         if (name := engine_backend(config.cache_backend)) != "none":  # a wrong name fails before any weight loads
-            self.default_cache = parse(name, config.cache_config or DiffusionCacheConfig())
+            self.default_cache = parse(name, kept)
+        self.store = store_for(kept)  # of all backends
         self._backends: dict[str, StackBackend] = {}
-        self._counted: Callable[[int], int] = int  # as how many the bytes of a residual
         self._places: dict[str, torch.device] = {}  # where components were that this has moved
 
     def load_model(self, pipeline: Any = None, defaults: dict[str, Any] | None = None) -> None:
@@ -56,6 +57,7 @@ class DiffusionWorker:
             for module in denoisers_of(pipeline).values():
                 refuse_other_caches(module)
             self.runner = ModelRunner(pipeline, self.config)
+            self.runner.room.govern(self.store)
             self.arguments = ArgumentBuilder(pipeline, defaults or {}, self.config)
             if self.default_cache is not None:
                 self._backend(self.default_cache)
@@ -93,12 +95,11 @@ class DiffusionWorker:
             arguments | {"generator": generator},
             self._backend(settings) if settings is not None else None,
             settings,
-            lambda: self._text_tokens(arguments),
             plan_of,
         )
         return running, seed
 
-    def _text_tokens(self, arguments: dict[str, Any]) -> int:
+    def text_tokens(self, arguments: dict[str, Any]) -> int:
         """Tokens of prompt and negative prompt, without padding, for the text encoder that reads most of them."""
         texts = [arguments.get(name) for name in ("prompt", "negative_prompt")]
         readers = [reader for name in TOKENIZERS if (reader := _tokenizer(self.pipeline, name)) is not None]
@@ -132,7 +133,7 @@ class DiffusionWorker:
     @property
     def cache_bytes(self) -> int:
         """Residual bytes held by all requests now."""
-        return max((backend.store.used for backend in self._backends.values()), default=0)  # they share one store
+        return self.store.used
 
     def close(self) -> None:
         """Take caches and adapters off the pipeline, and put its components where they were."""
@@ -146,15 +147,10 @@ class DiffusionWorker:
     def agree_on_memory(self, room: int | None, counted: Callable[[int], int]) -> None:
         """Plan with `room` free bytes from now on, and count what is kept, as all ranks do."""
         self.runner.memory.agree(room)
-        self._counted = counted
-        for backend in self._backends.values():
-            backend.store.counted = counted
-            if backend.config.memory_budget_mb is None:
-                self._limit(backend)
-
-    def _limit(self, backend: StackBackend) -> None:
-        room = self.runner.memory.free(self.config.gpu_memory_utilization)
-        backend.store.budget = None if room is None else room // 2  # the other half is for forwards
+        self.store.counted = counted
+        if self.store.budget is None and room is not None:
+            self.store.budget = room // 2  # the other half is for forwards
+        self.runner.room.govern(self.store)
 
     def _backend(self, settings: CacheSettings) -> StackBackend:
         """The backend of these settings, enabled on the pipeline when it is first asked for."""
@@ -165,13 +161,7 @@ class DiffusionWorker:
             backend.by_request = self.default_cache is None or self.default_cache.backend != name
             backend.many_ranks = self.config.parallel_config.ranks > 1
             backend.enable(self.pipeline, standalone=False, known=self.runner.denoisers)
-            if backend.store.budget is None and self.config.parallel_config.ranks > 1:
-                self._limit(backend)
-            for other in self._backends.values():  # one budget for all
-                backend.store = other.store
-            backend.store.counted = self._counted
-            if not self._backends:
-                self.runner.room.govern(backend.store)
+            backend.store = self.store
             self._backends[name] = backend
         return self._backends[name]
 

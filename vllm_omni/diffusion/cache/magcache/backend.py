@@ -14,7 +14,6 @@ from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.plan.compose import (
     MAX_PAIR_STEPS,
     CachePlan,
-    budgeted_forwards,
     choose_forecast,
     compose,
     full_forwards,
@@ -66,7 +65,7 @@ class MagCacheBackend(StackBackend):
         if ratios is None and not isinstance(settings.plan, Mask):
             raise self._no_curve(model_name_of(self._pipeline))
         if steps is not None and not (isinstance(settings.plan, Budget) and settings.plan.seconds):
-            budgeted_forwards(settings, profile, steps)
+            full_forwards(settings, profile, steps)
         choose_forecast(settings, profile)
 
     def state(self, schedule: Schedule, settings: CacheSettings | None = None) -> CacheState:

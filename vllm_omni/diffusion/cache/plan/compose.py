@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
@@ -30,9 +30,9 @@ class CachePlan:
     """
 
     compute: Plan
-    terms: dict[int, Terms] = field(default_factory=dict)
-    needed_after: tuple[frozenset[int], ...] = ()
-    forecasts: Forecasted = "residual"
+    terms: dict[int, Terms]
+    needed_after: tuple[frozenset[int], ...]
+    forecasts: Forecasted
 
     @classmethod
     def of(cls, compute: Plan, terms: dict[int, Terms], forecasts: Forecasted = "residual") -> CachePlan:
@@ -150,29 +150,25 @@ def choose_forecast(
 def full_forwards(
     settings: CacheSettings, profile: CacheProfile | None, steps: int, switches: Switches = ()
 ) -> int | None:
-    """How many full forwards the plan is to have; None if the threshold rule or a mask says which steps compute."""
-    if isinstance(settings.plan, Budget):
-        return budgeted_forwards(settings, profile, steps, switches)
-    if isinstance(settings.plan, Preset):
-        return _preset_forwards(settings, settings.plan, profile, steps, switches)
-    return None
+    """How many full forwards the plan is to have; None if the threshold rule or a mask says which steps compute.
 
-
-def budgeted_forwards(
-    settings: CacheSettings, profile: CacheProfile | None, steps: int, switches: Switches = ()
-) -> int | None:
-    """The full forwards that a budget buys of `steps`: `nfe`, round(steps / speedup), or what keeps `psnr`.
-
-    None without a budget. A budget is kept or refused, never clamped: InvalidValueError names the nearest that can be
-    kept, or what the profile lacks.
+    A budget buys `nfe`, round(steps / speedup), or what keeps `psnr`. It is kept or refused, never clamped:
+    InvalidValueError names the nearest that can be kept, or what the profile lacks. A preset is the rule, too, if the
+    profile has no Gram matrix to plan with.
     """
     budget = settings.plan
-    if not isinstance(budget, Budget):
+    if not isinstance(budget, Budget | Preset):
         return None
+    least = len(forced_steps(steps, settings.config.compute_last_step, switches))
+    if isinstance(budget, Preset):
+        if not budget.planned or profile is None or profile.gram is None or steps > MAX_PLANNED_STEPS:
+            return None
+        if profile.has_figures:
+            return _forwards_keeping(budget.psnr, profile, steps, least)
+        return min(max(round(steps / budget.speedup), least), steps)
     if steps > MAX_PLANNED_STEPS:
         names = ", ".join(BUDGETS)
         raise InvalidValueError("num_inference_steps", steps, f"must be at most {MAX_PLANNED_STEPS} with {names}")
-    least = len(forced_steps(steps, settings.config.compute_last_step, switches))
     if budget.nfe is not None:
         if not least <= budget.nfe <= steps:
             near = min(max(budget.nfe, least), steps)
@@ -191,18 +187,6 @@ def budgeted_forwards(
         nearest = f"nearest: {steps / least:g}, {least} full forwards"
         raise InvalidValueError("speedup", budget.speedup, f"is out of reach in {steps} steps ({nearest})")
     return nfe
-
-
-def _preset_forwards(
-    settings: CacheSettings, preset: Preset, profile: CacheProfile | None, steps: int, switches: Switches
-) -> int | None:
-    """The full forwards of a preset if the profile has a Gram matrix to plan with; None: the threshold rule."""
-    if not preset.planned or profile is None or profile.gram is None or steps > MAX_PLANNED_STEPS:
-        return None
-    least = len(forced_steps(steps, settings.config.compute_last_step, switches))
-    if profile.has_figures:
-        return _forwards_keeping(preset.psnr, profile, steps, least)
-    return min(max(round(steps / preset.speedup), least), steps)
 
 
 def _forwards_keeping(psnr: float, profile: CacheProfile, steps: int, least: int) -> int:
@@ -226,12 +210,13 @@ def expected_forwards(settings: CacheSettings, steps: int) -> int:
 
 
 def _gram_at(profile: CacheProfile | None, sigmas: Sequence[float], what: Forecasted) -> np.ndarray | None:
-    if profile is None or profile.sigmas is None or (gram := profile.measured(what).gram) is None:
+    if profile is None or profile.sigmas is None or (gram := profile.gram_of(what)) is None:
         return None
     return resample_gram(np.asarray(gram), profile.sigmas, sigmas)
 
 
 def _gains_at(profile: CacheProfile | None, sigmas: Sequence[float], what: Forecasted) -> np.ndarray:
-    if profile is None or profile.sigmas is None or (gains := profile.measured(what).gains) is None:
+    gains = None if profile is None else profile.gains if what == "residual" else profile.output_gains
+    if profile is None or profile.sigmas is None or gains is None:
         return np.ones(len(sigmas))
     return resample_gains(gains, profile.sigmas, sigmas)

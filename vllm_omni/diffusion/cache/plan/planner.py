@@ -41,7 +41,9 @@ def gram_costs(
     before, last, target = np.nonzero((step[:, None, None] < step[:, None]) & (step[:, None] < step))
     anchors = [before, last][-order:]
     errors[before, last, target] = forecast_error(gram, anchors, target, weigh(anchors, target, sigmas, gram))
-    return _accumulate(errors, step_weights(sigmas, gains))
+    # C[..., s, j] from the error E[..., s, t] of each skipped step: the sum of weighted squares over t between
+    paid = np.where(step[:, None] < step, (errors * step_weights(sigmas, gains)) ** 2, 0.0)
+    return np.concatenate([np.zeros((*paid.shape[:-1], 1)), np.cumsum(paid, axis=-1)], axis=-1)
 
 
 def forecast_error(
@@ -58,20 +60,14 @@ def forecast_error(
 def best_plan(costs: np.ndarray, nfe: int, compute_last_step: bool = True) -> Plan:
     """The plan with exactly `nfe` computed steps and the least total cost; the first of equals, on every rank alike.
 
-    The first step computes, and with `compute_last_step` the last. ValueError where no such plan exists.
+    The first step computes, and with `compute_last_step` the last. ValueError where no such plan exists. Bellman over
+    (number of computed steps, the last two): D_n+1[s, j] = min_p D_n[p, s] + C[p, s, j].
     """
     steps = len(costs)
     least = len(forced_steps(steps, compute_last_step))
     if not least <= nfe <= steps:
         raise ValueError(f"no plan of {steps} steps has {nfe} full forwards: from {least} to {steps}")
-    costs = np.where(np.isnan(costs), np.inf, costs)
-    computed = _computed_steps(costs, nfe, steps, compute_last_step)
-    return tuple(bool(flag) for flag in np.isin(np.arange(steps), computed))
-
-
-def _computed_steps(costs: np.ndarray, nfe: int, steps: int, compute_last_step: bool) -> list[int]:
-    """Bellman over (number of computed steps, the last two): D_n+1[s, j] = min_p D_n[p, s] + C[p, s, j]."""
-    step = np.arange(steps)
+    costs, step = np.where(np.isnan(costs), np.inf, costs), np.arange(steps)
     onward = np.where(step[:, None] < step, costs[..., :steps], np.inf)
     tables = [np.full((steps, steps), np.inf)]
     tables[0][0, 0] = 0.0
@@ -86,7 +82,7 @@ def _computed_steps(costs: np.ndarray, nfe: int, steps: int, compute_last_step: 
         earlier = np.argmin(table[:, before] + onward[:, before, last])
         computed.append(int(before))
         before, last = earlier, before
-    return computed
+    return tuple(bool(flag) for flag in np.isin(step, computed))
 
 
 def step_weights(sigmas: Sequence[float], gains: np.ndarray | None = None) -> np.ndarray:
@@ -99,13 +95,6 @@ def step_weights(sigmas: Sequence[float], gains: np.ndarray | None = None) -> np
     corrects = np.flatnonzero(moved[1:] == 0.0) + 1
     moved[corrects] = moved[corrects - 1] = moved[corrects - 1] / 2
     return moved if gains is None else moved * gains
-
-
-def _accumulate(errors: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """C[..., s, j] from the error E[..., s, t] of each skipped step: the sum of weighted squares over t between."""
-    step = np.arange(len(weight))
-    paid = np.where(step[:, None] < step, (errors * weight) ** 2, 0.0)
-    return np.concatenate([np.zeros((*paid.shape[:-1], 1)), np.cumsum(paid, axis=-1)], axis=-1)
 
 
 def confine(costs: np.ndarray, switches: Switches, anew: Callable[[int], np.ndarray]) -> np.ndarray:
