@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from closeness import assert_close, assert_differs
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from families import FAMILIES, Family
 from pipelines import DEFAULTS, embeds, run_latents, tiny_flux
 from probing import CFG, cached
@@ -16,10 +17,12 @@ from probing import CFG, cached
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache import forward
-from vllm_omni.diffusion.cache.plan.compose import choose_forecast
+from vllm_omni.diffusion.cache.plan.compose import CachePlan, choose_forecast
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
 from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, parse
+from vllm_omni.diffusion.cache.state import PlannedState
+from vllm_omni.diffusion.cache.store import CacheStore
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.trials import Away, choices, gains
 
@@ -229,6 +232,39 @@ def test_trials_compare_both_and_measure_the_gains_of_both() -> None:
 
 def _made(trial: Any, profile: CacheProfile) -> Any:
     return trial.plan(Schedule(len(LEVELS), LEVELS))
+
+
+class Pair(NamedTuple):
+    sample: torch.Tensor
+    more: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    ("result", "whole"),
+    [
+        (torch.ones(3, 4), True),
+        ((torch.ones(3, 4), torch.ones(3, 2)), True),
+        ([torch.ones(4)] * 3, True),
+        (Transformer2DModelOutput(sample=torch.ones(3, 4)), True),
+        ((torch.ones(3, 4), {0: torch.ones(3, 4)}), False),  # a memory of the model's own
+        ((torch.ones(3, 4), {"keys": torch.ones(3, 4)}), False),
+        (Pair(torch.ones(3, 4), torch.ones(3, 4)), False),
+        ((torch.ones(3, 4), torch.ones(2, 4)), False),
+        ((torch.ones(3, 4), object()), False),
+    ],
+)
+def test_what_is_more_than_rows_is_not_kept(result: Any, whole: bool) -> None:
+    """Nor is what a forward gave that nothing may be taken from."""
+    plan = CachePlan.of((True, False), {1: ((0, 1.0),)}, "output")
+    arguments = {"hidden_states": torch.ones(3, 4)}
+    for given, kept in ((object(), whole), (None, False)):
+        state = PlannedState(plan, CacheStore(), {})
+        row = forward.BatchRows(state, ("transformer", "default"), 0, slice(0, 3), arguments)
+        stack: Any = given  # no step of this plan needs its blocks
+        forward.CachedForward(stack, [row], [None]).commit(result)
+        assert (state.forecast(row.key, 1, 3) is not None) is kept
+        assert state.computed_steps == 1
+        state.drop()
 
 
 def test_a_matrix_of_outputs_is_checked_as_any_other() -> None:

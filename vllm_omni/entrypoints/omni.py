@@ -227,11 +227,15 @@ def engine_over(pipe: Any, defaults: dict[str, Any] | None, engine_args: dict[st
 
 def _refuse_loading(pipe: Any, config: OmniDiffusionConfig) -> None:
     """InvalidValueError for an option of loading, unless the pipeline is as it says."""
-    weight = next((weight for denoiser in denoisers_of(pipe).values() for weight in denoiser.parameters()), None)
-    as_it_is: dict[str, tuple[str, ...]] = {}
-    if weight is not None:
-        as_it_is["dtype"] = (str(weight.dtype).removeprefix("torch."),)
-        as_it_is["device"] = (str(weight.device), weight.device.type)
+    denoisers = denoisers_of(pipe).values()
+    weights = [weight for denoiser in denoisers for weight in denoiser.parameters()]
+    offloaded = any("_hf_hook" in vars(denoiser) for denoiser in denoisers)  # by accelerate
+    as_it_is: dict[str, set[Any]] = {
+        "dtype": {str(weight.dtype).removeprefix("torch.") for weight in weights},
+        "device": {name for weight in weights for name in (str(weight.device), weight.device.type)},
+    }
+    if offloaded:
+        as_it_is |= {"enable_cpu_offload": {True}, "device": {config.device}}
     for option, instead in WHILE_LOADING.items():
         value = vars(config)[option]
         if value not in (OmniDiffusionConfig.model_fields[option].default, *as_it_is.get(option, ())):

@@ -24,6 +24,7 @@ from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.cache.state import CacheState, Computed, Kept, Key
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels import ops
+from vllm_omni.kernels.device import tried
 from vllm_omni.version import __version__
 
 SKETCH = 4093  # a prime: whatever a model's width, each of its channels falls into every place of the sketch
@@ -133,11 +134,13 @@ class RecordingState(CacheState):
         self._ratios: dict[str, list[torch.Tensor]] = {}
         self._norms: dict[str, torch.Tensor] = {}  # of the last step's tokens
         self._outputs: dict[int, torch.Tensor] = {}
+        self._whole = True  # what its denoisers return can be forecast
 
     def wants(self, key: Key, step: int) -> bool:
         return True
 
     def prepare(self, key: Key, step: int, computed: Computed) -> Kept:
+        self._whole = self._whole and computed.is_of_rows
         if (ends := computed.ends()) is None:
             return Kept()
         residual, norm = ops.residual_norm(*ends, torch.float32)
@@ -167,8 +170,15 @@ class RecordingState(CacheState):
 
     def observe(self, step: int, model_output: Any, sample: Any) -> None:
         """Keep a sketch of the output; with the last step's the matrix is complete."""
-        if not isinstance(model_output, torch.Tensor) or not model_output.dtype.is_floating_point:
+        plain = isinstance(model_output, torch.Tensor) and model_output.dtype.is_floating_point
+        if not plain or not self._whole or step in self._outputs:
             return
+        _, error = tried(lambda: self._note_output(step, model_output))
+        if error is not None:  # it is the measurement's, and no affair of the request's
+            self._whole = False
+            self._outputs.clear()
+
+    def _note_output(self, step: int, model_output: torch.Tensor) -> None:
         self._outputs[step] = self._calibration.sketch(model_output.float())
         if len(self._outputs) == self._schedule.steps:
             if bool((gram := self._gram(self._outputs)).isfinite().all()):

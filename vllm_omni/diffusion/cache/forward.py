@@ -15,7 +15,7 @@ from typing import Any, Self, TypeGuard
 
 import torch
 
-from vllm_omni.diffusion.cache.state import CacheState, Computed, Forecast, Key, Output, Signal
+from vllm_omni.diffusion.cache.state import CacheState, Computed, Forecast, Kept, Key, Output, Signal
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.rows import latents_of, take_rows
 from vllm_omni.kernels import ops, promise
@@ -33,7 +33,7 @@ class BatchRows:
 
     def made_elsewhere(self, result: Any, skipped: bool) -> None:
         """Count the step of a call that another rank has made: `result`. Its residuals are kept there."""
-        computed = Computed(None, slice(None), latents_of(self.arguments), result)
+        computed = Computed(None, slice(None), latents_of(self.arguments), result, elsewhere=True)
         kept = None if skipped else self.state.prepare(self.key, self.step, computed)
         self.state.forget(self.key)
         self.state.commit(self.key, self.step, kept)
@@ -104,6 +104,7 @@ class CachedForward:
         self._batch = batch
         self._forecasts = [(row.rows, f) for row, f in zip(batch, forecasts, strict=True) if f is not None]
         self.skips = bool(batch) and len(self._forecasts) == len(batch)
+        self._cached = stack is not None
         self._stack = stack if self.skips or any(row.state.wants(row.key, row.step) for row in batch) else None
 
     def open(self) -> Self:
@@ -129,12 +130,15 @@ class CachedForward:
 
     def commit(self, result: Any) -> None:
         """Take in what the forward gave; call it within the scope, after everything else that can fail."""
-        kept = [None if self.skips else row.state.prepare(*self._computed(row, result)) for row in self._batch]
+        kept = [None if self.skips else self._kept_of(row, result) for row in self._batch]
         for row, own in zip(self._batch, kept, strict=True):
             row.state.commit(row.key, row.step, own)
 
-    def _computed(self, row: BatchRows, result: Any) -> tuple[Key, int, Computed]:
-        return row.key, row.step, Computed(self._stack, row.rows, latents_of(row.arguments), result)
+    def _kept_of(self, row: BatchRows, result: Any) -> Kept:
+        if not self._cached:
+            return Kept()
+        computed = Computed(self._stack, row.rows, latents_of(row.arguments), result)
+        return row.state.prepare(row.key, row.step, computed)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self._stack is not None:

@@ -16,7 +16,7 @@ import torch
 from vllm_omni.diffusion.cache.plan.compose import CachePlan
 from vllm_omni.diffusion.cache.store import Buffer, CacheStore
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
-from vllm_omni.diffusion.denoiser.rows import latents_of, take_rows
+from vllm_omni.diffusion.denoiser.rows import latents_of, made_of_rows, take_rows
 from vllm_omni.kernels import ops, promise
 from vllm_omni.nested import tensors_in
 
@@ -59,17 +59,22 @@ class Computed:
     rows: slice
     latents: Any
     result: Any
+    elsewhere: bool = False  # made on another rank
 
     @property
     def output(self) -> torch.Tensor:
         return tensors_in(self.result)[0][self.rows]
 
+    @property
+    def is_of_rows(self) -> bool:
+        """Whether the result has a row for each of the latents', and nothing else: no memory of the model's own."""
+        return made_of_rows(self.result) and made_of_rows(take_rows(self.result, self.rows), len(self.latents))
+
     def whole_output(self) -> Output | None:
-        """A copy of all that was returned of these rows; None if no tensor is among it."""
-        own = take_rows(self.result, self.rows)
-        if not any(True for _ in promise.tensors_in(own)):
+        """A copy of all that was returned of these rows; None if it is something else than rows."""
+        if self.elsewhere or not self.is_of_rows:
             return None
-        return Output(promise.mapped(torch.Tensor.clone, own), len(self.latents))
+        return Output(promise.mapped(torch.Tensor.clone, take_rows(self.result, self.rows)), len(self.latents))
 
     def ends(self) -> tuple[torch.Tensor, torch.Tensor] | None:
         """(after, before) the blocks."""

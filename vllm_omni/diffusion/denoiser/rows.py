@@ -45,6 +45,18 @@ def take_rows(output: Any, rows: slice) -> Any:
     return output
 
 
+def made_of_rows(output: Any, rows: int | None = None) -> bool:
+    """Whether a denoiser's output is tensors or lists of them, `rows` long if that is given, alone or several."""
+    if isinstance(output, torch.Tensor):
+        return output.ndim > 0 and len(output) == (rows or len(output))
+    if type(output) is list:
+        return all(isinstance(one, torch.Tensor) for one in output) and len(output) == (rows or len(output))
+    if type(output) is tuple or (isinstance(output, dict) and type(output) is not dict):  # a model output of diffusers
+        values = output if isinstance(output, tuple) else [*output.values()]
+        return bool(values) and all(made_of_rows(value, rows) for value in values)
+    return False
+
+
 def row_shape(value: Any, rows: int, dim: int) -> Hashable:
     """What must agree of an argument with one entry per row; TypeError if it is none."""
     if value is None:

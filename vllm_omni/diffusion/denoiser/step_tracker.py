@@ -78,11 +78,11 @@ class StepTracker:
 
     def ended_step(self, model_output: Any, sample: Any) -> None:
         """Note that the scheduler has made a step of `sample`."""
-        if self.observe is not None:
-            self.observe(self._step, model_output, sample)
         index = vars(self._scheduler).get("_step_index")
-        if index is None or index != self._index:  # Cosmos makes each step twice, and sets the index back between
-            self._step += 1
+        again = index is not None and index == self._index  # Cosmos makes each step twice, and sets the index back
+        if self.observe is not None:
+            self.observe(self._step - again, model_output, sample)
+        self._step += not again
         self._index = index
         self._unnamed.clear()
 

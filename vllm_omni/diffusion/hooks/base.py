@@ -76,7 +76,7 @@ class HookRegistry:
             module = self.module
             self._handles = [
                 module.register_forward_pre_hook(self._before, with_kwargs=True),
-                module.register_forward_hook(self._after, with_kwargs=True, always_call=True),
+                module.register_forward_hook(self._after, with_kwargs=True, always_call=True, prepend=True),
             ]
         self.hooks[name] = hook
         hook.original_forward = self.module.forward

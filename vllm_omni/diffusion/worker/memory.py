@@ -11,6 +11,7 @@ from weakref import ref
 
 import torch
 
+from vllm_omni.diffusion.cache.forward import is_of_output
 from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall
 from vllm_omni.diffusion.worker.request import Request
@@ -136,7 +137,7 @@ def work_of(request: Request) -> Work:
     if parked is None or isinstance(parked.call, DenoiserCall):
         shapes = request.size[1] if isinstance(request.size, tuple) else ()
         calls = 1 if parked is None else len(parked.here)
-        size = request.size, request.backend is not None, calls
+        size = request.size, request.backend is not None, calls, parked is not None and is_of_output(parked.forecast)
         return Work(kind, size, calls * sum(prod(shape) for shape in shapes))
     given = (*parked.call.args, *parked.call.kwargs.values())
     elements = sum(value.numel() for value in given if isinstance(value, torch.Tensor))

@@ -185,9 +185,10 @@ class ModelRunner:
         needless = all(map(is_of_output, forecasts))
         first, arguments = (calls[0], {}) if needless else self._joined(batch)
         forward = CachedForward(None if needless else self._stack(batch, first, arguments), rows, forecasts)
-        with first.changes.installed(), forward:
+        with (NOTHING_CHANGED if needless else first.changes).installed(), forward:
             output = None if needless else self._call(first.branch[0], arguments)
-            each = iter(forward.results(output))
+            split = partial(forward.results, output)
+            each = iter(split() if self.peers is None else self.peers.guarded(split))
             results = [[next(each) for _ in _parked(request).here] for request in batch]
             if self.peers is not None:
                 results = self.peers.completed(results, [_parked(request).mine is not None for request in batch])

@@ -92,4 +92,5 @@ def _report(profile: CacheProfile) -> None:
         nfe, nearer = round(len(profile.ratios) / budget.speedup), (budget.fewer_steps_psnr or 0) > (budget.psnr or 0)
         figures = (budget.psnr_mean, budget.psnr, budget.rule_psnr, budget.fewer_steps_psnr)
         shown = " ".join("     -" if value is None else f"{value:6.1f}" for value in figures)
-        print(f"{nfe:8} {shown}  {budget.mask}, {budget.predictor}{'; fewer steps are nearer' if nearer else ''}")
+        choice = f"{budget.mask}, {budget.predictor}{' of outputs' if budget.forecasts == 'output' else ''}"
+        print(f"{nfe:8} {shown}  {choice}{'; fewer steps are nearer' if nearer else ''}")

@@ -96,7 +96,8 @@ def _compute_steps(
     best = profile.budget_at(max(1, round(nfe / schedule.steps * len(profile.ratios)))) if profile is not None else None
     predictor, what = choose_forecast(settings, profile, nfe)
     gram = _gram_at(profile, schedule.sigmas, what)
-    if gram is None or schedule.steps > MAX_PAIR_STEPS or (best is not None and best.mask == "rule"):
+    by_rule = best is not None and best.mask == "rule" and what == "residual"
+    if gram is None or schedule.steps > MAX_PAIR_STEPS or by_rule:
         return rule_with(plan_at, schedule.steps, nfe)
     return best_plan(_costs(gram, _gains_at(profile, schedule.sigmas, what), schedule, predictor), nfe, guarded)
 
