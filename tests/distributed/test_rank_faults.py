@@ -20,8 +20,8 @@ from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.errors import EngineDeadError, InvalidValueError, OmniError, RequestAbortedError
 
 HELPERS = ROOT / "tests" / "helpers"
-FAULTS = ((1, "kill"), (1, "oom"), (1, "stop"), (0, "raise"))
-MORE = ((1, "raise"), (1, "sleep"), (0, "kill"))  # with the full set
+FAULTS = ((1, "kill"), (1, "stop"), (0, "raise"))
+MORE = ((1, "raise"), (1, "oom"), (1, "sleep"), (0, "kill"))  # with the full set
 OTHERS = [
     ({"cfg_parallel_size": 2}, ((1, "raise"), (0, "kill"))),
     ({"tensor_parallel_size": 2}, ((1, "kill"), (0, "raise"))),

@@ -18,8 +18,9 @@ NEAR = 1e-5  # of the largest number
 HELPERS = ROOT / "tests" / "helpers"
 ULYSSES, RING = {"ulysses_degree": 2}, {"ring_degree": 2}
 CFG, TENSOR = {"cfg_parallel_size": 2}, {"tensor_parallel_size": 2}
+OFTEN = [("Wan 2.1", CFG), ("Qwen-Image", ULYSSES)]  # FLUX.1 in every way beside
 CASES = [
-    (family, how)
+    pytest.param(family, how, marks=() if family == "FLUX.1" or (family, how) in OFTEN else full_set)
     for family in ("FLUX.1", "Wan 2.1", "Qwen-Image")
     for how in (ULYSSES, RING, CFG, TENSOR)
     if (family, how) != ("Wan 2.1", TENSOR)  # diffusers has no plan for it
@@ -32,9 +33,9 @@ MORE: list[Any] = [  # of each combination what differs from its parts
     pytest.param("FLUX.1", CFG | TENSOR, BRANCHES_TOO, marks=full_set),
     pytest.param("Qwen-Image", CFG | ULYSSES, BRANCHES_TOO, marks=full_set),
     pytest.param("Wan 2.1", CFG | RING, {"caches": ["outer gate"]}, marks=full_set),
-    ("Qwen-Image", ULYSSES, ODD_TEXT | {"caches": ["off", "plan"]}),
+    pytest.param("Qwen-Image", ULYSSES, ODD_TEXT | {"caches": ["off", "plan"]}, marks=full_set),
     ("Qwen-Image", ULYSSES | {"ulysses_anything": True}, ODD_TEXT | BRANCHES_TOO | {"size": [48, 16]}),
-    ("FLUX.1", RING | {"ring_anything": True}, ODD | BRANCHES_TOO),
+    pytest.param("FLUX.1", RING | {"ring_anything": True}, ODD | BRANCHES_TOO, marks=full_set),
     pytest.param("FLUX.1", CFG, WHOLE_OUTPUTS, marks=full_set),
     pytest.param("Wan 2.1", ULYSSES, WHOLE_OUTPUTS, marks=full_set),
 ]
