@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_on_a_cpu(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.alone
+@pytest.mark.skipif(os.environ.get("VLLM_OMNI_FAKE_CUDA") != "all", reason="the full set: VLLM_OMNI_FAKE_CUDA=all")
 @pytest.mark.usefixtures("fake_gpu_can_be_built")
 def test_on_the_fake_gpu(tmp_path: Path) -> None:
     line, report = check(tmp_path, "--device", "fake", "--models", "flux")
