@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import shutil
 import statistics
 import tempfile
 import time
@@ -68,6 +69,7 @@ def other_weights(folder: Path) -> None:
         for parameter in pipeline.transformer.parameters():
             parameter.mul_(1.002)
     pipeline.save_pretrained(folder)
+    shutil.copy(Path(resolve_model("demo")) / "generation_config.json", folder)  # its size, steps and guidance
 
 
 async def ask(model: str, engine: dict[str, Any], options: Any, turn: int) -> tuple[list[float], str]:
