@@ -240,3 +240,33 @@ def test_a_denoiser_inside_pefts_own_wrapper_is_cached_and_shared() -> None:
         for output, latents in zip(outputs, wanted, strict=True):
             assert output.ok and bool(output.skipped_steps) == bool(cache), output.error
             assert float((output.latents - latents).norm() / latents.norm()) < (0.1 if cache else 1e-5)
+
+
+def test_adapters_of_the_callers_own_stay_on_beside_a_request_s_and_when_the_engine_has_gone(
+    adapters: dict[str, str],
+) -> None:
+    pipeline = tiny_flux()
+    pipeline.load_lora_weights(adapters["clay"], adapter_name="mine")
+    pipeline.set_adapters(["mine"], [0.7])
+    before = run_latents(pipeline, i=0, seed=0, num_inference_steps=4)
+    asked = [None, "ink"]
+    parameters = [Params(num_inference_steps=4, seed=0, output_type="latent", lora_request=lora) for lora in asked]
+    with Omni.from_pipe(pipeline, defaults=DEFAULTS, lora_modules={"ink": adapters["ink"]}) as omni:
+        bare, ink = (omni.generate(embeds(0), one, use_tqdm=False)[0] for one in parameters)
+        with pytest.raises(ModelLoadError, match="has an adapter of that name"):
+            omni.engine.worker.runner.adapters.load("mine", adapters["ink"])
+    assert_close(bare.latents, before)
+    both = reference(adapters, ["clay", "ink"], [0.7, 1.0], i=0, seed=0, num_inference_steps=4)
+    assert_close(ink.latents, both)
+    assert pipeline.get_list_adapters() == {"transformer": ["mine"]}
+    assert_close(run_latents(pipeline, i=0, seed=0, num_inference_steps=4), before)
+
+
+def test_an_adapter_of_the_callers_own_with_a_scale_for_each_layer_is_refused_with_what_to_do(
+    adapters: dict[str, str],
+) -> None:
+    pipeline = tiny_flux()
+    pipeline.load_lora_weights(adapters["clay"], adapter_name="mine")
+    pipeline.transformer.transformer_blocks[0].attn.to_q.set_scale("mine", 0.5)
+    with pytest.raises(InvalidValueError, match="fuse it"):
+        Omni.from_pipe(pipeline, defaults=DEFAULTS, lora_modules={"ink": adapters["ink"]})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -34,6 +35,17 @@ def scales_of(module: torch.nn.Module) -> Hashable:
         )
         for layer in _layers(module)
     )
+
+
+def asked_scales(module: torch.nn.Module) -> set[tuple[str, float]]:
+    """(adapter, scale) of all that are on, as `set_adapters` takes them: without what rank and alpha make of it."""
+    found: set[tuple[str, float]] = set()
+    for layer in _layers(module) if has_adapters(module) else ():
+        for name in () if layer.disable_adapters else layer.scaling.keys() & set(layer.active_adapters):
+            rank, alpha = layer.r[name], layer.lora_alpha[name]
+            whole = alpha / (math.sqrt(rank) if layer.use_rslora[name] else rank)
+            found.add((name, round(layer.scaling[name] / whole, 6)))
+    return found
 
 
 @contextmanager

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 
+from vllm_omni.diffusion.denoiser.lora_scales import asked_scales
 from vllm_omni.errors import InvalidValueError, ModelLoadError
 from vllm_omni.inputs.lora import Adapters
 from vllm_omni.model_folder import UNREADABLE
 
 
 class AdapterSwitch:
-    """The adapters a pipeline has, and which of them are on. Switching walks all modules: it is done on change only."""
+    """The adapters a pipeline has, and which of them are on. Switching walks all modules: it is done on change only.
+
+    Those that are on before the first of ours comes are the caller's own: they stay on, at their scales, in every
+    request.
+    """
 
     def __init__(self, pipeline: Any, modules: Mapping[str, str]) -> None:
         self._pipeline = pipeline
+        self._own: Adapters = ()
         self.loaded: dict[str, str] = {}  # name -> where it came from; the one that was asked for least recently first
         self._held: set[str] = set()  # what the pipeline has
         self._active: Adapters | None = ()
@@ -27,6 +35,10 @@ class AdapterSwitch:
 
     def load(self, name: str, where: str) -> None:
         """Load one more; it is off. ModelLoadError if it cannot be, and then nothing is left of it."""
+        if not self._held:
+            self._own = _active(self._pipeline)
+        if name in dict(self._own):
+            raise ModelLoadError(f"lora_modules {name!r}: the pipeline has an adapter of that name; give another one")
         self._active = None
         self._held.add(name)
         try:
@@ -44,7 +56,7 @@ class AdapterSwitch:
         self._active = None
         if not isinstance(self._pipeline, LoraBaseMixin):
             return
-        if self._held:
+        if set().union(*self._pipeline.get_list_adapters().values()) > {name}:
             self._pipeline.delete_adapters(name)
         else:
             self._pipeline.unload_lora_weights()
@@ -59,23 +71,34 @@ class AdapterSwitch:
             self.loaded[name] = self.loaded.pop(name)
 
     def use(self, adapters: Adapters) -> None:
-        """Turn exactly these adapters on; they stay on until another set is asked for."""
+        """Turn exactly these adapters on, beside the caller's own; they stay on until another set is asked for."""
         if adapters == self._active:
             return
         before, self._active = self._active, None  # unless all goes well
-        if adapters:
+        if on := self._own + tuple(adapters):
             if not before:
                 self._pipeline.enable_lora()
-            self._pipeline.set_adapters([name for name, _ in adapters], [scale for _, scale in adapters])
+            self._pipeline.set_adapters([name for name, _ in on], [scale for _, scale in on])
         elif self._held:
             self._pipeline.disable_lora()
         self._active = adapters
 
     def close(self) -> None:
-        """Take every adapter off the pipeline again."""
-        if self._held:
-            self._pipeline.unload_lora_weights()
-            self.loaded, self._held, self._active = {}, set(), ()
+        """Take every adapter of ours off the pipeline again."""
+        for name in sorted(self._held):
+            self.remove(name)
+
+
+def _active(pipeline: Any) -> Adapters:
+    """The adapters that are on, with their scales; InvalidValueError for one whose scale differs between layers."""
+    parts = pipeline.components.values() if isinstance(pipeline, LoraBaseMixin) else ()
+    found = {pair for part in parts if isinstance(part, torch.nn.Module) for pair in asked_scales(part)}
+    own = tuple(sorted(found))
+    for (name, _), (other, _) in pairwise(own):
+        if name == other:
+            fix = "has another scale in some layers: fuse it (pipeline.fuse_lora()), or name its file in lora_modules"
+            raise InvalidValueError("lora_modules", name, fix)
+    return own
 
 
 def _load(pipeline: Any, name: str, where: str) -> None:
