@@ -352,6 +352,13 @@ class Positions(Plain):
         return super().forward(noisy + places[:1, :, None] * 0.1, when)
 
 
+class TakesWidth(Plain):
+    """Is told a width, which it has no use for."""
+
+    def forward(self, noisy: torch.Tensor, when: torch.Tensor, width: int = 64) -> torch.Tensor:
+        return super().forward(noisy, when)
+
+
 class FirstHint(Plain):
     """Takes the first sample's hint for all, and makes so little of a small one that rounding would hide it."""
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from closeness import assert_close
 
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.discover import signature_of
-from vllm_omni.diffusion.denoiser.known import Denoiser, _file_of
+from vllm_omni.diffusion.denoiser.known import SIZES_LIKE, Denoiser, _file_of
 from vllm_omni.diffusion.denoiser.prove import Finding, examine
 from vllm_omni.diffusion.denoiser.rows import READ_AGAIN, equal, joined, latents_of, take_rows
 from vllm_omni.diffusion.worker.batching import CallBinder
@@ -177,6 +177,38 @@ def test_calls_joined_by_the_roles_found_equal_each_alone(kind: type) -> None:
     for i, call in enumerate(calls):
         assert_close(take_rows(together, slice(2 * i, 2 * i + 2)), model(**call))
     assert spec.shared == (("places",) if kind is traps.Positions else ())
+
+
+def test_a_model_that_is_told_its_size_is_not_examined_at_every_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path))
+    model = traps.made(traps.TakesWidth)
+    calls = 0
+
+    def call(given: dict[str, Any]) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return model(**given)
+
+    denoiser = Denoiser(model)
+    for width in range(64, 64 + 16 * SIZES_LIKE, 16):
+        denoiser.learn(traps.call_of(width=width), call)
+    examined = calls
+    for width in range(512, 2048, 16):
+        arguments = traps.call_of(width=width)
+        assert denoiser.knows(arguments) and denoiser.stack_for(arguments) is not None
+    assert examined == calls > 0
+    assert not denoiser.knows(traps.call_of(width=7)), "one digit may choose, rather than measure"
+
+
+def test_rows_of_a_named_tuple_keep_their_names() -> None:
+    class Made(NamedTuple):
+        sample: torch.Tensor
+        extra: torch.Tensor | None
+
+    taken = take_rows(Made(torch.arange(4.0), None), slice(1, 3))
+    assert isinstance(taken, Made) and taken.sample.tolist() == [1.0, 2.0] and taken.extra is None
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType, MethodType
@@ -33,7 +34,9 @@ from vllm_omni.logger import init_logger
 logger = init_logger(__name__)
 FORMAT = 3
 _PLAIN = (bool, int, float, str)
+_SIZE = re.compile(r"(?<=\w)=\d{2,}(?= |$)")
 MOST_SIGNATURES = 32  # a model that is called with another number each time must not be examined each time
+SIZES_LIKE = 3  # kinds that differ in sizes alone and were found alike: what holds for those holds for any size
 BETWEEN_BLOCKS = "controlnet"  # in the name of an argument that is made anew for each step
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "builtins")  # whose code is known
 
@@ -63,7 +66,10 @@ class Denoiser:
 
     def kind_of(self, arguments: Mapping[str, Any]) -> str:
         """What else must agree in calls that share a forward: their signature, if the roles were found for it."""
-        return "" if self.written is not None else signature_of(arguments)
+        if self.written is not None:
+            return ""
+        signature = signature_of(arguments)
+        return any_size if (any_size := without_sizes(signature)) in self.findings else signature
 
     def knows(self, arguments: Mapping[str, Any]) -> bool:
         """Whether it is known how a call like this may be made."""
@@ -103,6 +109,9 @@ class Denoiser:
         finding, error = tried(partial(examine, self.module, call, arguments, known))
         if finding is not None:
             self._take(signature, finding)
+            like = [self.findings[s] for s in self.findings if without_sizes(s) == without_sizes(signature)]
+            if len(like) >= SIZES_LIKE and not finding.passing and all(one == finding for one in like):
+                self._take(without_sizes(signature), finding)
             self._write()
         elif error is not None and (is_out_of_memory(error) or makes(call, arguments)):
             why = NO_ROOM if is_out_of_memory(error) else f"could not be examined: {str(error)[:200]}"
@@ -157,6 +166,12 @@ class Denoiser:
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             self.findings, self._stack, self.keeps_state = {}, None, False
             logger.warning("passed over, and found anew: %s (%s)", file, error)
+
+
+@lru_cache(maxsize=256)
+def without_sizes(signature: str) -> str:
+    """A signature with any plain number of several digits, such as a width, left open."""
+    return _SIZE.sub("=size", signature)
 
 
 def _finding(kept: Mapping[str, Any]) -> Finding:

@@ -41,7 +41,8 @@ def take_rows(output: Any, rows: slice) -> Any:
     if isinstance(output, dict):
         return type(output)(**{name: take_rows(value, rows) for name, value in output.items()})
     if isinstance(output, tuple):
-        return tuple(take_rows(value, rows) for value in output)
+        parts = [take_rows(value, rows) for value in output]
+        return type(output)(*parts) if hasattr(output, "_fields") else tuple(parts)
     return output
 
 
@@ -55,6 +56,11 @@ def made_of_rows(output: Any, rows: int | None = None) -> bool:
         values = output if isinstance(output, tuple) else [*output.values()]
         return bool(values) and all(made_of_rows(value, rows) for value in values)
     return False
+
+
+def for_each(value: Any, rows: int) -> Any:
+    """A list of one entry that stands for all of a call's rows, as a list of one for each; anything else as it is."""
+    return value * rows if isinstance(value, list) and len(value) == 1 else value
 
 
 def row_shape(value: Any, rows: int, dim: int) -> Hashable:
