@@ -9,10 +9,13 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_close, assert_differs
+from families import FAMILIES
 from gating import GATES, STEPS, enabled, l1
 from pipelines import BlockCounter, count_blocks, run_latents, tiny_flux
 
-from vllm_omni.diffusion.cache.gates.seacache import sea_filter
+from vllm_omni import Omni
+from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.diffusion.cache.gates.seacache import SeaCacheRule, sea_filter
 from vllm_omni.diffusion.cache.gates.teacache import published_coefficients
 from vllm_omni.diffusion.cache.selector import get_cache_backend
 from vllm_omni.errors import InvalidValueError
@@ -210,3 +213,19 @@ def test_the_sea_filter_weakens_the_frequencies_that_noise_covers() -> None:
     low, high = torch.ones(1, 1, 8, 8), torch.tensor([1.0, -1.0]).repeat(4).expand(1, 1, 8, 8)
     assert_close(sea_filter(x, 0.0), x)  # without noise all of it, at gain 1
     assert sea_filter(low, 0.9).abs().mean() > 2 * sea_filter(high, 0.9).abs().mean()
+
+
+def test_easycache_sees_latents_move_that_a_pipeline_writes_in_place() -> None:
+    """Kandinsky 5 writes the next latents into the tensor that the last forward got."""
+    family = next(family for family in FAMILIES if family.name == "Kandinsky 5 video")
+    config = {"rel_l1_thresh": 1e-6}
+    with Omni.from_pipe(family.build(), cache_backend="easycache", cache_config=config) as omni:
+        params = Params(num_inference_steps=8, seed=0, output_type="latent", **family.settings)
+        output = omni.generate(family.prompt(0), params, use_tqdm=False)[0]
+    assert output.error is None and output.skipped_steps == 0
+
+
+@pytest.mark.parametrize(("channels", "shape"), [(2, (1, 3, 4, 8, 8)), (-1, (1, 3, 8, 8, 4))])
+def test_seacache_filters_over_space_and_time_wherever_channels_are(channels: int, shape: tuple[int, ...]) -> None:
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    assert_close(SeaCacheRule(channels).describe(latents, {}, 0.5), sea_filter(latents.movedim(channels, 1), 0.5))

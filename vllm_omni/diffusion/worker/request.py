@@ -86,7 +86,7 @@ class Previews:
     def observe(self, step: int, model_output: Any, sample: Any) -> None:
         """Take in a step that ends, if a preview of it is due."""
         if self.every and (step + 1) % self.every == 0:
-            self.due = step, model_output, sample
+            self.due = step, model_output, sample.clone()  # a pipeline may write the next one into it
 
     def take(self) -> list[Any]:
         """The latest pictures, once."""

@@ -24,7 +24,7 @@ class EasyCacheRule(GateRule):
         return memory[RATE] * moved / mean_abs(memory[OUTPUT]).clamp_min(1e-12)
 
     def learn(self, memory: Memory, latents: torch.Tensor, output: torch.Tensor) -> dict[str, torch.Tensor]:
-        learnt = {INPUT: latents, OUTPUT: output.clone()}  # a slice would keep the whole batch alive
+        learnt = {INPUT: latents.clone(), OUTPUT: output.clone()}  # theirs is a slice of a batch, or written again
         if comparable(memory, INPUT, latents) and comparable(memory, OUTPUT, output):
             moved = mean_abs(latents.float() - memory[INPUT].float()).clamp_min(1e-12)
             learnt[RATE] = mean_abs(output.float() - memory[OUTPUT].float()) / moved

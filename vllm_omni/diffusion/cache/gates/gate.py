@@ -45,7 +45,7 @@ class GateRule(ABC):
 
     def describe(self, latents: torch.Tensor, arguments: Mapping[str, Any], sigma: float) -> torch.Tensor:
         """What a `LATENTS` gate compares, made of a call's latents (rows, ...)."""
-        return latents
+        return latents.clone()  # a pipeline may write the next ones into the same tensor
 
     def learn(self, memory: Memory, latents: torch.Tensor, output: torch.Tensor) -> dict[str, torch.Tensor]:
         """What the rule needs to keep of a computed step's latents and output, by name."""

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 
 from vllm_omni.diffusion.cache.gates.gate import PREVIOUS, GateBackend, GateRule, Memory, comparable, relative_l1
+from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig
 from vllm_omni.diffusion.cache.state import Signal
 from vllm_omni.errors import InvalidValueError
+
+# The dimension of channels where it is not the second: after the frames, or the last.
+_CHANNELS = {"CogVideoXTransformer3DModel": 2, "ConsisIDTransformer3DModel": 2, "Kandinsky5Transformer3DModel": -1}
 
 
 def sea_filter(x: torch.Tensor, sigma: float) -> torch.Tensor:
@@ -59,12 +63,14 @@ class SeaCacheRule(GateRule):
 
     name, signal, threshold = "seacache", Signal.LATENTS, 0.25
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 1) -> None:
+        """`channels` is their dimension, of latents that are a picture or a clip."""
+        self._channels = channels
         self._grids: dict[int, tuple[int, ...]] = {}  # by tokens: to find one may need a read of the device
 
     def describe(self, latents: torch.Tensor, arguments: Mapping[str, Any], sigma: float) -> torch.Tensor:
         if latents.ndim != 3:
-            return sea_filter(latents, sigma)
+            return sea_filter(latents.movedim(self._channels, 1), sigma)
         rows, tokens, channels = latents.shape
         if tokens not in self._grids:
             self._grids[tokens] = grid_of(tokens, arguments)
@@ -78,3 +84,7 @@ class SeaCacheBackend(GateBackend):
     """SeaCache as a cache backend."""
 
     name, rule = "seacache", SeaCacheRule
+
+    def make_rule(self, config: DiffusionCacheConfig) -> GateRule:
+        classes = [denoiser.name for denoiser in self.denoisers.values()]
+        return SeaCacheRule(next((_CHANNELS[name] for name in classes if name in _CHANNELS), 1))
