@@ -41,7 +41,7 @@ class OmniDiffusionConfig(Settings):
         default=None, description="where pictures are decoded, in a thread of its own (default: with the denoiser)"
     )
     gpu_memory_utilization: float = Field(
-        default=0.9, gt=0, le=1, description="share of the device's memory to plan with: half of what it leaves free"
+        default=0.9, gt=0, le=1, description="share of the device's memory to plan with"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit of a hub model")
     enforce_eager: bool = Field(default=True, description="do not compile the model")
@@ -59,7 +59,7 @@ class OmniDiffusionConfig(Settings):
         default=64.0, ge=0, allow_inf_nan=False, description="embeddings kept for prompts that come again; 0 for none"
     )
     default_sampling_params: dict[str, Any] = Field(
-        default_factory=dict, description="what a request that names none gets, as JSON: steps, size, guidance, ..."
+        default_factory=dict, description="defaults of fields that a request leaves out, as JSON: steps, size, ..."
     )
     vae_use_slicing: bool = Field(default=False, description="decode pictures one by one")
     vae_use_tiling: bool = Field(default=False, description="decode large pictures in tiles")
@@ -67,7 +67,7 @@ class OmniDiffusionConfig(Settings):
         default_factory=dict, description="adapters by the names that requests use: a file, a folder or a hub id"
     )
     max_loras: int = Field(
-        default=16, ge=1, description="adapters at a time; another one pushes out the least recently asked for"
+        default=16, ge=1, description="adapters loaded at a time; the one longest unused makes room for another"
     )
 
     def __init__(self, **values: Any) -> None:

@@ -130,19 +130,18 @@ class DiffusionCacheConfig(Settings):
 
     The ``mag_*`` names are the published ones. `predictor` is what stands in for a skipped step's residual:
     ``reuse`` (the published method), ``linear`` in sigma, ``gram`` (least squares, needs a calibrated profile), or
-    ``auto`` (what calibration found best for this checkpoint, otherwise reuse); the others are described in
-    `cache/plan/predictors.py`. The plan is one of: a budget (`nfe`, exactly that many full forwards; `speedup`, that
-    many times less block work; `seconds` from start to picture on an idle machine; `psnr`, the fewest full forwards
-    that kept so many decibels to the uncached output on every held-out pair when the profile was made), a
-    `steps_mask` (flags, or {"compute": [...], "skip": [...]} in alternating runs), the threshold rule, or a `preset`.
-    Nothing given is the preset "auto", 38 dB. A preset is a PSNR if the profile has figures, a speed-up if it has a
-    matrix, and the threshold rule otherwise. `calibrate` "auto" is for an engine whose checkpoint has no matrix: it
-    learns a profile while it serves, by the published curve, or uncached where there is none. `profile_insist` takes
-    a profile that was measured on other weights. `residual_dtype` is what residuals are kept in, for all requests of an
-    engine: "bfloat16" is half the memory of a model that runs in fp32; "float8" (e4m3, a scale per token) is half of
-    that, for some fidelity (docs/performance.md). cache-dit's and SeaCache's settings are taken by their own names,
-    too.
-    """
+    ``auto`` (what calibration found best for this checkpoint, otherwise ``affine`` or, without a matrix, reuse);
+    the others are described in `cache/plan/predictors.py`. The plan is one of: a budget (`nfe`, exactly that many
+    full forwards; `speedup`, that many times less block work; `seconds` from start to picture on an idle machine;
+    `psnr`, the fewest full forwards that kept so many decibels to the uncached output on every held-out pair when
+    the profile was made), a `steps_mask` (flags, or {"compute": [...], "skip": [...]} in alternating runs), the
+    threshold rule, or a `preset`. Nothing given is the preset "auto", 38 dB. A preset is a PSNR if the profile has
+    figures, a speed-up if it has a matrix, and the threshold rule otherwise. `calibrate` "auto" is for an engine
+    whose checkpoint has no matrix: it learns a profile while it serves, by the published curve, or uncached where
+    there is none. `profile_insist` takes a profile that was measured on other weights. `residual_dtype` is what
+    residuals are kept in, for all requests of an engine: "bfloat16" is half the memory of a model that runs in
+    fp32; "float8" (e4m3, a scale per token) is half of that, for some fidelity (docs/performance.md). cache-dit's
+    and SeaCache's settings are taken by their own names, too."""
 
     def __init__(self, **values: Any) -> None:
         with in_their_words(values, OURS):

@@ -131,12 +131,12 @@ DENOISERS: dict[str, DenoiserSpec] = {
     ),
     "LTXVideoTransformer3DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _HIDDEN),),
-        rows=("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask"),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "encoder_attention_mask", "video_coords"),
     ),
     "CogVideoXTransformer3DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),
-        rows=("hidden_states", "encoder_hidden_states", "timestep", "timestep_cond", "ofs"),
-        shared=("image_rotary_emb",),
+        rows=("hidden_states", "encoder_hidden_states", "timestep", "timestep_cond"),
+        shared=("image_rotary_emb", "ofs"),
     ),
     "AuraFlowTransformer2DModel": DenoiserSpec(
         stack=(BlockList("joint_transformer_blocks", _JOINT), BlockList("single_transformer_blocks", _HIDDEN)),
@@ -180,7 +180,7 @@ DENOISERS: dict[str, DenoiserSpec] = {
     "Kandinsky5Transformer3DModel": DenoiserSpec(
         stack=(BlockList("visual_transformer_blocks", _HIDDEN),),
         rows=("hidden_states", "encoder_hidden_states", "timestep", "pooled_projections"),
-        shared=("visual_rope_pos", "text_rope_pos"),
+        shared=("visual_rope_pos", "text_rope_pos", "sparse_params"),
     ),
     "MochiTransformer3DModel": DenoiserSpec(
         stack=(BlockList("transformer_blocks", _IMAGE_TEXT),),

@@ -7,15 +7,19 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from vllm_omni.diffusion.denoiser.discover import names_of
 from vllm_omni.diffusion.denoiser.known import Denoiser
-from vllm_omni.diffusion.denoiser.rows import equal, joined, latents_of, row_shape
+from vllm_omni.diffusion.denoiser.rows import equal, for_each, joined, latents_of, row_shape
 from vllm_omni.diffusion.denoiser.specs import Text
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels.padding import padded
 
 WORTH_PADDING = 1.25  # the longest sequence of a forward over the shortest
+# Of diffusers' attention kernels those that leave out whatever keys a mask says. Others refuse a mask, or take it to
+# say how many keys there are, counted from the first.
+MASKING = frozenset(("native", "_native_math", "_native_cudnn", "_native_efficient", "flash_varlen_hub"))
 
 
 class CallBinder:
@@ -24,7 +28,7 @@ class CallBinder:
     def __init__(self, name: str, denoiser: Denoiser) -> None:
         self.name, self.denoiser = name, denoiser
         self._names = names_of(denoiser.module)
-        self.pads = True  # shorter texts, with a mask
+        self.pads = leaves_out_keys(denoiser.module)  # shorter texts, with a mask
         self.multiple = 1  # of tokens, to which texts that can have a mask are padded
 
     def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -53,7 +57,7 @@ class CallBinder:
                 if name in texts and self.pads:
                     parts.append((name, _text_shape(texts[name], value, latents_of(arguments))))
                 elif name in spec.rows:
-                    parts.append((name, row_shape(value, rows, int(name in spec.rows_in_dim_1))))
+                    parts.append((name, row_shape(for_each(value, rows), rows, int(name in spec.rows_in_dim_1))))
                 if name in spec.shared or name not in spec.rows:
                     parts.append((name, equal(value, memory if name in spec.shared else None)))
         except TypeError:
@@ -73,11 +77,23 @@ class CallBinder:
             given = [call[text.name] for call in calls], [call.get(text.mask) for call in calls]
             texts[text.name], texts[text.mask] = padded(*given, self.multiple)
             first[text.mask] = texts[text.mask][0]
+        rows = [len(latents_of(call)) for call in calls]
         return first | {
-            name: joined(texts.get(name) or [call[name] for call in calls], int(name in spec.rows_in_dim_1))
+            name: joined(
+                texts.get(name) or [for_each(call[name], n) for call, n in zip(calls, rows, strict=True)],
+                int(name in spec.rows_in_dim_1),
+            )
             for name in spec.rows
             if first.get(name) is not None
         }
+
+
+def leaves_out_keys(module: torch.nn.Module) -> bool:
+    """Whether the attention kernels of a denoiser leave out the keys that a mask says, wherever they are."""
+    processors = [own["processor"] for part in module.modules() if "processor" in (own := vars(part))]
+    chosen = {vars(processor).get("_attention_backend") for processor in processors} or {None}
+    default = _AttentionBackendRegistry.get_active_backend()[0]
+    return {kernel or default for kernel in chosen} <= MASKING
 
 
 def _text_shape(text: Text, value: Any, latents: Any) -> Hashable:

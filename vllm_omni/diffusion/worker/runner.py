@@ -339,8 +339,8 @@ class ModelRunner:
         name = call.branch[0]
         if self.denoisers[name].written is None and call.changes:
             return None
-        backend = next((request.backend for request in batch if request.backend is not None), None)
-        return None if backend is None else backend.stack_for(name, arguments)
+        backends = dict.fromkeys(request.backend for request in batch if request.backend is not None)
+        return next((stack for one in backends if (stack := one.stack_for(name, arguments)) is not None), None)
 
     def _learn(self, request: Request, call: DenoiserCall, arguments: dict[str, Any]) -> int:
         """Have the denoiser examined if it gets a call of a new kind; returns the rows of the call."""
