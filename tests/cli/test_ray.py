@@ -11,6 +11,7 @@ from commands import refused, run
 
 from vllm_omni.entrypoints.cli import ray
 from vllm_omni.entrypoints.cli.main import main
+from vllm_omni.entrypoints.openai.middleware import LOOPBACK
 from vllm_omni.entrypoints.ray_config import RayConfig, RayOptions, app_config
 from vllm_omni.errors import InvalidValueError, UnknownKeyError
 
@@ -74,7 +75,7 @@ def test_args_of_a_config_file_are_served_as_the_same_command_line(monkeypatch: 
     monkeypatch.setenv("VLLM_API_KEY", "from outside")
     engine = {"cache_backend": "magcache", "max_num_seqs": 4}
     file = app_config({"model": "demo", "engine_args": engine, "options": {"max_replicas": 4}, "replicas": "2"})
-    words = "--cache-backend magcache --max-num-seqs 4 --replicas 2 --max-replicas 4"
+    words = "--cache-backend magcache --max-num-seqs 4 --replicas 2 --max-replicas 4 --host 0.0.0.0"
     command = parsed("demo", *words.split())
     assert file.serve_config() == command.serve_config() and file.options == command.options
     assert file.http.api_key == ("from outside",)
@@ -82,6 +83,13 @@ def test_args_of_a_config_file_are_served_as_the_same_command_line(monkeypatch: 
     asked = engine | {"cache_config": {"calibrate": "off"}}
     own = app_config({"model": "demo", "engine_args": asked, "http": {"api_key": ["own"]}})
     assert own.http.api_key == ("own",) and own.serve_config().engine_args["cache_config"] == {"calibrate": "off"}
+
+
+def test_with_a_key_an_application_of_serve_answers_to_any_name_and_without_one_to_those_allowed() -> None:
+    keyed = app_config({"model": "demo", "http": {"api_key": ["k"]}}).serve_config()
+    assert keyed.http.host not in LOOPBACK, "no name is refused"
+    plain = app_config({"model": "demo", "allowed_hosts": ["pictures.example"]}).serve_config()
+    assert plain.http.host in LOOPBACK and plain.allowed_hosts == ("pictures.example",)
 
 
 def test_where_serve_listens_is_refused_in_args_with_its_place() -> None:

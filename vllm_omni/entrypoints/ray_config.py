@@ -20,15 +20,15 @@ _SERVE_LISTENS = (
 class RayOptions(Settings):
     """How many engines there are, and what each of them takes of the cluster."""
 
-    replicas: int = Field(default=1, ge=1, description="engines at the beginning, and never fewer")
+    replicas: int = Field(default=1, ge=1, description="engines at the start, and at least")
     max_replicas: int | None = Field(
-        default=None, ge=1, description="engines at most, by what is left to do (default: always as many)"
+        default=None, ge=1, description="most engines, started when work queues up (default: as many as at the start)"
     )
     target_queued_s: float = Field(
-        default=30.0, gt=0, allow_inf_nan=False, description="work that each engine may have before another one starts"
+        default=30.0, gt=0, allow_inf_nan=False, description="seconds of work of each engine before another starts"
     )
     downscale_delay_s: float = Field(
-        default=300.0, ge=0, allow_inf_nan=False, description="how long fewer must have been wanted before one ends"
+        default=300.0, ge=0, allow_inf_nan=False, description="seconds of low demand before an engine ends"
     )
     cpus_per_replica: float = Field(default=1.0, ge=0, description="processors that Ray reserves for an engine")
     gpus_per_replica: float = Field(default=0.0, ge=0, description="GPUs that Ray reserves for an engine")
@@ -49,6 +49,7 @@ class RayConfig(Settings):
     options: RayOptions = RayOptions()
     limits: Limits = Limits()
     http: HttpOptions = HttpOptions()
+    allowed_hosts: tuple[str, ...] = ()  # names by which clients may call; as `--allowed-hosts`
     served_model_name: tuple[str, ...] = ()
     warmup: bool = True
     shutdown_timeout_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
@@ -60,6 +61,7 @@ class RayConfig(Settings):
             engine_args={"model": self.model} | bounds | with_calibration(self.engine_args),
             limits=self.limits,
             http=self.http,
+            allowed_hosts=self.allowed_hosts,
             served_model_name=self.served_model_name,
             warmup=self.warmup,
             shutdown_timeout_s=self.shutdown_timeout_s,
@@ -70,7 +72,8 @@ def app_config(args: Mapping[str, Any]) -> RayConfig:
     """The settings of a Serve config file's `args`: fields of `RayConfig`, as plain data.
 
     From a command line, fields of `RayOptions` may stand beside `model`, and are texts. Where Serve listens is for its
-    own settings to say; a key that is not given is that of VLLM_API_KEY.
+    own settings to say and not known here: with a key any name of this server is answered, as on every interface,
+    and without one those of this machine and of `allowed_hosts`. A key that is not given is that of VLLM_API_KEY.
     """
     http = args.get("http", {})
     if not isinstance(http, Mapping):
@@ -83,4 +86,7 @@ def app_config(args: Mapping[str, Any]) -> RayConfig:
     rest = {name: value for name, value in args.items() if name not in own}
     if own:
         rest["options"] = RayOptions(**{**rest.get("options", {}), **own})
-    return RayConfig(**rest | {"http": http_options(http)})
+    options = http_options(http)
+    if options.api_key:
+        options = options.model_copy(update={"host": "0.0.0.0"})
+    return RayConfig(**rest | {"http": options})
