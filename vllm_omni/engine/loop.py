@@ -268,7 +268,7 @@ class EngineLoop:
         share, needs = self.costs.cached_share, {}
         for need in self.engine.remaining_work():
             computed, skipped = need.computed, need.skipped
-            if need.cached and not need.begun and not skipped:  # no plan and no promise yet
+            if need.cached and not need.begun and not skipped:  # no plan and no budget yet
                 computed, skipped = computed * share, computed * (1 - share)
             needs[need.request_id] = (need.pixels, computed, skipped, 1.0)
         return needs

@@ -1,8 +1,8 @@
 """The engine process: `python -m vllm_omni.engine.process FD`, started by `ProcessEngineClient` and by nobody else.
 
 FD is one end of a socket pair that the front end made: no name, no file, nobody else can connect, and each side sees at
-once that the other has ended, however it did. One thread reads, another writes, a third sends heartbeats; the main
-thread runs the steps.
+once that the other has ended, however it did. One thread reads, another writes, a third sends heartbeats, a
+fourth fetches shared pictures; the main thread runs the steps.
 """
 
 from __future__ import annotations

@@ -15,7 +15,8 @@ class OmniRequestOutput:
     `audio` has one waveform per picture or prompt, (channels, samples) at `audio_rate` samples per second; a video with
     sound has both.
     `plan` has one flag per step, True where the blocks were to be computed; `computed_steps` and `skipped_steps` count
-    what was done. With `finished` False it is a progress report: `step` of `num_inference_steps`, no images.
+    what was done. With `finished` False it is a progress report: `step` of `num_inference_steps`, and no
+    images but previews that were asked for.
     """
 
     request_id: str

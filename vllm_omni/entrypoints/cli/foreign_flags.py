@@ -11,9 +11,10 @@ PARALLEL: dict[str, tuple[str, ...]] = {
     "num_gpus": (),
     "api_server_count": (),
 }
-ONE_DEVICE = "must be 1: one device serves a model, and one process answers"
+_SPLIT = "--tensor-parallel-size, --cfg-parallel-size, --ulysses-degree and --ring-degree split a model here"
+ONE_DEVICE = f"must be 1: {_SPLIT}, and --data-parallel-size makes several engines"
 
-_SEVERAL = "is for several devices; one device serves a model"
+_SEVERAL = f"is not how several devices are used: {_SPLIT}"
 _FROM_PIPE = "is not done by the server; set the pipeline up in Python and pass it to Omni.from_pipe"
 _TEXT = "is about language models; see --help for what limits pictures"
 _STAGES = "is about pipelines of several models; one diffusion model is served"
@@ -43,7 +44,7 @@ REFUSED: dict[str, str] = {
     "--load-format": "is always safetensors",
     "--trust-remote-code": "is refused: no code comes from a model's folder",
     "--model-class-name": "is not a flag: model_index.json in the model's folder names the pipeline",
-    "--boundary-ratio": "belongs to the model's folder: model_index.json holds it",
+    "--boundary-ratio": "belongs to the model's folder, whose model_index.json holds it, or to a request",
     "--flow-shift": "belongs to the model's folder: scheduler/scheduler_config.json holds it",
     "--seed": "belongs to a request: its field `seed`",
     "--stage-overrides": _STAGES,
