@@ -88,5 +88,5 @@ def app_config(args: Mapping[str, Any]) -> RayConfig:
         rest["options"] = RayOptions(**{**rest.get("options", {}), **own})
     options = http_options(http)
     if options.api_key:
-        options = options.model_copy(update={"host": "0.0.0.0"})
+        options = options.model_copy(update={"host": ""})  # not known here
     return RayConfig(**rest | {"http": options})
