@@ -2,8 +2,8 @@
 # All checks, the same here and in CI: ruff, mypy, pytest. Two files of tests run at a time, with a thread each; those
 # that measure time or memory (marked alone) follow one by one, with as many threads as there are cores. A few tests
 # that failed are tried once more, with nothing beside them; what passes then is named as flaky, and is no failure.
-# With `--fast`, the tests marked slow are left out. With `--gpu`: the whole set on the fake CUDA device and no other, a
-# quarter of an hour. With other arguments: only pytest, with those arguments.
+# With `--fast`, the tests marked slow are left out; with `--full` there are some more. With `--gpu`: the full set on the
+# fake CUDA device and no other, a quarter of an hour. With other arguments: only pytest, with those arguments.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
@@ -46,6 +46,10 @@ lane() {
 but_slow=""
 if [[ ${1:-} == --fast ]]; then
     but_slow=" and not slow"
+    shift
+fi
+if [[ ${1:-} == --full ]]; then
+    export VLLM_OMNI_TESTS=all
     shift
 fi
 if [[ ${1:-} == --gpu ]]; then

@@ -13,7 +13,7 @@ import pytest
 from paths import ROOT
 from pipelines import embeds, negative
 from process_client import gone, until
-from ranks import ALL, full_set
+from lanes import ALL, full_set
 
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.engine.client import ProcessEngineClient

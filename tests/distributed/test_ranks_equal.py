@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from paths import ROOT
-from ranks import full_set
+from lanes import full_set
 
 NEAR = 1e-5  # of the largest number
 HELPERS = ROOT / "tests" / "helpers"

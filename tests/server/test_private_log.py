@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 from http_server import CHAT, GENERATIONS, PROCESS_KEY, command
+from lanes import full_set
 
 from vllm_omni.logger import told
 
@@ -20,7 +21,9 @@ LONG = "word " * 40 + f"{MARKER} the patient's name is on the list"
 AUTH = {"Authorization": f"Bearer {PROCESS_KEY}"}
 
 
-@pytest.mark.parametrize("words", [("--log-json",), ("--log-json", "--uvicorn-log-level", "trace"), ()])
+@pytest.mark.parametrize(
+    "words", [pytest.param(("--log-json",), marks=full_set), ("--log-json", "--uvicorn-log-level", "trace"), ()]
+)
 def test_no_prompt_and_no_address_of_a_header_is_logged(tmp_path: Path, words: tuple[str, ...]) -> None:
     debug = {"VLLM_OMNI_LOG_LEVEL": "DEBUG", "DIFFUSERS_VERBOSITY": "info", "TRANSFORMERS_VERBOSITY": "info"}
     with command(tmp_path, "demo", "--api-key", PROCESS_KEY, *words, **debug) as server:

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from http_replies import envelope
 from http_server import AUTH, GENERATIONS, KEY, Running, command
+from lanes import full_set
 from waiting import until
 
 from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig
@@ -80,7 +81,7 @@ def test_an_id_in_use_is_refused(server: Running) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGHUP, pytest.param(signal.SIGTERM, marks=full_set)])
 def test_a_hangup_drains_like_the_other_signal(tmp_path: Path, number: signal.Signals) -> None:
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup a server ignores it, as it should
     with command(tmp_path, "demo", "--api-key", KEY) as server:

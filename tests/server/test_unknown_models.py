@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import unknown_models
 from http_server import AUTH, KEY, Running, serve
+from lanes import full_set
 from openai import OpenAI
 from paths import ROOT
 from PIL import Image
@@ -71,7 +72,7 @@ def alone(name: str, seed: int, prompt: Any, **more: Any) -> Any:
         return output
 
 
-@pytest.mark.parametrize("name", ["ours", pytest.param("experts", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["ours", pytest.param("experts", marks=full_set)])
 def test_pictures_of_a_model_of_ones_own_and_of_a_mixture_of_experts(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
