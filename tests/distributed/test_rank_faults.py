@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lanes import ALL, full_set
 from paths import ROOT
 from pipelines import embeds, negative
 from process_client import gone, until
-from lanes import ALL, full_set
 
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.engine.client import ProcessEngineClient

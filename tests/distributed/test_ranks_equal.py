@@ -11,8 +11,8 @@ from math import prod
 from typing import Any
 
 import pytest
-from paths import ROOT
 from lanes import full_set
+from paths import ROOT
 
 NEAR = 1e-5  # of the largest number
 HELPERS = ROOT / "tests" / "helpers"

@@ -20,7 +20,8 @@ RELATIVE = 1e-5  # of the largest number, in float32
 # From a text alone, an edit, experts, a video in chunks, latents in sections, sound alone, a clip with sound.
 FAST = {"Krea 2", "Ideogram 4", "JoyImage-Edit-Plus", "Nucleus-Image", "Helios", "FramePack", "Stable Audio", "LTX-2"}
 LONG = {"Sana World Model"}
-families = pytest.mark.parametrize("family", lane(ZOO, lambda f: f.name in FAST, lambda f: f.name in LONG), ids=lambda family: family.name)
+CASES = lane(ZOO, lambda f: f.name in FAST, lambda f: f.name in LONG)
+families = pytest.mark.parametrize("family", CASES, ids=lambda family: family.name)
 
 
 @pytest.fixture(autouse=True)
