@@ -51,9 +51,10 @@ class Runs:
     """The model, its profile and its prompts; what a mask is worth on them."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint, named_profile, nearest
+        from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint, named_profile
         from vllm_omni.diffusion.data import OmniDiffusionConfig
         from vllm_omni.diffusion.loader import load_pipeline
+        from vllm_omni.learning import nearest
         from vllm_omni.model_folder import generation_defaults, resolve_model
 
         self.pipeline = load_pipeline(OmniDiffusionConfig(model=options.model, dtype="float32"))

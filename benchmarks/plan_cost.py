@@ -47,9 +47,10 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
 
     from vllm_omni.diffusion.cache.plan.predictors import resample_gains, resample_gram
     from vllm_omni.diffusion.cache.plan.schedule import Schedule
-    from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint, named_profile, nearest
+    from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint, named_profile
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.loader import load_pipeline
+    from vllm_omni.learning import nearest
     from vllm_omni.model_folder import generation_defaults, resolve_model
     from vllm_omni.quality.calibrate import cache_of, enabled, latents
 

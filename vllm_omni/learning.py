@@ -11,18 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from vllm_omni.diffusion.cache.calibration import Calibration, RecordingState
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import LEARNT, CacheProfile, load_profile
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.inputs.data import RENAMED
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -32,16 +36,22 @@ LEAST_STEPS = 4  # of a schedule with something to leave out
 REQUESTS = 4  # that a profile is made from; how many more would change its plans is not measured
 MOST_RUNS = 2 * REQUESTS  # for one schedule: one that a run does not meet is left alone
 FAR = 1.5  # times as many steps as were measured
+RECENT_S = 600.0  # since a request had a schedule that is said to be learnt
+NUMBERS = (  # that a request and a run like it have in common; none of them is what a picture shows
+    *("num_inference_steps", "height", "width", "strength", "frame_rate", "max_sequence_length"),
+    *("guidance_scale", "guidance_scale_2", "true_cfg_scale"),
+)
 
 
 @dataclass
 class Course:
     """One schedule that is being learnt: what was measured of it, and how much it is asked for."""
 
-    size: Mapping[str, int]  # of the first request that had it: height, width, frames, as far as it said
+    asked: Mapping[str, Any]  # what the first request that had it was like, see `likeness`
     calibration: Calibration = field(default_factory=Calibration)
     cached: int = 0  # requests that were cached meanwhile, by a curve
-    runs: int = 0  # begun for its sake
+    runs: int = 0  # made for its sake
+    seen: float = 0.0  # when a request last had it, of the monotonic clock
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -51,6 +61,16 @@ class Course:
     def wants_runs(self) -> bool:
         return self.cached >= REQUESTS and self.runs < MOST_RUNS
 
+    @property
+    def barren(self) -> bool:
+        """Whether its requests have shown nothing: no blocks of theirs can be looked into."""
+        return not self.calibration.requests and self.calibration.fruitless >= REQUESTS
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is for requests to teach more of it, and they come."""
+        return not self.cached and not self.barren and time.monotonic() - self.seen < RECENT_S
+
 
 class Learning:
     """Measures requests, or runs in their place, and makes a profile of a schedule once there are enough of them."""
@@ -59,23 +79,26 @@ class Learning:
         self._class, self._fingerprint, self._model_name = transformer_class, fingerprint, model_name
         self._under_way: dict[Schedule, Course] = {}
         self.over = False  # what needs runs is not going to come
+        self.left: set[CacheProfile] = set()  # nor is it for these, which stay as they are
 
-    def state(self, schedule: Schedule, size: Mapping[str, int]) -> RecordingState:
-        """The state of a request that computes every step, and is measured."""
+    def state(self, schedule: Schedule, asked: Mapping[str, Any]) -> RecordingState | None:
+        """The state of a request that computes every step, and is measured; None where that has shown nothing."""
         if not self._under_way:
             logger.info("magcache: no profile of this checkpoint; one is learnt from %d requests", REQUESTS)
-        return self._course(schedule, size).calibration.state(schedule)
+        course = self._course(schedule, asked)
+        return None if course.barren else course.calibration.state(schedule)
 
-    def note(self, schedule: Schedule, size: Mapping[str, int]) -> None:
+    def note(self, schedule: Schedule, asked: Mapping[str, Any]) -> None:
         """Take note of a request that is cached by a curve: if many are like it, they are worth a matrix."""
-        self._course(schedule, size).cached += 1
+        self._course(schedule, asked).cached += 1
 
-    def _course(self, schedule: Schedule, size: Mapping[str, int]) -> Course:
+    def _course(self, schedule: Schedule, asked: Mapping[str, Any]) -> Course:
         """If there are too many, the one that is least advanced goes, the oldest of equals."""
         if schedule not in self._under_way:
             if len(self._under_way) == MOST_SCHEDULES:
                 del self._under_way[min(self._under_way, key=lambda other: self._under_way[other].progress)]
-            self._under_way[schedule] = Course(dict(size))
+            self._under_way[schedule] = Course(dict(asked))
+        self._under_way[schedule].seen = time.monotonic()
         return self._under_way[schedule]
 
     def to_run(self) -> tuple[Schedule, Course] | None:
@@ -104,11 +127,20 @@ class Learning:
                 course.calibration, course.runs = Calibration(), MOST_RUNS
                 continue
             del self._under_way[schedule]
-            more = {"kind": LEARNT, "switches": list(schedule.switches), "size": dict(course.size)}
+            more = {"kind": LEARNT, "switches": list(schedule.switches), "asked": dict(course.asked)}
             profiles.append(profile.model_copy(update={"provenance": profile.provenance | more}))
             logger.info("magcache: learnt %s; requests are cached with it from now on", name)
             keep(profiles[-1])
         return profiles
+
+    def unfinished(self, profiles: Sequence[CacheProfile]) -> CacheProfile | None:
+        """The first of a checkpoint's profiles that runs of its own would give more, None if there is none.
+
+        One that a calibrated profile of as many steps comes before is never planned with.
+        """
+        calibrated = {len(one.ratios) for one in profiles if one.gram is not None and not is_learnt(one)}
+        open_ones = (one for one in profiles if unfinished(one) and one not in self.left)
+        return next((one for one in open_ones if len(one.ratios) not in calibrated), None)
 
     def _name_of(self, schedule: Schedule) -> str:
         """Of the model, the steps and their noise levels: several of as many steps lie in one folder."""
@@ -121,10 +153,32 @@ class Learning:
         """What is being learnt, in words; "" if nothing is."""
         parts = []
         for schedule, course in self._under_way.items():
-            if course.wants_runs or not course.cached:
-                kind = "runs" if course.cached else "requests"
+            if course.waits or (course.wants_runs and not self.over):
+                kind = "requests" if course.waits else "runs"
                 parts.append(f"{course.calibration.requests} of {REQUESTS} {kind} of {schedule.steps} steps")
         return ", ".join(parts)
+
+
+def likeness(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run must be asked to be like a request with these arguments: numbers and sizes, nobody's content."""
+    asked: dict[str, Any] = {name: arguments[name] for name in NUMBERS if isinstance(arguments.get(name), int | float)}
+    asked.setdefault("num_inference_steps", None)  # the pipeline's own
+    for ours in ("num_frames", "seconds"):
+        for value in map(arguments.get, RENAMED[ours]):
+            if isinstance(value, int | float):
+                asked[ours] = value
+    if any(arguments.get(name) is not None for name in ("negative_prompt", "negative_prompt_embeds")):
+        asked["negative_prompt"] = " "
+    pictures = {name: size for name, value in arguments.items() if (size := _sizes(value))}
+    return asked | ({"pictures": pictures} if pictures else {})
+
+
+def _sizes(value: Any) -> list[Any] | None:
+    """Of a picture its size, of several the size of each; None of anything else."""
+    if isinstance(value, list | tuple):
+        sizes = [_sizes(one) if isinstance(one, Image.Image) else None for one in value]
+        return sizes if all(sizes) else None
+    return [*value.size] if isinstance(value, Image.Image) else None
 
 
 def keep(profile: CacheProfile) -> None:
@@ -144,7 +198,28 @@ def keep(profile: CacheProfile) -> None:
 
 def unfinished(profile: CacheProfile) -> bool:
     """Whether a profile was learnt, and still lacks something that runs of its own would give."""
-    return profile.provenance.get("kind") == LEARNT and len(profile.ratios) >= LEAST_STEPS and bool(profile.lacks)
+    return is_learnt(profile) and len(profile.ratios) >= LEAST_STEPS and bool(profile.lacks)
+
+
+def is_learnt(profile: CacheProfile) -> bool:
+    return profile.provenance.get("kind") == LEARNT
+
+
+def replaced(profiles: Sequence[CacheProfile], profile: CacheProfile) -> tuple[CacheProfile, ...]:
+    """`profiles` with `profile` where it was before it had more to it; another may have its name."""
+
+    def key(one: CacheProfile) -> tuple[Any, ...]:
+        return one.name, one.fingerprint, len(one.ratios), is_learnt(one)
+
+    return tuple(profile if key(one) == key(profile) else one for one in profiles)
+
+
+def same(profile: CacheProfile, schedule: Schedule) -> bool:
+    """Whether a profile was measured on this very schedule."""
+    sigmas, switches = profile.sigmas or (), profile.provenance.get("switches", [])
+    if len(sigmas) != schedule.steps or len(schedule.sigmas) != schedule.steps or switches != list(schedule.switches):
+        return False
+    return np.allclose(sigmas, schedule.sigmas, rtol=1e-4, atol=1e-5)
 
 
 def covers(profile: CacheProfile, schedule: Schedule) -> bool:
@@ -155,7 +230,7 @@ def covers(profile: CacheProfile, schedule: Schedule) -> bool:
     A schedule without `sigmas` is judged by its steps.
     """
     measured, wanted = len(profile.ratios), schedule.steps
-    if profile.provenance.get("kind") != LEARNT:
+    if not is_learnt(profile):
         return True
     if max(measured, wanted) > FAR * min(measured, wanted):
         return False
@@ -163,7 +238,7 @@ def covers(profile: CacheProfile, schedule: Schedule) -> bool:
         return profile.sigmas is not None
     if profile.provenance.get("switches", []) != list(schedule.switches):
         return False
-    if measured == wanted and np.allclose(profile.sigmas, schedule.sigmas, rtol=1e-4, atol=1e-5):
+    if same(profile, schedule):
         return True
     known = np.unique(profile.sigmas)
     if len(known) < 2:
@@ -175,17 +250,23 @@ def covers(profile: CacheProfile, schedule: Schedule) -> bool:
     return bool(inside and (np.ceil(places[2:]) - np.floor(places[:-2]) > 1).all())
 
 
+def nearest(profiles: Sequence[CacheProfile], steps: int) -> CacheProfile | None:
+    """The one measured at the step count nearest to `steps`, in ratio; the first of equals. None: there is none."""
+    return min(profiles, key=lambda p: abs(math.log(len(p.ratios) / steps)), default=None)
+
+
 def chosen(profiles: Sequence[CacheProfile], schedule: Schedule) -> CacheProfile | None:
     """The one to plan a schedule with: the nearest of those that cover it, of those with a matrix if there are any.
 
+    Of those of as many steps one that was calibrated, on purpose, comes before one that was learnt by the way.
     If there are only some that do not, it is the curve of the nearest, which the published rule can do with.
     """
 
-    def away(profile: CacheProfile) -> tuple[float, float]:
+    def away(profile: CacheProfile) -> tuple[float, bool, float]:
         sigmas = profile.sigmas or ()
         same = len(sigmas) == len(schedule.sigmas) > 0
         apart = float(np.abs(np.subtract(sigmas, schedule.sigmas)).mean().round(4)) if same else 0.0
-        return abs(math.log(len(profile.ratios) / schedule.steps)), apart
+        return abs(math.log(len(profile.ratios) / schedule.steps)), is_learnt(profile), apart
 
     fitting = [profile for profile in profiles if covers(profile, schedule)]
     fitting = [profile for profile in fitting if profile.gram is not None] or fitting

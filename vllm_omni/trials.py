@@ -6,6 +6,7 @@ the trials, `vllm-omni calibrate` one after another, an engine whenever nobody e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
@@ -32,15 +33,24 @@ CLEARLY = 6.0  # on every prompt by so many dB, over their number: of two, 3 dB 
 MANY, ERRORS = 6, 2.0  # or, of so many prompts, on average by so many standard errors
 SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
 GAINS = 10  # steps of a run at which gains are measured
+SAME = 1e-4  # of the mean square, within which a run that is made twice has ended in the same place
+FAR_OFF = 1e6  # times the mean square: how far away something is that holds no numbers
 
 
 class Trial(NamedTuple):
-    """A run of one prompt: as planned, or uncached in so many steps; compared with the uncached run of that prompt."""
+    """A run of one prompt: as planned, or uncached in so many steps; compared with the uncached run of that prompt.
+
+    With neither it is the uncached run itself; compared, it is made once more, and must not differ.
+    """
 
     prompt: int
     plan: Callable[[Schedule], CachePlan] | None = None
     steps: int | None = None
     picture: bool = False  # decoded output is compared; final latents otherwise
+
+    @property
+    def uncached(self) -> bool:
+        return self.plan is None and self.steps is None
 
 
 class Away(NamedTuple):
@@ -48,6 +58,16 @@ class Away(NamedTuple):
 
     squared: float
     energy: float
+
+    @classmethod
+    def of(cls, squared: float, energy: float) -> Away:
+        """What holds NaN is far away, but not so far that there is no mean with others."""
+        return cls(squared if math.isfinite(squared) else FAR_OFF * max(energy, 1.0), energy)
+
+    @property
+    def same(self) -> bool:
+        """Whether a run that was made twice ended in the same place, up to rounding."""
+        return self.squared <= SAME * self.energy
 
     @property
     def decibels(self) -> float:
@@ -85,6 +105,7 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
     the undisturbed run is divided by the expected size of the disturbance: of a residual, and of an output, if the
     outputs' matrix is known. A few prompts say little of any one step, so that gains are smoothed over a seventh of
     each denoiser's steps. Whatever is on the way counts: the head, guidance, the scheduler, the other steps.
+    The first trial is an undisturbed run once more: what that shows, no disturbance has done (see `refuse_noise`).
     """
     assert profile.sigmas is not None and profile.gram is not None
     schedule = Schedule(len(profile.sigmas), profile.sigmas, switches)
@@ -96,7 +117,7 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
         return lambda real: one_stale(step, gap, real, kind)
 
     def read(results: Sequence[Away]) -> CacheProfile:
-        away = np.sqrt([result.squared for result in results]).reshape(prompts, sum(map(len, expected.values())))
+        away = np.sqrt([result.squared for result in results[1:]]).reshape(prompts, sum(map(len, expected.values())))
         values: dict[str, np.ndarray] = {}
         for kind, errors in expected.items():
             own, away = away[:, : len(errors)], away[:, len(errors) :]
@@ -112,7 +133,14 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
 
     every = [(step, kind) for kind, errors in expected.items() for step in errors]
     trials = tuple(Trial(prompt, stale(*one)) for prompt in range(prompts) for one in every)
-    return Measurement("gains", trials, read)
+    return Measurement("gains", (Trial(0), *trials) if trials else (), read)
+
+
+def refuse_noise(trial: Trial, away: Away, scheduler: str) -> None:
+    """InvalidValueError if an uncached run does not repeat itself: trials would differ by the sampler's noise."""
+    if trial.uncached and not away.same:
+        fix = "draws noise that no seed decides, so that no two runs can be compared: only a matrix is learnt"
+        raise InvalidValueError("scheduler", scheduler, fix)
 
 
 def _stale_errors(profile: CacheProfile, what: Forecasted, gap: int, schedule: Schedule) -> dict[int, float]:

@@ -14,9 +14,11 @@ from diffusers import FluxPipeline
 from pipelines import CURVE, count_blocks, run_latents, tiny_flux
 from probing import CFG, RESIDUAL_BYTES, cached, probed, sigmas_of
 
+from vllm_omni.diffusion.cache.calibration import Calibration
 from vllm_omni.diffusion.cache.magcache import (
     MagCacheBackend,
 )
+from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import CacheProfile, load_profile
 from vllm_omni.diffusion.cache.settings import parse
 from vllm_omni.diffusion.data import DiffusionCacheConfig
@@ -178,3 +180,20 @@ def test_the_gram_predictor_without_a_matrix_is_refused_at_start_up() -> None:
     with pytest.raises(InvalidValueError, match=r"predictor.*calibrate"):
         backend.enable(pipe)
     assert not backend.is_enabled() and not pipe.transformer._forward_hooks
+
+
+def test_memory_that_only_the_measurement_lacks_is_no_affair_of_the_forward() -> None:
+    calibration, asked = Calibration(), []
+    state = calibration.state(Schedule(2, (1.0, 0.5)))
+
+    class Computed:
+        is_of_rows = True
+
+        def ends(self) -> None:
+            asked.append(1)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for step in range(2):
+        state.commit(("transformer", "default"), step, state.prepare(("transformer", "default"), step, Computed()))  # type: ignore[arg-type]
+        state.observe(step, torch.ones(1, 4), None)
+    assert len(asked) == 1 and calibration.requests == 0 and not calibration._outputs and state.computed_steps == 2

@@ -222,9 +222,11 @@ def test_trials_compare_both_and_measure_the_gains_of_both() -> None:
     tried = {plan.forecasts for trial in choices(profile, 1).trials for plan in [_made(trial, profile)]}
     assert tried == {"output", "residual"}
     measurement = gains(profile, 1)
-    kinds = [_made(trial, profile).forecasts for trial in measurement.trials]
+    again, *others = measurement.trials
+    kinds = [_made(trial, profile).forecasts for trial in others]
+    assert again.uncached and not any(trial.uncached for trial in others)
     assert kinds.count("output") == kinds.count("residual") > 3
-    found = measurement.read([Away(0.01 if kind == "residual" else 0.04, 1.0) for kind in kinds])
+    found = measurement.read([Away(0, 1.0), *(Away(0.01 if kind == "residual" else 0.04, 1.0) for kind in kinds)])
     assert found.gains is not None and found.output_gains is not None  # of the same matrices
     assert np.allclose(found.output_gains, 2 * np.array(found.gains), rtol=1e-4)
     assert CacheProfile.from_dict(found.model_dump()) == found

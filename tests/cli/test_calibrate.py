@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from pipelines import TEXT_TOKENS, embeds, tiny_flux
 from planning import plan_cost
 
@@ -99,6 +100,17 @@ def test_a_calibrated_profile_is_found_and_used(tmp_path: Path, monkeypatch: pyt
     backend = MagCacheBackend(DiffusionCacheConfig())
     backend.enable(pipe)
     assert backend.profiles == (load_profile(tmp_path / "new.json"),)
+
+
+def test_a_sampler_with_noise_of_its_own_gets_a_matrix_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    pipe = tiny_flux()
+    pipe.encode_prompt = lambda prompt, **_: (*embeds(len(prompt)).values(), torch.zeros(TEXT_TOKENS, 3))
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipe.scheduler.config, stochastic_sampling=True)
+    arguments: dict[str, Any] = {"num_inference_steps": 4, "height": 32, "width": 32}
+    profile = calibrate(pipe, ["a", "bb"], "new", **arguments)
+    assert profile.gram is not None and profile.gains is None
+    assert "FlowMatchEulerDiscreteScheduler" in caplog.text and "draws noise" in caplog.text
+    assert judge(pipe, profile, ["a"], ["ccc"], 9, **arguments) == profile
 
 
 def test_a_sketch_keeps_what_residuals_differ_by(monkeypatch: pytest.MonkeyPatch) -> None:

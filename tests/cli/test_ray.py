@@ -13,6 +13,7 @@ from vllm_omni.entrypoints.cli import ray
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.entrypoints.openai.middleware import LOOPBACK
 from vllm_omni.entrypoints.ray_config import RayConfig, RayOptions, app_config
+from vllm_omni.entrypoints.serve_config import with_calibration
 from vllm_omni.errors import InvalidValueError, UnknownKeyError
 
 
@@ -101,3 +102,8 @@ def test_where_serve_listens_is_refused_in_args_with_its_place() -> None:
         assert refused.value.field == field
     with pytest.raises(InvalidValueError, match="http must hold fields of HttpOptions"):
         app_config({"model": "demo", "http": "0.0.0.0"})
+
+
+@pytest.mark.parametrize("name", ["magcache", "mag_cache", "MagCache"])
+def test_a_server_learns_whatever_the_spelling(name: str) -> None:
+    assert with_calibration({"cache_backend": name})["cache_config"] == {"calibrate": "auto"}

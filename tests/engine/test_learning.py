@@ -10,6 +10,7 @@ import pytest
 import torch
 from pipelines import save_tiny_flux
 from stepping import add, drain
+from teaching import learning
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -32,11 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path / "profiles"))
     return tmp_path / "profiles"
-
-
-def learning(folder: Path, **config: Any) -> Omni:
-    config = {"calibrate": "auto"} | config
-    return Omni(str(folder), dtype="float32", cache_backend="magcache", cache_config=config)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from pipelines import CURVE, save_tiny_flux, tiny_flux
+from teaching import idle_of, learning, learning_of, run_once
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -18,10 +19,8 @@ from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import LEARNT, CacheProfile, find_profiles, load_profile
 from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, override
 from vllm_omni.diffusion.cache.state import PlannedState
-from vllm_omni.engine.describe import describe
-from vllm_omni.engine.learning import IdleLearning
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.learning import MOST_RUNS, MOST_SCHEDULES, REQUESTS, Learning, chosen, covers
+from vllm_omni.learning import MOST_RUNS, MOST_SCHEDULES, REQUESTS, Learning, chosen, covers, replaced
 
 STEPS = 6
 
@@ -45,11 +44,6 @@ def publish(folder: Path, profiles: Path) -> None:
     curve.save(profiles / "published.json")
 
 
-def learning(folder: Path, **config: Any) -> Omni:
-    config = {"calibrate": "auto"} | config
-    return Omni(str(folder), dtype="float32", cache_backend="magcache", cache_config=config)
-
-
 @pytest.fixture
 def omni(folder: Path, profiles: Path) -> Iterator[Omni]:
     publish(folder, profiles)
@@ -62,24 +56,6 @@ def draw(omni: Omni, seed: int = 0, steps: int = STEPS, **more: Any) -> Any:
     (output,) = omni.generate("x", Params(num_inference_steps=steps, seed=seed, **size | more), use_tqdm=False)
     assert output.ok, output.error
     return output
-
-
-def idle_of(omni: Omni) -> IdleLearning:
-    return IdleLearning(omni.engine, describe(omni.engine, {}))
-
-
-def run_once(idle: IdleLearning, omni: Omni) -> None:
-    """One run that nobody asked for, to its end."""
-    idle.begin()
-    while omni.engine.has_unfinished_requests():
-        for output in omni.engine.step():
-            assert idle.takes(output) and output.ok
-
-
-def learning_of(omni: Omni) -> Learning:
-    learner = omni.engine.worker.learner
-    assert learner is not None and learner.learning is not None
-    return learner.learning
 
 
 def test_a_published_curve_serves_until_idle_time_has_brought_a_matrix(
@@ -99,7 +75,8 @@ def test_a_published_curve_serves_until_idle_time_has_brought_a_matrix(
     assert output.skipped_steps > 0 and output.cache_settings["profile"].startswith(f"mine-{STEPS}-")
     assert output.cache_settings["predictor"] == "affine"
     kept = load_profile(next(profiles.glob("mine-*.json")))
-    assert kept.provenance["size"] == {"height": 32, "width": 32} and kept.gains is None
+    assert kept.provenance["asked"] == {"num_inference_steps": STEPS, "height": 32, "width": 32}
+    assert kept.gains is None
     assert idle.wanted  # gains come next
     assert [p.name for p in find_profiles(str(folder), kept.fingerprint or "")] == [kept.name, "published"]
     with learning(folder) as again:
@@ -225,8 +202,21 @@ def test_the_nearest_is_chosen_in_steps_then_in_noise_levels() -> None:
     assert chosen([], Schedule(28, levels(28))) is None
 
 
+def test_a_calibrated_profile_comes_before_a_learnt_one_of_as_many_steps() -> None:
+    mine, fewer = (learnt(Schedule(n, levels(n, 2.8)), "mine", "calibrated") for n in (28, 14))
+    met, other = (learnt(Schedule(n, levels(n)), "mine") for n in (28, 20))
+    assert chosen([met, mine], Schedule(28, levels(28))) is mine
+    learned = Learning("FluxTransformer2DModel", "f" * 32, "mine")
+    assert learned.unfinished([met, mine, fewer, other]) is other and learned.unfinished([met, fewer]) is met
+    learned.left.add(met)
+    assert learned.unfinished([met, fewer]) is None
+    more = other.model_copy(update={"gains": (1.0,) * 20})
+    assert replaced([met, mine, fewer, other], more) == (met, mine, fewer, more)
+
+
 def taught(learned: Learning, schedule: Schedule, requests: int = REQUESTS) -> None:
     state = learned.state(schedule, {})
+    assert state is not None
     for _ in range(requests):
         gram = np.eye(schedule.steps) + 1
         state._calibration.add("default", schedule.sigmas, (1.0,) * schedule.steps, gram)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from vllm_omni.diffusion.cache.profile import CacheProfile
-from vllm_omni.trials import FORECASTS, Away, _clearly_better, choices
+from vllm_omni.errors import InvalidValueError
+from vllm_omni.trials import FORECASTS, Away, Trial, _clearly_better, choices, refuse_noise
 
 STEPS = 8
 CHOICES = [
@@ -62,3 +63,16 @@ def test_a_few_prompts_must_be_clearly_against_the_usual_choice(linear: Any, gra
 )
 def test_many_prompts_may_disagree_if_the_average_is_clear(decibels: tuple[float, ...], clear: bool) -> None:
     assert _clearly_better(np.array(decibels) * np.log(10) / 10) is clear
+
+
+def test_what_holds_no_numbers_is_far_away_and_still_a_number() -> None:
+    assert Away.of(float("nan"), 0.3).decibels < -50 and Away.of(float("inf"), 0.0).squared < float("inf")
+    assert Away.of(0.5, 0.3) == Away(0.5, 0.3)
+
+
+def test_a_run_that_does_not_repeat_itself_ends_a_measurement_and_names_the_sampler() -> None:
+    again = Trial(0)
+    refuse_noise(again, Away(1e-9, 1.0), "EulerScheduler")
+    refuse_noise(Trial(0, lambda schedule: None), Away(1.0, 1.0), "EulerScheduler")  # type: ignore[arg-type, return-value]
+    with pytest.raises(InvalidValueError, match="EulerScheduler"):
+        refuse_noise(again, Away(0.01, 1.0), "EulerScheduler")

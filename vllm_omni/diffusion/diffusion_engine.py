@@ -135,6 +135,8 @@ class DiffusionEngine:
         began = self.worker.runner.clock.mark()
         self._take_back()
         admitted = [self._entries[request_id] for request_id in self.scheduler.admit()]
+        if admitted and self.worker.store.budget is not None:  # theirs is the room: a trial that keeps any begins again
+            self.abort([i for i in self.scheduler.idle if (trial := self._entries[i].running) and trial.plan])
         for entry in admitted:
             self._start(entry)
         started = [entry.running.times for entry in admitted if entry.running is not None]

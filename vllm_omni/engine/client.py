@@ -110,8 +110,7 @@ class ProcessEngineClient:
         self.condition = EngineCondition()
         self._loaded = self._draining = self._closed = False
         self._dead = ""  # why no engine will come any more
-        self._load_s = 10.0  # how long the last start took
-        self._load_began = 0.0
+        self._load_s, self._load_began = 10.0, 0.0  # how long the last start took, and when it began
         self._task: asyncio.Task[None] | None = None
         self._started: asyncio.Future[None] | None = None
         self._empty = asyncio.Event()
@@ -256,10 +255,9 @@ class ProcessEngineClient:
         if params.generator is not None:
             raise InvalidValueError("generator", "given", "cannot cross to the engine's process; give a seed")
         normalise_prompt(request.prompt)
-        given = given_parameters(params)
         now = time.monotonic()
         deadline = None if timeout_s is None else now + timeout_s
-        frame = encode(Add(request.engine_id, request.prompt, given, priority, now, deadline, salt))
+        frame = encode(Add(request.engine_id, request.prompt, given_parameters(params), priority, now, deadline, salt))
         request.size = RequestSize.of(params, self.info.defaults)
         assert self._engine is not None
         self._engine.send(frame)
@@ -298,6 +296,7 @@ class ProcessEngineClient:
                 finally:
                     watch.cancel()
                     served, self._loaded = self._loaded, False
+                    self._start.trials &= not served or len(self._requests) > 0  # else it was a trial, if anything
                 how = await self._engine.end(kill=True)
             self._lost(how, failure)
             if (pause := self._pause(served)) is not None:
@@ -373,6 +372,7 @@ class ProcessEngineClient:
             self._changed()
         elif isinstance(event, StatsReport):
             self._ledger.note(event)
+            self._info = self.info.with_profiles(event.stats.profiles)
         else:
             if isinstance(event, Controlled):
                 self.condition = event.condition

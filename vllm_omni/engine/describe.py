@@ -11,9 +11,9 @@ import diffusers
 
 from vllm_omni.diffusion.cache.settings import PRESETS
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
-from vllm_omni.diffusion.worker.arguments import RENAMED
 from vllm_omni.diffusion.worker.preview import can_preview
 from vllm_omni.engine.interface import ModelInfo, PictureInput
+from vllm_omni.inputs.data import RENAMED
 
 _DEFAULTS = (
     "num_inference_steps",

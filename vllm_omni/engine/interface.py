@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
@@ -38,6 +38,12 @@ class ModelInfo:
     sound_output: bool = False  # True if it makes sound alone
     fps: float = 16.0  # frames per second that the model's videos are made for
     frame_multiple: int = 1  # a video has a multiple of it plus one frames: what the VAE packs into one
+
+    def with_profiles(self, names: Sequence[str]) -> ModelInfo:
+        """The same with the cache profiles that are in use by now: some are learnt while it serves."""
+        if self.cache.get("profiles") == [*names]:
+            return self
+        return replace(self, cache=self.cache | {"profiles": [*names]})
 
     @property
     def output(self) -> Literal["image", "video", "sound"]:

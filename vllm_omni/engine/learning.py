@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,16 +22,17 @@ from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.diffusion.worker.request import PlanOf
 from vllm_omni.engine.interface import ModelInfo
-from vllm_omni.errors import OmniError, RequestAbortedError
+from vllm_omni.errors import DeviceMemoryError, InvalidValueError, NumericalError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.kernels.device import refuse_lost
+from vllm_omni.learning import MOST_RUNS, Course, same
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.trials import Away, Measurement, Trial, choices, figures, gains
+from vllm_omni.trials import Away, Measurement, Trial, choices, figures, gains, refuse_noise
 
 logger = init_logger(__name__)
 
-MOST_REPEATS = 20  # of trials that had no room
+MOST_REPEATS = 3  # of a trial that had no room
 IDLE_S = 1.0  # without a request, before a trial begins
 GAIN_PROMPTS, CHOSEN_ON, JUDGED_ON = 2, 2, 8
 FIRST_SEED = 31_000
@@ -54,16 +55,37 @@ PROMPTS = (
 def sample_prompt(
     info: ModelInfo, text: str, asked: Mapping[str, Any] | None = None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(prompt, parameters) of a request at the model's own size or the one `asked`, with a gray picture if needed."""
+    """(prompt, parameters) of a request at the model's own size, or as `asked` (see `likeness`); its pictures are gray.
+
+    If none are asked for, they are those that the model needs.
+    """
     size: dict[str, Any] = {name: info.defaults[name] for name in ("height", "width") if name in info.defaults}
     size |= asked or {}
+    pictures = size.pop("pictures", None)
+    if pictures is None and {"width", "height"} <= size.keys():
+        needed = (name for name, picture in info.pictures.items() if picture.needed)
+        pictures = {name: [size["width"], size["height"]] for name in needed}
     prompt: dict[str, Any] = {"prompt": text}
-    if (needed := [name for name, picture in info.pictures.items() if picture.needed]) and size:
-        from PIL import Image
-
-        gray = Image.new("RGB", (size["width"], size["height"]), "gray")
-        prompt["multi_modal_data"] = {name: gray.convert("L") if "mask" in name else gray for name in needed}
+    if pictures:
+        prompt["multi_modal_data"] = {name: _gray(name, asked_for) for name, asked_for in pictures.items()}
     return prompt, size
+
+
+def _gray(name: str, size: Sequence[Any]) -> Any:
+    """A picture, or several if there are several sizes."""
+    from PIL import Image
+
+    if not isinstance(size[0], int):
+        return [_gray(name, one) for one in size]
+    return Image.new("L" if "mask" in name else "RGB", (size[0], size[1]), "gray")
+
+
+class _UnderWay(NamedTuple):
+    """A run that is being made: a trial of the profile at hand, or one that is measured itself, for a course."""
+
+    request_id: str
+    trial: Trial | None
+    course: Course | None
 
 
 class IdleLearning:
@@ -76,14 +98,15 @@ class IdleLearning:
         self._measurement: Measurement[CacheProfile] | None = None
         self._results: list[Away] = []
         self._exact: dict[bool, tuple[int, torch.Tensor]] = {}  # of the last prompt: latents, and what is decoded
-        self._trial: tuple[str, Trial | None] | None = None  # under way; None: a run that is measured itself
+        self._run: _UnderWay | None = None
+        self._course: Course | None = None  # that the last run was for
         self._repeats = 0
 
     @property
     def wanted(self) -> bool:
         """Whether there is something to try."""
         learner = self._engine.worker.learner
-        if self._trial is not None or learner is None or learner.learning is None or learner.learning.over:
+        if self._run is not None or learner is None or learner.learning is None or learner.learning.over:
             return False
         return learner.learn() is not None or learner.learning.to_run() is not None
 
@@ -105,89 +128,103 @@ class IdleLearning:
     def _begin(self) -> None:
         learner = self._engine.worker.learner
         assert learner is not None and learner.learning is not None
+        self._course = None
         profile, to_run = learner.learn(), learner.learning.to_run()
         if to_run is not None:
-            schedule, course = to_run
-            if not course.runs:
+            schedule, self._course = to_run
+            if not self._course.runs:
                 logger.info("magcache: %d steps, cached by a curve so far, are measured now", schedule.steps)
-            course.runs += 1
-            number = len(PROMPTS) + course.runs  # with seeds of their own
+            number = len(PROMPTS) + self._course.runs  # with seeds of their own
             state_of = partial(learner.learning.state_of_run, schedule)
-            self._run(None, number, schedule.steps, course.size, state_of)
+            self._try(None, number, {"num_inference_steps": schedule.steps, **self._course.asked}, state_of)
             return
         if profile is None:
             return
-        if self._profile is None or profile.name != self._profile.name:
+        if self._profile != profile:
             self._profile, self._measurement = profile, None
         if self._measurement is None:
-            switches = tuple(profile.provenance.get("switches", ()))
-            self._measurement, self._results, self._exact = _next(profile, switches), [], {}
+            self._measurement, self._results, self._exact = _next(profile, _schedule_of(profile).switches), [], {}
             logger.info("magcache: %s of %s, when nobody waits", self._measurement.name, profile.name)
         if not self._measurement.trials:
-            read = self._measurement.read([])
-            learner.learning.over = read == profile  # nothing more can be found by trying
+            if (read := self._measurement.read([])) == profile:
+                raise InvalidValueError("profile", profile.name, "leaves nothing to try")
             self._finish(read)
             return
         trial = self._measurement.trials[len(self._results)]
         if self._exact.get(trial.picture, (None,))[0] != trial.prompt:
             trial = Trial(trial.prompt, picture=trial.picture)
-        steps, size = trial.steps or len(profile.ratios), profile.provenance.get("size", {})
-        self._run(trial, trial.prompt, steps, size, trial.plan or _uncached)
+        steps = len(profile.ratios)
+        asked = {"num_inference_steps": steps, **profile.provenance.get("asked", {})}
+        if trial.steps is not None:  # a scheduler of second order has twice as many as are asked for
+            asked["num_inference_steps"] = max(1, round(trial.steps * (asked["num_inference_steps"] or steps) / steps))
+        plan_of = trial.plan or _uncached
+        self._try(trial, trial.prompt, asked, plan_of if trial.steps is not None else _as_measured(profile, plan_of))
 
-    def _run(self, trial: Trial | None, number: int, steps: int, asked: Mapping[str, int], plan_of: PlanOf) -> None:
-        prompt, size = sample_prompt(self._info, PROMPTS[number % len(PROMPTS)], asked)
+    def _try(self, trial: Trial | None, number: int, asked: Mapping[str, Any], plan_of: PlanOf) -> None:
+        prompt, given = sample_prompt(self._info, PROMPTS[number % len(PROMPTS)], asked)
         params = OmniDiffusionSamplingParams(
-            num_inference_steps=steps,
             seed=FIRST_SEED + number,
             output_type="np" if trial is not None and trial.picture else "latent",
             cache="off",  # it has a plan of its own: what the engine's settings would refuse is nothing to it
-            **size,
+            **given,
         )
         request = OmniDiffusionRequest(f"trial-{next(self._numbers)}\0", prompt, normalise_prompt(prompt), params)
-        self._trial = request.request_id, trial
         self._engine.try_out(request, plan_of)
+        self._run = _UnderWay(request.request_id, trial, self._course)
 
     def takes(self, output: OmniRequestOutput) -> bool:
         """Take in a trial's end; False if the output is somebody's."""
-        if self._trial is None or output.request_id != self._trial[0]:
+        if self._run is None or output.request_id != self._run.request_id:
             return False
-        (_, trial), self._trial = self._trial, None
-        if isinstance(output.error, RequestAbortedError):  # begun again when there is time
-            return True
-        if output.error is not None:
-            self._give_up(output.error)
-            return True
-        if trial is not None:
-            self._guarded(partial(self._take, trial, output))
+        run, self._run = self._run, None
+        if not isinstance(output.error, RequestAbortedError):  # else it is begun again when there is time
+            self._guarded(partial(self._take, run, output))
         return True
 
     def _guarded(self, act: Callable[[], None]) -> None:
-        """What goes wrong in a trial ends them, and nothing else."""
+        """What goes wrong in a trial ends them, and nothing else; what is against one profile leaves that one alone."""
         try:
             act()
+        except (InvalidValueError, DeviceMemoryError) as error:
+            self._leave(error)
         except Exception as error:
             refuse_lost(error)
             self._give_up(error)
 
-    def _take(self, trial: Trial, output: OmniRequestOutput) -> None:
-        found = _values(output)
-        held = self._exact.get(trial.picture)
-        if held is None or held[0] != trial.prompt:
-            self._exact[trial.picture] = trial.prompt, found
+    def _take(self, run: _UnderWay, output: OmniRequestOutput) -> None:
+        if run.course is not None:
+            run.course.runs += 1
+        trial, held = run.trial, None if run.trial is None else self._exact.get(run.trial.picture)
+        compared = held is not None and trial is not None and held[0] == trial.prompt
+        if output.error is not None and not (compared and isinstance(output.error, NumericalError)):
+            raise output.error
+        if trial is None:
+            return
+        if held is None or not compared:
+            self._exact[trial.picture] = trial.prompt, _values(output)
             return
         if output.plan is not None and output.skipped_steps != output.plan.count(False):
-            self._repeats += 1  # its residuals had no room: again, later
+            self._repeats += 1  # its residuals had no room
             if self._repeats > MOST_REPEATS:
-                raise OmniError("trials find no room for their residuals")
+                budget = self._engine.worker.store.budget
+                raise InvalidValueError("memory_budget_mb", budget and budget >> 20, "has no room for its residuals")
             return
-        self._results.append(Away((found - held[1]).pow(2).mean().item(), held[1].pow(2).mean().item()))
+        squared = float("nan") if output.error is not None else (_values(output) - held[1]).pow(2).mean().item()
+        away = Away.of(squared, held[1].pow(2).mean().item())
+        refuse_noise(trial, away, type(self._engine.worker.pipeline.scheduler).__name__)
+        self._results.append(away)
+        self._repeats = 0
         assert self._measurement is not None
         if len(self._results) == len(self._measurement.trials):
             self._finish(self._measurement.read(self._results))
 
+    def _drop(self) -> None:
+        """Let go of what was measured of the profile at hand."""
+        self._measurement, self._results, self._exact, self._profile, self._repeats = None, [], {}, None, 0
+
     def _finish(self, profile: CacheProfile) -> None:
         learner = self._engine.worker.learner
-        self._measurement, self._results, self._exact, self._profile = None, [], {}, None
+        self._drop()
         if learner is not None:
             learner.learnt(profile)
             if not profile.lacks:
@@ -195,29 +232,61 @@ class IdleLearning:
 
     def stop(self) -> None:
         """End the trial under way: something is to be done to the engine. It is run again later."""
-        if self._trial is not None:
-            self._engine.abort([self._trial[0]])
+        if self._run is not None:
+            self._engine.abort([self._run.request_id])
 
     def forget(self) -> None:
         """Drop what was measured: the model has other weights now."""
-        self._measurement, self._results, self._exact, self._profile = None, [], {}, None
-        self._repeats = 0
+        self._drop()
         self._tell(over=False)
 
-    def _give_up(self, error: Exception) -> None:
-        self._trial = None
-        self._tell(over=True)
-        logger.warning("magcache: no more trials, one failed: %s; the profile stays as it is", error)
+    def _leave(self, error: Exception) -> None:
+        """Make no more runs for what the last one was for."""
+        learner, profile = self._engine.worker.learner, self._profile
+        if self._course is not None:
+            self._course.runs = MOST_RUNS
+            logger.warning("magcache: a schedule of its requests is left to the curve: %s", error)
+        elif profile is not None and learner is not None and learner.learning is not None:
+            learner.learning.left.add(profile)
+            logger.warning("magcache: %s stays without %s: %s", profile.name, " and ".join(profile.lacks), error)
+            self._drop()
 
-    def _tell(self, over: bool) -> None:
-        """Let requests know whether what needs runs is going to come."""
+    def _give_up(self, error: Exception) -> None:
+        self.end(f"one failed ({type(error).__name__}: {error})")
+
+    def end(self, why: str) -> None:
+        """Make no more trials; profiles stay as they are."""
+        self._drop()
+        if self._tell(over=True):
+            logger.warning("magcache: no more trials: %s; profiles stay as they are", why)
+
+    def _tell(self, over: bool) -> bool:
+        """Let requests know whether what needs runs is going to come; returns whether anything is learnt at all."""
         learner = self._engine.worker.learner
-        if learner is not None and learner.learning is not None:
-            learner.learning.over = over
+        if learner is None or learner.learning is None:
+            return False
+        learner.learning.over = over
+        return True
 
 
 def _uncached(schedule: Schedule) -> None:
     """No plan: every step computes."""
+
+
+def _as_measured(profile: CacheProfile, plan_of: PlanOf) -> PlanOf:
+    """`plan_of` for the profile's own schedule; of another it would say nothing that holds."""
+
+    def plan(schedule: Schedule) -> Any:
+        if not same(profile, schedule):
+            ours, theirs = (f"{one.steps} steps, switches {one.switches}" for one in (schedule, _schedule_of(profile)))
+            raise InvalidValueError("schedule", ours, f"of a run of its own is another than the profile's ({theirs})")
+        return plan_of(schedule)
+
+    return plan
+
+
+def _schedule_of(profile: CacheProfile) -> Schedule:
+    return Schedule(len(profile.ratios), profile.sigmas or (), tuple(profile.provenance.get("switches", ())))
 
 
 def _next(profile: CacheProfile, switches: tuple[int, ...]) -> Measurement[CacheProfile]:

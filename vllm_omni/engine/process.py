@@ -237,6 +237,8 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
         loop.learning = IdleLearning(engine, info)
     if start.condition is not None:
         loop.control.restore(start.condition)
+    if loop.learning is not None and not start.trials:
+        loop.learning.end("the process before this one ended while it had no request")
     gc.freeze()
     gc.enable()
     return loop, Loaded(describe(engine, tokens), loop.control.condition)

@@ -42,6 +42,7 @@ class Start(Struct, tag=True):
     replicas: int = 1
     costs: UnitCosts | None = None  # as the process before it had measured them
     step_timeout_s: float | None = None  # what the front end takes for a hang
+    trials: bool = True  # False: the process before this one ended while it had no request
 
 
 class Add(Struct, tag=True):

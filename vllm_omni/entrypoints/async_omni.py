@@ -18,8 +18,10 @@ from uuid import uuid4
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.distributed.lockstep import open_engine
+from vllm_omni.engine.describe import describe
 from vllm_omni.engine.in_flight import InFlight, InFlightRequest
 from vllm_omni.engine.interface import EngineCondition
+from vllm_omni.engine.learning import IdleLearning
 from vllm_omni.engine.loop import EngineLoop
 from vllm_omni.engine.wire import (
     Abort,
@@ -67,6 +69,8 @@ class AsyncOmni:
         self._commands = commands = queue.SimpleQueue[Command]()
         self._requests = InFlight(lambda engine_ids: commands.put(Abort(engine_ids)), _EVERY_REPORT)
         self._loop = loop = EngineLoop(engine, commands, self._requests.note, progress_every_s=0.0)
+        if engine.config.parallel_config.ranks == 1:
+            loop.learning = IdleLearning(engine, describe(engine, {}))
         self._thread = threading.Thread(
             target=_drive, args=(loop, self._requests), name="vllm-omni-engine", daemon=True
         )

@@ -8,6 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -18,10 +19,13 @@ from vllm_omni.diffusion.denoiser.specs import denoisers_of
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.distributed.lockstep import control_of, open_engine
+from vllm_omni.engine.describe import describe
 from vllm_omni.engine.in_flight import refuse_after_fork
+from vllm_omni.engine.learning import IdleLearning
 from vllm_omni.engine.wire import Action, LoadAdapter, Sleep, UnloadAdapter, UpdateWeights, Wake
 from vllm_omni.errors import (
     DeviceLostError,
+    EngineAsleepError,
     EngineClosedError,
     EngineDeadError,
     InvalidValueError,
@@ -29,9 +33,11 @@ from vllm_omni.errors import (
     forget_locals,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt, own
+from vllm_omni.logger import init_logger
 from vllm_omni.modular import whole
 from vllm_omni.outputs import OmniRequestOutput
 
+logger = init_logger(__name__)
 SamplingParams = OmniDiffusionSamplingParams | dict[str, Any]
 WHILE_LOADING = {  # options that the loader alone carries out, and what its owner does to a pipeline instead
     "dtype": "call pipe.to(dtype)",
@@ -67,7 +73,7 @@ class Omni:
         self.engine, self.control = engine, control_of(engine)
         self._ids = itertools.count()
         self._turn = threading.Lock()
-        self._closing = self._broken = False
+        self._closing = self._broken = self._told = False
         self._caller: int | None = None  # the thread that is in `generate`
         self._pid = os.getpid()
 
@@ -83,30 +89,77 @@ class Omni:
         `prompts`: a string, a dict (prompt, negative_prompt, prompt_embeds, ...), or a list of them.
         `sampling_params_list`: one for all, or one per prompt. Ctrl-C ends the call between two steps.
         """
-        refuse_after_fork(self._pid)
-        if self._caller == threading.get_ident():
-            raise OmniError("generate was called inside itself, by a signal handler or a callback")
+        self._refuse_inside("generate")
         listed = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
         parameters = self._parameters(sampling_params_list, len(listed))
+        requests = {f"omni-{next(self._ids)}": asked for asked in zip(listed, parameters, strict=True)}
+        with self._driving(list(requests)) as interrupt:
+            outputs = self._run(requests, use_tqdm, interrupt)
+            if not self._told and self.engine.worker.learner is not None and self._idle.wanted:
+                self._told = True
+                logger.info("magcache: learn() makes the runs that the profile still lacks; a psnr waits for them")
+        return [outputs[request_id] for request_id in requests]
+
+    def learn(self) -> str:
+        """Make, now, the runs that a server makes while nobody asks for anything, where `calibrate` is "auto".
+
+        They finish what `generate` has taught. Returns what is still being learnt, in words, "" if nothing is. Ctrl-C
+        ends it between two steps; a later call goes on with what is missing.
+        """
+        self._refuse_inside("learn")
+        with self._driving([]) as interrupt:
+            if self.engine.asleep:
+                raise EngineAsleepError
+            try:
+                while self._idle.wanted:
+                    self._idle.begin()
+                    while self.engine.has_unfinished_requests():
+                        for output in self.engine.step():
+                            self._idle.takes(output)
+                        if self._closing:
+                            raise EngineClosedError("the engine was closed by another thread")
+                        interrupt()
+            finally:
+                self._idle.stop()
+                for output in self.engine.collect():
+                    self._idle.takes(output)
+        return self._idle.progress
+
+    @cached_property
+    def _idle(self) -> IdleLearning:
+        return IdleLearning(self.engine, describe(self.engine, {}))
+
+    @contextmanager
+    def _driving(self, request_ids: list[str]) -> Iterator[Callable[[], None]]:
+        """Within, nobody else drives the engine, and nothing is left in it afterwards.
+
+        Yields what raises, between two steps, what a signal asked for.
+        """
         with self._turn, _interrupted_between_steps() as interrupt:
-            if self._closing:
-                raise EngineClosedError("the engine is closed")
-            if self._broken:
-                raise EngineDeadError("a step was interrupted and could not be undone; make a new engine")
-            requests = {f"omni-{next(self._ids)}": asked for asked in zip(listed, parameters, strict=True)}
+            self._refuse_closed()
             self._caller, self._broken = threading.get_ident(), True  # until all of this call has left the engine
             try:
-                outputs = self._run(requests, use_tqdm, interrupt)
+                yield interrupt
             finally:
                 try:
-                    self.engine.abort(list(requests))
+                    self.engine.abort(request_ids)
                     self.engine.collect()
                     if self._closing:
                         self.engine.close()
                     self._broken = False
                 finally:
                     self._caller = None
-        return [outputs[request_id] for request_id in requests]
+
+    def _refuse_inside(self, what: str) -> None:
+        refuse_after_fork(self._pid)
+        if self._caller == threading.get_ident():
+            raise OmniError(f"{what} was called inside generate or learn, by a signal handler or a callback")
+
+    def _refuse_closed(self) -> None:
+        if self._closing:
+            raise EngineClosedError("the engine is closed")
+        if self._broken:
+            raise EngineDeadError("a step was interrupted and could not be undone; make a new engine")
 
     def _run(
         self, requests: dict[str, tuple[Any, SamplingParams]], use_tqdm: bool, interrupt: Callable[[], None]
@@ -187,15 +240,12 @@ class Omni:
         self._control(UpdateWeights(path, target_modules))
 
     def _control(self, action: Action) -> None:
-        refuse_after_fork(self._pid)
-        if self._caller == threading.get_ident():
-            raise OmniError("this was called inside generate, by a signal handler or a callback")
+        self._refuse_inside("this")
         with self._turn:
-            if self._closing:
-                raise EngineClosedError("the engine is closed")
-            if self._broken:
-                raise EngineDeadError("a step was interrupted and could not be undone; make a new engine")
+            self._refuse_closed()
             self.control.do(action)
+            if isinstance(action, UpdateWeights):
+                self._idle.forget()
 
     def close(self) -> None:
         """Abort what runs, whichever thread asked for it, and take the cache off the pipeline."""

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from vllm_omni import envs
+from vllm_omni.diffusion.cache.settings import engine_backend
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.scheduler import AGEING_S
 from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS
@@ -176,6 +177,6 @@ def http_options(given: Mapping[str, Any]) -> HttpOptions:
 def with_calibration(engine_args: Mapping[str, Any]) -> dict[str, Any]:
     """An engine's arguments as a server has them: a checkpoint without a profile does not stop it, but is learnt."""
     cache = engine_args.get("cache_config") or {}
-    if engine_args.get("cache_backend") != "magcache" or not isinstance(cache, Mapping):
+    if engine_backend(engine_args.get("cache_backend")) != "magcache" or not isinstance(cache, Mapping):
         return dict(engine_args)
     return {**engine_args, "cache_config": {"calibrate": "auto", **cache}}

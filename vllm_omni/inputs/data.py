@@ -14,6 +14,11 @@ from vllm_omni.inputs.lora import Adapters, as_adapters
 from vllm_omni.settings import Settings
 
 MAX_PROMPT_CHARACTERS = 32_000
+RENAMED: dict[str, tuple[str, ...]] = {  # our names, and the pipelines' for the same
+    "num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"),
+    "num_frames": ("num_frames", "frames", "video_length"),
+    "seconds": ("audio_end_in_s", "duration", "audio_duration", "audio_duration_s", "audio_length_in_s"),
+}
 NoiseLevel = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from vllm_omni.diffusion.cache.plan.curve import resample
-from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint, nearest
+from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.loader import load_pipeline
 from vllm_omni.entrypoints.omni import Omni
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
+from vllm_omni.learning import nearest
 from vllm_omni.model_folder import generation_defaults
 from vllm_omni.quality.meter import Work, metered
 from vllm_omni.quality.metrics import compare

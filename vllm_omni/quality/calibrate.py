@@ -19,8 +19,11 @@ from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.state import CacheState, PlannedState
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.trials import Away, Measurement, Trial, choices, figures, gains
+from vllm_omni.errors import InvalidValueError
+from vllm_omni.logger import init_logger
+from vllm_omni.trials import Away, Measurement, Trial, choices, figures, gains, refuse_noise
 
+logger = init_logger(__name__)
 T = TypeVar("T")
 MOST_CHOSEN_ON = 8  # prompts on which a budget's mask and predictor are chosen
 GAIN_PROMPTS = 4
@@ -31,7 +34,8 @@ def calibrate(
 ) -> CacheProfile:
     """A profile of `pipeline`'s checkpoint: curve, matrix and gains, averaged over `prompts` (seeds count up).
 
-    `arguments` go to the pipeline's call. `judge` adds what its plans are worth.
+    `arguments` go to the pipeline's call. `judge` adds what its plans are worth. With a sampler that draws noise which
+    no seed decides, curve and matrix are all, and a warning says so.
     """
     backend = MagCacheBackend(DiffusionCacheConfig(mag_calibrate=True))
     assert backend.calibration is not None
@@ -52,7 +56,13 @@ def calibrate(
     )
     few = prompts[:GAIN_PROMPTS]
     measurement = gains(profile, len(few), backend.calibration.switches)
-    return measured(measurement, pipeline, few, seed + len(prompts), arguments)
+    try:
+        return measured(measurement, pipeline, few, seed + len(prompts), arguments)
+    except InvalidValueError as error:
+        if error.field != "scheduler":
+            raise
+        logger.warning("no gains and no decibels: %s", error)
+        return profile
 
 
 def judge(
@@ -66,7 +76,10 @@ def judge(
     """`profile` with `budgets`: chosen on `prompts`, and measured on `held_out`, which decided nothing.
 
     Of prompts that the profile's matrix has seen, a plan looks better than it is: give others, if there are any.
+    A profile without gains stays as it is: its runs do not repeat themselves.
     """
+    if profile.gains is None:
+        return profile
     profile = measured(choices(profile, len(prompts)), pipeline, prompts, seed + len(held_out), arguments)
     profile = measured(figures(profile, len(held_out)), pipeline, held_out, seed, arguments)
     said = {"prompts": len(held_out), "prompts_sha256": sha256_of(held_out), "seed": seed}
@@ -95,7 +108,7 @@ def measured(
     measurement: Measurement[T], pipeline: Any, prompts: Sequence[str], seed: int, arguments: dict[str, Any]
 ) -> T:
     """Make a measurement's trials on `pipeline`, one after another; the i-th prompt has the seed `seed` + i."""
-    backend, results = _Tried(), []
+    backend, results, scheduler = _Tried(), [], type(pipeline.scheduler).__name__  # a watched one has another class
     exact: dict[bool, tuple[int, torch.Tensor]] = {}  # of the last prompt, latents and picture
     draw: dict[bool, Callable[..., torch.Tensor]] = {False: latents, True: picture}
     with enabled(backend, pipeline):
@@ -107,7 +120,8 @@ def measured(
             backend.trial, own = trial, {} if trial.steps is None else {"num_inference_steps": trial.steps}
             reference = exact[trial.picture][1]
             squared = (run(pipeline, *prompt, arguments | own) - reference).pow(2).mean().item()
-            results.append(Away(squared, reference.pow(2).mean().item()))
+            results.append(Away.of(squared, reference.pow(2).mean().item()))
+            refuse_noise(trial, results[-1], scheduler)
     return measurement.read(results)
 
 

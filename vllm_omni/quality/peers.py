@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint, nearest
+from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint
+from vllm_omni.learning import nearest
 
 Enable = Callable[[Any, int, float], None]  # pipeline, steps, strength
 

@@ -305,6 +305,7 @@ class RemoteEngine:
         self.condition, report = event.condition, event.report
         self.ledger.note(report)
         held, self._stats = len(self._jobs), report.stats
+        self._info = None if self._info is None else self._info.with_profiles(report.stats.profiles)
         self._jobs = dict(report.jobs) if report.costs.computed else {}
         if self.state != before:
             self.changed()

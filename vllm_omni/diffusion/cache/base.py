@@ -92,10 +92,14 @@ class StackBackend(CacheBackend):
         """The state of a request that is about to run this schedule, under its own settings or the backend's."""
 
     def noticed(
-        self, state: CacheState, schedule: Schedule, settings: CacheSettings, size: Mapping[str, int] | None
+        self, state: CacheState, schedule: Schedule, settings: CacheSettings, asked: Mapping[str, Any] | None
     ) -> CacheState:
-        """`state`, or one that is measured too in its place, of a request of this size; None: it may not teach."""
+        """`state`, or one that is measured too in its place, of a request that was `asked` so; None: it teaches not."""
         return state
+
+    def waits(self, settings: CacheSettings, schedule: Schedule | None) -> bool:
+        """Whether something that is still being learnt must be known before such a request can be cached."""
+        return False
 
     def _spec(self, module: torch.nn.Module) -> DenoiserSpec | None:
         """A description of the user's own."""

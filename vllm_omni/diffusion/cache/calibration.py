@@ -13,6 +13,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -37,6 +38,7 @@ class Calibration:
         """`width` is how many numbers stand for a residual; one that is no longer is kept as it is."""
         self.width = width
         self.sigmas: tuple[float, ...] | None = None
+        self.fruitless = 0  # requests that had no residual
         self.switches: Switches = ()
         self._signs: dict[torch.Size, torch.Tensor] = {}
         self._ratios: dict[str, list[np.ndarray]] = {}
@@ -135,12 +137,19 @@ class RecordingState(CacheState):
         self._norms: dict[str, torch.Tensor] = {}  # of the last step's tokens
         self._outputs: dict[int, torch.Tensor] = {}
         self._whole = True  # what its denoisers return can be forecast
+        self._blind = True  # no residual has come
+        self._added = self._over = False  # a branch is in the calibration; there was no room to go on
 
     def wants(self, key: Key, step: int) -> bool:
         return True
 
     def prepare(self, key: Key, step: int, computed: Computed) -> Kept:
         self._whole = self._whole and computed.is_of_rows
+        kept, error = (None, None) if self._over else tried(partial(self._seen, computed))
+        self._over = self._over or error is not None  # it is the measurement's, and no affair of the request's
+        return kept or Kept()
+
+    def _seen(self, computed: Computed) -> Kept:
         if (ends := computed.ends()) is None:
             return Kept()
         residual, norm = ops.residual_norm(*ends, torch.float32)
@@ -151,7 +160,7 @@ class RecordingState(CacheState):
         super().commit(key, step, kept)
         if kept is None or not kept.memory:
             return
-        branch = key[1]
+        self._blind, branch = False, key[1]
         sketches, ratios = self._sketches.setdefault(branch, {}), self._ratios.setdefault(branch, [])
         before, norm = self._norms.get(branch), kept.memory["norm"]
         if before is not None and before.shape != norm.shape:  # another sequence now: its residuals do not compare
@@ -166,22 +175,24 @@ class RecordingState(CacheState):
             curve = [1.0, *(torch.stack(ratios).tolist() if ratios else ())]
             if bool(gram.isfinite().all()) and all(map(math.isfinite, curve)):
                 self._calibration.add(branch, self._schedule.sigmas, curve, gram.cpu().numpy())
+                self._added = True
             del self._sketches[branch], self._ratios[branch], self._norms[branch]
 
     def observe(self, step: int, model_output: Any, sample: Any) -> None:
         """Keep a sketch of the output; with the last step's the matrix is complete."""
+        self._calibration.fruitless += self._blind and step == self._schedule.steps - 1
         plain = isinstance(model_output, torch.Tensor) and model_output.dtype.is_floating_point
         if not plain or not self._whole or step in self._outputs:
             return
         _, error = tried(lambda: self._note_output(step, model_output))
-        if error is not None:  # it is the measurement's, and no affair of the request's
+        if error is not None:
             self._whole = False
             self._outputs.clear()
 
     def _note_output(self, step: int, model_output: torch.Tensor) -> None:
         self._outputs[step] = self._calibration.sketch(model_output.float())
         if len(self._outputs) == self._schedule.steps:
-            if bool((gram := self._gram(self._outputs)).isfinite().all()):
+            if self._added and bool((gram := self._gram(self._outputs)).isfinite().all()):
                 self._calibration.add_output(gram.cpu().numpy())
             self._outputs.clear()
 

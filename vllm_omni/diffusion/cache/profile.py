@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache, lru_cache
 from pathlib import Path
@@ -256,11 +256,6 @@ def find_profiles(model_name: str, fingerprint: str) -> tuple[CacheProfile, ...]
     if all(p.provenance.get("kind") == LEARNT for p in known):
         known += tuple(p for p in profiles if p.fingerprint is None and model_name in p.models)
     return known
-
-
-def nearest(profiles: Sequence[CacheProfile], steps: int) -> CacheProfile | None:
-    """The one measured at the step count nearest to `steps`, in ratio; the first of equals. None: there is none."""
-    return min(profiles, key=lambda p: abs(math.log(len(p.ratios) / steps)), default=None)
 
 
 def _profiles_in(folder: Path) -> list[CacheProfile]:

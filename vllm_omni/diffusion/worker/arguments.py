@@ -12,13 +12,8 @@ from diffusers.image_processor import VaeImageProcessor
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidValueError, check_keys
-from vllm_omni.inputs.data import has_embeds
+from vllm_omni.inputs.data import RENAMED, has_embeds
 
-RENAMED: dict[str, tuple[str, ...]] = {  # our names, and the pipelines' for the same
-    "num_outputs_per_prompt": ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt"),
-    "num_frames": ("num_frames", "frames", "video_length"),
-    "seconds": ("audio_end_in_s", "duration", "audio_duration", "audio_duration_s", "audio_length_in_s"),
-}
 _OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
 _NOTHING = {"eta", "guidance_rescale", "cfg_normalize", "use_en_prompt"}
 _OURS |= {"boundary_ratio", "generator_device", "lora_scale"}

@@ -11,6 +11,7 @@ from weakref import ref
 
 import torch
 
+from vllm_omni.diffusion.cache.calibration import RecordingState
 from vllm_omni.diffusion.cache.forward import is_of_output
 from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall
@@ -76,10 +77,12 @@ class Retries:
             if dropped or self.memory.collect():
                 self.memory.begin()
                 results, failure = self._measured(batch, act)
-            if failure is None and work != work_of(batch[0]):
+            if failure is not None or batch[0].plan_of is not None:  # what a trial takes is nobody's need
+                continue
+            if work != work_of(batch[0]):
                 self._most[work] = 0
                 logger.warning("%s has no room for such a request with a cache; from now on without", self.memory)
-            elif failure is None and dropped:  # residuals were the reason: from now on no more than what was left
+            elif dropped:  # residuals were the reason: from now on no more than what was left
                 self.room.keep_less(kept + min(dropped // 2, self.memory.spare()))
         if failure is None:
             return results or []
@@ -97,7 +100,7 @@ class Retries:
     def _measured(self, batch: Sequence[Request], act: Act) -> tuple[list[Any] | None, Exception | None]:
         """`tried`, with an account of the bytes that this took if that is not known yet."""
         work = work_of(batch[0])
-        if not self.room.unknown(work, len(batch)):
+        if batch[0].plan_of is not None or not self.room.unknown(work, len(batch)):
             return tried(partial(act, batch))
         before = self.memory.begin()
         results, failure = tried(partial(act, batch))
@@ -137,7 +140,8 @@ def work_of(request: Request) -> Work:
     if parked is None or isinstance(parked.call, DenoiserCall):
         shapes = request.size[1] if isinstance(request.size, tuple) else ()
         calls = 1 if parked is None else len(parked.here)
-        size = request.size, request.backend is not None, calls, parked is not None and is_of_output(parked.forecast)
+        cached = request.backend is not None and (1, isinstance(request.cache, RecordingState))  # it takes more
+        size = request.size, cached, calls, parked is not None and is_of_output(parked.forecast)
         return Work(kind, size, calls * sum(prod(shape) for shape in shapes))
     given = (*parked.call.args, *parked.call.kwargs.values())
     elements = sum(value.numel() for value in given if isinstance(value, torch.Tensor))

@@ -11,8 +11,7 @@ from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels.timing import Pace
-
-SIZE = ("height", "width", "num_frames")
+from vllm_omni.learning import likeness
 
 
 def settle(pace: Pace, settings: CacheSettings, size: Hashable, schedule: Schedule) -> CacheSettings:
@@ -38,17 +37,15 @@ def settle(pace: Pace, settings: CacheSettings, size: Hashable, schedule: Schedu
     return settings._replace(plan=Budget(nfe=nfe, seconds=budget.seconds))
 
 
-def usual(request: Request) -> dict[str, int] | None:
-    """The size of a request that a profile may be learnt of, as far as it says; None: it may not.
+def usual(request: Request) -> dict[str, Any] | None:
+    """What a request was like that a profile may be learnt of; None: it may not.
 
-    It may if it has the model as it is, on the whole schedule of so many steps.
+    It may if it has the model as it is, on the whole schedule that the scheduler has made.
     """
-    asked, schedule = request.task.arguments, request.schedule
-    own = asked.get("sigmas") is not None or asked.get("timesteps") is not None
-    whole = schedule is None or asked.get("num_inference_steps") in (None, schedule.steps)
-    if own or not whole or request.adapters or request.changes:
-        return None
-    return {name: value for name in SIZE if isinstance(value := asked.get(name), int)}
+    asked, timesteps = request.task.arguments, request.task.pipeline.scheduler.timesteps
+    own = asked.get("sigmas") is not None or asked.get("timesteps") is not None or request.own_boundary
+    whole = request.schedule is not None and request.schedule.steps == len(timesteps)
+    return likeness(asked) if whole and not (own or request.adapters or request.changes) else None
 
 
 def size_of(denoiser: str, arguments: Mapping[str, Any], asked: Mapping[str, Any]) -> Hashable:

@@ -119,6 +119,7 @@ class Request:
     ended: Finished | Failed | None = None
     shared_content: dict[int, Any] = field(default_factory=dict)  # of arguments that neighbours must share, hashed once
     size: Hashable = None  # by which `Pace` knows it
+    own_boundary: bool = False  # it says itself where a second denoiser takes over
 
     def __post_init__(self) -> None:
         self.tracker.observe = self._observe

@@ -97,7 +97,7 @@ class ModelRunner:
         if (boundary := asked.params.boundary_ratio) is not None:
             task.pipeline.register_to_config(boundary_ratio=boundary)  # of the request's own copy
         adapters = asked.params.lora_request or ()
-        if (encode := getattr(type(self.pipeline), "encode_prompt", None)) is not None:
+        if plan_of is None and (encode := getattr(type(self.pipeline), "encode_prompt", None)) is not None:
 
             def encode_prompt(*args: Any, **given: Any) -> Any:
                 return self.prompts.encode((asked.salt, adapters), partial(encode, task.pipeline), args, given)
@@ -107,6 +107,7 @@ class ModelRunner:
         request = Request(
             asked.request_id, task, backend, settings, StepTracker(task.pipeline), adapters, plan_of, previews=previews
         )
+        request.own_boundary = boundary is not None
         self.adapters.use(adapters)  # text encoders can have adapters too
         self.retries.add(request)
         self._ran_component(request, self._advance(request), (began, self.clock.mark()))
@@ -151,7 +152,8 @@ class ModelRunner:
             event = self._advance(request, result) if isinstance(result, Exception) else self._deliver(request, result)
             own, forward = (resumed, self.clock.mark()), (began, done)
             goes_on = event is None or isinstance(event, DenoiserCall | Awaited)
-            self.pace.step_done(self.clock, request.size, request.times, step, forward, own, goes_on, alone, skips)
+            if request.plan_of is None:
+                self.pace.step_done(self.clock, request.size, request.times, step, forward, own, goes_on, alone, skips)
             if event is None:
                 self._next(request)
             elif goes_on:
@@ -255,7 +257,8 @@ class ModelRunner:
         `joint` is in seconds if it was made elsewhere.
         """
         encoding, ends = request.schedule is None, isinstance(event, Finished)
-        self.pace.coding_done(self.clock, request.size, request.times, own, joint, n, encoding, ends)
+        if request.plan_of is None:
+            self.pace.coding_done(self.clock, request.size, request.times, own, joint, n, encoding, ends)
         self._arrive(request, event)
 
     def _arrive(self, request: Request, event: Event) -> None:
@@ -369,7 +372,8 @@ class ModelRunner:
             made = request.plan_of(request.schedule) or CacheState()
             request.cache = made if isinstance(made, CacheState) else PlannedState(made, request.backend.store, {})
         elif request.backend is not None and request.settings is not None:
-            settings = settle(self.pace, request.settings, request.size, request.schedule)
+            settings, waits = request.settings, request.backend.waits(request.settings, request.schedule)
+            settings = settings if waits else settle(self.pace, settings, request.size, request.schedule)
             state = request.backend.refresh(
                 request.task.pipeline, request.schedule.steps, request_id=request.request_id, settings=settings
             )

@@ -84,7 +84,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _report(profile: CacheProfile) -> None:
     print(f"{'step':>4} {'sigma':>7} {'gamma':>8} {'gain':>8}")
-    for step, row in enumerate(zip(profile.sigmas or (), profile.ratios, profile.gains or (), strict=True)):
+    gains = profile.gains or (float("nan"),) * len(profile.ratios)
+    for step, row in enumerate(zip(profile.sigmas or (), profile.ratios, gains, strict=True)):
         print("{:4} {:7.4f} {:8.5f} {:8.4f}".format(step, *row))
     print("\nPSNR to the uncached output in dB, held-out prompts:")
     print(f"{'forwards':>8} {'mean':>6} {'lowest':>6} {'rule':>6} {'fewer':>6}  choice")

@@ -33,7 +33,7 @@ from vllm_omni.diffusion.cache.state import CacheState, PlannedState
 from vllm_omni.diffusion.denoiser.known import Denoiser
 from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.learning import LEAST_STEPS, Learning, chosen, keep, unfinished
+from vllm_omni.learning import LEAST_STEPS, Learning, chosen, keep, replaced, unfinished
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -59,9 +59,10 @@ class MagCacheBackend(StackBackend):
 
     def check(self, settings: CacheSettings, steps: int | None = None) -> None:
         """Refuse what this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""
-        ratios, profile = self._measured(settings, None if steps is None else Schedule(steps, ()))
-        if self._waits(settings, ratios, profile):  # it runs uncached, whatever it asks for
+        schedule = None if steps is None else Schedule(steps, ())
+        if self.waits(settings, schedule):  # it runs uncached, whatever it asks for
             return
+        ratios, profile = self._measured(settings, schedule)
         if ratios is None and not isinstance(settings.plan, Mask):
             raise self._no_curve(model_name_of(self._pipeline))
         if steps is not None and not (isinstance(settings.plan, Budget) and settings.plan.seconds):
@@ -73,9 +74,9 @@ class MagCacheBackend(StackBackend):
             return self.calibration.state(schedule)
         self.learn()
         settings = settings or self.settings
-        ratios, profile = self._measured(settings, schedule)
-        if self._waits(settings, ratios, profile):
+        if self.waits(settings, schedule):
             return CacheState()
+        ratios, profile = self._measured(settings, schedule)
         plan = compose(settings, ratios, profile, schedule)
         if all(plan.compute) and not self._reported_no_gain:
             self._reported_no_gain = True
@@ -97,40 +98,40 @@ class MagCacheBackend(StackBackend):
         return PlannedState(plan, self.store, facts)
 
     def noticed(
-        self, state: CacheState, schedule: Schedule, settings: CacheSettings, size: Mapping[str, int] | None
+        self, state: CacheState, schedule: Schedule, settings: CacheSettings, asked: Mapping[str, Any] | None
     ) -> CacheState:
         named = settings.config.profile not in (None, self.config.profile)
-        if self.learning is None or size is None or named or schedule.steps < LEAST_STEPS:
+        if self.learning is None or asked is None or named or schedule.steps < LEAST_STEPS:
             return state
         _, profile = self._measured(settings, schedule)
         if profile is not None and profile.gram is not None:
             return state
         if state.plan is None:  # it computes every step anyway
-            return self.learning.state(schedule, size)
+            return self.learning.state(schedule, asked) or state
         if schedule.steps <= MAX_PAIR_STEPS:  # more are planned by the rule, whatever is known
-            self.learning.note(schedule, size)
+            self.learning.note(schedule, asked)
         return state
 
-    def _waits(self, settings: CacheSettings, ratios: Any, profile: CacheProfile | None) -> bool:
-        """Whether something that is still being learnt must be known before such a request can be cached."""
+    def waits(self, settings: CacheSettings, schedule: Schedule | None) -> bool:
         if isinstance(settings.plan, Mask) or settings.config.profile not in (None, self.config.profile):
             return False
+        ratios, profile = self._measured(settings, schedule)
         if ratios is None:
             return self.learning is not None or self._bare
-        if self.learning is None or (self.learning.over and settings != self.settings):
+        other = settings != self.settings
+        if self.learning is None or (self.learning.over and other):
             return False
         decibels = isinstance(settings.plan, Budget) and settings.plan.psnr is not None
         if profile is None or profile.gram is None:
             return decibels or settings.config.predictor in NEED_GRAM
-        return decibels and unfinished(profile)
+        return decibels and unfinished(profile) and not (other and profile in self.learning.left)
 
     def learn(self) -> CacheProfile | None:
         """Take over what was learnt by now; returns a profile that lacks what runs of its own would give, if any."""
         if self.learning is None:
             return None
         self.profiles += tuple(self.learning.ready())
-        own = (profile for profile in self.profiles if profile.fingerprint == self._fingerprint)
-        return next(filter(unfinished, own), None)
+        return self.learning.unfinished([one for one in self.profiles if one.fingerprint == self._fingerprint])
 
     def weights_changed(self) -> None:
         """Find the profile of a denoiser that has other weights now, or learn one if the settings let it.
@@ -151,8 +152,7 @@ class MagCacheBackend(StackBackend):
 
     def learnt(self, profile: CacheProfile) -> None:
         """A profile that `learn` returned has more to it now."""
-        named = {one.name: one for one in self.profiles} | {profile.name: profile}
-        self.profiles = tuple(named.values())
+        self.profiles = replaced(self.profiles, profile)
         keep(profile)
 
     def _measured(
