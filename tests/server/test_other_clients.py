@@ -136,6 +136,9 @@ def test_an_edit_in_json_is_that_of_a_form(repainter: Running, given: dict[str, 
     form = httpx.post(repainter.url + EDITS, data=fields, files={"image": saved(scene())}, timeout=60)
     made = httpx.post(repainter.url + EDITS, json=fields | given, timeout=60)
     assert made.status_code == 200 and made.json()["data"] == form.json()["data"], made.text
+    text = given[name] if isinstance(given[name], str) else json.dumps(given[name])
+    made = httpx.post(repainter.url + EDITS, data=fields, files={name: (None, text)}, timeout=60)
+    assert made.status_code == 200 and made.json()["data"] == form.json()["data"], made.text
     for wrong, code in (
         ([{"file_id": "file-1"}], "unsupported_parameter"),
         ([5], "invalid_image"),

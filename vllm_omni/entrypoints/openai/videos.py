@@ -21,8 +21,9 @@ from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, match_pictures, plan_video
 from vllm_omni.entrypoints.openai.jobs import Jobs, VideoJobs
 from vllm_omni.entrypoints.openai.protocol import replies
-from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, read_form, read_json
+from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, read_json
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
+from vllm_omni.entrypoints.openai.protocol.forms import read_form
 from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest
 from vllm_omni.entrypoints.openai.protocol.streams import unless_gone
 from vllm_omni.entrypoints.openai.state import AppState, State, salt_of
