@@ -71,6 +71,7 @@ def test_fields_without_a_meaning_are_named_in_the_reply(http: httpx.Client, ope
     assert set(warnings(reply)) == ignored
     assert reply.json()["omni"]["images"][0]["timings"]  # return_stage_metrics has a meaning
     nothing = {"enable_teacache": False, "generator_device": "cpu", "bot_task": None}
+    nothing |= {"complexity": None, "frame_count": None, "svg": None, "input_fidelity": None}
     assert not warnings(http.post(GENERATIONS, json={"prompt": "cat", "steps": 2, **nothing}))
     assert "bot_task" in warnings(http.post(CHAT, json=message(extra_body={"steps": 2, "bot_task": "think"})))
     events = list(openai.images.generate(prompt="cat", stream=True, extra_body={"steps": 2, "flow_shift": 3.0}))
@@ -168,6 +169,8 @@ def test_a_picture_as_a_file(http: httpx.Client) -> None:
     one = http.post(GENERATIONS, json=body | {"response_format": "file"})
     assert one.headers["content-type"] == "image/png" and Image.open(io.BytesIO(one.content)).info["vllm_omni"]
     assert one.content == base64.b64decode(alone)
+    jpg = http.post(GENERATIONS, json=body | {"response_format": "file", "output_format": "jpg"})
+    assert jpg.headers["content-type"] == "image/jpeg" and Image.open(io.BytesIO(jpg.content)).format == "JPEG"
     several = http.post(GENERATIONS, json=body | {"response_format": "file", "n": 2, "output_format": "webp"})
     assert several.headers["content-type"] == "application/zip"
     with zipfile.ZipFile(io.BytesIO(several.content)) as archive:

@@ -291,6 +291,10 @@ def test_a_video_in_json_reports_its_failure(server: Server) -> None:
     done = server.client.videos.poll(made.json()["id"], poll_interval_ms=50)  # a failed job is a 200 too
     assert done.status == "failed" and done.error and done.error.code == "deadline_exceeded"
     assert server.http("POST", "/v1/videos", json={"prompt": "x", "steps": "2"}).status_code == 400
+    half = server.http("POST", "/v1/videos", json={"prompt": "x", "steps": 1, "seconds": 0.5})
+    assert half.status_code == 200 and half.json()["seconds"] == "0.5", half.text
+    made = server.client.videos.poll(half.json()["id"], poll_interval_ms=50)
+    assert made.model_extra["omni"]["num_frames"] == 9  # type: ignore[index]
 
 
 FEW: dict[str, Any] = {"prompt": "red apple", "num_frames": 9, "num_inference_steps": 3, "seed": 5}

@@ -156,6 +156,8 @@ def check_request(
     for key, value in body.fields.items():
         name = ALIASES.get(key, key)
         if name in NOT_HERE:
+            if value is None:
+                continue
             raise invalid(key[:100], f"{key} is not supported by this server", "unsupported_parameter")
         if key in NO_MEANING and (key == "style" or name not in kind.model_fields) and value not in _NOTHING:
             body.warnings.append(f"{key} was ignored: {NO_MEANING[key]}")
