@@ -123,6 +123,22 @@ def test_a_streamed_chat_ends_with_its_usage_if_asked_to(openai: Any) -> None:
     assert all(chunk.usage is None for chunk in openai.chat.completions.create(**asked, stream=True))
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client, whose type of a message is text
+def test_the_official_clients_helper_adds_a_stream_up(openai: Any) -> None:
+    """To the message of the same request without a stream."""
+    asked = {"model": "demo", "messages": [{"role": "user", "content": "red apple"}]}
+    fields = {"steps": 2, "n": 3, "seed": 1, "cache": "off"}
+    whole = openai.chat.completions.create(**asked, extra_body=fields).choices[0].message
+    with openai.chat.completions.stream(**asked, extra_body=fields) as stream:
+        roles = [e.chunk.choices[0].delta.role for e in stream if e.type == "chunk"]
+        (choice,) = stream.get_final_completion().choices
+    assert roles == ["assistant", None, None, None]
+    assert (choice.message.role, choice.finish_reason) == ("assistant", "stop")
+    urls = [part["image_url"]["url"] for part in choice.message.content]
+    assert [part["index"] for part in choice.message.content] == [0, 1, 2]
+    assert set(urls) == {part["image_url"]["url"] for part in whole.content} and len(set(urls)) == 3
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
