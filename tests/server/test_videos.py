@@ -142,9 +142,10 @@ def test_videos_are_listed_in_pages(server: Server) -> None:
     assert [video.id for video in page.data] == made[1:] and not page.has_next_page()
     for video_id in made:
         client.videos.poll(video_id, poll_interval_ms=50)
-        assert client.videos.delete(video_id).deleted
-    assert not {video.id for video in client.videos.list()} & set(made)
-    assert server.http("GET", f"/v1/videos?after={made[0]}").status_code == 400
+    deleted = [client.videos.delete(video.id).id for video in client.videos.list(limit=2)]  # page after page
+    assert deleted[:3] == made[::-1] and not list(client.videos.list())
+    assert server.http("GET", f"/v1/videos?after={made[0]}").json()["data"] == []
+    assert server.http("GET", "/v1/videos?after=video_x").json()["error"]["param"] == "after"
     assert server.http("GET", "/v1/videos?limit=101").json()["error"]["param"] == "limit"
 
 
