@@ -9,7 +9,6 @@ import re
 import time
 from contextlib import suppress
 from hashlib import sha256
-from importlib import import_module
 from inspect import isclass
 from typing import Any
 from uuid import uuid4
@@ -23,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm_omni import _vllm_compat
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, as_api_error
 from vllm_omni.entrypoints.openai.state import AppState
+from vllm_omni.entrypoints.serve_config import imported
 from vllm_omni.errors import forget_locals
 from vllm_omni.logger import init_logger
 from vllm_omni.logger import told as traces
@@ -39,9 +39,7 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 def add_middleware(app: FastAPI, state: AppState, open_paths: frozenset[str]) -> None:
     """The operator's own innermost, then the gatekeeper, then CORS: a browser asks for permission without its key."""
     options = state.config.http
-    for name in options.middleware:  # as `vllm serve --middleware`: an ASGI class, or a function of request, call_next
-        module, _, attribute = name.rpartition(".")
-        found: Any = vars(import_module(module))[attribute]
+    for found in map(imported, options.middleware):
         if isclass(found):
             app.add_middleware(found)  # type: ignore[arg-type]
         else:
