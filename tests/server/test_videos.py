@@ -129,6 +129,8 @@ def test_a_video_has_a_thumbnail_a_spritesheet_and_ranges(server: Server) -> Non
     assert sheet.format == "JPEG" and sheet.size == (3 * 48, 3 * 32)
     middle = frames_of(content(done.id, variant="video").content)[4].astype(int)
     assert np.abs(np.asarray(sheet.crop((48, 32, 96, 64)), dtype=int) - middle).mean() < CODEC_LOSS
+    head = server.http("HEAD", f"/v1/videos/{done.id}/content")
+    assert (head.status_code, head.content) == (200, b"") and int(head.headers["content-length"]) > 100
     part = server.http("GET", f"/v1/videos/{done.id}/content", headers=AUTH | {"Range": "bytes=4-7"})
     assert (part.status_code, part.content) == (206, b"ftyp")
     assert server.http("GET", f"/v1/videos/{done.id}/content?variant=gif").status_code == 400

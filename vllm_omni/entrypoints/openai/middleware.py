@@ -65,6 +65,7 @@ class Gatekeeper:
         self.hosts = hosts or (LOOPBACK if http.host in LOOPBACK and not http.uds else hosts)
         self.origins = frozenset(http.allowed_origins)
         self.max_body = state.config.limits.max_body_bytes
+        self.quiet = OPEN_PATHS | http.quiet_paths
         self.traced = bool(state.config.otlp_traces_endpoint)
         self.keys = [sha256(key.encode()).digest() for key in state.config.http.api_key]
 
@@ -75,10 +76,13 @@ class Gatekeeper:
             await receive()
             return await send({"type": "websocket.close", "code": 1008})
         headers = Headers(scope=scope)
+        method = scope["method"]
+        if method == "HEAD":  # is a GET, of whose reply the server sends the head alone
+            scope = {**scope, "method": "GET"}
         asked = headers.get("x-request-id", "")
         request_id = asked if _CLIENT_ID.fullmatch(asked) else uuid4().hex
         # What is known of the request, for its span and its log line: routes add to it, but never a prompt.
-        facts: dict[str, Any] = {"request_id": request_id, "method": scope["method"]}
+        facts: dict[str, Any] = {"request_id": request_id, "method": method}
         scope.setdefault("state", {}).update(request_id=request_id, facts=facts)
         began, began_ns, status = time.monotonic(), time.time_ns(), 0
 
@@ -108,10 +112,10 @@ class Gatekeeper:
             route = scope.get("route")
             path = route.path if route is not None else "(none)"
             facts |= {"route": path, "status": status, "seconds": round(time.monotonic() - began, 4)}
-            level = logging.DEBUG if get_route_path(scope) in OPEN_PATHS else logging.INFO
-            logger.log(level, "%s %s -> %d", scope["method"], path, status, extra=facts)
+            level = logging.DEBUG if get_route_path(scope) in self.quiet else logging.INFO
+            logger.log(level, "%s %s -> %d", method, path, status, extra=facts)
             if self.traced and path.startswith("/v1/"):
-                _vllm_compat.record_span(f"{scope['method']} {path}", began_ns, headers, facts)
+                _vllm_compat.record_span(f"{method} {path}", began_ns, headers, facts)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         owner = self._owner(headers) if self.keys else None
@@ -138,7 +142,7 @@ class Gatekeeper:
             text = f"the Host header names {host[:100]!r}, which is not served; --allowed-hosts adds names"
             raise ApiError(400, text, "invalid_host")
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        if method in ("GET", "HEAD", "OPTIONS") or (origin is None and site is None):
+        if method in ("GET", "OPTIONS") or (origin is None and site is None):
             return  # nothing changes, or no browser asks
         if origin in self.origins or "*" in self.origins or site in ("same-origin", "none"):
             return
@@ -150,7 +154,7 @@ class Gatekeeper:
     def _owner(self, headers: Headers) -> int | None:
         """Which of the keys the client has sent."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = sha256(token.encode("utf-8", "surrogateescape")).digest()
+        given = sha256(token.encode("latin-1")).digest()  # the bytes that were sent
         found = None
         for number, key in enumerate(self.keys):  # all of them, always: how long it takes reveals nothing
             found = number if hmac.compare_digest(given, key) else found
