@@ -10,7 +10,7 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -95,16 +95,14 @@ class _EngineForVllm:
         asyncio.run_coroutine_threadsafe(stop(), self.loop).result()
 
 
-def listen(host: str, port: int, uds: str | None) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A bound socket, made before the model loads, so that a port that is taken fails at once.
 
     Connections inherit TCP_NODELAY: asyncio sets it only if the socket names its protocol, and without it the second
     write of a reply, its body, waits for the client's delayed acknowledgement (40 ms) of the first.
     """
-    from vllm.entrypoints.launchers.launcher import create_server_socket, create_server_unix_socket
+    from vllm.entrypoints.launchers.launcher import create_server_socket
 
-    if uds:
-        return create_server_unix_socket(uds)
     sock = create_server_socket((host, port), reuse_port=False)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return sock
@@ -143,6 +141,11 @@ def _without_query(record: logging.LogRecord) -> bool:
     if isinstance(record.args, tuple):
         record.args = tuple(arg.partition("?")[0] if isinstance(arg, str) else arg for arg in record.args)
     return True
+
+
+def hide_requests(paths: Collection[str]) -> None:
+    """Requests to these addresses leave no line of uvicorn's. After `adopt_logging`, which cuts queries off."""
+    logging.getLogger("uvicorn.access").addFilter(lambda record: not any(arg in paths for arg in record.args or ()))
 
 
 def start_tracing(endpoint: str) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import MutableMapping
 from pathlib import Path
+
+from vllm_omni.errors import InvalidValueError
 
 SPINS = 4000  # rounds of GNU's OpenMP before an idle thread sleeps (docs/log.md)
 
@@ -16,8 +19,19 @@ def log_level() -> str:
 
 
 def api_key() -> str | None:
-    """VLLM_API_KEY: the key of a server that was given none by `--api-key`; vLLM reads the same. Blank is none."""
-    return os.environ.get("VLLM_API_KEY") or None
+    """VLLM_API_KEY: the key of a server that was given none by `--api-key`; vLLM reads the same. Blank is none.
+
+    Without the blanks around it: a file that it is read from ends with a newline.
+    """
+    return os.environ.get("VLLM_API_KEY", "").strip() or None
+
+
+def http_keep_alive_s() -> int | None:
+    """VLLM_HTTP_TIMEOUT_KEEP_ALIVE: seconds that a connection may wait for its next request; vLLM reads the same."""
+    text = os.environ.get("VLLM_HTTP_TIMEOUT_KEEP_ALIVE") or None
+    if text is not None and not re.fullmatch("[0-9]{1,9}", text):
+        raise InvalidValueError("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", text, "must be a whole number of seconds")
+    return None if text is None else int(text)
 
 
 def profile_folder() -> Path:

@@ -13,9 +13,10 @@ from commands import refused, run
 from paths import ROOT
 
 from vllm_omni import plugin
-from vllm_omni.entrypoints.cli import bench, serve_flags
+from vllm_omni.entrypoints.cli import bench, serve, serve_flags
 from vllm_omni.entrypoints.cli.flags import flags_of
 from vllm_omni.entrypoints.cli.values import cache_settings
+from vllm_omni.entrypoints.serve_config import HttpOptions
 from vllm_omni.errors import InvalidValueError
 
 VLLM = Path(sys.executable).with_name("vllm")
@@ -48,6 +49,14 @@ BAD = [
     ("demo --lora-modules ink", "--lora-modules must be NAME=PATH"),
     ("demo --cache-backnd magcache", "--cache-backnd is not a flag of this command; did you mean '--cache-backend'?"),
     ("no/such/model --ui", "'no/such/model' does not exist"),
+    ("demo --lora-modules ink=a demo=b", "--lora-modules must not name an adapter as the model is named, got 'demo'"),
+    ("demo --served-model-name ink --lora-modules ink=a", "--lora-modules must not name an adapter"),
+    ("demo --port 0 --ssl-certfile no.pem", "--ssl-certfile cannot be used (No such file or directory), got 'no.pem'"),
+    ("demo --port 0 --ssl_keyfile README.md", "--ssl-keyfile needs the certificate beside it"),
+    ("demo --port 0 --middleware no.such.thing", "--middleware cannot be imported (No module named 'no')"),
+    ("demo --port 0 --store-dir README.md", "--store-dir must be a folder to write to"),
+    ("demo --config missing.yaml", "--config cannot be read (No such file or directory), got 'missing.yaml'"),
+    ("demo --config=README.md", "--config must be a file.yaml, got 'README.md'"),
     ("--max-n 65 demo", "--max-n should be less than or equal to 64, got 65"),
 ]
 
@@ -117,16 +126,36 @@ def test_keys_come_from_flags_environment_and_config(tmp_path: Path, monkeypatch
     file = tmp_path / "serve.yaml"
     file.write_text("api-key: [from-file]\nmax-n: 3\n")
 
+    def http(*words: str) -> HttpOptions:
+        return serve_flags.serve_config(serve_flags.build_parser().parse_args(["demo", *words])).http
+
     def keys(*words: str) -> tuple[str, ...]:
-        return serve_flags.serve_config(serve_flags.build_parser().parse_args(["demo", *words])).http.api_key
+        return http(*words).api_key
 
     assert keys() == ()
-    monkeypatch.setenv("VLLM_API_KEY", "from-environment")
+    monkeypatch.setenv("VLLM_API_KEY", "from-environment\n")
     assert keys() == ("from-environment",)
     assert keys("--config", str(file)) == ("from-file",)
     assert keys("--config", str(file), "--api-key", "a", "b") == ("a", "b")
-    monkeypatch.setenv("VLLM_API_KEY", "")
-    assert keys() == ()
+    for blank in ("", " \n"):
+        monkeypatch.setenv("VLLM_API_KEY", blank)
+        assert keys() == ()
+    assert http("--disable-access-log-for-endpoints", "/metrics,/ping").quiet_paths == {"/metrics", "/ping"}
+
+
+@needs_vllm
+def test_connections_are_kept_as_long_as_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept_s() -> int:
+        parsed = serve_flags.build_parser().parse_args(["demo"])
+        return serve.uvicorn_options(parsed, serve_flags.serve_config(parsed))["timeout_keep_alive"]
+
+    monkeypatch.delenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", raising=False)
+    assert kept_s() == 5
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "75")
+    assert kept_s() == 75
+    monkeypatch.setenv("VLLM_HTTP_TIMEOUT_KEEP_ALIVE", "1 min")
+    with pytest.raises(InvalidValueError, match="VLLM_HTTP_TIMEOUT_KEEP_ALIVE must be a whole number of seconds"):
+        kept_s()
 
 
 def test_a_misspelt_profile_is_refused_before_a_model_loads() -> None:

@@ -150,6 +150,7 @@ def test_the_command_writes_sound(sounds: Path, tmp_path: Path) -> None:
 
 def test_sound_over_http(server: Running, sounds: Path) -> None:
     asked = {"input": "a slow song", "audio_length": SECOND / 2, "num_inference_steps": 3, "seed": 11}
+    asked |= {"audio_start": 0.0, "speed": 1.0}  # as vllm-omni's client always does
     reply = httpx.post(server.url + GENERATE, json=asked, timeout=60)
     assert reply.status_code == 200, reply.text
     assert reply.headers["content-type"] == "audio/wav"
@@ -176,6 +177,8 @@ def test_sound_over_http(server: Running, sounds: Path) -> None:
         ({"input": "a", "size": "32x32"}, "this model has no size"),
         ({"input": "a", "response_format": "mp3"}, "response_format"),
         ({"input": "a", "audio_length": 10.0}, "audio"),
+        ({"input": "a", "audio_start": 0.5}, "audio_start can only be 0 here"),
+        ({"input": "a", "speed": 2}, "speed can only be 1 here"),
     ],
 )
 def test_a_sound_that_cannot_be_made_is_refused(server: Running, body: dict[str, Any], said: str) -> None:
@@ -188,6 +191,7 @@ def test_other_routes_name_the_one_for_sounds(server: Running) -> None:
         reply = httpx.post(server.url + path, json={"prompt": "a"}, timeout=60)
         assert reply.status_code == 400 and GENERATE in reply.json()["error"]["message"], reply.text
     (model,) = httpx.get(server.url + "/v1/models").json()["data"]
+    assert httpx.get(server.url + "/models").json()["task_type"] == "T2A"
     assert model["omni"]["capabilities"]["sounds"] and not model["omni"]["capabilities"]["generations"]
 
 

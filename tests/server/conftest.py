@@ -23,7 +23,7 @@ def server() -> Iterator[Running]:
 @pytest.fixture(scope="session")
 def proxied() -> Iterator[Running]:
     """A second engine process of the same model, behind a proxy's path and another key."""
-    with serve(api_key=("k",), root_path="/api", warmup=False) as running:
+    with serve(api_key=("k",), root_path="/api/", warmup=False) as running:
         yield running
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from http_replies import exchange
 from http_server import KEY, PROCESS_KEY, Command, Running
+from starlette.datastructures import Headers
 from starlette.routing import Route
 
-from vllm_omni.entrypoints.openai.middleware import OPEN_PATHS
+from vllm_omni.entrypoints.openai.middleware import OPEN_PATHS, Gatekeeper
 
 
 def test_no_route_answers_without_the_key(server: Running) -> None:
@@ -27,6 +30,14 @@ def test_no_route_answers_without_the_key(server: Running) -> None:
                     assert (status == 401) != opened, (method, path, headers, status)
         for path in ("//v1/models", "/%2fv1/models", "/health/../v1/models", "/health%2f..%2fmetrics", "/x"):
             assert client.get(path).status_code == 401, path
+
+
+@pytest.mark.parametrize("sent", ["schlüssel-一".encode(), "schlüssel-一x".encode(), b"schl\xfcssel"])
+def test_a_key_may_have_any_letters(sent: bytes) -> None:
+    """It is compared as the bytes that are sent."""
+    gate = SimpleNamespace(keys=[sha256(key.encode()).digest() for key in ("k", "schlüssel-一")])
+    headers = Headers(raw=[(b"authorization", b"Bearer " + sent)])
+    assert Gatekeeper._owner(gate, headers) == (1 if sent == "schlüssel-一".encode() else None)  # type: ignore[arg-type]
 
 
 TARGETS = ["//v1/models", "/%2fv1/models", "/v1//models", "/V1/models", "/v1/models/", "/health/../v1/models",

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -133,6 +134,34 @@ def reading() -> Iterator[tuple[str, int]]:
     yield sock.getsockname()
     server.should_exit = True
     thread.join(10)
+
+
+def test_a_connection_is_kept_between_requests_as_long_as_the_operator_says() -> None:
+    """Longer than a client may be silent within a request, or before its first."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    sock = socket.create_server(("127.0.0.1", 0))
+    protocol = guarded(16, 0.5, 60.0)
+    config = uvicorn.Config(app, http=protocol, lifespan="off", log_level="error", timeout_keep_alive=60)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
+    thread.start()
+    with socket.create_connection(sock.getsockname(), timeout=30) as kept:
+        for _ in range(2):
+            kept.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+            reply = b""
+            while not reply.endswith(b"ok"):
+                part = kept.recv(1000)
+                assert part, "closed"
+                reply += part
+            with socket.create_connection(sock.getsockname()) as silent:
+                until(partial(closed, silent))  # and has been silent for less long than the other one
+    server.should_exit = True
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 REPLY = bytes(32 * 2**20)  # more than the kernel takes

@@ -260,6 +260,16 @@ def test_a_wrong_address_is_answered_with_the_right_one(http: httpx.Client, path
     assert text in reply.json()["error"]["message"]
 
 
+def test_a_head_is_a_get_without_a_body(http: httpx.Client) -> None:
+    routes = "/health /health/ready /v1/models /v1/models/demo /metrics /docs /openapi.json /ui"
+    for path in routes.split():
+        head, got = http.head(path), http.get(path)
+        assert (head.status_code, head.content) == (200, b"") and got.status_code == 200, path
+        assert head.headers["content-type"] == got.headers["content-type"] if "content-type" in got.headers else True
+    for path, status in ((GENERATIONS, 405), ("/v1/model", 404)):
+        assert (reply := http.head(path)).status_code == status and not reply.content
+
+
 def test_a_wrong_method_is_answered_with_the_right_ones(http: httpx.Client) -> None:
     for path, method, allowed in ((GENERATIONS, "GET", "POST"), ("/v1/videos", "PUT", "GET, POST")):
         reply = http.request(method, path)

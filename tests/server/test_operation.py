@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import logging
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ import pytest
 from http_server import AUTH, ENGINE_ARGS, GENERATIONS, KEY, Running, serve
 from waiting import until
 
+from vllm_omni._vllm_compat import hide_requests
 from vllm_omni.entrypoints.cli.serve_flags import refuse_early
+from vllm_omni.entrypoints.serve_config import HttpOptions
 from vllm_omni.errors import InvalidValueError, OmniError
 
 DEFAULTS = {"num_inference_steps": 5, "width": 48, "height": 32}
@@ -24,7 +27,8 @@ DEFAULTS = {"num_inference_steps": 5, "width": 48, "height": 32}
 def operated(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Running, Path]]:
     traces = tmp_path_factory.mktemp("traces") / "made" / "later"
     args = ENGINE_ARGS | {"default_sampling_params": DEFAULTS}
-    with serve(args, api_key=(KEY,), profiler_dir=traces, log_stats=True, log_stats_interval_s=0.2) as running:
+    quiet = {"disable_access_log_for_endpoints": "/metrics, /version"}
+    with serve(args, api_key=(KEY,), profiler_dir=traces, log_stats=True, log_stats_interval_s=0.2, **quiet) as running:
         yield running, traces
 
 
@@ -103,6 +107,25 @@ def test_wrong_defaults_are_refused_at_start(given: dict[str, object], told: str
 def test_wrong_defaults_are_refused_on_the_command_line(text: str) -> None:
     with pytest.raises(OmniError, match=r"default.sampling.params|num_inference_steps"):
         refuse_early(["demo", "--port", "0", "--default-sampling-params", text])
+
+
+def test_addresses_that_are_asked_all_the_time_leave_no_line(
+    http: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither ours nor uvicorn's."""
+    with caplog.at_level(logging.INFO, "vllm_omni.entrypoints.openai.middleware"):
+        for path in ("/metrics", "/version?x=1", "/v1/models", "/health"):
+            assert http.get(path).status_code == 200
+        until(lambda: "/v1/models -> 200" in caplog.text)
+    assert not {"/metrics", "/version", "/health"} & set(re.findall(r"/\w+", caplog.text))
+    access = logging.getLogger("uvicorn.access")
+    hide_requests(HttpOptions(disable_access_log_for_endpoints="/metrics, /version").quiet_paths)
+    try:
+        lines = [("1.1.1.1:1", "GET", path, "1.1", 200) for path in ("/metrics", "/version", "/v1/models")]
+        told = [access.filter(access.makeRecord("", 20, "", 0, "%s - %s %s %s %d", line, None)) for line in lines]
+    finally:
+        access.removeFilter(access.filters[-1])
+    assert list(map(bool, told)) == [False, False, True]
 
 
 def test_statistics_are_logged_while_there_is_work(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:

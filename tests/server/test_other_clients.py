@@ -71,6 +71,7 @@ def test_fields_without_a_meaning_are_named_in_the_reply(http: httpx.Client, ope
     assert set(warnings(reply)) == ignored
     assert reply.json()["omni"]["images"][0]["timings"]  # return_stage_metrics has a meaning
     nothing = {"enable_teacache": False, "generator_device": "cpu", "bot_task": None}
+    nothing |= {"complexity": None, "frame_count": None, "svg": None, "input_fidelity": None}
     assert not warnings(http.post(GENERATIONS, json={"prompt": "cat", "steps": 2, **nothing}))
     assert "bot_task" in warnings(http.post(CHAT, json=message(extra_body={"steps": 2, "bot_task": "think"})))
     events = list(openai.images.generate(prompt="cat", stream=True, extra_body={"steps": 2, "flow_shift": 3.0}))
@@ -122,6 +123,22 @@ def test_a_streamed_chat_ends_with_its_usage_if_asked_to(openai: Any) -> None:
     assert all(chunk.usage is None for chunk in openai.chat.completions.create(**asked, stream=True))
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client, whose type of a message is text
+def test_the_official_clients_helper_adds_a_stream_up(openai: Any) -> None:
+    """To the message of the same request without a stream."""
+    asked = {"model": "demo", "messages": [{"role": "user", "content": "red apple"}]}
+    fields = {"steps": 2, "n": 3, "seed": 1, "cache": "off"}
+    whole = openai.chat.completions.create(**asked, extra_body=fields).choices[0].message
+    with openai.chat.completions.stream(**asked, extra_body=fields) as stream:
+        roles = [e.chunk.choices[0].delta.role for e in stream if e.type == "chunk"]
+        (choice,) = stream.get_final_completion().choices
+    assert roles == ["assistant", None, None, None]
+    assert (choice.message.role, choice.finish_reason) == ("assistant", "stop")
+    urls = [part["image_url"]["url"] for part in choice.message.content]
+    assert [part["index"] for part in choice.message.content] == [0, 1, 2]
+    assert set(urls) == {part["image_url"]["url"] for part in whole.content} and len(set(urls)) == 3
+
+
 # ---------------------------------------------------------------------------------------------------------------- files
 
 
@@ -135,6 +152,9 @@ def test_an_edit_in_json_is_that_of_a_form(repainter: Running, given: dict[str, 
     fields, name = {"prompt": "cat", "steps": 3, "seed": 1}, next(iter(given))
     form = httpx.post(repainter.url + EDITS, data=fields, files={"image": saved(scene())}, timeout=60)
     made = httpx.post(repainter.url + EDITS, json=fields | given, timeout=60)
+    assert made.status_code == 200 and made.json()["data"] == form.json()["data"], made.text
+    text = given[name] if isinstance(given[name], str) else json.dumps(given[name])
+    made = httpx.post(repainter.url + EDITS, data=fields, files={name: (None, text)}, timeout=60)
     assert made.status_code == 200 and made.json()["data"] == form.json()["data"], made.text
     for wrong, code in (
         ([{"file_id": "file-1"}], "unsupported_parameter"),
@@ -165,6 +185,8 @@ def test_a_picture_as_a_file(http: httpx.Client) -> None:
     one = http.post(GENERATIONS, json=body | {"response_format": "file"})
     assert one.headers["content-type"] == "image/png" and Image.open(io.BytesIO(one.content)).info["vllm_omni"]
     assert one.content == base64.b64decode(alone)
+    jpg = http.post(GENERATIONS, json=body | {"response_format": "file", "output_format": "jpg"})
+    assert jpg.headers["content-type"] == "image/jpeg" and Image.open(io.BytesIO(jpg.content)).format == "JPEG"
     several = http.post(GENERATIONS, json=body | {"response_format": "file", "n": 2, "output_format": "webp"})
     assert several.headers["content-type"] == "application/zip"
     with zipfile.ZipFile(io.BytesIO(several.content)) as archive:

@@ -144,6 +144,25 @@ def test_one_picture_too_many_is_named(repainter: Running) -> None:
     envelope(chat(repainter, url, url), 400, "invalid_value", "messages")
 
 
+def test_parts_of_a_chat_may_be_short(repainter: Running) -> None:
+    """As vllm-omni's examples send them."""
+    text, b64 = {"text": "red apple"}, base64.b64encode(PICTURE).decode()
+    url = f"data:image/png;base64,{b64}"
+    full = [{"type": "text", **text}, {"type": "image_url", "image_url": {"url": url}}]
+
+    def drawn(content: list[dict[str, Any]]) -> Any:
+        body = {"messages": [{"role": "user", "content": content}], "seed": 1, "steps": 3}
+        reply = httpx.post(repainter.url + CHAT, json=body, timeout=60)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["choices"][0]["message"]["content"]
+
+    wanted = drawn(full)
+    assert drawn([text, {"image": b64}]) == drawn([text, {"type": "image", "image": url}]) == wanted
+    for wrong in ({"image": 5}, {"image": b64, **text}, {"images": b64}, {}):
+        body = {"messages": [{"role": "user", "content": [*full, wrong]}]}
+        envelope(httpx.post(repainter.url + CHAT, json=body, timeout=60), 400, "invalid_value", "messages")
+
+
 @pytest.mark.parametrize("name", ["mask", "mask_image", "control_image"])
 def test_a_picture_without_an_argument_is_named(repainter: Running, name: str) -> None:
     reply = edit(repainter, ("image", PICTURE), (name, PICTURE))

@@ -41,6 +41,26 @@ def test_a_video_expires_after_a_day(tmp_path: Path) -> None:
     assert store.unfinished() == [waiting]
 
 
+def test_a_job_that_is_gone_keeps_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deleted, expired, or still to be deleted; of the oldest, places are forgotten."""
+    now = [1000.0]
+    store = VideoStore(tmp_path, lambda: now[0])
+    jobs = [_add(store) for _ in range(5)]
+    ids = [job.id for job in jobs]
+    for index in (0, 2):
+        store.remove(ids[index])
+    store.ended(ids[4], None, {})
+    now[0] += EXPIRES_S
+    for _ in range(2):
+        assert [store.number(job_id) for job_id in ids] == [1, 2, 3, 4, 5] and store.number("video_x") is None
+        assert [job.id for job in store.page(store.number(ids[2]), 9, True)] == [ids[1]]
+        assert [job.id for job in store.page(store.number(ids[2]), 9, False)] == [ids[3]]
+        store.sweep()
+    monkeypatch.setattr("vllm_omni.entrypoints.openai.store.REMEMBERED", 2)
+    store.remove(ids[1])
+    assert [store.number(job_id) for job_id in ids] == [None, 2, None, 4, 5]
+
+
 def test_a_temporary_store_leaves_nothing() -> None:
     store = VideoStore(None)
     job = _add(store, picture=b"png")

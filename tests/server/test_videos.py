@@ -129,6 +129,8 @@ def test_a_video_has_a_thumbnail_a_spritesheet_and_ranges(server: Server) -> Non
     assert sheet.format == "JPEG" and sheet.size == (3 * 48, 3 * 32)
     middle = frames_of(content(done.id, variant="video").content)[4].astype(int)
     assert np.abs(np.asarray(sheet.crop((48, 32, 96, 64)), dtype=int) - middle).mean() < CODEC_LOSS
+    head = server.http("HEAD", f"/v1/videos/{done.id}/content")
+    assert (head.status_code, head.content) == (200, b"") and int(head.headers["content-length"]) > 100
     part = server.http("GET", f"/v1/videos/{done.id}/content", headers=AUTH | {"Range": "bytes=4-7"})
     assert (part.status_code, part.content) == (206, b"ftyp")
     assert server.http("GET", f"/v1/videos/{done.id}/content?variant=gif").status_code == 400
@@ -142,9 +144,10 @@ def test_videos_are_listed_in_pages(server: Server) -> None:
     assert [video.id for video in page.data] == made[1:] and not page.has_next_page()
     for video_id in made:
         client.videos.poll(video_id, poll_interval_ms=50)
-        assert client.videos.delete(video_id).deleted
-    assert not {video.id for video in client.videos.list()} & set(made)
-    assert server.http("GET", f"/v1/videos?after={made[0]}").status_code == 400
+    deleted = [client.videos.delete(video.id).id for video in client.videos.list(limit=2)]  # page after page
+    assert deleted[:3] == made[::-1] and not list(client.videos.list())
+    assert server.http("GET", f"/v1/videos?after={made[0]}").json()["data"] == []
+    assert server.http("GET", "/v1/videos?after=video_x").json()["error"]["param"] == "after"
     assert server.http("GET", "/v1/videos?limit=101").json()["error"]["param"] == "limit"
 
 
@@ -291,6 +294,10 @@ def test_a_video_in_json_reports_its_failure(server: Server) -> None:
     done = server.client.videos.poll(made.json()["id"], poll_interval_ms=50)  # a failed job is a 200 too
     assert done.status == "failed" and done.error and done.error.code == "deadline_exceeded"
     assert server.http("POST", "/v1/videos", json={"prompt": "x", "steps": "2"}).status_code == 400
+    half = server.http("POST", "/v1/videos", json={"prompt": "x", "steps": 1, "seconds": 0.5})
+    assert half.status_code == 200 and half.json()["seconds"] == "0.5", half.text
+    made = server.client.videos.poll(half.json()["id"], poll_interval_ms=50)
+    assert made.model_extra["omni"]["num_frames"] == 9  # type: ignore[index]
 
 
 FEW: dict[str, Any] = {"prompt": "red apple", "num_frames": 9, "num_inference_steps": 3, "seed": 5}

@@ -6,6 +6,7 @@ A field's description is the help text of its flag, and its default is written h
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,20 @@ class HttpOptions(Settings):
     allowed_headers: tuple[str, ...] = ("*",)
     allow_credentials: bool = False
     middleware: tuple[str, ...] = ()
+    disable_access_log_for_endpoints: str = ""  # paths, with commas between them
     disable_fastapi_docs: bool = False
+    keep_alive_s: int = Field(default=5, ge=0)  # no flag: VLLM_HTTP_TIMEOUT_KEEP_ALIVE
 
     @model_validator(mode="after")
     def _keys(self) -> HttpOptions:
         if any(not key.strip() for key in self.api_key):
             raise InvalidValueError("api_key", "", "must not be blank; leave --api-key out to serve without one")
         return self
+
+    @property
+    def quiet_paths(self) -> frozenset[str]:
+        """Addresses whose requests are not worth a line."""
+        return frozenset(path.strip() for path in self.disable_access_log_for_endpoints.split(",")) - {""}
 
 
 class ServeConfig(Settings):
@@ -147,7 +155,9 @@ class ServeConfig(Settings):
 
     @model_validator(mode="after")
     def _engine(self) -> ServeConfig:
-        self.engine_config()
+        for name in self.engine_config().lora_modules:
+            if name in self.model_names:
+                raise InvalidValueError("lora_modules", name, "must not name an adapter as the model is named")
         return self
 
     def engine_config(self) -> OmniDiffusionConfig:
@@ -168,10 +178,25 @@ class ServeConfig(Settings):
         return (Path(model).name if Path(model).expanduser().is_dir() else model,)
 
 
+def imported(name: str) -> Any:
+    """What `--middleware` names: an ASGI class, or a function of request and call_next. InvalidValueError if none."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        if all(part.isidentifier() for part in name.split(".")) and module:
+            return vars(import_module(module))[attribute]
+        why = "it is not MODULE.NAME"
+    except ImportError as error:
+        why = str(error)
+    except KeyError:
+        why = f"{module} has no {attribute}"
+    raise InvalidValueError("middleware", name, f"cannot be imported ({why})")
+
+
 def http_options(given: Mapping[str, Any]) -> HttpOptions:
-    """The options that are given, with the key of VLLM_API_KEY if none is."""
-    key = envs.api_key()
-    return HttpOptions(**{"api_key": (key,) if key else (), **given})
+    """The options that are given; what is not, as the environment has it."""
+    key, keep_alive_s = envs.api_key(), envs.http_keep_alive_s()
+    found = {} if keep_alive_s is None else {"keep_alive_s": keep_alive_s}
+    return HttpOptions(**{"api_key": (key,) if key else (), **found, **given})
 
 
 def with_calibration(engine_args: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from vllm_omni.bench.client import APIS, CHAT, IMAGES, Client, Target
 from vllm_omni.bench.load import Body, closed, open_loop
 from vllm_omni.bench.stats import PERCENTILES, Summary, arrivals, mix, summarise, weighted
 from vllm_omni.entrypoints.cli.flags import command_parser
-from vllm_omni.entrypoints.cli.values import json_object, parse_size
+from vllm_omni.entrypoints.cli.values import json_object, parse_size, writable_file
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.quality.pairs import read_prompts
 
@@ -69,7 +69,7 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
         type=int,
         default=0,
         metavar="N",
-        help="of the mix and the arrivals; request i asks for seed + i (default: 0)",
+        help="of the mix and the arrivals; with --steps or --cache, request i asks for seed + i (default: 0)",
     )
     parser.add_argument("--out", metavar="FILE", help="write the summaries and every request to a JSON file")
     return parser
@@ -172,7 +172,7 @@ def _target(args: argparse.Namespace) -> Target:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """InvalidValueError for a number that makes no load."""
+    """InvalidValueError for a number that makes no load, or a file that cannot be written."""
     counted = {"--requests": [args.requests], "--clients": args.clients, "--rate": args.rate, "--n": [args.n]}
     counted |= {"--timeout": [args.timeout], "--deadline": [args.deadline or 1.0]}
     for flag, values in counted.items():
@@ -181,6 +181,8 @@ def _check(args: argparse.Namespace) -> None:
                 raise InvalidValueError(flag, value, "must be above 0")
     if args.warmup < 0:
         raise InvalidValueError("--warmup", args.warmup, "must be 0 or more")
+    if args.out:
+        writable_file("--out", Path(args.out))
 
 
 def _model(target: Target) -> str:

@@ -11,6 +11,7 @@ from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
 from vllm_omni.entrypoints.cli.flags import command_parser
+from vllm_omni.entrypoints.cli.values import writable_file
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.model_folder import generation_defaults
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if not held_out:
         raise InvalidValueError("--prompts", args.prompts, "must hold at least two prompts, to measure and to test")
     arguments = generation_defaults(args.model) | call_arguments(args)
+    writable_file("--out", Path(args.out) if args.out else profile_folder() / "profile.json")
 
     from vllm_omni.diffusion.loader import load_pipeline
     from vllm_omni.engine.malloc import keep_freed_memory

@@ -12,6 +12,7 @@ from vllm_omni.cache_names import is_off
 from vllm_omni.diffusion.cache.settings import PRESET_NAMES
 from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
 from vllm_omni.entrypoints.cli.flags import command_parser, named_by_flag
+from vllm_omni.entrypoints.cli.values import writable
 from vllm_omni.errors import UnknownChoiceError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, check_text
 from vllm_omni.model_folder import resolve_model
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     pictures = [open_image(Path(file), "--image") for file in args.image]
     media = {"multi_modal_data": {"image": pictures if len(pictures) > 1 else pictures[0]}} if pictures else {}
     prompts = [{"prompt": check_text("prompt", prompt), **media} for prompt in args.prompts]
+    folder = writable("--out", Path(args.out))
 
     from vllm_omni.engine.malloc import keep_freed_memory  # with torch: what is wrong above shows before its imports
     from vllm_omni.entrypoints.omni import Omni
@@ -76,8 +78,6 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     with Omni(**engine) as omni:
         outputs = omni.generate(prompts, parameters)
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
     print(f"{'prompt':32} {'seed':>20} {'steps':>5} {'computed':>8} {'skipped':>7} {'seconds':>7}  file")
     for index, output in enumerate(outputs):
         _report(output, args.prompts[index], _save(output, folder, f"{index:03d}-{_slug(args.prompts[index])}", args))

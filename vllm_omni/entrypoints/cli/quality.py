@@ -12,6 +12,7 @@ from vllm_omni.diffusion.cache.settings import override
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.entrypoints.cli.engine_flags import MODEL, add_engine_flags, add_size, call_arguments, engine_args
 from vllm_omni.entrypoints.cli.flags import command_parser
+from vllm_omni.entrypoints.cli.values import writable
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.model_folder import resolve_model
 from vllm_omni.quality.pairs import HELD_OUT_SEED, held_out
@@ -80,6 +81,7 @@ def plan_of(args: argparse.Namespace) -> Any:
     pairs = held_out(args.model, args.pairs, None if args.prompts is None else Path(args.prompts), seed)
     resolve_model(args.model)
     arguments = call_arguments(args)
+    folder = writable("--out", Path(args.out) / "work")
 
     from vllm_omni.quality.bench import BenchModel  # with torch: what is wrong above shows before seconds of imports
     from vllm_omni.quality.jobs import ReportSettings
@@ -88,7 +90,7 @@ def plan_of(args: argparse.Namespace) -> Any:
         model=BenchModel(args.model, config.dtype, config.device, arguments),
         pairs=tuple(pairs),
         steps=tuple(dict.fromkeys(args.steps)),
-        folder=Path(args.out) / "work",
+        folder=folder,
         settings=settings,
         peers=args.suite == "peers",
         processes=args.processes or _processes(config.device),

@@ -10,15 +10,19 @@ import asyncio
 import gc
 import json
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from vllm_omni import _vllm_compat
 from vllm_omni.engine.supervisor import Launch
+from vllm_omni.entrypoints.cli.flags import named_by_flag
+from vllm_omni.entrypoints.cli.serve_checks import check_needs, unix_socket
 from vllm_omni.entrypoints.cli.serve_flags import build_parser, described, refuse_early, serve_config
 from vllm_omni.entrypoints.engines import launch_engines, make_engine
-from vllm_omni.entrypoints.serve_config import ServeConfig
+from vllm_omni.entrypoints.serve_config import HttpOptions, ServeConfig
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import JsonLines, init_logger, log_as_json
 from vllm_omni.model_folder import resolve_model
@@ -38,7 +42,7 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until a signal ends it."""
-    words: list[str] = args.words
+    words = [part for word in args.words for part in _parts(word)]
     if "--help" in words or "-h" in words:
         print(described(argparse.ArgumentParser).format_help(), end="")
         return 0
@@ -53,16 +57,22 @@ def run(args: argparse.Namespace) -> int:
     try:  # vLLM is imported from here on, and the engine loads meanwhile
         parsed = build_parser().parse_args(words)
         config = serve_config(parsed)
+        check_needs(config, parsed)
         if config.log_json and not early:
             log_as_json()
         resolve_model(str(config.engine_args["model"]))
         from vllm_omni.entrypoints.openai.connections import Loop
 
-        with asyncio.Runner(loop_factory=Loop) as runner:
-            return runner.run(_serve(config, uvicorn_options(parsed, config.trusted_proxies), launches))
+        with asyncio.Runner(loop_factory=Loop) as runner, listening(config.http) as sock:
+            return runner.run(_serve(config, uvicorn_options(parsed, config), launches, sock))
     finally:
         for launch in launches:
             launch.discard()
+
+
+def _parts(word: str) -> list[str]:
+    """`--config=FILE` as two words, which is how vLLM's parser wants it."""
+    return word.split("=", 1) if word.startswith("--config=") else [word]
 
 
 def hide_keys(words: Sequence[str]) -> None:
@@ -84,9 +94,9 @@ def hide_keys(words: Sequence[str]) -> None:
     setproctitle(" ".join([*sys.orig_argv[: sys.orig_argv.index("serve") + 1], *shown]))
 
 
-def uvicorn_options(args: argparse.Namespace, proxies: Sequence[str]) -> dict[str, Any]:
+def uvicorn_options(args: argparse.Namespace, config: ServeConfig) -> dict[str, Any]:
     """The options of uvicorn, as vLLM sets them."""
-    options = {name: value for name, value in vars(args).items() if name in UVICORN}
+    options, proxies = {name: value for name, value in vars(args).items() if name in UVICORN}, config.trusted_proxies
     if args.ssl_ciphers:
         options["ssl_ciphers"] = args.ssl_ciphers
     return options | {
@@ -94,28 +104,38 @@ def uvicorn_options(args: argparse.Namespace, proxies: Sequence[str]) -> dict[st
         "proxy_headers": bool(proxies),  # a client may send any: they count if the operator trusts who passes them on
         "forwarded_allow_ips": list(proxies),
         "access_log": not args.disable_uvicorn_access_log,
-        "timeout_keep_alive": 5,
+        "timeout_keep_alive": config.http.keep_alive_s,
         "timeout_graceful_shutdown": 5,  # replies are already sent; don't wait for clients that stopped reading
         "server_header": False,
         "log_config": None,  # its lines go where ours go
     }
 
 
-async def _serve(config: ServeConfig, options: dict[str, Any], launches: list[Launch]) -> int:
+@contextmanager
+def listening(http: HttpOptions) -> Iterator[socket.socket]:
+    """The bound socket of these options until the block ends; InvalidValueError names the flag if it cannot be had."""
+    with ExitStack() as stack:
+        try:
+            bound = unix_socket(http.uds) if http.uds else _vllm_compat.listen(http.host, http.port)
+            sock = stack.enter_context(bound)
+        except OSError as error:
+            flag, where = ("--uds", http.uds) if http.uds else ("--port", f"{http.host}:{http.port}")
+            raise InvalidValueError(flag, where, f"cannot be used ({error.strerror or error})") from None
+        yield sock
+
+
+async def _serve(config: ServeConfig, options: dict[str, Any], launches: list[Launch], sock: socket.socket) -> int:
     from vllm_omni.entrypoints.openai.app import build_app
     from vllm_omni.entrypoints.openai.connections import Accepting, guarded, room
 
     http = config.http
-    try:
-        sock = _vllm_compat.listen(http.host, http.port, http.uds)
-    except OSError as error:
-        flag, where = ("--uds", http.uds) if http.uds else ("--port", f"{http.host}:{http.port}")
-        raise InvalidValueError(flag, where, f"cannot be used ({error.strerror})") from None
     _vllm_compat.adopt_logging(JsonLines() if config.log_json else None)
+    _vllm_compat.hide_requests(http.quiet_paths)
     logger.info("serving %s: %s", config.model_names[0], json.dumps(config.engine_args, default=str))
     engine = make_engine(config, launches)
     connections, backlog = room(config.limits.max_connections)
-    options |= {"http": guarded(connections, config.limits.client_timeout_s), "backlog": backlog}
+    protocol = guarded(connections, config.limits.client_timeout_s, http.keep_alive_s)
+    options |= {"http": protocol, "backlog": backlog}
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(Accepting())
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup
@@ -127,7 +147,8 @@ async def _serve(config: ServeConfig, options: dict[str, Any], launches: list[La
 
     try:
         await engine.start()
-        app = build_app(engine, config)
+        with named_by_flag(ServeConfig):  # a store that another server has taken meanwhile
+            app = build_app(engine, config)
         gc.collect()
         gc.freeze()  # imported modules stay: scanning them again would delay replies by tenths of a second
         await _vllm_compat.serve_http(app, sock, stop, config.shutdown_timeout_s, **options)

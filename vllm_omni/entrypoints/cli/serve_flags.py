@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import socket
 from collections.abc import Callable, Iterator, Sequence
 
 from vllm_omni import _vllm_compat
@@ -16,6 +15,7 @@ from vllm_omni.distributed.config import ParallelConfig
 from vllm_omni.entrypoints.cli.engine_flags import MODEL, add_engine_flags, engine_args
 from vllm_omni.entrypoints.cli.flags import add_flags, flag_of, flags_of, given, named_by_flag, unknown_flags
 from vllm_omni.entrypoints.cli.foreign_flags import ONE_DEVICE, PARALLEL, REFUSED
+from vllm_omni.entrypoints.cli.serve_checks import check_config_files, check_needs, check_port
 from vllm_omni.entrypoints.serve_config import HttpOptions, Limits, ServeConfig, http_options, with_calibration
 from vllm_omni.errors import InvalidValueError, OmniError
 from vllm_omni.model_folder import resolve_model
@@ -60,27 +60,33 @@ def described(make: Callable[..., argparse.ArgumentParser]) -> argparse.Argument
 
 
 def refuse_early(words: Sequence[str]) -> ServeConfig | None:
-    """Refuse what is wrong with the model's folder and our own flags before vLLM is imported, which takes seconds.
+    """Refuse what is wrong with the model's folder, our flags and files before vLLM is imported, which takes seconds.
 
     What our flags say; None if they may not be all, or if nothing will be served.
     """
     parser = argparse.ArgumentParser(prog="vllm serve", usage=USAGE, add_help=False, allow_abbrev=False)
     add_own_flags(parser)
-    for name in ("host", "uds"):
+    for name in ("host", "uds", "ssl-keyfile", "ssl-certfile", "ssl-ca-certs", "ssl-ciphers"):
         parser.add_argument(f"--{name}")
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--config")
+    for name in ("port", "ssl-cert-reqs"):
+        parser.add_argument(f"--{name}", type=int)
+    for name in ("middleware", "config"):
+        parser.add_argument(f"--{name}", action="append")
     dashed = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in words]
     _check_names(dashed)
     args, _ = parser.parse_known_args(dashed)  # the rest is vLLM's: its flags, their values, `--config FILE`
     named = bool(words) and not words[0].startswith("-")
     args.model = words[0] if named else "demo"
     resolve_model(args.model)
+    check_config_files(args.config or ())
     config = serve_config(args)
     help_asked = any(word.startswith("--help") for word in words)
     if not (config.http.uds or args.config or help_asked):  # a file may name another port; it is read later
-        _check_port(config.http.host, config.http.port)
-    return None if args.config or help_asked or not named else config
+        check_port(config.http.host, config.http.port)
+    if args.config or help_asked or not named:
+        return None
+    check_needs(config, args)
+    return config
 
 
 def _check_names(words: Sequence[str]) -> None:
@@ -102,15 +108,6 @@ def _known_flags() -> Iterator[str]:
     parser = argparse.ArgumentParser(add_help=False)
     add_own_flags(parser)
     yield from flags_of(parser)
-
-
-def _check_port(host: str, port: int) -> None:
-    try:
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((host, port))
-    except OSError as error:
-        raise InvalidValueError("--port", f"{host}:{port}", f"cannot be used ({error.strerror})") from None
 
 
 def add_own_flags(parser: argparse.ArgumentParser) -> None:

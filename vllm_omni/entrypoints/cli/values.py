@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from vllm_omni.diffusion.cache.settings import PRESET_NAMES, DiffusionCacheConfig
@@ -19,6 +21,23 @@ def parse_size(size: str | None) -> tuple[int | None, int | None]:
     if match is None:
         raise InvalidValueError("--size", size, "must be WIDTHxHEIGHT, e.g. 1024x768")
     return int(match[1]), int(match[2])
+
+
+def writable(flag: str, folder: Path) -> Path:
+    """The folder, made if need be; InvalidValueError, before there is work to lose, if no file can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InvalidValueError(flag, str(folder), f"cannot be written to ({error.strerror})") from None
+
+
+def writable_file(flag: str, file: Path) -> None:
+    """InvalidValueError if the file cannot be made; its folder is."""
+    if file.is_dir():
+        raise InvalidValueError(flag, str(file), "is a folder; name a file")
+    writable(flag, file.parent)
 
 
 def json_object(field: str, text: str, example: str = '{"mag_threshold": 0.12}') -> dict[str, Any]:

@@ -35,7 +35,7 @@ def build_app(engine: EngineClient, config: ServeConfig) -> FastAPI:
     app = FastAPI(
         title="vllm-omni",
         version=__version__,
-        root_path=config.http.root_path,
+        root_path=config.http.root_path.rstrip("/"),
         redirect_slashes=False,
         responses=ERRORS,
         lifespan=_lifespan,
@@ -87,7 +87,8 @@ def _no_route(request: Request, error: HTTPException) -> ApiError:
     if error.status_code == 405:
         here = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
         allowed = ", ".join(sorted({method for route in here for method in route.methods or ()}))
-        text = f"this address takes {allowed}, not {request.method[:_MOST_SHOWN]}"
+        asked = request.scope["state"]["facts"]["method"]  # a HEAD is looked for as a GET
+        text = f"this address takes {allowed}, not {asked[:_MOST_SHOWN]}"
         return ApiError(405, text, "method_not_allowed", headers={"Allow": allowed})
     known = {route.path for route in routes if "{" not in route.path}
     close = get_close_matches(request.url.path[:_MOST_SHOWN], sorted(known), n=1, cutoff=0.75)

@@ -63,12 +63,15 @@ def read_messages(messages: list[dict[str, Any]]) -> tuple[str, list[Source]]:
     text: list[str] = []
     sources: list[Source] = []
     for part in content:
-        if part.get("type") == "text" and isinstance(part.get("text"), str):
+        kind = part.get("type") or ("".join(part) if len(part) == 1 else None)  # vllm-omni's short form has no type
+        if kind == "text" and isinstance(part.get("text"), str):
             text.append(part["text"])
-        elif part.get("type") == "image_url" and isinstance(part.get("image_url"), dict):
+        elif kind == "image_url" and isinstance(part.get("image_url"), dict):
             sources.append(("messages", part["image_url"].get("url")))
+        elif kind == "image" and isinstance(image := part.get("image"), str):
+            sources.append(("messages", image if image.startswith(("data:", "https:")) else f"data:;base64,{image}"))
         else:
-            raise invalid("messages", "a part is text, or image_url with a URL")
+            raise invalid("messages", "a part is text, image_url with a URL, or image in base64")
     return "\n".join(text), sources
 
 
@@ -98,7 +101,7 @@ async def _chunks(
     http: Request, state: AppState, generation: Generation, *, with_usage: bool
 ) -> AsyncGenerator[Event, None]:
     """A chunk per finished picture, then the reason of the end, then the usage if it was asked for, then [DONE]."""
-    job_id, usage = http.state.request_id, None
+    job_id, usage, made = http.state.request_id, None, 0
     base = {"id": f"chatcmpl-{job_id}", "object": "chat.completion.chunk", "created": int(time.time())}
     base |= {"usage": None} if with_usage else {}
 
@@ -110,8 +113,10 @@ async def _chunks(
         async for index, output in items:
             if output.finished:
                 usage = _as_words(usage_of(state, generation, output)).model_dump()
-                part = _part(generation, await encoded(state, generation, index, output))
-                yield chunk({"role": "assistant", "content": [part]})
+                part = _part(generation, await encoded(state, generation, index, output)).model_dump()
+                # what clients add up: texts end to end, parts by their index
+                yield chunk(({} if made else {"role": "assistant"}) | {"content": [part | {"index": made}]})
+                made += 1
     name, last = chunk({}, "stop")
     yield name, last | {"omni": {"request_id": job_id, "warnings": http.state.warnings}}
     if with_usage:

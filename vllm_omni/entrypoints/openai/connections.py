@@ -22,7 +22,7 @@ from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
 
-HEAD_S = 10.0  # for the head of a request, from its connection or the reply before; less, if clients have less
+HEAD_S = 10.0  # for the head of a request, from its connection or the reply before; less, if clients have less time
 MAX_HEAD = 2**20  # bytes that are no body, in one request: its head, its trailers, what is beside its chunks
 _PER_BODY_BYTE = 16  # so many more for each byte of its body, which may come in chunks of one
 LEAST_BYTES = 64 * 2**10  # of its reply that a client must take within the time-out
@@ -106,6 +106,7 @@ class Guarded(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
 
     most: ClassVar[int]
     timeout_s: ClassVar[float]
+    keep_alive_s: ClassVar[float]  # between a reply and the head of the next request, if that is longer
     handshake_s: ClassVar[float]
     greeting: ClassVar[dict[Guarded, tuple[float, asyncio.Transport]]]  # in their TLS handshakes, since when
     sweeping: ClassVar[bool] = False
@@ -183,8 +184,10 @@ class Guarded(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         reads = taken >= self.taken + LEAST_BYTES or (taken > self.taken and not unsent)
         if reads or not (unsent or self.owes):  # it reads its reply, or waits for one
             self.since, self.taken = now, taken
-        limit = HEAD_S if self.idle and not unsent else self.timeout_s
-        if now - self.since > min(limit, self.timeout_s):
+        limit = min(HEAD_S, self.timeout_s) if self.idle and not unsent else self.timeout_s
+        if self.idle and not unsent and self.cycle is not None:
+            limit = max(limit, self.keep_alive_s)
+        if now - self.since > limit:
             self.transport.abort()
 
     @classmethod
@@ -196,7 +199,7 @@ class Guarded(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
             loop.call_later(_SWEEP_S, cls.sweep, loop, connections)
 
 
-def guarded(most: int, timeout_s: float) -> type[Guarded]:
-    """The protocol with that cap and that time-out."""
-    limits = {"most": most, "timeout_s": timeout_s, "handshake_s": min(HEAD_S, timeout_s), "greeting": {}}
-    return type("Limited", (Guarded,), limits)
+def guarded(most: int, timeout_s: float, keep_alive_s: float = 0.0) -> type[Guarded]:
+    """The protocol with that cap and those time-outs."""
+    limits = {"most": most, "timeout_s": timeout_s, "keep_alive_s": keep_alive_s, "greeting": {}}
+    return type("Limited", (Guarded,), limits | {"handshake_s": min(HEAD_S, timeout_s)})

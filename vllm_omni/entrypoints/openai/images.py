@@ -18,8 +18,9 @@ from starlette.responses import Response
 from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, match_pictures, plan_images
 from vllm_omni.entrypoints.openai.protocol import replies
-from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, read_form, read_json
+from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, read_json
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
+from vllm_omni.entrypoints.openai.protocol.forms import read_form
 from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest
 from vllm_omni.entrypoints.openai.protocol.streams import Event, EventStream, unless_gone
 from vllm_omni.entrypoints.openai.state import AppState, State, salt_of

@@ -32,7 +32,7 @@ async def models(state: State) -> replies.Models:
 async def model_info(state: State) -> replies.ModelInfo:
     """The model as SGLang's clients ask for it."""
     info = state.info
-    letter, picture = "V" if info.video_output else "I", info.pictures.get("image")
+    letter, picture = {"image": "I", "video": "V", "sound": "A"}[info.output], info.pictures.get("image")
     task = f"T2{letter}" if picture is None else f"I2{letter}" if picture.needed else f"TI2{letter}"
     name = state.config.model_names[0]
     return replies.ModelInfo(model_path=name, task_type=task, pipeline_name=info.pipeline, pipeline_class=info.pipeline)

@@ -9,7 +9,6 @@ import re
 import time
 from contextlib import suppress
 from hashlib import sha256
-from importlib import import_module
 from inspect import isclass
 from typing import Any
 from uuid import uuid4
@@ -23,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm_omni import _vllm_compat
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, as_api_error
 from vllm_omni.entrypoints.openai.state import AppState
+from vllm_omni.entrypoints.serve_config import imported
 from vllm_omni.errors import forget_locals
 from vllm_omni.logger import init_logger
 from vllm_omni.logger import told as traces
@@ -39,9 +39,7 @@ _CLIENT_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 def add_middleware(app: FastAPI, state: AppState, open_paths: frozenset[str]) -> None:
     """The operator's own innermost, then the gatekeeper, then CORS: a browser asks for permission without its key."""
     options = state.config.http
-    for name in options.middleware:  # as `vllm serve --middleware`: an ASGI class, or a function of request, call_next
-        module, _, attribute = name.rpartition(".")
-        found: Any = vars(import_module(module))[attribute]
+    for found in map(imported, options.middleware):
         if isclass(found):
             app.add_middleware(found)  # type: ignore[arg-type]
         else:
@@ -67,6 +65,7 @@ class Gatekeeper:
         self.hosts = hosts or (LOOPBACK if http.host in LOOPBACK and not http.uds else hosts)
         self.origins = frozenset(http.allowed_origins)
         self.max_body = state.config.limits.max_body_bytes
+        self.quiet = OPEN_PATHS | http.quiet_paths
         self.traced = bool(state.config.otlp_traces_endpoint)
         self.keys = [sha256(key.encode()).digest() for key in state.config.http.api_key]
 
@@ -77,10 +76,13 @@ class Gatekeeper:
             await receive()
             return await send({"type": "websocket.close", "code": 1008})
         headers = Headers(scope=scope)
+        method = scope["method"]
+        if method == "HEAD":  # is a GET, of whose reply the server sends the head alone
+            scope = {**scope, "method": "GET"}
         asked = headers.get("x-request-id", "")
         request_id = asked if _CLIENT_ID.fullmatch(asked) else uuid4().hex
         # What is known of the request, for its span and its log line: routes add to it, but never a prompt.
-        facts: dict[str, Any] = {"request_id": request_id, "method": scope["method"]}
+        facts: dict[str, Any] = {"request_id": request_id, "method": method}
         scope.setdefault("state", {}).update(request_id=request_id, facts=facts)
         began, began_ns, status = time.monotonic(), time.time_ns(), 0
 
@@ -110,10 +112,10 @@ class Gatekeeper:
             route = scope.get("route")
             path = route.path if route is not None else "(none)"
             facts |= {"route": path, "status": status, "seconds": round(time.monotonic() - began, 4)}
-            level = logging.DEBUG if get_route_path(scope) in OPEN_PATHS else logging.INFO
-            logger.log(level, "%s %s -> %d", scope["method"], path, status, extra=facts)
+            level = logging.DEBUG if get_route_path(scope) in self.quiet else logging.INFO
+            logger.log(level, "%s %s -> %d", method, path, status, extra=facts)
             if self.traced and path.startswith("/v1/"):
-                _vllm_compat.record_span(f"{scope['method']} {path}", began_ns, headers, facts)
+                _vllm_compat.record_span(f"{method} {path}", began_ns, headers, facts)
 
     def _admit(self, scope: Scope, headers: Headers) -> None:
         owner = self._owner(headers) if self.keys else None
@@ -140,7 +142,7 @@ class Gatekeeper:
             text = f"the Host header names {host[:100]!r}, which is not served; --allowed-hosts adds names"
             raise ApiError(400, text, "invalid_host")
         origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        if method in ("GET", "HEAD", "OPTIONS") or (origin is None and site is None):
+        if method in ("GET", "OPTIONS") or (origin is None and site is None):
             return  # nothing changes, or no browser asks
         if origin in self.origins or "*" in self.origins or site in ("same-origin", "none"):
             return
@@ -152,7 +154,7 @@ class Gatekeeper:
     def _owner(self, headers: Headers) -> int | None:
         """Which of the keys the client has sent."""
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = sha256(token.encode("utf-8", "surrogateescape")).digest()
+        given = sha256(token.encode("latin-1")).digest()  # the bytes that were sent
         found = None
         for number, key in enumerate(self.keys):  # all of them, always: how long it takes reveals nothing
             found = number if hmac.compare_digest(given, key) else found

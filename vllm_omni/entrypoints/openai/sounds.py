@@ -23,6 +23,7 @@ from vllm_omni.outputs.sound import encode_sound
 router = APIRouter(prefix="/v1/audio", tags=["audio"])
 _MEDIA = {"wav": "audio/wav", "flac": "audio/flac"}
 _ALSO = {"input": "prompt", "audio_length": "seconds"}  # as the field names them for this route
+_ALWAYS = {"audio_start": 0.0, "speed": 1.0}  # what clients of other servers send of them; nothing else is done
 
 
 @router.post(
@@ -45,7 +46,10 @@ async def generate(http: Request, state: State) -> Response:
 
 
 def _rename(body: Body) -> None:
-    """Fields by our names, which errors turn back."""
+    """Fields by our names, which errors turn back; without those that ask for nothing."""
+    for name, usual in _ALWAYS.items():
+        if body.fields.pop(name, None) not in (None, usual):
+            raise invalid(name, f"{name} can only be {usual:g} here", "unsupported_parameter")
     for theirs, ours in _ALSO.items():
         if theirs in body.fields:
             if body.fields.get(ours, body.fields[theirs]) != body.fields[theirs]:

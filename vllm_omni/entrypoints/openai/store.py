@@ -27,6 +27,7 @@ from vllm_omni.logger import init_logger
 logger = init_logger(__name__)
 
 EXPIRES_S = 24 * 3600
+REMEMBERED = 10_000  # rows that are gone, whose places in the order of creation are still known
 FILES = {"video": "video.mp4", "thumbnail": "thumbnail.webp", "spritesheet": "spritesheet.jpg"}
 _INPUT = "input.png"
 _SCHEMA = """CREATE TABLE IF NOT EXISTS jobs (
@@ -68,6 +69,7 @@ class VideoStore:
         self._now = now
         self._late: dict[str, dict[str, Any]] = {}  # what could not be written of a job; nothing: it is to be deleted
         self._broken: set[str] = set()  # rows that are no jobs of this version
+        self._gone: dict[str, int] = {}  # numbers of the last rows that were deleted
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._table = sqlite3.connect(self.folder / "videos.sqlite3", timeout=0, isolation_level=None)
@@ -112,10 +114,15 @@ class VideoStore:
         found = self._select("id = ? AND coalesce(expires_at > ?, 1)", (job_id, self._now()))
         return found[0] if found else None
 
-    def page(self, after: str | None, limit: int, newest_first: bool) -> list[VideoJob]:
-        """Up to `limit` jobs that follow `after`, in the order in which they came."""
+    def number(self, job_id: str) -> int | None:
+        """Its place in the order of creation, also once it is deleted; None for an id that was never here."""
+        found = self._execute("SELECT number FROM jobs WHERE id = ?", (job_id,))
+        return int(found[0][0]) if found else self._gone.get(job_id)
+
+    def page(self, after: int | None, limit: int, newest_first: bool) -> list[VideoJob]:
+        """Up to `limit` jobs that follow the number `after`, in the order in which they came."""
         sign, order = ("<", "DESC") if newest_first else (">", "ASC")
-        where = f"coalesce(expires_at > ?, 1) AND (? IS NULL OR number {sign} (SELECT number FROM jobs WHERE id = ?))"
+        where = f"coalesce(expires_at > ?, 1) AND (? IS NULL OR number {sign} ?)"
         return self._select(where, (self._now(), after, after), f"ORDER BY number {order} LIMIT {limit:d}")
 
     def unfinished(self) -> list[VideoJob]:
@@ -169,7 +176,7 @@ class VideoStore:
         """Write what could not be written before; remove what has expired, and files of no job."""
         for job_id, columns in [*self._late.items()]:
             self._change(job_id, columns)
-        self._execute("DELETE FROM jobs WHERE expires_at <= ?", (self._now(),))
+        self._delete("expires_at <= ?", self._now())
         kept = {row[0] for row in self._execute("SELECT id FROM jobs")}
         with usable():
             for folder in self.folder.glob("video_*"):
@@ -208,14 +215,23 @@ class VideoStore:
     def _change(self, job_id: str, columns: dict[str, Any]) -> None:
         """Set columns of a row, or delete it if there are none; later, if that cannot be written now."""
         names = ", ".join(f"{name} = ?" for name in columns)
-        statement = f"UPDATE jobs SET {names} WHERE id = ?" if columns else "DELETE FROM jobs WHERE id = ?"
         try:
-            self._execute(statement, (*columns.values(), job_id))
+            if columns:
+                self._execute(f"UPDATE jobs SET {names} WHERE id = ?", (*columns.values(), job_id))
+            else:
+                self._delete("id = ?", job_id)
             self._late.pop(job_id, None)
         except StoreError as error:
             if job_id not in self._late:
                 logger.error("video %s: %s", job_id, error)
             self._late[job_id] = columns and self._late.get(job_id, {}) | columns
+
+    def _delete(self, where: str, value: Any) -> None:
+        """Rows, but not their numbers."""
+        self._gone |= dict(self._execute(f"SELECT id, number FROM jobs WHERE {where}", (value,)))
+        self._execute(f"DELETE FROM jobs WHERE {where}", (value,))
+        for job_id in [*self._gone][:-REMEMBERED]:
+            del self._gone[job_id]
 
     def _execute(self, statement: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         with usable():

@@ -21,8 +21,9 @@ from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, match_pictures, plan_video
 from vllm_omni.entrypoints.openai.jobs import Jobs, VideoJobs
 from vllm_omni.entrypoints.openai.protocol import replies
-from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, read_form, read_json
+from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, read_json
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
+from vllm_omni.entrypoints.openai.protocol.forms import read_form
 from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest
 from vllm_omni.entrypoints.openai.protocol.streams import unless_gone
 from vllm_omni.entrypoints.openai.state import AppState, State, salt_of
@@ -119,11 +120,12 @@ async def page(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Literal["asc", "desc"] = "desc",
 ) -> replies.VideoPage:
-    """Jobs in the order of their creation; `after` is the last id of the page before."""
+    """Jobs in the order of their creation; `after` is the last id of the page before, also if it is deleted by now."""
     jobs = _jobs(state)
-    if after is not None and jobs.store.get(after) is None:
-        raise invalid("after", "after must be the id of a video that is still there")
-    found = jobs.store.page(after, limit + 1, newest_first=order == "desc")
+    number = None if after is None else jobs.store.number(after)
+    if after is not None and number is None:
+        raise invalid("after", "after must be the id of a video of this server")
+    found = jobs.store.page(number, limit + 1, newest_first=order == "desc")
     data = [_reply(job, jobs) for job in found[:limit]]
     first, last = (data[0].id, data[-1].id) if data else (None, None)
     return replies.VideoPage(data=data, first_id=first, last_id=last, has_more=len(found) > limit)

@@ -1,25 +1,20 @@
-"""From bytes to a checked request: JSON; or a form with keys such as `cache[threshold]`, JSON in strings, pictures."""
+"""From the JSON of a body, or the fields of a form (`forms.py`), to a checked request and its pictures."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.protocol.requests import BaseRequest
 from vllm_omni.entrypoints.serve_config import Limits, ServeConfig
-from vllm_omni.errors import StoreError, UnknownKeyError
+from vllm_omni.errors import UnknownKeyError
 
-MAX_FIELDS = 200
-MAX_FIELD_BYTES = 8 * 2**20
 _PICTURE, _METERED = b"data:", 2**16
 _MAX_QUOTES = 100_000  # of a JSON text that is larger than one without pictures may be
 ALIASES = {
@@ -51,13 +46,10 @@ NO_MEANING = {
 }
 _BESIDE_A_NAME = {"local_path", "lora_path", "path", "int_id", "lora_int_id"}  # in an object of `lora`
 _NOTHING = (None, False, "", "false", "False", "cpu")
-_KEY = re.compile(r"([A-Za-z_]\w{0,63})((?:\[\w{0,64}\]){0,4})")
-_PLACE = re.compile(r"\[[0-9]{0,3}\]$")  # of one of several pictures: `image[]`, or `image[0]` as PHP's clients count
-_FORMS = ("multipart/form-data", "application/x-www-form-urlencoded")
+MULTIPART, URLENCODED = "multipart/form-data", "application/x-www-form-urlencoded"
 # What is wrong with a value that is then shown. A prompt never is: errors are in the log.
 _SHOWN = {f"{kind}_{what}" for kind in ("int", "float", "bool") for what in ("type", "parsing")} | {"literal_error"}
 _MAX_SHOWN = 60
-_AS_JSON = ("cache", "lora", "lora_request", *NESTED)
 Source = tuple[str, Any]  # the client's name of a picture, and its bytes or URL
 R = TypeVar("R", bound=BaseRequest)
 M = TypeVar("M", bound=BaseModel)
@@ -98,9 +90,9 @@ async def read_json(http: Request, limits: Limits, pictures: tuple[str, ...] = (
     `curl`: JSON may also be called a form, as `curl -d` calls whatever it sends.
     """
     kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind != "application/json" and not (curl and kind == _FORMS[1]):
+    if kind != "application/json" and not (curl and kind == URLENCODED):
         raise wrong_type("application/json", kind)
-    return _body(http, parse_json(await read_text(http, limits)), [], pictures, strict=True)
+    return as_body(http, parse_json(await read_text(http, limits)), [], pictures, strict=True)
 
 
 def wrong_type(wanted: str, got: str) -> ApiError:
@@ -110,51 +102,20 @@ def wrong_type(wanted: str, got: str) -> ApiError:
 
 async def read_text(http: Request, limits: Limits) -> bytes:
     """A body of JSON; ApiError as soon as it has too much besides pictures."""
-    meter, parts = _Meter(limits.max_json_bytes), []
+    meter, parts = Meter(limits.max_json_bytes), []
     async for part in http.stream():
         meter.take(part)
         parts.append(part)
     return b"".join(parts)
 
 
-async def read_form(http: Request, limits: Limits, max_pictures: int, pictures: tuple[str, ...]) -> Body:
-    """ApiError for a body that is no form, or has too many parts. No part's name ever names a file.
-
-    `pictures`: the names that parts with pictures, or with URLs of them, may have.
-    """
-    kind = http.headers.get("content-type", "")
-    if not kind.startswith(_FORMS):
-        raise wrong_type(_FORMS[0], kind)
-    if kind.startswith(_FORMS[1]) and len(await http.body()) > limits.max_json_bytes:
-        raise _too_large("this form", limits.max_json_bytes, "send pictures as multipart/form-data")
-    fields: dict[str, Any] = {}
-    sources: list[Source] = []
-    try:
-        async with http.form(max_files=max_pictures + 1, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD_BYTES) as got:
-            for key, value in got.multi_items():
-                name = _PLACE.sub("", key)
-                if name in pictures:
-                    sources.append((name, await value.read() if isinstance(value, UploadFile) else value))
-                elif isinstance(value, UploadFile):
-                    names = " or ".join(pictures)
-                    raise invalid(
-                        key[:100], f"{key[:100]!r} is no name of a picture; send {names}", "unknown_parameter"
-                    )
-                else:
-                    _set(fields, key, value, limits.max_json_bytes)
-    except HTTPException as error:
-        raise ApiError(400, f"the form cannot be read: {error.detail}", "invalid_request") from None
-    except OSError as error:  # large parts are kept in files while they come
-        raise StoreError(f"uploads cannot be kept ({error.strerror})") from None
-    except (KeyError, ValueError):
-        raise ApiError(400, "the form cannot be read", "invalid_request") from None
-    return _body(http, fields, sources, pictures, strict=False)
-
-
-def _body(
+def as_body(
     http: Request, fields: dict[str, Any], sources: list[Source], pictures: tuple[str, ...], *, strict: bool
 ) -> Body:
-    """Nested fields are taken out; pictures among the fields, as `URL`, `{"image_url": URL}` or a list, are sources."""
+    """Nested fields are taken out; pictures among the fields, as `URL`, `{"image_url": URL}` or a list, are sources.
+
+    `sources` has those that were found already; of one name, all must come in the same way.
+    """
     for outer in NESTED:
         nested = fields.pop(outer, None) or {}
         if not isinstance(nested, dict):
@@ -165,6 +126,8 @@ def _body(
             fields[key] = value
     for name in pictures:
         given = fields.pop(name, None)
+        if given is not None and any(name == other for other, _ in sources):
+            raise invalid(name, f"{name} is given twice: as a file or a URL, and as an object with image_url")
         for value in given if isinstance(given, list) else [given]:
             if isinstance(value, dict):
                 if set(value) != {"image_url"}:
@@ -193,6 +156,8 @@ def check_request(
     for key, value in body.fields.items():
         name = ALIASES.get(key, key)
         if name in NOT_HERE:
+            if value is None:
+                continue
             raise invalid(key[:100], f"{key} is not supported by this server", "unsupported_parameter")
         if key in NO_MEANING and (key == "style" or name not in kind.model_fields) and value not in _NOTHING:
             body.warnings.append(f"{key} was ignored: {NO_MEANING[key]}")
@@ -264,7 +229,7 @@ def check_model(name: str | None, config: ServeConfig, adapters: Collection[str]
 def parse_json(body: bytes) -> dict[str, Any]:
     """A JSON object; no NaN, no key twice, no depth that breaks a parser."""
     try:
-        value = _load_json(body)
+        value = load_json(body)
     except (ValueError, RecursionError) as error:
         where = f": {error}" if body and isinstance(error, json.JSONDecodeError) else ""  # it quotes nothing
         raise ApiError(400, f"the body must be a JSON object in UTF-8{where}", "invalid_json") from None
@@ -273,12 +238,12 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _load_json(text: bytes) -> Any:
+def load_json(text: bytes) -> Any:
     """ApiError that names the key for a key that is there twice, or is NaN or Infinity; ValueError, RecursionError."""
     return json.loads(text, parse_constant=_Constant, object_pairs_hook=_checked)
 
 
-class _Meter:
+class Meter:
     """Lets a JSON text pass, part by part, whose bytes besides pictures are at most `most`.
 
     Parsing holds the interpreter, in whatever thread. Pictures are strings that begin with `data:`.
@@ -292,7 +257,7 @@ class _Meter:
         for start in range(0, len(part), _METERED):
             self._count(part[start : start + _METERED])
             if self._taken > self._most and (self._quotes > _MAX_QUOTES or self._plain > self._most):
-                raise _too_large("JSON", self._most, "besides pictures as data: URLs")
+                raise too_large("JSON", self._most, "besides pictures as data: URLs")
 
     def _count(self, part: bytes) -> None:
         self._taken += len(part)
@@ -304,7 +269,7 @@ class _Meter:
                 self._plain += len(piece)
 
 
-def _too_large(what: str, most: int, more: str) -> ApiError:
+def too_large(what: str, most: int, more: str) -> ApiError:
     return ApiError(413, f"{what} may have at most {most} bytes; {more}", "request_too_large")
 
 
@@ -321,52 +286,3 @@ def _checked(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise invalid(key[:100], "must not be NaN or Infinity, which JSON does not have")
         seen[key] = value
     return seen
-
-
-def _set(fields: dict[str, Any], key: str, value: str, max_json: int) -> None:
-    """`a` -> a, `a[b]` -> {"a": {"b": …}}, `a[]` -> list; `a[][b]` -> list of dicts, a new one if b is there."""
-    if not (match := _KEY.fullmatch(key)):
-        raise invalid(key[:100], "a name is a word, with [keys] after it", "unknown_parameter")
-    path = [match[1], *re.findall(r"\[(\w*)\]", match[2])]
-    if len(path) == 1:
-        if path[0] in fields:
-            raise invalid(path[0], "is given twice")
-        fields[path[0]] = _json(path[0], value, max_json) if path[0] in _AS_JSON else value
-        return
-    here: Any = fields
-    for name, following in zip(path, [*path[1:], None], strict=True):
-        fresh: Any = _scalar(value) if following is None else [] if following == "" else {}
-        if isinstance(here, list):
-            if following is None or not here or not isinstance(here[-1], dict) or following in here[-1]:
-                here.append(fresh)
-            here = here[-1]
-        elif isinstance(here, dict) and name:
-            if following is None and name in here:
-                raise invalid(key[:100], "is given twice")
-            here = here.setdefault(name, fresh)
-        else:
-            raise invalid(key[:100], "contradicts another field of the form")
-        if following is not None and not isinstance(here, list if following == "" else dict):
-            raise invalid(key[:100], "contradicts another field of the form")
-
-
-def _scalar(text: str) -> Any:
-    """Inside brackets the client's types are lost: what reads as a number or truth value is one."""
-    if text in ("true", "false"):
-        return text == "true"
-    for kind in (int, float):
-        try:
-            return kind(text) if len(text) < 40 else text
-        except ValueError:
-            continue
-    return text
-
-
-def _json(name: str, text: str, max_bytes: int) -> Any:
-    if not text.lstrip().startswith(("{", "[")):
-        return text
-    try:
-        _Meter(max_bytes).take(data := text.encode())
-        return _load_json(data)
-    except (ValueError, RecursionError):
-        raise invalid(name, f"{name} looks like JSON and is none") from None

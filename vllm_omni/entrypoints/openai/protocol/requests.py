@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 MAX_ENTRIES = 1000  # of a curve, mask or other list inside `cache` or `lora`
 MAX_ADAPTERS = 16
@@ -55,6 +55,11 @@ def _few(value: Any) -> Any:
     return value
 
 
+def _as_jpeg(value: Any) -> Any:
+    """`jpg` is another name of the format."""
+    return "jpeg" if value == "jpg" else value
+
+
 Text = Annotated[str, AfterValidator(_text)]
 Plain = AfterValidator(_plain)
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
@@ -94,7 +99,7 @@ class ImageRequest(BaseRequest):
 
     n: int | None = Field(default=None, ge=1, description="Pictures; the i-th has the seed seed + i.")
     background: Literal["transparent", "opaque", "auto"] | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_format: Annotated[Literal["png", "jpeg", "webp"] | None, BeforeValidator(_as_jpeg)] = None
     output_compression: int | None = Field(default=None, ge=0, le=100)
     response_format: Literal["b64_json", "file", "url"] | None = None
     stream: bool | None = None
@@ -110,7 +115,7 @@ class ImageRequest(BaseRequest):
 class VideoRequest(BaseRequest):
     """`POST /v1/videos`, all but its picture."""
 
-    seconds: str | int | None = Field(default=None, description="How long; the frames nearest to it are made.")
+    seconds: str | int | float | None = Field(default=None, description="How long; the frames nearest to it are made.")
     # ours
     num_frames: int | None = Field(default=None, ge=1, description="Instead of seconds.")
     fps: float | None = Field(default=None, ge=1, le=120, allow_inf_nan=False)
