@@ -270,3 +270,14 @@ def test_an_adapter_of_the_callers_own_with_a_scale_for_each_layer_is_refused_wi
     pipeline.transformer.transformer_blocks[0].attn.to_q.set_scale("mine", 0.5)
     with pytest.raises(InvalidValueError, match="fuse it"):
         Omni.from_pipe(pipeline, defaults=DEFAULTS, lora_modules={"ink": adapters["ink"]})
+
+
+def test_a_file_that_cannot_be_loaded_leaves_the_adapters_that_are_there(adapters: dict[str, str]) -> None:
+    with engine({"ink": adapters["ink"]}) as omni:
+        params = Params(num_inference_steps=4, seed=0, output_type="latent", lora_request="ink")
+        before = omni.generate(embeds(0), params, use_tqdm=False)[0]
+        with pytest.raises(ModelLoadError):
+            omni.load_lora_adapter("torn", "/no/such/file")
+        after = omni.generate(embeds(0), params, use_tqdm=False)[0]
+    assert before.ok and after.ok, (before.error, after.error)
+    assert torch.equal(after.latents, before.latents)

@@ -56,7 +56,7 @@ class AdapterSwitch:
         self._active = None
         if not isinstance(self._pipeline, LoraBaseMixin):
             return
-        if set().union(*self._pipeline.get_list_adapters().values()) > {name}:
+        if set().union(*self._pipeline.get_list_adapters().values()) - {name}:
             self._pipeline.delete_adapters(name)
         else:
             self._pipeline.unload_lora_weights()
