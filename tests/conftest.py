@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+import time
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,12 +16,30 @@ if "VLLM_OMNI_PROFILES" not in os.environ:  # what tests find out about models i
     atexit.register(shutil.rmtree, os.environ["VLLM_OMNI_PROFILES"], ignore_errors=True)
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:  # torch is imported by those tests alone that need it
     from vllm_omni import Omni
+
+
+NO_TIME = "no time left for slow tests"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """From the moment VLLM_OMNI_TESTS_UNTIL on, in seconds since 1970, slow tests are left out (`tools/test.sh`)."""
+    until = os.environ.get("VLLM_OMNI_TESTS_UNTIL")
+    if until and item.get_closest_marker("slow") and time.time() > float(until):
+        pytest.skip(NO_TIME)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """A run says how many it has left out for lack of time."""
+    skipped = terminalreporter.stats.get("skipped", [])
+    if left := sum(NO_TIME in str(report.longrepr) for report in skipped):
+        terminalreporter.write_line(f"{NO_TIME}: {left} left out; bash tools/test.sh without VLLM_OMNI_TESTS_S has all")
 
 
 @pytest.fixture(scope="module")

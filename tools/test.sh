@@ -4,9 +4,13 @@
 # that failed are tried once more, with nothing beside them; what passes then is named as flaky, and is no failure.
 # With `--fast`, the tests marked slow are left out; with `--full` there are some more. With `--gpu`: the full set on the
 # fake CUDA device and no other, a quarter of an hour. With other arguments: only pytest, with those arguments.
+# With VLLM_OMNI_TESTS_S, the seconds that there are for all of it, slow tests are left out as soon as no time is left
+# but for the others; how many is said at the end. A machine on which the set-up takes longer is taken for slower.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash tools/setup.sh
+pace=$((SECONDS * 100 / 135)) # per cent of the seconds that the figures below were measured with
+pace=$((pace < 100 ? 100 : pace > 250 ? 250 : pace))
 
 export OMP_WAIT_POLICY=PASSIVE HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 bin=.venv/bin
@@ -43,6 +47,12 @@ lane() {
     return "$status"
 }
 
+# leave SECONDS: from when on slow tests are left out, so that this much time is left, on a machine of usual speed.
+leave() {
+    [[ -z ${VLLM_OMNI_TESTS_S:-} ]] ||
+        export VLLM_OMNI_TESTS_UNTIL=$(($(date +%s) - SECONDS + VLLM_OMNI_TESTS_S - $1 * pace / 100))
+}
+
 but_slow=""
 if [[ ${1:-} == --fast ]]; then
     but_slow=" and not slow"
@@ -66,6 +76,8 @@ failed=()
 # What fails does not keep the rest from running, so that one run shows everything.
 "$bin/ruff" check . || failed+=(ruff)
 "$bin/mypy" vllm_omni || failed+=(mypy)
+leave 420
 OMP_NUM_THREADS=1 lane parallel "not alone$but_slow" -- -n 2 --dist loadfile || failed+=(pytest)
+leave 120
 lane alone "alone$but_slow" -- || failed+=("pytest, tests alone")
 [[ ${#failed[@]} -eq 0 ]] || { printf 'FAILED: %s\n' "${failed[@]}"; exit 1; }
