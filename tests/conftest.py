@@ -24,14 +24,14 @@ if TYPE_CHECKING:  # torch is imported by those tests alone that need it
     from vllm_omni import Omni
 
 
-NO_TIME = "no time left for slow tests"
+NO_TIME = "no time left"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """From the moment VLLM_OMNI_TESTS_UNTIL on, in seconds since 1970, slow tests are left out (`tools/test.sh`)."""
-    until = os.environ.get("VLLM_OMNI_TESTS_UNTIL")
-    if until and item.get_closest_marker("slow") and time.time() > float(until):
+    """Two moments, in seconds since 1970 (`tools/test.sh`): from when on slow tests are left out, and then all."""
+    slow, all_ = (float(os.environ.get(f"VLLM_OMNI_TESTS_{name}", "inf")) for name in ("UNTIL", "END"))
+    if time.time() > (slow if item.get_closest_marker("slow") else all_):
         pytest.skip(NO_TIME)
 
 

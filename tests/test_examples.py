@@ -53,6 +53,7 @@ def test_every_example_is_tested_short_and_explained() -> None:
         assert text.startswith('"""'), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", lane(sorted(PICTURES), lambda name: name == "offline_generation"))
 def test_example_writes_its_pictures(name: str, tmp_path: Path) -> None:
     stdout = run(f"examples/{name}.py", "--out", str(tmp_path))

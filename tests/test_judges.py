@@ -46,6 +46,7 @@ def test_scenes_are_a_function_of_their_number(name: str) -> None:
     assert -1 <= first.pixels.min() < first.pixels.max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(FOLDERS))
 def test_a_caption_leaves_much_open(name: str) -> None:
     from judges.scenes import DRAW

@@ -60,6 +60,7 @@ def test_the_demos_lock_holds_all_that_its_packages_need() -> None:
         assert names <= demo.keys(), (package, names - demo.keys())
 
 
+@pytest.mark.slow
 def test_the_demo_runs_with_nothing_but_its_lock(tmp_path: Path) -> None:
     """Every module of another package is absent, vLLM's and its dependencies' first of all."""
     more = pins("core").keys() - pins("demo").keys() | {"vllm"}

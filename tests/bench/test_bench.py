@@ -250,6 +250,7 @@ def test_bad_input_is_one_line(words: list[str], told: str, capsys: pytest.Captu
     assert told in error and len(error.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_the_command_against_our_server(capsys: pytest.CaptureFixture[str]) -> None:
     from http_server import serve
 

@@ -168,6 +168,7 @@ def test_a_compiled_wrapper_hides_no_cache(first: str) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_wrapper_put_on_and_taken_off_while_enabled_is_followed() -> None:
     pipe = tiny_flux()
     own, plain = pipe.transformer, run_latents(pipe, num_inference_steps=10)

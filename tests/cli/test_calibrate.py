@@ -87,6 +87,7 @@ def test_a_gain_tells_how_far_an_error_ends(made: Path) -> None:
         assert 0.4 < away / expected < 2.5, skipped
 
 
+@pytest.mark.slow
 def test_a_calibrated_profile_is_found_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path))
     pipe = tiny_flux()
@@ -113,6 +114,7 @@ def test_a_sampler_with_noise_of_its_own_gets_a_matrix_and_a_warning(caplog: pyt
     assert judge(pipe, profile, ["a"], ["ccc"], 9, **arguments) == profile
 
 
+@pytest.mark.slow
 def test_a_sketch_keeps_what_residuals_differ_by(monkeypatch: pytest.MonkeyPatch) -> None:
     """The expected error of every forecast, from sketches of a quarter and from whole residuals."""
     pipe = tiny_flux()

@@ -76,6 +76,7 @@ def test_a_refusal_is_one_line_before_torch_and_vllm_are_imported() -> None:
     assert told == [f"vllm-omni serve: {flag} {sentence}" for flag, sentence in REFUSED.items()]
 
 
+@pytest.mark.slow
 def test_no_refused_flag_is_one_of_ours() -> None:
     vllm = pytest.importorskip("vllm", reason="tools/setup.sh installs it")
     assert vllm

@@ -220,6 +220,7 @@ def test_requests_beyond_the_shutdown_timeout_are_refused(tmp_path: Path) -> Non
     assert left_behind(tmp_path, pids, shm) == [] and "Traceback" not in log_text, log_text
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_reported_before_vllm_is_imported(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

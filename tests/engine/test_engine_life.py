@@ -78,6 +78,7 @@ if "vllm_omni.engine.process" in sys.orig_argv:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["RuntimeError", "SystemExit"])
 async def test_a_step_that_fails_ends_its_process_and_everybody_is_told_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], kind: str

@@ -84,6 +84,7 @@ def test_a_fault_at_any_stage_fails_only_its_own_request(
     assert engine.worker.cache_bytes == 0
 
 
+@pytest.mark.slow
 def test_an_error_that_somebody_keeps_keeps_no_tensors(tiny: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither its own frames nor those of the error that it followed from."""
 

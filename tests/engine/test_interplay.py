@@ -171,6 +171,7 @@ def test_a_backend_that_a_request_brings_leaves_nothing_of_its_settings_behind()
         assert isinstance(second.error, InvalidValueError) and second.error.field.endswith("mag_ratios")
 
 
+@pytest.mark.slow
 def test_a_budget_of_the_engines_own_ends_no_trial(folder: Path) -> None:
     """Trials have plans of their own; one of two steps could not keep a budget of three forwards."""
     with learning(folder, cache_config={"calibrate": "auto", "nfe": 3}) as omni:

@@ -119,6 +119,7 @@ def test_what_the_engine_itself_is_set_to_is_not_refused_when_it_is_given_up(fol
         assert draw(omni).skipped_steps == 0
 
 
+@pytest.mark.slow
 def test_steps_that_a_learnt_profile_says_nothing_of_are_cached_by_its_curve_and_learnt(folder: Path) -> None:
     with learning(folder) as omni:
         for seed in range(REQUESTS):

@@ -308,6 +308,7 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [compiled, derived], ids=lambda change: change.__name__)
 @pytest.mark.parametrize("cache", [{}, CACHE], ids=["uncached", "cached"])
 def test_wrapped_and_derived_denoisers(change: Callable[[Any], None], cache: dict[str, Any]) -> None:

@@ -69,6 +69,7 @@ def test_no_planned_step_waits_for_the_device_on_our_account(family: Family) -> 
     assert not [wait for wait in more if wait.ours]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cuda")
 @pytest.mark.parametrize("gate", ["easycache", "fbcache", "seacache"])
 def test_a_gated_batch_waits_once(gate: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,7 @@ def site(cuda: None, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
+@pytest.mark.slow
 async def test_a_process_that_lost_its_device_is_replaced(site: pytest.MonkeyPatch, tmp_path: Path) -> None:
     site.setenv("FAKE_CUDA_LOST", f"3000:{tmp_path / 'once'}")
     async with ProcessEngineClient({"model": "demo", "device": "cuda", "dtype": "float32"}, warmup=False) as client:
@@ -115,6 +116,7 @@ async def test_a_process_that_lost_its_device_is_replaced(site: pytest.MonkeyPat
         assert (await client.stats()).restarts == 1
 
 
+@pytest.mark.slow
 async def test_a_device_that_is_lost_in_the_warm_up_is_told_at_once(site: pytest.MonkeyPatch) -> None:
     site.setenv("FAKE_CUDA_LOST", "900")
     with pytest.raises(OmniError, match="the device is lost"):

@@ -50,6 +50,7 @@ def peak_of(omni: Omni, cache: Any, n: int = N, side: int = 64) -> tuple[int, in
     return before, most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "share"), [(8, 0.25), *(pytest.param(24, share, marks=pytest.mark.slow) for share in (0.15, 0.2, 0.25))]
 )
@@ -83,6 +84,7 @@ def test_a_cache_costs_no_request_its_picture_and_no_throughput(n: int, share: f
     assert worked[None] < 0.8 * worked["off"]
 
 
+@pytest.mark.slow
 def test_what_helped_is_remembered(omni: Omni) -> None:
     before, most = peak_of(omni, "off")
     runner = omni.engine.worker.runner
@@ -95,6 +97,7 @@ def test_what_helped_is_remembered(omni: Omni) -> None:
     assert STEPS < runner.forwards["computed"] - computed <= STEPS * 6  # not one by one
 
 
+@pytest.mark.slow
 def test_one_that_fits_alone_but_for_its_cache_goes_on_without(omni: Omni) -> None:
     """A cached step also keeps what went into the blocks, and what it adds: there is nothing to drop before it."""
     run(omni, None, 1)  # what a first run makes once
@@ -109,6 +112,7 @@ def test_one_that_fits_alone_but_for_its_cache_goes_on_without(omni: Omni) -> No
     assert output.error is None and output.computed_steps == STEPS  # remembered: it does not try again
 
 
+@pytest.mark.slow
 def test_one_that_does_not_fit_alone_says_what_would(omni: Omni) -> None:
     assert not any(output.error for output in run(omni, "off", 1, 32))
     gc.collect()
@@ -150,6 +154,7 @@ def used_now() -> int:
     return fake_cuda.used(0)
 
 
+@pytest.mark.slow
 def test_a_peak_is_the_requests_own(tmp_path: Path) -> None:
     folder, before = str(save_tiny_flux(tmp_path / "model")), used_now()
     with Omni(folder, device="cuda:1", dtype="float32", prompt_cache_mb=0) as omni:

@@ -288,6 +288,7 @@ def test_latents_are_found_by_any_name() -> None:
     assert latents_of({"x": (many := [torch.rand(1, 2, 3, 4)]), "text": torch.rand(2, 8, 4)}) is many
 
 
+@pytest.mark.slow
 def test_a_module_in_a_wrapper_is_the_module_itself() -> None:
     class Wrapped(traps.Plain): ...
 

@@ -109,6 +109,7 @@ def test_requests_of_different_sizes_share_an_engine(name: str) -> None:
     check_mixed(family, family.build(), params)
 
 
+@pytest.mark.slow
 def test_guidance_may_end_before_the_last_step() -> None:
     """A guider stops after half of the steps: the other branch is no longer called, and the plan holds."""
     from diffusers.guiders import ClassifierFreeGuidance

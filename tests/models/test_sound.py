@@ -195,6 +195,7 @@ def test_other_routes_name_the_one_for_sounds(server: Running) -> None:
     assert model["omni"]["capabilities"]["sounds"] and not model["omni"]["capabilities"]["generations"]
 
 
+@pytest.mark.slow
 def test_a_clip_over_http_has_its_sound(tmp_path: Path) -> None:
     """Cosmos 3 makes both of a text alone."""
     cosmos3().save_pretrained(tmp_path / "clips")

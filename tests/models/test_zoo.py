@@ -29,6 +29,7 @@ def nothing_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path))
 
 
+@pytest.mark.slow
 @families
 def test_the_engine_makes_what_diffusers_makes(family: Family) -> None:
     """Uncached; then with a cache that leaves nothing out, bit by bit; and the pipeline stays as it was."""
@@ -48,6 +49,7 @@ def test_the_engine_makes_what_diffusers_makes(family: Family) -> None:
     assert torch.equal(plain_of(family, pipeline, STEPS), plain)
 
 
+@pytest.mark.slow
 @families
 def test_a_family_is_served_as_listed(family: Family) -> None:
     """Blocks run as planned, a mixed batch equals each request alone, and nothing stays held."""

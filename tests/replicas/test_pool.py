@@ -250,6 +250,7 @@ async def test_an_engine_that_was_away_does_what_was_done_meanwhile_before_it_is
     await pool.control(UnloadAdapter("late"))
 
 
+@pytest.mark.slow
 @one_loop
 async def test_draining_ends_what_was_taken_though_an_engine_dies_meanwhile(pool: ReplicaPool) -> None:
     """The last test of the shared pool: nothing is taken any more."""

@@ -158,6 +158,7 @@ async def test_the_load_has_what_was_sent_and_what_others_have_sent(pool: Replic
     await until(lambda: not pool.replicas[0].engine.load.jobs)
 
 
+@pytest.mark.slow
 @one_loop
 async def test_a_replica_that_is_lost_leaves_its_requests_to_the_other(
     pool: ReplicaPool, hosts: list[EngineHost]
@@ -221,6 +222,7 @@ async def test_reports_that_end_for_a_moment_are_asked_for_again(pool: ReplicaPo
     assert all(output.ok for output in outputs)
 
 
+@pytest.mark.slow
 @one_loop
 async def test_a_process_that_dies_within_a_replica_loses_nothing(pool: ReplicaPool, hosts: list[EngineHost]) -> None:
     """The last test of this file: it takes the engine some seconds to be back."""

@@ -89,6 +89,7 @@ def test_how_many_are_wanted() -> None:
     assert [window.note(now, number) for now, number in ((0, 1), (10, 5), (20, 2), (60, 2), (71, 2))] == [1, 5, 5, 5, 2]
 
 
+@pytest.mark.slow
 def test_the_table_and_the_last_line(simulator: Any) -> None:
     words = ["--replicas", "2", "--each", "40", "--seed", "1"]
     run = subprocess.run(

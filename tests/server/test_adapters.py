@@ -180,6 +180,7 @@ def test_the_least_recently_used_makes_room(http: httpx.Client) -> None:
     assert listed(http) == ["own", "ink", "wax"]  # a failure pushes nobody out
 
 
+@pytest.mark.slow
 def test_a_running_request_keeps_its_adapter(adaptable: Running, http: httpx.Client) -> None:
     assert load(http, "ink").status_code == 200
     alone = picture(http, steps=150, lora="ink")
@@ -194,6 +195,7 @@ def test_a_running_request_keeps_its_adapter(adaptable: Running, http: httpx.Cli
     assert load(http, "ink").status_code == 200 and picture(http, steps=150, lora="ink") == alone
 
 
+@pytest.mark.slow
 def test_a_cached_request_does_not_notice_adapters_that_come_and_go(adaptable: Running, http: httpx.Client) -> None:
     cached = {"cache": "balanced", "steps": 150}
     alone = {
@@ -209,6 +211,7 @@ def test_a_cached_request_does_not_notice_adapters_that_come_and_go(adaptable: R
         assert facts["skipped_steps"] == wanted["skipped_steps"] > 0
 
 
+@pytest.mark.slow
 def test_adapters_in_use_are_not_pushed_out(adaptable: Running, http: httpx.Client) -> None:
     for name in ("ink", "clay"):
         assert load(http, name).status_code == 200
@@ -219,6 +222,7 @@ def test_adapters_in_use_are_not_pushed_out(adaptable: Running, http: httpx.Clie
     assert load(http, "wax").status_code == 200
 
 
+@pytest.mark.slow
 def test_a_queued_request_keeps_its_adapter_too(adaptable: Running, http: httpx.Client) -> None:
     assert load(http, "ink").status_code == 200
     alone = picture(http, lora="ink")
@@ -232,6 +236,7 @@ def test_a_queued_request_keeps_its_adapter_too(adaptable: Running, http: httpx.
     assert all(one.picture() for one in running)
 
 
+@pytest.mark.slow
 def test_adapters_come_back_with_a_new_engine_process(adaptable: Running, folders: Path, http: httpx.Client) -> None:
     assert load(http, "ink").status_code == 200
     gone = folders / "allowed" / "gone-later"

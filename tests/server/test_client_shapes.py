@@ -215,6 +215,7 @@ def film(url: str, job: dict[str, Any]) -> bytes:
         return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("means", MEANS)
 def test_a_shape_is_served(name: str, means: str, request: pytest.FixtureRequest) -> None:

@@ -32,6 +32,7 @@ def given(data: bytes, mask: bool = False) -> list[Given]:
     return [Given("image", mask, data)]
 
 
+@pytest.mark.slow
 async def test_a_picture_of_countless_parts_keeps_no_small_one_waiting(decoder: Decoder) -> None:
     """Its header says 64 by 64 pixels; reading it takes a second or more."""
     gray = saved(Image.new("L", (64, 64)), "JPEG")

@@ -128,6 +128,7 @@ def test_addresses_that_are_asked_all_the_time_leave_no_line(
     assert list(map(bool, told)) == [False, False, True]
 
 
+@pytest.mark.slow
 def test_statistics_are_logged_while_there_is_work(http: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
     def lines() -> list[str]:
         return [record.message for record in caplog.records if "Running:" in record.message]

@@ -69,6 +69,7 @@ def test_no_key_and_no_user_profits_from_what_another_asked(keyed: Running, one:
     assert [one.hit(**body, safety_identifier="z")[0], one.hit(**body, safety_identifier="z")[0]] == [0, 1]
 
 
+@pytest.mark.slow
 def test_it_can_be_off() -> None:
     with serve(ENGINE_ARGS | {"prompt_cache_mb": 0}) as running:
         asker = Asker(running, "any")
@@ -79,6 +80,7 @@ def test_it_can_be_off() -> None:
         assert asker._counts() == (0, 0) and asker.metric("vllm_omni:prompt_cache_bytes") == 0
 
 
+@pytest.mark.slow
 def test_a_full_cache_drops_the_oldest_and_no_picture_is_wrong() -> None:
     """Room for some four of the demo's prompts, of which ten are asked for in turn, twice."""
     with serve(ENGINE_ARGS | {"prompt_cache_mb": 0.02}) as running:

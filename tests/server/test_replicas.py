@@ -51,6 +51,7 @@ def by_replica(http: httpx.Client) -> dict[str, list[float]]:
     return {family.name: [sample.value for sample in family.samples] for family in families if "replica" in family.name}
 
 
+@pytest.mark.slow
 def test_both_engines_answer_and_a_killed_one_loses_nothing(pooled: Running, http: httpx.Client) -> None:
     pool: ReplicaPool = pooled.engine  # type: ignore[assignment]
     assert [one["state"] for one in replicas(http)] == ["ready", "ready"]

@@ -117,6 +117,7 @@ def test_a_server_sleeps_and_wakes(sleeper: Running, http: httpx.Client, level: 
     assert http.post("/wake_up").status_code == 200  # it is awake already
 
 
+@pytest.mark.slow
 def test_running_requests_end_before_the_sleep_and_new_ones_are_refused(sleeper: Running, http: httpx.Client) -> None:
     alone = picture(http, steps=150)
     running = [Held(sleeper, FEW) for _ in range(2)]
@@ -172,6 +173,7 @@ def test_a_sleeping_engine_is_changed_by_nothing_but_its_wake(
         assert "wake" in refused(http.post(path, json=body), 409, "conflict")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_asleep_is_replaced_by_one_that_sleeps(sleeper: Running, http: httpx.Client) -> None:
     assert http.post("/v1/load_lora_adapter", json={"lora_name": "ink", "lora_path": "ink"}).status_code == 200
     assert http.post(UPDATE, json={"model_path": "changed"}).status_code == 200
@@ -202,6 +204,7 @@ def test_new_weights_are_taken_and_survive_a_sleep(folders: Path, http: httpx.Cl
     assert picture(http) == new
 
 
+@pytest.mark.slow
 def test_each_component_keeps_its_own_last_weights(sleeper: Running, folders: Path, http: httpx.Client) -> None:
     """Updates of two components from two folders survive a sleep and a death; what was left out of one stays out."""
     old = picture(http)
@@ -247,6 +250,7 @@ def test_weights_that_do_not_fit_change_nothing(
     assert picture(http) == before
 
 
+@pytest.mark.slow
 def test_no_request_mixes_old_and_new_weights(sleeper: Running, http: httpx.Client) -> None:
     old = picture(http, steps=150)
     running = [Held(sleeper, FEW) for _ in range(4)]  # all places

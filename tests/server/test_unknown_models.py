@@ -72,6 +72,7 @@ def alone(name: str, seed: int, prompt: Any, **more: Any) -> Any:
         return output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ours", pytest.param("experts", marks=full_set)])
 def test_pictures_of_a_model_of_ones_own_and_of_a_mixture_of_experts(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
