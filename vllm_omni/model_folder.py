@@ -126,3 +126,12 @@ def generation_defaults(model: str) -> dict[str, Any]:
     """The model's own defaults for the pipeline's call, from `generation_config.json` in its folder."""
     file = Path(resolve_model(model)) / "generation_config.json"
     return _read_json(file) if file.is_file() else {}
+
+
+def captions(model: str) -> list[str]:
+    """What the model itself says that it can draw: the lines of `captions.txt` in its folder; [] if there is none."""
+    try:
+        file = Path(resolve_model(model)) / "captions.txt"
+        return [line for text in file.read_text(encoding="utf-8").splitlines() if (line := text.strip())]
+    except (OSError, UnicodeDecodeError, ModelLoadError):
+        return []

@@ -15,7 +15,7 @@ from closeness import assert_close
 from diffusers import DiffusionPipeline
 from families import FAMILIES
 from gating import asked
-from pipelines import DEFAULTS, embeds, run_latents, save_tiny_flux, tiny_flux
+from pipelines import DEFAULTS, embeds, run_latents, tiny_flux
 from stepping import add
 
 from vllm_omni import Omni
@@ -26,6 +26,8 @@ from vllm_omni.engine.learning import IdleLearning
 from vllm_omni.engine.wire import UpdateWeights
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.learning import REQUESTS
+
+pytestmark = pytest.mark.usefixtures("profiles")
 
 
 def drawn(omni: Omni, outputs: dict[str, Any]) -> int:
@@ -97,12 +99,6 @@ def test_a_gate_that_has_no_room_to_look_lets_its_request_go_on_without_a_cache(
     assert again.ok, again.error
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path / "profiles"))
-    return save_tiny_flux(tmp_path / "mine")
-
-
 def learning(folder: Path, **more: Any) -> Omni:
     engine = {"dtype": "float32", "cache_backend": "magcache", "cache_config": {"calibrate": "auto"}}
     return Omni(str(folder), **engine | more)
@@ -112,7 +108,9 @@ SHORT: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent", "hei
 
 
 @pytest.mark.parametrize("complete", [False, True], ids=["while it learns", "with a whole profile"])
-def test_updated_weights_are_not_served_by_the_profile_of_the_old_ones(folder: Path, complete: bool) -> None:
+def test_updated_weights_are_not_served_by_the_profile_of_the_old_ones(
+    folder: Path, profiles: Path, complete: bool
+) -> None:
     other = DiffusionPipeline.from_pretrained(folder)
     with torch.no_grad():
         other.transformer.x_embedder.weight.mul_(1.5)
@@ -129,7 +127,7 @@ def test_updated_weights_are_not_served_by_the_profile_of_the_old_ones(folder: P
         for seed in range(REQUESTS):
             assert omni.generate("x", Params(seed=seed, **SHORT), use_tqdm=False)[0].skipped_steps == 0
         assert omni.generate("x", Params(seed=9, **SHORT), use_tqdm=False)[0].skipped_steps > 0
-    assert len(list((folder.parent / "profiles").glob("*.json"))) == 2
+    assert len(list(profiles.glob("*.json"))) == 2
 
 
 def test_a_profile_is_learnt_of_the_model_as_it_is_and_not_of_an_adapter(folder: Path) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import save_tiny_flux
 from stepping import add, drain
 from teaching import learning
 
@@ -22,17 +21,6 @@ from vllm_omni.errors import InvalidValueError
 from vllm_omni.learning import MOST_SCHEDULES, REQUESTS
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_flux(tmp_path_factory.mktemp("models") / "mine")
-
-
-@pytest.fixture
-def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path / "profiles"))
-    return tmp_path / "profiles"
 
 
 @pytest.fixture

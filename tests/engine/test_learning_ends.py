@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pipelines import save_tiny_flux
 from teaching import idle_of, learning, learning_of, run_once, teach
 
 from vllm_omni.diffusion.cache.calibration import RecordingState
@@ -15,17 +14,7 @@ from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.learning import RECENT_S, REQUESTS, Learning
 
 STEPS = 4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_flux(tmp_path_factory.mktemp("models") / "mine")
-
-
-@pytest.fixture(autouse=True)
-def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path / "profiles"))
-    return tmp_path / "profiles"
+pytestmark = pytest.mark.usefixtures("profiles")
 
 
 def test_after_a_failed_trial_nothing_is_said_to_be_learnt(folder: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pipelines import save_tiny_flux
 from teaching import SIZE, learning, teach
 
 from vllm_omni import AsyncOmni
@@ -18,14 +17,8 @@ STEPS = 4
 TRIED = {("planned", "residual"): ("affine3",), ("rule", "residual"): ("reuse",)}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_flux(tmp_path_factory.mktemp("models") / "mine")
-
-
 @pytest.fixture(autouse=True)
-def few_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path / "profiles"))
+def few_runs(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("GAIN_PROMPTS", "CHOSEN_ON", "JUDGED_ON"):
         monkeypatch.setattr(f"vllm_omni.engine.learning.{name}", 1)
     monkeypatch.setattr("vllm_omni.trials.SPEEDUPS", (2.0,))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipelines import CURVE, save_tiny_flux, tiny_flux
+from pipelines import CURVE, tiny_flux
 from teaching import idle_of, learning, learning_of, run_once
 
 from vllm_omni import Omni
@@ -23,17 +23,7 @@ from vllm_omni.errors import InvalidValueError
 from vllm_omni.learning import MOST_RUNS, MOST_SCHEDULES, REQUESTS, Learning, chosen, covers, replaced
 
 STEPS = 6
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_flux(tmp_path_factory.mktemp("models") / "mine")
-
-
-@pytest.fixture(autouse=True)
-def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path / "profiles"))
-    return tmp_path / "profiles"
+pytestmark = pytest.mark.usefixtures("profiles")
 
 
 def publish(folder: Path, profiles: Path) -> None:

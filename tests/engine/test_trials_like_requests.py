@@ -18,23 +18,14 @@ from teaching import SIZE, idle_of, learning, learning_of, learning_over, run_on
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.engine.learning import PROMPTS
 from vllm_omni.errors import InvalidValueError, NumericalError
 from vllm_omni.learning import REQUESTS, likeness
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.trials import FAR_OFF
 
 STEPS = 5
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_flux(tmp_path_factory.mktemp("models") / "mine")
-
-
-@pytest.fixture(autouse=True)
-def profiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path / "profiles"))
-    return tmp_path / "profiles"
+pytestmark = pytest.mark.usefixtures("profiles")
 
 
 @pytest.fixture
@@ -56,6 +47,24 @@ def test_trials_send_the_strength_and_the_pictures_of_requests(folder: Path) -> 
         for _ in range(3):
             run_once(idle, omni)
         assert idle.progress.startswith("gains: 2 of ") and not learning_of(omni).left
+
+
+@pytest.mark.parametrize("lines", ["cherry\n\ncat\npear\ncow\n", None], ids=["captions", "none"])
+def test_trials_draw_what_the_model_says_that_it_can_draw(tmp_path: Path, lines: str | None) -> None:
+    mine = save_tiny_flux(tmp_path / "mine")
+    if lines is not None:
+        (mine / "captions.txt").write_text(lines)
+    drawn = set()
+    with learning(mine) as omni:
+        teach(omni, STEPS)
+        idle = idle_of(omni)
+        for _ in range(3):
+            idle.begin()
+            (entry,) = omni.engine._entries.values()
+            drawn.add(entry.request.prompt["prompt"])
+            while omni.engine.has_unfinished_requests():
+                assert all(idle.takes(output) for output in omni.engine.step())
+    assert drawn <= ({"cherry", "pear"} if lines else set(PROMPTS))
 
 
 def test_a_profile_whose_schedule_trials_do_not_meet_is_left_alone(

@@ -23,7 +23,7 @@ from vllm_omni.quality import chart, jobs, report, sheet
 from vllm_omni.quality.bench import Bench, BenchModel, Result
 from vllm_omni.quality.meter import metered
 from vllm_omni.quality.metrics import compare
-from vllm_omni.quality.pairs import HELD_OUT_SEED, TUNING_SEED, Pair, captions, held_out, tuning
+from vllm_omni.quality.pairs import HELD_OUT_SEED, TUNING_SEED, Pair, held_out, own_captions, tuning
 from vllm_omni.quality.peers import PEERS, private, tune
 from vllm_omni.quality.rows import FEWER, PLANNED, RULE, Row, default_rows, fewer, reference, setting, tuned_rule
 
@@ -185,7 +185,7 @@ def test_a_model_without_captions_needs_prompts(tmp_path: Path, capsys: pytest.C
 
 
 def test_pairs_are_held_out() -> None:
-    shown, kept = captions("demo", calibration=True), captions("demo", calibration=False)
+    shown, kept = own_captions("demo", calibration=True), own_captions("demo", calibration=False)
     assert len(shown) == len(kept) == 100 and not set(shown) & set(kept)
     pairs = held_out("demo", 64)
     assert len(set(pairs)) == 64 and {pair.prompt for pair in pairs} <= set(kept)
@@ -368,4 +368,4 @@ def test_the_chart_has_both_step_counts(tmp_path: Path) -> None:
 def test_a_count_of_pairs_below_one_is_refused() -> None:
     with pytest.raises(InvalidValueError, match="--pairs"):
         held_out("demo", 0)
-    assert held_out("demo", 1) == [Pair(captions("demo", calibration=False)[0], HELD_OUT_SEED)]
+    assert held_out("demo", 1) == [Pair(own_captions("demo", calibration=False)[0], HELD_OUT_SEED)]

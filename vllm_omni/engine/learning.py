@@ -3,7 +3,8 @@
 That is curve and matrix of schedules that requests have and a published curve serves, and what finishes a profile.
 
 Trials are requests of its own, one at a time: they step only while nothing else is there, count nowhere, and wait in
-the middle while others run. Their prompts are the ones below; nobody's own is ever kept.
+the middle while others run. Their prompts are captions that come with the model, or the ones below; nobody's own is
+ever kept.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.kernels.device import refuse_lost
 from vllm_omni.learning import MOST_RUNS, Course, same
 from vllm_omni.logger import init_logger
+from vllm_omni.model_folder import captions
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.trials import Away, Measurement, Trial, choices, figures, gains, refuse_noise
 
@@ -93,6 +95,8 @@ class IdleLearning:
 
     def __init__(self, engine: DiffusionEngine, info: ModelInfo) -> None:
         self._engine, self._info = engine, info
+        own = captions(engine.config.model)[::2]  # the others are for reports (quality/pairs.py)
+        self._prompts = [own[i * len(own) // len(PROMPTS)] for i in range(len(PROMPTS))] if own else PROMPTS
         self._numbers = count()
         self._profile: CacheProfile | None = None
         self._measurement: Measurement[CacheProfile] | None = None
@@ -161,7 +165,7 @@ class IdleLearning:
         self._try(trial, trial.prompt, asked, plan_of if trial.steps is not None else _as_measured(profile, plan_of))
 
     def _try(self, trial: Trial | None, number: int, asked: Mapping[str, Any], plan_of: PlanOf) -> None:
-        prompt, given = sample_prompt(self._info, PROMPTS[number % len(PROMPTS)], asked)
+        prompt, given = sample_prompt(self._info, self._prompts[number % len(PROMPTS)], asked)
         params = OmniDiffusionSamplingParams(
             seed=FIRST_SEED + number,
             output_type="np" if trial is not None and trial.picture else "latent",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.inputs.data import check_text
-from vllm_omni.model_folder import ASSETS, shipped_models
+from vllm_omni.model_folder import captions
 
 HELD_OUT_SEED = 900_000
 TUNING_SEED = 990_000  # peers' thresholds are chosen on these, by speed alone
@@ -25,20 +25,18 @@ class Pair:
     seed: int
 
 
-def captions(model: str, calibration: bool) -> list[str]:
-    """The captions in a model's folder, for calibration (even lines) or for reports (odd lines)."""
-    folder = ASSETS / model if model in shipped_models() else Path(model).expanduser()
-    file = folder / "captions.txt"
-    if not file.is_file():
+def own_captions(model: str, calibration: bool) -> list[str]:
+    """The captions in a model's folder, for calibration (even ones) or for reports (odd ones)."""
+    if not (lines := captions(model)):
         raise InvalidValueError("--prompts", None, f"must be given: no captions come with {model!r}; one prompt a line")
-    return file.read_text().splitlines()[0 if calibration else 1 :: 2]
+    return lines[0 if calibration else 1 :: 2]
 
 
 def held_out(model: str, count: int, prompts: Path | None = None, seed: int = HELD_OUT_SEED) -> list[Pair]:
     """`count` pairs, evenly spread over the prompts; with more pairs than prompts they come again with other seeds."""
     if count < 1:
         raise InvalidValueError("--pairs", count, "must be at least 1")
-    lines = read_prompts(prompts) if prompts is not None else captions(model, calibration=False)
+    lines = read_prompts(prompts) if prompts is not None else own_captions(model, calibration=False)
     places = [i * len(lines) // count if count <= len(lines) else i % len(lines) for i in range(count)]
     return [Pair(lines[place], seed + i) for i, place in enumerate(places)]
 

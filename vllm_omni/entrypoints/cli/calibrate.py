@@ -15,7 +15,7 @@ from vllm_omni.entrypoints.cli.values import writable_file
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.model_folder import generation_defaults
-from vllm_omni.quality.pairs import captions, read_prompts
+from vllm_omni.quality.pairs import own_captions, read_prompts
 
 HELD_OUT_SEEDS = 49_000  # away from calibration's
 DESCRIPTION = """Every second prompt runs uncached, and is measured: the magnitude curve, the matrix
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the profile and its chart."""
     config = OmniDiffusionConfig(**engine_args(args))
     if args.prompts is None:
-        prompts, held_out = (captions(args.model, calibration=own)[: args.limit] for own in (True, False))
+        prompts, held_out = (own_captions(args.model, calibration=own)[: args.limit] for own in (True, False))
     else:
         prompts, held_out = (half[: args.limit] for half in split(read_prompts(Path(args.prompts))))
     if not held_out:
