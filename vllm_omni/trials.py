@@ -136,6 +136,14 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
     return Measurement("gains", (Trial(0), *trials) if trials else (), read)
 
 
+def asked_steps(nfe: int, asked: int | None, steps: int) -> int:
+    """What an uncached run is to be asked for to take `nfe` forwards, if one that was asked for `asked` took `steps`.
+
+    A scheduler of second order takes twice as many as are asked for, an edit with a strength fewer.
+    """
+    return max(1, round(nfe * (asked or steps) / steps))
+
+
 def refuse_noise(trial: Trial, away: Away, scheduler: str) -> None:
     """InvalidValueError if an uncached run does not repeat itself: trials would differ by the sampler's noise."""
     if trial.uncached and not away.same:

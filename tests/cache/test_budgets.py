@@ -19,7 +19,7 @@ from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import fingerprint
-from vllm_omni.diffusion.cache.settings import Budget, override, parse
+from vllm_omni.diffusion.cache.settings import BUDGETS, Budget, override, parse
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.worker.pace import settle
 from vllm_omni.errors import InvalidValueError
@@ -237,9 +237,28 @@ def test_settings_with_two_plans_are_refused() -> None:
 
 def test_a_request_may_replace_the_engines_budget() -> None:
     engine = parse("magcache", DiffusionCacheConfig(nfe=4))
-    for asked in ({"nfe": None}, {"threshold": 0.2}, "high", {"steps_mask": [1, 0]}):
+    for asked in ({"threshold": 0.2}, "high", {"steps_mask": [1, 0]}):
         settings = override(asked, engine)
         assert settings is not None and not isinstance(settings.plan, Budget)
+
+
+@pytest.mark.parametrize("own", [{"nfe": 4}, {"preset": "high"}, {"mag_threshold": 0.1}, {}])
+def test_a_null_in_a_request_leaves_the_engines_setting(own: dict[str, Any]) -> None:
+    engine = parse("magcache", DiffusionCacheConfig(**own))
+    for name in (*BUDGETS, "preset", "threshold", "steps_mask", "predictor", "mag_ratios", "profile", "backend"):
+        assert override({name: None}, engine) == override({}, engine)
+
+
+@pytest.mark.parametrize("asked", [{"psnr": True}, {"nfe": True}, {"threshold": False}])
+def test_true_and_false_are_no_numbers(asked: dict[str, Any]) -> None:
+    with pytest.raises(InvalidValueError, match=f"{next(iter(asked))}.*must be a number"):
+        override(asked, None)
+
+
+def test_one_setting_under_two_names_has_one_value() -> None:
+    assert override({"threshold": 0.1, "mag_threshold": 0.1}, None) == override({"threshold": 0.1}, None)
+    with pytest.raises(InvalidValueError, match="give one value"):
+        override({"threshold": 0.1, "mag_threshold": 0.2}, None)
 
 
 def test_a_schedule_of_300_steps_keeps_its_budget(tiny: Omni) -> None:

@@ -147,13 +147,14 @@ class DiffusionEngine:
             self.scheduler.postpone([entry.request.request_id for entry in entries[fit:]])
             entries, batch = entries[:fit], batch[:fit]
         self.worked = bool(batch)
+        looked = any(request.parked is not None and request.parked.signal is not None for request in batch)
         rows = self._run(entries[0].pixels, batch, began, started) if batch else 0
         peak = self.worker.runner.memory.peak()
         for entry in self._entries.values():
             if entry.running is not None:
                 entry.peak = max(entry.peak, peak)
         for entry, request in zip(entries, batch, strict=True):
-            entry.calls += rows > 0
+            entry.calls += rows > 0 and not looked
             self._settle(request)
 
     def _take_back(self) -> None:
@@ -270,8 +271,8 @@ class DiffusionEngine:
 
     def progress_steps(self) -> tuple[int, int]:
         """Steps computed and skipped by those that run, so far."""
-        states = [entry.running.cache for entry in self._asked() if entry.running is not None]
-        return sum(state.computed_steps for state in states), sum(state.skipped_steps for state in states)
+        done = [entry.running.done for entry in self._asked() if entry.running is not None]
+        return sum(computed for computed, _ in done), sum(skipped for _, skipped in done)
 
     def progress(self, previews_only: bool = False) -> list[OmniRequestOutput]:
         """Where every admitted request stands, or those alone that have a new preview, which comes once."""
@@ -284,8 +285,8 @@ class DiffusionEngine:
                 seed=entry.seed,
                 step=running.step,
                 num_inference_steps=running.schedule.steps if running.schedule is not None else None,
-                computed_steps=running.cache.computed_steps,
-                skipped_steps=running.cache.skipped_steps,
+                computed_steps=running.done[0],
+                skipped_steps=running.done[1],
             )
             for entry in self._asked()
             if (running := entry.running) is not None and (running.previews.images or not previews_only)
@@ -340,7 +341,7 @@ def _output(entry: _Entry, event: Finished | Failed, worker: DiffusionWorker) ->
     if running is not None:
         output.num_inference_steps = running.schedule.steps if running.schedule is not None else None
         output.step = (output.num_inference_steps or 0) if isinstance(event, Finished) else running.step
-        output.computed_steps, output.skipped_steps = running.cache.computed_steps, running.cache.skipped_steps
+        output.computed_steps, output.skipped_steps = running.done
         output.plan = running.plan
         output.cache_settings = dict(running.cache.settings) if running.cache.settings is not None else None
     output.peak_memory_mb = entry.peak / 2**20

@@ -30,7 +30,7 @@ from vllm_omni.learning import MOST_RUNS, Course, same
 from vllm_omni.logger import init_logger
 from vllm_omni.model_folder import captions
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.trials import Away, Measurement, Trial, choices, figures, gains, refuse_noise
+from vllm_omni.trials import Away, Measurement, Trial, asked_steps, choices, figures, gains, refuse_noise
 
 logger = init_logger(__name__)
 
@@ -159,8 +159,8 @@ class IdleLearning:
             trial = Trial(trial.prompt, picture=trial.picture)
         steps = len(profile.ratios)
         asked = {"num_inference_steps": steps, **profile.provenance.get("asked", {})}
-        if trial.steps is not None:  # a scheduler of second order has twice as many as are asked for
-            asked["num_inference_steps"] = max(1, round(trial.steps * (asked["num_inference_steps"] or steps) / steps))
+        if trial.steps is not None:
+            asked["num_inference_steps"] = asked_steps(trial.steps, asked["num_inference_steps"], steps)
         plan_of = trial.plan or _uncached
         self._try(trial, trial.prompt, asked, plan_of if trial.steps is not None else _as_measured(profile, plan_of))
 

@@ -21,7 +21,7 @@ from vllm_omni.diffusion.cache.state import CacheState, PlannedState
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.logger import init_logger
-from vllm_omni.trials import Away, Measurement, Trial, choices, figures, gains, refuse_noise
+from vllm_omni.trials import Away, Measurement, Trial, asked_steps, choices, figures, gains, refuse_noise
 
 logger = init_logger(__name__)
 T = TypeVar("T")
@@ -53,6 +53,7 @@ def calibrate(
         scheduler_config={k: v for k, v in scheduler.config.items() if "shift" in k},
         arguments=arguments,
         seed=seed,
+        switches=list(backend.calibration.switches),
     )
     few = prompts[:GAIN_PROMPTS]
     measurement = gains(profile, len(few), backend.calibration.switches)
@@ -80,7 +81,8 @@ def judge(
     """
     if profile.gains is None:
         return profile
-    profile = measured(choices(profile, len(prompts)), pipeline, prompts, seed + len(held_out), arguments)
+    by = choices(profile, len(prompts), switches=tuple(profile.provenance.get("switches", ())))
+    profile = measured(by, pipeline, prompts, seed + len(held_out), arguments)
     profile = measured(figures(profile, len(held_out)), pipeline, held_out, seed, arguments)
     said = {"prompts": len(held_out), "prompts_sha256": sha256_of(held_out), "seed": seed}
     return profile.model_copy(update={"provenance": profile.provenance | {"held_out": said}})
@@ -98,9 +100,12 @@ class _Tried(MagCacheBackend):
     def __init__(self) -> None:
         super().__init__(DiffusionCacheConfig(mag_ratios=(1.0,)))
         self.trial = Trial(0)
+        self.steps = 0  # of the last run that had as many as are asked for
 
     def state(self, schedule: Schedule, settings: CacheSettings | None = None) -> CacheState:
         plan = self.trial.plan
+        if self.trial.steps is None:
+            self.steps = schedule.steps
         return CacheState() if plan is None else PlannedState(plan(schedule), self.store, {})
 
 
@@ -117,7 +122,10 @@ def measured(
             if exact.get(trial.picture, (None,))[0] != trial.prompt:
                 backend.trial = Trial(trial.prompt)
                 exact[trial.picture] = trial.prompt, run(pipeline, *prompt, arguments)
-            backend.trial, own = trial, {} if trial.steps is None else {"num_inference_steps": trial.steps}
+            backend.trial, own = trial, {}
+            if trial.steps is not None:
+                asked = arguments.get("num_inference_steps")
+                own["num_inference_steps"] = asked_steps(trial.steps, asked, backend.steps)
             reference = exact[trial.picture][1]
             squared = (run(pipeline, *prompt, arguments | own) - reference).pow(2).mean().item()
             results.append(Away.of(squared, reference.pow(2).mean().item()))

@@ -68,7 +68,7 @@ class Worker:
         self.bench = Bench(plan.model, threads)
         described = [plan.model, plan.pairs, _digest("quality", ("bench", "meter", "metrics", "pairs", "peers"))]
         versions = [importlib.metadata.version(name) for name in ("torch", "diffusers")]
-        self.engine_code = _digest("diffusion")  # as it was when it was loaded
+        self.engine_code = _digest("diffusion") + _digest("kernels") + _digest("", ("guidance", "learning"))
         self.identity = repr([*described, self.bench.fingerprint, versions])
         self.profiles = self.bench.profiles  # what plans are made from, and the curve of diffusers' MagCache
 

@@ -29,6 +29,7 @@ from vllm_omni.kernels.device import tried
 from vllm_omni.version import __version__
 
 SKETCH = 4093  # a prime: whatever a model's width, each of its channels falls into every place of the sketch
+PIECES = 1024  # times as long as a sketch is what is signed at a time
 
 
 class Calibration:
@@ -38,9 +39,8 @@ class Calibration:
         """`width` is how many numbers stand for a residual; one that is no longer is kept as it is."""
         self.width = width
         self.sigmas: tuple[float, ...] | None = None
-        self.fruitless = 0  # requests that had no residual
+        self.fruitless = 0  # finished requests that added nothing
         self.switches: Switches = ()
-        self._signs: dict[torch.Size, torch.Tensor] = {}
         self._ratios: dict[str, list[np.ndarray]] = {}
         self._grams: dict[str, list[np.ndarray]] = {}
         self._outputs: list[np.ndarray] = []
@@ -58,13 +58,13 @@ class Calibration:
         flat, width = residual.flatten(), self.width
         if len(flat) <= width:
             return flat / math.sqrt(len(flat))
-        if residual.shape not in self._signs:
-            coins = torch.randint(2, flat.shape, generator=torch.Generator().manual_seed(0), dtype=torch.int8)
-            self._signs[residual.shape] = (2 * coins - 1).to(flat.device)
-        signed = flat * self._signs[residual.shape]
-        whole = len(flat) // width * width
-        sketch = signed[:whole].view(-1, width).sum(dim=0)
-        sketch[: len(flat) - whole] += signed[whole:]
+        sketch, coins = flat.new_zeros(width), torch.Generator(flat.device).manual_seed(0)
+        for part in flat.split(PIECES * width):  # signs of all of a video would be as large as it
+            signs = torch.randint(2, part.shape, generator=coins, device=part.device, dtype=torch.int8)
+            signed = part * (2 * signs - 1)
+            whole = len(part) // width * width
+            sketch += signed[:whole].view(-1, width).sum(dim=0)
+            sketch[: len(part) - whole] += signed[whole:]
         return sketch / math.sqrt(len(flat))
 
     @property
@@ -137,7 +137,6 @@ class RecordingState(CacheState):
         self._norms: dict[str, torch.Tensor] = {}  # of the last step's tokens
         self._outputs: dict[int, torch.Tensor] = {}
         self._whole = True  # what its denoisers return can be forecast
-        self._blind = True  # no residual has come
         self._added = self._over = False  # a branch is in the calibration; there was no room to go on
 
     def wants(self, key: Key, step: int) -> bool:
@@ -160,7 +159,7 @@ class RecordingState(CacheState):
         super().commit(key, step, kept)
         if kept is None or not kept.memory:
             return
-        self._blind, branch = False, key[1]
+        branch = key[1]
         sketches, ratios = self._sketches.setdefault(branch, {}), self._ratios.setdefault(branch, [])
         before, norm = self._norms.get(branch), kept.memory["norm"]
         if before is not None and before.shape != norm.shape:  # another sequence now: its residuals do not compare
@@ -180,7 +179,8 @@ class RecordingState(CacheState):
 
     def observe(self, step: int, model_output: Any, sample: Any) -> None:
         """Keep a sketch of the output; with the last step's the matrix is complete."""
-        self._calibration.fruitless += self._blind and step == self._schedule.steps - 1
+        ended = step == self._schedule.steps - 1
+        self._calibration.fruitless += ended and not (self._added or self._over)
         plain = isinstance(model_output, torch.Tensor) and model_output.dtype.is_floating_point
         if not plain or not self._whole or step in self._outputs:
             return

@@ -175,7 +175,7 @@ class DiffusionCacheConfig(Settings):
     def _filled_in(cls, values: dict[str, Any]) -> dict[str, Any]:
         """A preset's settings filled in; rule settings of one's own end the preset, and no plan at all is "auto"."""
         named = any(values.get(name) is not None for name in (*PLANS, *_RULE))
-        preset = values.get("preset", None if named else AUTO.name)
+        preset = values.get("preset") or (None if named else AUTO.name)
         own = PRESETS[preset].as_config() if isinstance(preset, str) and preset in PRESETS else {}
         merged = own | values
         if any(differ(merged[name], own[name]) for name in _RULE if name in own):
@@ -191,6 +191,13 @@ class DiffusionCacheConfig(Settings):
         if not flags or not flags[0] or {*flags} - {0, 1}:
             raise InvalidValueError("steps_mask", value, "must begin with a computed step (1), and hold 0 and 1 alone")
         return tuple(map(bool, flags))
+
+    @field_validator(*BUDGETS, *_RULE, "rel_l1_thresh", mode="before")
+    @classmethod
+    def _number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool):
+            raise InvalidValueError(str(info.field_name), value, "must be a number")
+        return value
 
     @field_validator("profile")
     @classmethod
@@ -218,10 +225,15 @@ class DiffusionCacheConfig(Settings):
         if self.mag_calibrate and self.calibrate == "auto":
             fix = "learns while an engine serves, mag_calibrate measures a plain pipeline; give one of them"
             raise InvalidValueError("calibrate", "auto", fix)
-        if self.psnr is not None and (self.predictor != "auto" or not self.compute_last_step or self.mag_ratios):
+        if self.psnr is not None and not self.as_measured:
             fix = "was measured without mag_ratios, another predictor, or compute_last_step off; leave these out"
             raise InvalidValueError("psnr", self.psnr, fix)
         return self
+
+    @property
+    def as_measured(self) -> bool:
+        """Whether a profile's decibels, which were measured with nothing else set, hold for these settings."""
+        return self.predictor == "auto" and self.compute_last_step and not self.mag_ratios
 
     def given(self, *names: str) -> dict[str, Any]:
         """Those of the named settings that have a value."""
@@ -297,7 +309,7 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
         raise InvalidValueError("cache", asked, "must be None, 'off', a preset's name or a dict of overrides")
     known = {"enabled", "backend", *SHORT, *OTHER_NAMES, *set(DiffusionCacheConfig.model_fields) - _ENGINE_ONLY}
     check_keys("cache", asked, known)
-    given, asked = asked, in_our_names(asked)
+    given, asked = asked, in_our_names({name: value for name, value in asked.items() if value is not None})
     if not isinstance(enabled := asked.get("enabled", True), bool):
         raise InvalidValueError(
             "cache.enabled", enabled, "must be true or false; leave it out for the engine's setting"
@@ -306,13 +318,16 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
         return None
     if not isinstance(preset := asked.get("preset"), str | None) or preset not in (None, *PRESET_NAMES):
         raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, PRESET_NAMES))}")
-    named = [name for name, value in asked.items() if value is not None]
-    budget = next((name for name in BUDGETS if name in named), None)
-    if budget and (rule := next((name for name in ("preset", *SHORT, *_RULE) if name in named), None)):
+    budget = next((name for name in BUDGETS if name in asked), None)
+    if budget and (rule := next((name for name in ("preset", *SHORT, *_RULE) if name in asked), None)):
         raise InvalidValueError(f"cache.{budget}", asked[budget], f"and {rule} each make the plan: give one")
     with in_their_words(given, {"backend": "cache_backend"}):
         backend = engine_backend(name if name is not None else engine.backend if engine else "magcache")
     short: dict[str, str] = SHORT if backend == "magcache" else SHORT | {"threshold": "rel_l1_thresh"}
+    for name in asked.keys() & short.keys():
+        if differ(asked[name], other := asked.get(short[name], asked[name])):
+            fix = f"and {short[name]} {other!r} are one setting: give one value"
+            raise InvalidValueError(f"cache.{name}", asked[name], fix)
     own = {short.get(str(key), str(key)): asked[key] for key in asked if key not in ("enabled", "backend")}
     with in_their_words(given, OURS | short):
         return parse(backend, DiffusionCacheConfig.from_dict(_inherited(engine, backend, own) | own))
@@ -335,14 +350,13 @@ def _inherited(engine: CacheSettings | None, backend: str, own: Mapping[str, Any
     values = engine.config.model_dump(exclude_unset=True)
     if backend != engine.backend:
         return {name: value for name, value in values.items() if name in _ENGINE_ONLY - {"mag_calibrate", "calibrate"}}
-    named = {name for name, value in own.items() if value is not None}
     replaced: set[str] = set()
-    if named & {*PLANS, *_RULE}:
+    if own.keys() & {*PLANS, *_RULE}:
         replaced |= {*PLANS, *dict(PRESETS.get(engine.config.preset or "", AUTO).settings)}
-    if named & {"mag_ratios", "profile"}:
+    if own.keys() & {"mag_ratios", "profile"}:
         replaced |= {"steps_mask"}
-    if "preset" in named:
+    if "preset" in own:
         replaced |= {*_RULE, *dict(PRESETS.get(own["preset"], AUTO).settings)}
-    if "profile" in named and "mag_ratios" not in own:
+    if "profile" in own and "mag_ratios" not in own:
         replaced |= {"mag_ratios"}
     return {name: value for name, value in values.items() if name not in replaced}

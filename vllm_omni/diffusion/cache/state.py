@@ -218,8 +218,9 @@ class PlannedState(CacheState):
         super().commit(key, step, kept)
         if kept is not None and kept.residual is not None and step not in self._refused:
             self._keep(key, step, kept.residual)
-        if key in self._residuals:
-            self._residuals[key].keep_only(self._needed_after(step).__contains__)
+        needed = self._needed_after(step)
+        for other, residuals in self._residuals.items():  # a branch may end before the run, as an expert's does
+            residuals.keep_only((needed if other == key else needed | self._needed_after(step - 1)).__contains__)
 
     def _keep(self, key: Key, step: int, residual: ops.Residual | Output) -> None:
         if not self._residuals_of(key).put(step, residual):
@@ -228,4 +229,4 @@ class PlannedState(CacheState):
                 residuals.discard(step)
 
     def _needed_after(self, step: int) -> frozenset[int]:
-        return self.plan.needed_after[step] if step < len(self.plan.needed_after) else _NONE_NEEDED
+        return self.plan.needed_after[step] if 0 <= step < len(self.plan.needed_after) else _NONE_NEEDED

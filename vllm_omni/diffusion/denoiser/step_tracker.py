@@ -145,12 +145,14 @@ def schedule_of(pipeline: Any) -> Schedule:
     scheduler = pipeline.scheduler
     timesteps = scheduler.timesteps
     steps = _steps_to_run(pipeline, len(timesteps))
-    switches = _switches(pipeline, timesteps[-steps:])
+    places = _switches(pipeline, timesteps[-steps:]), max(0, len(timesteps) - steps)
     sigmas = getattr(scheduler, "sigmas", None)  # of a wrapper, those of the scheduler inside
     if sigmas is not None and len(sigmas) > steps:
-        return Schedule(steps, tuple(float(s) for s in sigmas.tolist()[-steps - 1 : -1]), switches)
+        levels = tuple(float(s) for s in sigmas.tolist()[-steps - 1 : -1])
+        inverted = getattr(scheduler.config, "invert_sigmas", False)  # Mochi's rise, from 0 at noise to 1
+        return Schedule(steps, tuple(1 - s for s in levels) if inverted else levels, *places)
     span = float(scheduler.config.num_train_timesteps)
-    return Schedule(steps, tuple(float(t) / span for t in timesteps.tolist()[-steps:]), switches)
+    return Schedule(steps, tuple(float(t) / span for t in timesteps.tolist()[-steps:]), *places)
 
 
 def _steps_to_run(pipeline: Any, timesteps: int) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
-from vllm_omni.diffusion.cache.settings import Budget, CacheSettings
+from vllm_omni.diffusion.cache.settings import AUTO, Budget, CacheSettings
 from vllm_omni.diffusion.denoiser.rows import latents_of
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.errors import InvalidValueError
@@ -14,15 +16,18 @@ from vllm_omni.kernels.timing import Pace
 from vllm_omni.learning import likeness
 
 
-def settle(pace: Pace, settings: CacheSettings, size: Hashable, schedule: Schedule) -> CacheSettings:
+def settle(pace: Pace, settings: CacheSettings, size: Hashable, schedule: Schedule, own: bool = False) -> CacheSettings:
     """The settings with the most full forwards that a budget of seconds allows, `nfe`.
 
-    InvalidValueError if nothing of this size has been measured, or if even the fewest forwards take longer.
+    Where nothing of this size has been measured, the engine's `own` budget waits for the first request that ran alone,
+    under "auto", and a request's is an InvalidValueError; so is one that even the fewest forwards exceed.
     """
     budget = settings.plan
     if not isinstance(budget, Budget) or budget.seconds is None:
         return settings
     if (known := pace.known(size)) is None:
+        if own:
+            return settings._replace(plan=AUTO)
         raise InvalidValueError(
             "seconds", budget.seconds, "needs a request of this size that ran alone with a cache before it"
         )
@@ -48,9 +53,20 @@ def usual(request: Request) -> dict[str, Any] | None:
     return likeness(asked) if whole and not (own or request.adapters or request.changes) else None
 
 
-def size_of(denoiser: str, arguments: Mapping[str, Any], asked: Mapping[str, Any]) -> Hashable:
-    """What makes two requests take equally long per step: the denoiser, its latents' shape, and guided or not."""
+def size_of(denoiser: str, arguments: Mapping[str, Any], asked: Mapping[str, Any], pipeline: Any) -> Hashable:
+    """What makes two requests take equally long per step: the denoiser, its latents' shape, and guided or not.
+
+    A guidance scale that is not `asked` for is the pipeline's own.
+    """
     hidden = latents_of(arguments)
     shapes = tuple(tuple(latents.shape) for latents in (hidden if isinstance(hidden, list) else [hidden]))
-    guided = [float(asked.get(name) or 1) > 1 for name in ("guidance_scale", "true_cfg_scale")]
-    return denoiser, shapes, *guided, asked.get("negative_prompt") is None
+    usual = _defaults(pipeline.__class__)
+    guided = [float(asked.get(name, usual.get(name)) or 1) > 1 for name in ("guidance_scale", "true_cfg_scale")]
+    return denoiser, shapes, *guided, "negative_prompt" in likeness(asked)
+
+
+@lru_cache(maxsize=16)
+def _defaults(pipeline: type) -> dict[str, Any]:
+    """Default values of a pipeline's call."""
+    parameters = signature(pipeline.__call__).parameters.values()
+    return {one.name: one.default for one in parameters if isinstance(one.default, int | float)}

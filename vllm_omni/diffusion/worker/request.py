@@ -108,6 +108,7 @@ class Request:
     times: Timings = field(default_factory=Timings)
     previews: Previews = field(default_factory=Previews)
     cache: CacheState = field(default_factory=CacheState)
+    done_before: tuple[int, int] = (0, 0)  # steps of earlier schedules: some pipelines run several for one output
     changes: OwnChanges = field(default_factory=OwnChanges)
     schedule: Schedule | None = None
     position: StepPosition | None = None  # of the last denoiser call
@@ -132,6 +133,17 @@ class Request:
     def step(self) -> int:
         """The step it is at; 0 before the first."""
         return self.position.step if self.position is not None else 0
+
+    @property
+    def done(self) -> tuple[int, int]:
+        """Steps computed and skipped so far."""
+        return self.done_before[0] + self.cache.computed_steps, self.done_before[1] + self.cache.skipped_steps
+
+    def begin(self, schedule: Schedule) -> None:
+        """A run begins: nothing is kept of an earlier one but what it has done."""
+        self.schedule, self.done_before = schedule, self.done
+        self.cache.drop()
+        self.cache = CacheState()
 
     @property
     def plan(self) -> tuple[bool, ...] | None:

@@ -365,20 +365,21 @@ class ModelRunner:
 
     def _begin_schedule(self, request: Request, denoiser: str, arguments: dict[str, Any]) -> None:
         """Plan the cache for the schedule that the pipeline has just set up."""
-        request.schedule = request.tracker.schedule()
-        request.cache.drop()
-        request.size = size_of(denoiser, arguments, request.task.arguments)
+        schedule = request.tracker.schedule()
+        request.begin(schedule)
+        request.size = size_of(denoiser, arguments, request.task.arguments, request.task.pipeline)
         if request.plan_of is not None and request.backend is not None:
-            made = request.plan_of(request.schedule) or CacheState()
+            made = request.plan_of(schedule) or CacheState()
             request.cache = made if isinstance(made, CacheState) else PlannedState(made, request.backend.store, {})
         elif request.backend is not None and request.settings is not None:
-            settings, waits = request.settings, request.backend.waits(request.settings, request.schedule)
-            settings = settings if waits else settle(self.pace, settings, request.size, request.schedule)
+            settings, own = request.settings, request.settings == request.backend.settings
+            if not request.backend.waits(settings, schedule):
+                settings = settle(self.pace, settings, request.size, schedule, own)
             state = request.backend.refresh(
-                request.task.pipeline, request.schedule.steps, request_id=request.request_id, settings=settings
+                request.task.pipeline, schedule.steps, request_id=request.request_id, settings=settings
             )
             assert state is not None
-            request.cache = request.backend.noticed(state, request.schedule, settings, usual(request))
+            request.cache = request.backend.noticed(state, schedule, settings, usual(request))
 
 
 def _parked(request: Request) -> ParkedCall:

@@ -55,6 +55,8 @@ def split(prompts: Sequence[str]) -> tuple[list[str], list[str]]:
 def run(args: argparse.Namespace) -> int:
     """Write the profile and its chart."""
     config = OmniDiffusionConfig(**engine_args(args))
+    if args.limit < 1:
+        raise InvalidValueError("--limit", args.limit, "must be at least 1")
     if args.prompts is None:
         prompts, held_out = (own_captions(args.model, calibration=own)[: args.limit] for own in (True, False))
     else:
@@ -72,9 +74,10 @@ def run(args: argparse.Namespace) -> int:
     pipeline = load_pipeline(config)
     measuring, choosing = unseen(prompts)
     profile = calibrate(pipeline, measuring, args.name or Path(args.model).name, args.seed, **arguments)
-    profile = judge(pipeline, profile, choosing, held_out, args.seed + HELD_OUT_SEEDS, **arguments)
     file = f"{profile.name}-{profile.fingerprint}-{len(profile.ratios)}.json"  # one per step count
     out = Path(args.out) if args.out else profile_folder() / file
+    profile.save(out)  # of use already, should the rest be cut short
+    profile = judge(pipeline, profile, choosing, held_out, args.seed + HELD_OUT_SEEDS, **arguments)
     profile.save(out)
     draw(profile, out.with_suffix(".png"))
     _report(profile)

@@ -83,7 +83,7 @@ class GatedState(CacheState):
     ) -> None:
         plan, config = settings.plan, settings.config
         assert isinstance(plan, GateSettings)
-        self.rule, self._sigmas = rule, schedule.sigmas
+        self.rule, self._sigmas, self._switches = rule, schedule.sigmas, schedule.switches
         self._threshold = rule.threshold if plan.threshold is None else plan.threshold
         self._max_skips = rule.max_skip_steps if plan.max_skip_steps is None else plan.max_skip_steps
         self._begin = max(1, int(plan.retention_ratio * schedule.steps + 0.5))
@@ -92,7 +92,6 @@ class GatedState(CacheState):
         self._order = PREDICTORS[self._predictor][1]
         self._skips: dict[int, bool] = {}  # what was decided, by step
         self._error, self._last = 0.0, -1
-        self.changes: dict[int, float] = {}  # what each decision was taken from
         super().__init__(store, {"backend": rule.name, "threshold": self._threshold, "predictor": self._predictor})
 
     @property
@@ -127,7 +126,6 @@ class GatedState(CacheState):
             return
         skip = False
         if change is not None:
-            self.changes[step] = change
             self._error = self._error + change if self.rule.accumulates else change
             skip = self._error < self._threshold and step - self._last <= self._max_skips
         self._skips[step] = skip
@@ -171,6 +169,8 @@ class GatedState(CacheState):
 
     def commit(self, key: Key, step: int, kept: Kept | None) -> None:
         super().commit(key, step, kept)
+        if step in self._switches:
+            self._leave(key[0])
         memory, residuals = self._memory_of(key), self._residuals_of(key)
         if kept is not None:
             for name, tensor in kept.memory.items():
@@ -185,6 +185,12 @@ class GatedState(CacheState):
             residuals.keep_only(sorted(residuals)[-self._order :].__contains__)
         if self._shows_first_block:
             memory.discard(PREVIOUS)
+
+    def _leave(self, denoiser: str) -> None:
+        """Give back what was kept of others: the first of two experts does not come again."""
+        for kept in (self._residuals, self._memory):
+            for key in [key for key in kept if key[0] != denoiser]:
+                kept[key].clear()
 
 
 class GateBackend(StackBackend):
@@ -228,7 +234,8 @@ class GateBackend(StackBackend):
         return self.rule.signal is not Signal.MODULATED or first_attention(block) is not None
 
 
-_PLANNED_ONLY = ("mag_threshold", "mag_ratios", "profile", "profile_insist", "mag_calibrate", *PLANS)
+_CURVE = ("mag_ratios", "curve_resampling", "profile", "profile_insist", "mag_calibrate")
+_PLANNED_ONLY = ("mag_threshold", *_CURVE, *PLANS)
 
 
 def check_gate_config(name: str, config: DiffusionCacheConfig) -> None:

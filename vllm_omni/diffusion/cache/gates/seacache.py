@@ -50,11 +50,11 @@ def _grids(arguments: Mapping[str, Any], tokens: int) -> list[tuple[int, ...]]:
         shape = arguments["img_shapes"][0]
         frames, height, width = shape[0] if isinstance(shape, list) else shape
         grids.append((height, width) if frames == 1 else (frames, height, width))
-    side = int(tokens**0.5)
-    grids.append((side, side))
-    if (ids := arguments.get("img_ids")) is not None and side * side != tokens:  # a read, but of non-square ones alone
-        last = ids.reshape(-1, ids.shape[-1])[:tokens].amax(dim=0).tolist()
-        grids.append((int(last[1]) + 1, int(last[2]) + 1))
+    if (ids := arguments.get("img_ids")) is not None:
+        image, *last = ids.reshape(-1, ids.shape[-1])[:tokens].amax(dim=0).tolist()[:3]
+        grids += [tuple(int(place) + 1 for place in last)] * (image == 0)  # the first is a reference picture's number
+    else:
+        grids.append((int(tokens**0.5),) * 2)
     return grids
 
 

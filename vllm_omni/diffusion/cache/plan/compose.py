@@ -56,7 +56,7 @@ def compose(
 
     Each denoiser's segment is planned as a run of its own; a budget is for all of them together.
     """
-    curve = resample(ratios, schedule.steps, settings.config.curve_resampling) if ratios is not None else None
+    curve = _curve(settings, ratios, schedule) if ratios is not None else None
     compute = _compute_steps(settings, curve, profile, ratios, schedule)
     predictor, what = choose_forecast(settings, profile, sum(compute))
     gram = _gram_at(profile, schedule.sigmas, what)
@@ -84,8 +84,7 @@ def _compute_steps(
     if curve is None:
         raise InvalidValueError("mag_ratios", None, "must be given unless steps_mask is or a curve is known")
     measured = profile.branches.values() if profile is not None and ratios == profile.ratios else ()
-    resampling = settings.config.curve_resampling
-    curves = [resample(branch, schedule.steps, resampling) for branch in measured] or [curve]
+    curves = [_curve(settings, branch, schedule) for branch in measured] or [curve]
 
     def plan_at(threshold: float, max_skip_steps: int, retention_ratio: float) -> Plan:
         return _by_rule(curves, Rule(threshold, max_skip_steps, retention_ratio), schedule, guarded)
@@ -100,6 +99,11 @@ def _compute_steps(
     if gram is None or schedule.steps > MAX_PAIR_STEPS or by_rule:
         return rule_with(plan_at, schedule.steps, nfe)
     return best_plan(_costs(gram, _gains_at(profile, schedule.sigmas, what), schedule, predictor), nfe, guarded)
+
+
+def _curve(settings: CacheSettings, ratios: tuple[float, ...], schedule: Schedule) -> tuple[float, ...]:
+    """A curve at the steps that are run: of an edit's, which begins in the middle of a schedule, the end."""
+    return resample(ratios, schedule.left_out + schedule.steps, settings.config.curve_resampling)[schedule.left_out :]
 
 
 def rule_of(settings: CacheSettings) -> Rule:
@@ -164,7 +168,7 @@ def full_forwards(
     if isinstance(budget, Preset):
         if not budget.planned or profile is None or profile.gram is None or steps > MAX_PLANNED_STEPS:
             return None
-        if profile.has_figures:
+        if profile.has_figures and settings.config.as_measured:
             return _forwards_keeping(budget.psnr, profile, steps, least)
         return min(max(round(steps / budget.speedup), least), steps)
     if steps > MAX_PLANNED_STEPS:

@@ -12,11 +12,15 @@ Switches = tuple[int, ...]  # the steps at which another denoiser takes over, as
 
 
 class Schedule(NamedTuple):
-    """What a run will do: its number of steps, the noise level of each, and where another denoiser takes over."""
+    """What a run will do: its number of steps, the noise level of each, and where another denoiser takes over.
+
+    `left_out` are the scheduler's steps before the first: an edit with a strength below 1 begins in the middle.
+    """
 
     steps: int
     sigmas: tuple[float, ...]
     switches: Switches = ()
+    left_out: int = 0
 
     @property
     def segments(self) -> list[slice]:
