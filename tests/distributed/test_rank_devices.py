@@ -52,6 +52,7 @@ os.kill(os.getpid(), signal.SIGSTOP)
 PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
 
 
+@pytest.mark.slow
 def test_an_engine_sees_its_own_devices_before_anything_asks_cuda() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     done = subprocess.run([sys.executable, "-c", ORDER], env=environment, capture_output=True, text=True, timeout=120)
