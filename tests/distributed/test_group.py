@@ -61,7 +61,7 @@ def test_a_rank_that_is_turns_behind_has_the_time_to_fail_alike(played: Played) 
     played.says(3 * GRACE_S, Done(LEAD))
     played.says(3.5 * GRACE_S, Failed("bad"))
     assert played.group.fails_alike("bad")
-    assert receive(played.end, to_rank=True) == Verdict(True) and not played.killed.is_set()
+    assert receive(played.end, to_rank=True) == Verdict() and not played.killed.is_set()
 
 
 def test_a_rank_has_as_long_for_a_forward_as_rank_0_had(played: Played) -> None:

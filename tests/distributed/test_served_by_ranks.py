@@ -7,8 +7,10 @@ import time
 from typing import Any
 
 import pytest
+import torch
 from closeness import levels_apart
 from process_client import gone, last
+from waiting import until
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
@@ -64,9 +66,29 @@ def test_a_rank_that_dies_ends_the_callers_engine_and_nothing_else(demo: Omni) -
         assert omni.engine.turns > 8
         with pytest.raises(InvalidValueError, match="cannot go to every rank"):
             raise omni.generate("red apple", Params(generator=object()), use_tqdm=False)[0].error
+        drawn = torch.get_rng_state()
+        unguided = Params(num_inference_steps=1, output_type="latent")
+        assert omni.generate("red apple", unguided, use_tqdm=False)[0].error is None
+        assert torch.equal(torch.get_rng_state(), drawn)  # the other rank has drawn nothing either
         process = omni.engine.group.members[0].process
         process.kill()
         began = time.monotonic()
         (output,) = omni.generate("red apple", params, use_tqdm=False)
         assert isinstance(output.error, EngineDeadError) and time.monotonic() - began < 30.0
     assert gone(process.pid)
+
+
+@pytest.mark.slow
+def test_what_is_made_while_the_group_comes_to_its_end_is_not_returned() -> None:
+    """An accelerator's exchange with a rank that has gone is aborted, and leaves any numbers behind."""
+    with Omni(**ARGS, cfg_parallel_size=2, rank_timeout_s=10.0) as omni:
+        params, group = Params(num_inference_steps=1, seed=2, output_type="latent"), omni.engine.group
+        assert omni.generate("red apple", params, use_tqdm=False)[0].latents is not None
+
+        def end(*args: Any) -> None:
+            group.members[0].process.kill()
+            until(lambda: group._why is not None)
+
+        omni.engine.worker.pipeline.transformer.register_forward_pre_hook(end)
+        (output,) = omni.generate("red apple", params, use_tqdm=False)
+        assert isinstance(output.error, EngineDeadError) and output.latents is None

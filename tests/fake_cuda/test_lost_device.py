@@ -41,6 +41,8 @@ LATENT = Params(num_inference_steps=6, seed=0, output_type="latent")
         (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True, False),
         (RuntimeError("Triton Error [CUDA]: invalid argument"), False, False),
         (ValueError("CUDA error: no"), False, False),
+        (torch.distributed.DistBackendError("NCCL error: unhandled cuda error, Cuda failure 2"), True, False),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1"), True, False),
     ],
 )
 def test_errors_are_told_apart(error: Exception, lost: bool, short: bool) -> None:

@@ -74,6 +74,7 @@ class Group:
 
     def start(self, engine_args: dict[str, Any], seed: int) -> None:
         """Start the processes; they load the model while rank 0 does."""
+        bound = threading.current_thread() is threading.main_thread()
         for rank in range(1, self.size):
             ours, theirs = socket.socketpair()
             environment = dict(os.environ)
@@ -99,16 +100,19 @@ class Group:
             member = Member(rank, process, ours)
             self.members.append(member)
             threading.Thread(target=self._hear, args=(member,), name=f"vllm-omni-rank-{rank}", daemon=True).start()
-            send(ours, Join(engine_args, rank, self.rendezvous, seed, logs_json()))
+            send(ours, Join(engine_args, rank, self.rendezvous, seed, logs_json(), bound))
         threading.Thread(target=self._watch, name="vllm-omni-ranks", daemon=True).start()
 
-    def meet(self) -> None:
-        """Return once all have loaded the model; raises the reason of one that has not."""
+    def meet(self, found: dict[str, str]) -> None:
+        """Return once all have loaded the model; raises the reason of one that has not.
+
+        `found`: what rank 0 knows of its denoisers; the others will know the same.
+        """
         self._wait(lambda: all(member.loaded is not None for member in self.members), LOAD_S, "load its model")
         for member in self.members:
             if member.loaded is not None and member.loaded.error is not None:
                 raise member.loaded.error
-        self.tell(Meet())
+        self.tell(Meet(found))
 
     def tell(self, message: ToRank) -> None:
         """Send to every rank; DeviceLostError if one is gone."""
@@ -150,7 +154,7 @@ class Group:
         if not alike:
             self._end(f"a forward has failed on some ranks only: {what}; {', '.join(map(str, told))}")
             return False
-        self.tell(Verdict(True))
+        self.tell(Verdict())
         return True
 
     def _is_there(self, member: Member) -> bool:

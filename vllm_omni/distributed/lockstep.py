@@ -8,12 +8,11 @@ comes a digest of what rank 0 is about to run. A rank that would run anything el
 from __future__ import annotations
 
 import hashlib
+import secrets
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
-
-import torch
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
@@ -21,7 +20,7 @@ from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.distributed.group import Group
 from vllm_omni.distributed.messages import Turn
 from vllm_omni.distributed.pace import GroupPace
-from vllm_omni.distributed.setup import check_devices, config_of, join_group, leave_group
+from vllm_omni.distributed.setup import abandon_group, check_devices, config_of, exchanges, join_group, leave_group
 from vllm_omni.engine.control import EngineControl
 from vllm_omni.engine.wire import (
     HEADER,
@@ -40,23 +39,24 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.kernels.device import is_out_of_memory
 from vllm_omni.outputs import OmniRequestOutput
 
-MAX_DRAWN_SEED = 2**31
+SEED_BITS = 31
 
 
 def open_engine(config: OmniDiffusionConfig, lost: Callable[[], None] | None = None) -> DiffusionEngine:
     """The engine that a configuration asks for, with the processes of all other ranks if there are several.
 
-    `lost` is called, in a thread, if the group ends by itself and the engine may be unable to say so.
+    `lost` is called, in a thread, if the group ends by itself and the engine may be unable to say so. Without it what
+    waits for the other ranks is aborted then, and this process goes on.
     """
-    return DiffusionEngine(config) if config.parallel_config.ranks == 1 else LeaderEngine(config, lost)
+    return DiffusionEngine(config) if config.parallel_config.ranks == 1 else LeaderEngine(config, lost or abandon_group)
 
 
 class LeaderEngine(DiffusionEngine):
     """Rank 0 of a group: an engine whose every turn the other ranks follow."""
 
-    def __init__(self, config: OmniDiffusionConfig, lost: Callable[[], None] | None = None) -> None:
+    def __init__(self, config: OmniDiffusionConfig, lost: Callable[[], None]) -> None:
         check_devices(config)
-        parallel, seed = config.parallel_config, int(torch.randint(MAX_DRAWN_SEED, ()).item())
+        parallel, seed = config.parallel_config, secrets.randbits(SEED_BITS)
         self.group = Group(parallel.ranks, parallel.rank_timeout_s, lost)
         self._acts: list[Add | Abort | Control] = []
         self.turns = 0
@@ -65,7 +65,8 @@ class LeaderEngine(DiffusionEngine):
             undo.callback(self.group.close)
             self.group.start(plain_arguments(config), seed)
             super().__init__(config_of(config, 0))
-            self.group.meet()
+            denoisers = self.worker.runner.denoisers.items()
+            self.group.meet({name: one.found for name, one in denoisers if one.written is None})
             join_group(self, 0, self.group.rendezvous, seed, self._alike)
             undo.pop_all()
 
@@ -75,7 +76,7 @@ class LeaderEngine(DiffusionEngine):
         if params.generator is not None:
             raise InvalidValueError("generator", "given", "cannot go to every rank; give a seed")
         if params.seed is None:
-            params = params.model_copy(update={"seed": int(torch.randint(MAX_DRAWN_SEED, ()).item())})
+            params = params.model_copy(update={"seed": secrets.randbits(SEED_BITS)})  # torch's draw alike on all ranks
         arrived = time.monotonic() if arrived is None else arrived
         add = Add(request.request_id, request.prompt, given_parameters(params), priority, arrived, None, request.salt)
         command = decode_command(bytes(encode(add)[HEADER.size :]))
@@ -105,10 +106,12 @@ class LeaderEngine(DiffusionEngine):
             pace.learn(news)
             self.group.tell(Turn(self.turns, acts, self.scheduler.held, news, digest_of(self)))
             self.group.keep_up(self.turns)
+            ended = super().step()
+            self.group.check()  # what was made while it came to its end may be of aborted exchanges
         except DeviceLostError as error:
             self._lost = error
             raise
-        return super().step()
+        return ended
 
     def close(self) -> None:
         """End all ranks."""
@@ -149,8 +152,12 @@ def asked(add: Add) -> OmniDiffusionRequest:
 
 
 def told(error: Exception) -> str:
-    """What all ranks say of a failure that is the request's own; texts about memory name a device."""
-    return "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {str(error)[:200]}"
+    """What all ranks say of a failure that is the request's own; texts about memory name a device.
+
+    And where: exchanges of accelerators are asked for before they are made, so that a rank can be ahead of others.
+    """
+    what = "out of memory" if is_out_of_memory(error) else f"{type(error).__name__}: {str(error)[:200]}"
+    return f"{what}, after {exchanges()} exchanges"
 
 
 def digest_of(engine: DiffusionEngine) -> str:

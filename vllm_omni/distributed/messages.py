@@ -23,10 +23,13 @@ class Join(Struct, tag=True):
     rendezvous: str  # a file that all ranks can reach
     seed: int  # of numbers that no request's own generator draws
     log_json: bool = False
+    bound: bool = False  # to the thread that starts it, which lasts as long as its process
 
 
 class Meet(Struct, tag=True):
     """All have loaded the model: build the group."""
+
+    found: dict[str, str] = {}  # what rank 0 knows of denoisers that nobody has described
 
 
 class Turn(Struct, tag=True):
@@ -40,9 +43,7 @@ class Turn(Struct, tag=True):
 
 
 class Verdict(Struct, tag=True):
-    """Whether a forward has failed on all ranks alike."""
-
-    alike: bool
+    """A forward has failed on all ranks alike."""
 
 
 class Loaded(Struct, tag="RankLoaded"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -19,16 +19,6 @@ from vllm_omni.kernels.splits import Unshared, unshared_in
 T = TypeVar("T")
 
 
-class Groups(NamedTuple):
-    """Process groups that a rank is in, beside that of all ranks."""
-
-    branches: dist.ProcessGroup | None = None  # those with the same part of the other guidance branches; None: all
-    hosts: dist.ProcessGroup | None = None  # all again, for numbers of the host's, if ranks keep unlike parts
-
-
-ALONE = Groups()
-
-
 class Peers:
     """Ranks that make the same forwards in the same order, each its own part."""
 
@@ -38,11 +28,11 @@ class Peers:
         parallel: ParallelConfig,
         device: torch.device,
         alike: Callable[[Exception], bool],
-        groups: Groups = ALONE,
+        branches: dist.ProcessGroup | None = None,
     ) -> None:
-        """`alike`: whether all ranks failed so."""
+        """`alike`: whether all ranks failed so. `branches`: those with this part of the other branches; None: all."""
         self.rank, self.device, self._parallel = rank, device, parallel
-        self._alike, self._groups = alike, groups
+        self._alike, self._branches = alike, branches
         self._branch = rank * parallel.cfg_parallel_size // parallel.ranks
 
     @property
@@ -94,10 +84,10 @@ class Peers:
 
     def largest(self, nbytes: int) -> int:
         """The bytes of the rank that has most of what each keeps now: by them all decide what there is room for."""
-        if self._groups.hosts is None:
+        if not self._parallel.unlike:
             return nbytes
-        told = torch.tensor([nbytes], dtype=torch.int64)
-        self.guarded(lambda: dist.all_reduce(told, op=dist.ReduceOp.MAX, group=self._groups.hosts))
+        told = torch.tensor([nbytes], dtype=torch.int64)  # the host's: no device is waited for
+        self.guarded(lambda: dist.all_reduce(told, op=dist.ReduceOp.MAX))
         return int(told.item())
 
     def completed(self, results: list[list[T]], divided: Sequence[bool]) -> list[list[T]]:
@@ -113,7 +103,7 @@ class Peers:
         tensors = [tensor.contiguous() for one in own for tensor in tensors_in(one)]
         sent = torch.cat([tensor.reshape(-1).view(torch.uint8) for tensor in tensors])
         parts = [torch.empty_like(sent) for _ in range(self._parallel.cfg_parallel_size)]
-        dist.all_gather(parts, sent, group=self._groups.branches)
+        dist.all_gather(parts, sent, group=self._branches)
         return [list(own) if i == self._branch else _like(own, tensors, part) for i, part in enumerate(parts)]
 
 

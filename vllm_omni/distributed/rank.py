@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from vllm_omni.distributed.messages import Beat, Done, Failed, Join, Loaded, Meet, Turn, Verdict, receive, send
+from vllm_omni.engine.parent import end_with_parent
 from vllm_omni.engine.wire import Abort, Add, Close
 from vllm_omni.errors import OmniError
 from vllm_omni.logger import init_logger, log_as_json
@@ -54,9 +55,10 @@ class Rank:
 
         self.tell(Failed(told(error)))
         try:
-            return self._verdicts.get(timeout=2 * (timeout_s + GRACE_S)).alike
+            self._verdicts.get(timeout=2 * (timeout_s + GRACE_S))
         except queue.Empty:
             return False
+        return True
 
     def follow(self, engine: Any) -> int:
         """Do every turn; returns the exit code."""
@@ -97,6 +99,8 @@ def main() -> int:
     rank = Rank(socket.socket(fileno=int(sys.argv[1])))
     join = rank.next()
     assert isinstance(join, Join)
+    if join.bound:
+        end_with_parent()
     if join.log_json:
         log_as_json()
     from vllm_omni.distributed.group import BEAT_S
@@ -112,8 +116,10 @@ def main() -> int:
         rank.tell(Loaded(error))
         return 1
     rank.tell(Loaded())
-    if not isinstance(rank.next(), Meet):
+    if not isinstance(meet := rank.next(), Meet):
         return 0
+    for name, found in meet.found.items():
+        engine.worker.runner.denoisers[name].believe(found)
     alike = partial(rank.fails_alike, engine.config.parallel_config.rank_timeout_s)
     join_group(engine, join.rank, join.rendezvous, join.seed, alike)
     return rank.follow(engine)

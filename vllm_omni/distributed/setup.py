@@ -1,4 +1,4 @@
-"""From a loaded engine to one rank of a group: the process group, the split model, and what all ranks must share."""
+"""From a loaded engine to one rank of a group: the process groups, the split model, and what all ranks must share."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry, attention_backend
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
@@ -17,9 +19,14 @@ from vllm_omni.diffusion.denoiser.specs import denoisers_of, unwrapped
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.distributed.config import ParallelConfig
 from vllm_omni.distributed.pace import GroupPace
-from vllm_omni.distributed.peers import Groups, Peers
+from vllm_omni.distributed.peers import Peers
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels.placement import finish_move
+
+# A device's exchange counts from when it is asked for, which may be turns before it begins: the time-out of a step.
+DEVICE_TIMEOUT_S = 600.0
+RING_KERNEL = "_native_flash"  # torch's own, of those that return the sums of their exponentials
+WITHOUT_SUMS = {"native", "_native_npu"}  # of those that diffusers splits
 
 
 def config_of(config: OmniDiffusionConfig, rank: int) -> OmniDiffusionConfig:
@@ -57,21 +64,27 @@ def join_group(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # ranks are processes of one machine
-    timeout = timedelta(seconds=parallel.rank_timeout_s)
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")  # the group sees to it; NCCL would end the process
+    backend, timeout_s = "gloo", parallel.rank_timeout_s
+    if device.type == "cuda":
+        backend, timeout_s = "cpu:gloo,cuda:nccl", max(timeout_s, DEVICE_TIMEOUT_S)
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        backend,
         init_method=f"file://{rendezvous}",
         rank=rank,
         world_size=parallel.ranks,
-        timeout=timeout,
+        timeout=timedelta(seconds=timeout_s),
     )
     mesh = init_device_mesh(device.type, tuple(parallel.mesh.values()), mesh_dim_names=tuple(parallel.mesh))
     for module in denoisers_of(engine.worker.pipeline).values():
         split(unwrapped(module), parallel, mesh)
         if parallel.tensor_parallel_size > 1:
             finish_move(module, device)
-    hosts = dist.new_group(backend="gloo", timeout=timeout) if parallel.unlike else None
-    runner.peers = Peers(rank, parallel, device, alike, Groups(mesh.get_group("cfg"), hosts))
+    for group in _groups():  # what each takes of the device is taken before it is asked what is free
+        dist.all_reduce(torch.zeros(1, device=device), group=group)
+    runner.peers = Peers(rank, parallel, device, alike, mesh.get_group("cfg"))
+    for denoiser in runner.denoisers.values():
+        denoiser.guarded = runner.peers.guarded
     room = _least(runner.memory.free(engine.config.gpu_memory_utilization), device)
     engine.worker.agree_on_memory(room, runner.peers.largest)
     runner.pace = GroupPace()
@@ -87,6 +100,22 @@ def leave_group() -> None:
         dist.destroy_process_group()
 
 
+def abandon_group() -> None:
+    """Abort the device's exchanges with ranks that are gone, in any thread; on a CPU they end by themselves."""
+    if dist.is_initialized() and "nccl" in dist.get_backend():
+        c10d._abort_process_group()
+
+
+def exchanges() -> int:
+    """How many collectives this rank has asked for; all ranks have asked for as many at the same place."""
+    return sum(group._get_sequence_number_for_group() for group in _groups())
+
+
+def _groups() -> list[Any]:
+    """The process groups that this rank is in, in the order in which all ranks have made theirs."""
+    return [*c10d._world.pg_map]
+
+
 def split(module: torch.nn.Module, parallel: ParallelConfig, mesh: DeviceMesh | None = None) -> None:
     """Split one denoiser by diffusers' own means; InvalidValueError if it cannot be, before anything is changed."""
     from diffusers import ContextParallelConfig
@@ -100,6 +129,8 @@ def split(module: torch.nn.Module, parallel: ParallelConfig, mesh: DeviceMesh | 
             raise InvalidValueError(field, parallel.tokens_split, f"must be 1: diffusers has no way to split {name}")
         if isinstance(heads, int):
             _check_heads(heads, name, parallel)
+        if parallel.ring_degree > 1 and next(module.parameters()).is_cuda:
+            give_ring_kernel(module, parallel)
         plan: Any = ContextParallelConfig(
             ulysses_degree=parallel.ulysses_degree,
             ring_degree=parallel.ring_degree,
@@ -122,6 +153,21 @@ def split(module: torch.nn.Module, parallel: ParallelConfig, mesh: DeviceMesh | 
             module.enable_parallelism(config=plan)  # type: ignore[operator]
         except (ValueError, NotImplementedError) as error:
             raise InvalidValueError(field, vars(parallel)[field], f"cannot be used with {name}: {error}") from None
+
+
+def give_ring_kernel(module: Any, parallel: ParallelConfig) -> None:
+    """Exchange an attention kernel that does not return its sums, by which a ring joins its parts.
+
+    InvalidValueError if the one that does cannot compute in the module's type.
+    """
+    if (kernel := _AttentionBackendRegistry.get_active_backend()[0].value) not in WITHOUT_SUMS:
+        return
+    if module.dtype not in (torch.bfloat16, torch.float16):
+        fix = f"must be 1 with the attention kernel {kernel}, which does not return what a ring needs; those that do "
+        fix += f"compute in 16 bits, and {type(module).__name__} in {module.dtype}: give --dtype bfloat16"
+        raise InvalidValueError("ring_degree", parallel.ring_degree, fix)
+    with attention_backend(RING_KERNEL):  # for this module alone
+        module.set_attention_backend(RING_KERNEL)
 
 
 def _check_heads(heads: int, name: str, parallel: ParallelConfig) -> None:

@@ -7,7 +7,6 @@ fourth fetches shared pictures; the main thread runs the steps.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import queue
@@ -20,6 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from vllm_omni.engine.parent import end_with_parent
 from vllm_omni.engine.pictures import fetch, places_in
 from vllm_omni.engine.wire import (
     DEVICE_LOST,
@@ -53,7 +53,6 @@ if TYPE_CHECKING:
 MAX_BACKLOG = 256  # events not read yet; beyond, no progress is sent
 FLUSH_S = 5.0
 TURNS_PER_TIMEOUT = 3  # a forward that is expected to take longer is shared by fewer requests
-_PR_SET_PDEATHSIG = 1
 
 
 class Link:
@@ -212,18 +211,20 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     resolve_model(config.model)
     gc.disable()  # what is imported and loaded stays: looking through it again and again is a seventh of the start
 
+    from vllm_omni.kernels.placement import device_in_turn, see_in_turn
+
+    ranks = config.parallel_config.ranks
+    if start.replicas > 1 and ranks > 1:  # before anything asks CUDA for its devices, as an import may
+        see_in_turn(config.device, start.replica, start.replicas, ranks)
+
     from vllm_omni.distributed.lockstep import open_engine
     from vllm_omni.engine.describe import describe
     from vllm_omni.engine.learning import IdleLearning
     from vllm_omni.engine.loop import EngineLoop, warm_up
     from vllm_omni.engine.malloc import keep_freed_memory
-    from vllm_omni.kernels.placement import device_in_turn, see_in_turn
 
     keeps_memory = keep_freed_memory(config.device)
-    ranks = config.parallel_config.ranks
-    if start.replicas > 1 and ranks > 1:
-        see_in_turn(config.device, start.replica, start.replicas, ranks)
-    elif start.replicas > 1:
+    if start.replicas > 1 and ranks == 1:
         names = "device", *config.component_devices
         config = config.model_copy(update={name: device_in_turn(vars(config)[name], start.replica) for name in names})
     engine = open_engine(config, lambda: os._exit(DEVICE_LOST))
@@ -247,8 +248,7 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
 def main() -> int:
     """Load, report it, and serve until Close or until the front end is gone."""
     parent = os.getppid()
-    if sys.platform == "linux":  # also while a stopped process cannot see that its socket has closed
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent()
     # a terminal or a service manager signals all; the front end decides
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

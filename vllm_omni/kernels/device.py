@@ -22,6 +22,7 @@ from vllm_omni.nested import mapped
 Mark = Any  # a float of the host's clock, or an event of a device that runs behind it
 Span = tuple[Mark, Mark]
 R = TypeVar("R")
+Guard = Callable[[Callable[[], Any]], Any]  # makes what may fail; of several ranks, on all alike or on none
 
 # What CUDA, Triton, cuBLAS and cuDNN report, some as plain RuntimeErrors, once the context has gone.
 _LOST = re.compile(
@@ -61,7 +62,7 @@ def is_lost(error: BaseException | None) -> bool:
 
 
 def _tells_of_loss(error: BaseException) -> bool:
-    if isinstance(error, DeviceLostError):
+    if isinstance(error, DeviceLostError | torch.distributed.DistBackendError):  # NCCL's communicators are gone, too
         return True
     if is_out_of_memory(error) or _REFUSED.search(str(error)) is not None:
         return False
@@ -108,6 +109,11 @@ def tried(act: Callable[[], R]) -> tuple[R | None, Exception | None]:
     except Exception as error:  # out of memory or a bad input of one must not end the others
         let_go(error)
         return None, error
+
+
+def plainly(act: Callable[[], R]) -> R:
+    """The `Guard` of one device."""
+    return act()
 
 
 def moved(value: Any, device: torch.device | None) -> Any:

@@ -28,7 +28,7 @@ from vllm_omni.diffusion.denoiser.prove import NO_ROOM, NOTHING, STATE, Call, Fi
 from vllm_omni.diffusion.denoiser.specs import BlockList, DenoiserSpec, spec_of, unwrapped
 from vllm_omni.envs import profile_folder
 from vllm_omni.files import write_whole
-from vllm_omni.kernels.device import is_out_of_memory, tried
+from vllm_omni.kernels.device import Guard, is_out_of_memory, plainly, tried
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -57,6 +57,7 @@ class Denoiser:
         self.keeps_state = False  # a call may depend on those before it: no other request's comes in between
         self._file = None if self.written is not None else _file_of(self.module)
         self._reported: set[str] = set()
+        self.guarded: Guard = plainly
         if self._file is not None:
             self._read(self._file)
 
@@ -106,7 +107,8 @@ class Denoiser:
             self._report(f"calls of more than {MOST_SIGNATURES} kinds: the others are made alone, uncached")
             return
         known = None if self._stack is None else self._stack.spec
-        finding, error = tried(partial(examine, self.module, call, arguments, known))
+        act = partial(examine, self.module, call, arguments, known, self.guarded)
+        finding, error = tried(partial(self.guarded, act))
         if finding is not None:
             self._take(signature, finding)
             like = [self.findings[s] for s in self.findings if without_sizes(s) == without_sizes(signature)]
@@ -147,22 +149,31 @@ class Denoiser:
             self._reported.add(what)
             logger.log(level, "%s %s", self.name, what)
 
+    @property
+    def found(self) -> str:
+        """What was found and lasts, as it is kept."""
+        lasting = {s: finding for s, finding in self.findings.items() if not finding.passing}
+        kept = {signature: asdict(finding) for signature, finding in lasting.items()}
+        return json.dumps({"format": FORMAT, "class": self.name, "calls": kept}, indent=1) + "\n"
+
+    def believe(self, found: str) -> None:
+        """Know what was `found`, here or by another rank, and nothing else."""
+        self.findings, self._stack, self.keeps_state = {}, None, False
+        for signature, kept in (json.loads(found).get("calls") or {}).items():
+            self._take(str(signature), _finding(kept))
+
     def _write(self) -> None:
         if self._file is None:
             return
-        lasting = {s: finding for s, finding in self.findings.items() if not finding.passing}
-        kept = {signature: asdict(finding) for signature, finding in lasting.items()}
-        text = json.dumps({"format": FORMAT, "class": self.name, "calls": kept}, indent=1) + "\n"
         try:
-            write_whole(self._file, lambda to: to.write(text.encode()))
+            write_whole(self._file, lambda to: to.write(self.found.encode()))
         except OSError as error:
             logger.warning("what was found of %s is not kept: %s", self.name, error)
 
     def _read(self, file: Path) -> None:
         try:
-            content = json.loads(file.read_text()) if file.is_file() else {}
-            for signature, kept in (content.get("calls") or {}).items():
-                self._take(str(signature), _finding(kept))
+            if file.is_file():
+                self.believe(file.read_text())
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             self.findings, self._stack, self.keeps_state = {}, None, False
             logger.warning("passed over, and found anew: %s (%s)", file, error)

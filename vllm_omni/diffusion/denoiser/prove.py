@@ -34,7 +34,7 @@ from vllm_omni.diffusion.denoiser.discover import (
 )
 from vllm_omni.diffusion.denoiser.rows import joined, latents_of, take_rows
 from vllm_omni.diffusion.denoiser.specs import DenoiserSpec
-from vllm_omni.kernels.device import is_out_of_memory, refuse_lost, tried
+from vllm_omni.kernels.device import Guard, is_out_of_memory, plainly, refuse_lost, tried
 from vllm_omni.nested import copied, identical, largest_difference, mapped, rms_difference, tensors_in
 
 Call = Callable[[Mapping[str, Any]], Any]  # the denoiser, with its arguments by name
@@ -73,7 +73,13 @@ class Finding:
         return self.reason.endswith((NO_ROOM, NO_ROOM_FOR_TWO))
 
 
-def examine(module: torch.nn.Module, call: Call, arguments: Mapping[str, Any], known: DenoiserSpec | None) -> Finding:
+def examine(
+    module: torch.nn.Module,
+    call: Call,
+    arguments: Mapping[str, Any],
+    known: DenoiserSpec | None,
+    guarded: Guard = plainly,
+) -> Finding:
     """What holds for calls like this one; `known` is the stack that was proven for calls of another signature.
 
     Module, arguments and random generators are afterwards as before. Raises what the call raises.
@@ -83,14 +89,16 @@ def examine(module: torch.nn.Module, call: Call, arguments: Mapping[str, Any], k
     if (rows := rows_in(arguments)) is None:
         return Finding(NOTHING, False, "its latents have no row for each sample")
     with untouched(module, arguments), torch.no_grad():
-        return _Examination(module, call, arguments, rows).finding(known)
+        return _Examination(module, call, arguments, rows, guarded).finding(known)
 
 
 class _Examination:
     """One call under examination."""
 
-    def __init__(self, module: torch.nn.Module, call: Call, arguments: Mapping[str, Any], rows: int) -> None:
-        self.module, self._call, self.arguments, self.rows = module, call, arguments, rows
+    def __init__(
+        self, module: torch.nn.Module, call: Call, arguments: Mapping[str, Any], rows: int, guarded: Guard
+    ) -> None:
+        self.module, self._call, self.arguments, self.rows, self._guarded = module, call, arguments, rows, guarded
         self._ways = roles_of(arguments, rows)
 
     def finding(self, known: DenoiserSpec | None) -> Finding:
@@ -110,7 +118,7 @@ class _Examination:
                 return Finding(NOTHING, False, STATE)
             stack, ends, why = None, None, "its output, or what its blocks add, is another if they are tapped"
         try:
-            roles, alone = self._roles(stack, ends)
+            roles, alone = self._guarded(partial(self._roles, stack, ends))
         except (RuntimeError, MemoryError) as error:
             refuse_lost(error)
             if not is_out_of_memory(error):
