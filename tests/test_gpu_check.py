@@ -14,6 +14,7 @@ from paths import ROOT
 
 SMALL = ["--size", "tiny", "--steps", "6", "--rows", "4", "--rounds", "1"]
 SECTIONS = {"isolation", "efficiency and tax", "batching", "memory", "peers", "predictions"}
+OFFLOADED = ("parts in main memory", "blocks in main memory")
 
 
 def check(folder: Path, *arguments: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -34,7 +35,7 @@ def test_on_a_cpu(tmp_path: Path) -> None:
     line, report = check(tmp_path, "--device", "cpu", "--models", "flux", "wan")
     assert line["failed"] == line["missed"] == [] and line["held"] >= 6 and line["check"] == "gpu"
     for model in ("flux", "wan"):
-        assert report["models"][model].keys() >= SECTIONS
+        assert report["models"][model].keys() >= SECTIONS | {*OFFLOADED}
         launched = found(report, model, "predictions")
         computed = launched["kernels launched per computed step, predicted"]
         assert 0 < launched["kernels launched per skipped step, predicted"] < computed / 2
@@ -55,6 +56,10 @@ def test_on_the_fake_gpu(tmp_path: Path) -> None:
     for who in ("by plain diffusers per step", "per computed step", "per skipped step"):
         predicted, real = (seen[f"kernels launched {who}, {by}"] for by in ("predicted", "on the device"))
         assert real == pytest.approx(predicted, rel=0.35)
+    for section in OFFLOADED:
+        offloaded = found(report, "flux", section)
+        assert offloaded["of them bit by bit"] and offloaded["peak of two that overlap, less a row, / of one"] > 0
+    assert found(report, "flux", OFFLOADED[0])["parts on the device at once"] == 1
     short = [what for what in found(report, "flux", "memory") if "failed of 4 with the cache" in what]
     assert len(short) == 1
 

@@ -5,7 +5,8 @@
 
 Runs the models that ship, and FLUX and Wan with random weights, as large as the device takes in the time. Of each:
 isolation (a request in a batch against the same alone), efficiency and tax, batching, memory (also when it is short),
-peers, and what was predicted without a GPU against what is seen. Nothing is downloaded or sent. The report holds
+peers, what was predicted without a GPU against what is seen, and parts or blocks in main memory; of the models that
+ship also an engine process and, on several devices, ranks. Nothing is downloaded or sent. The report holds
 figures, names of packages and of the device, no paths and no names of yours; the last line of the output is JSON, too.
 """
 
@@ -93,6 +94,7 @@ def check(device: Any, options: argparse.Namespace) -> dict[str, Any]:
 
 def _model(device: Any, name: str, make: Any, options: argparse.Namespace, report: dict[str, Any]) -> dict[str, Any]:
     """All sections of one model; one that fails leaves its traceback, and the next follows."""
+    from gpu_checks.places import PLACES
     from gpu_checks.sections import SECTIONS, Bench
 
     _say(f"{name}: loading")
@@ -103,7 +105,7 @@ def _model(device: Any, name: str, make: Any, options: argparse.Namespace, repor
         return _failure(report, name, "loading", error)
     parameters = sum(p.numel() for p in subject.pipeline.transformer.parameters())
     told: dict[str, Any] = {"model": subject.name, "parameters": parameters, "dtype": str(subject.dtype)}
-    for section, measure in SECTIONS.items():
+    for section, measure in (SECTIONS | PLACES).items():
         _say(f"{subject.name}, {parameters / 1e6:.1f} M parameters: {section}")
         began, findings = time.perf_counter(), []
         try:

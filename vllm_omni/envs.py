@@ -47,3 +47,11 @@ def spin_briefly(environment: MutableMapping[str, str]) -> None:
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
         environment["GOMP_SPINCOUNT"] = str(SPINS)
+
+
+def grow_segments(environment: MutableMapping[str, str]) -> None:
+    """PYTORCH_ALLOC_CONF, or PYTORCH_CUDA_ALLOC_CONF: how torch keeps a device's memory. Unless one is set, in segments
+    that grow: batches of many sizes leave no gaps that none of them fits into.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & environment.keys():
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

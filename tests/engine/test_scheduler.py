@@ -31,6 +31,26 @@ def test_encoders_and_decoders_wait_where_they_would_evict_the_denoiser() -> Non
     assert turns(True, 2, 2) == turns(True, 1, 0) == 0
 
 
+def test_groups_that_would_evict_each_others_denoiser_go_on_for_some_forwards() -> None:
+    def swaps(last: bool) -> tuple[int, int]:
+        """How often another group went on in 40 forwards, and the most forwards that one has waited."""
+        scheduler, order = StepScheduler(8, components_last=last), []
+        for name in ("high", "low"):
+            scheduler.add(name)
+            scheduler.admit()
+            scheduler.park(name, name, StepKind.COMPUTE)
+        for _ in range(40):
+            (name,) = scheduler.schedule()
+            order.append(name)
+            scheduler.park(name, name, StepKind.COMPUTE)
+        changes = [i for i in range(1, 40) if order[i] != order[i - 1]]
+        return len(changes), max(b - a for a, b in zip([0, *changes], [*changes, 40], strict=True))
+
+    assert swaps(False) == (39, 1)
+    often, longest = swaps(True)
+    assert 4 <= often <= 6 and longest <= PATIENCE
+
+
 def test_admission_is_first_come_first_served_up_to_the_limit() -> None:
     scheduler = StepScheduler(2)
     for name in "abc":

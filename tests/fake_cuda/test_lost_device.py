@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pipelines import DEFAULTS, embeds, tiny_flux
+from stepping import add
 
 import fake_cuda
 from vllm_omni import AsyncOmni, Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.engine.client import ProcessEngineClient
+from vllm_omni.engine.loop import EngineLoop
+from vllm_omni.engine.wire import Outputs
 from vllm_omni.errors import DeviceLostError, EngineDeadError, OmniError
 from vllm_omni.kernels.device import is_lost, is_out_of_memory
 
@@ -71,6 +75,30 @@ def test_every_request_ends_once_and_no_other_is_taken(kernels: int) -> None:
         ran = fake_cuda.device.kernels.total()
         (refused,) = omni.generate([embeds(0)], LATENT, use_tqdm=False)
         assert isinstance(refused.error, DeviceLostError) and fake_cuda.device.kernels.total() == ran
+
+
+@pytest.mark.usefixtures("cuda")
+def test_a_loss_that_the_clock_sees_first_ends_the_engine_and_no_output_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with Omni.from_pipe(tiny_flux().to("cuda"), defaults=DEFAULTS) as omni:
+        engine, step, sent = omni.engine, omni.engine.step, []
+        clock = engine.worker.runner.clock
+
+        def lost_at_the_end() -> list[Any]:
+            if outputs := step():
+                clock.later(clock.mark(), list)  # what else the device was given
+                fake_cuda.device.lost = "CUDA error: an illegal memory access was encountered"
+            return outputs
+
+        monkeypatch.setattr(engine, "step", lost_at_the_end)
+        add(omni, "ends", embeds(0), LATENT)
+        with pytest.raises(DeviceLostError, match="illegal memory access"):
+            EngineLoop(engine, queue.SimpleQueue(), sent.append).run()
+        ended = [output for event in sent if isinstance(event, Outputs) for output in event.outputs if output.finished]
+        assert [(output.request_id, output.error) for output in ended] == [("ends", None)]
+        with pytest.raises(DeviceLostError, match="make a new engine"):
+            add(omni, "later", embeds(0), LATENT)
 
 
 @pytest.mark.usefixtures("cuda")

@@ -15,7 +15,7 @@ import fake_cuda
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.errors import DeviceMemoryError, InvalidValueError, ModelLoadError
-from vllm_omni.kernels import placement
+from vllm_omni.kernels import placement, room
 
 pytestmark = pytest.mark.usefixtures("cuda")
 N, STEPS = 12, 8
@@ -95,6 +95,26 @@ def test_what_helped_is_remembered(omni: Omni) -> None:
         computed = runner.forwards["computed"]
         assert not any(output.error for output in run(omni, "off"))
     assert STEPS < runner.forwards["computed"] - computed <= STEPS * 6  # not one by one
+
+
+@pytest.mark.slow
+def test_a_device_that_has_room_again_is_used_again(omni: Omni, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "PATIENCE", 2)
+    before, most = peak_of(omni, "off")
+    runner = omni.engine.worker.runner
+
+    def forwards() -> int:
+        computed = runner.forwards["computed"]
+        assert [output.error for output in run(omni, "off")] == [None] * N
+        return runner.forwards["computed"] - computed
+
+    assert forwards() == STEPS
+    with fake_cuda.limit(before + (most - before) // 3):
+        forwards()
+        assert forwards() > STEPS
+    for _ in range(4):
+        forwards()
+    assert forwards() == STEPS
 
 
 @pytest.mark.slow

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
-from vllm_omni.kernels.room import MARGIN, TRIES, Room, Work
+from vllm_omni.diffusion.scheduler import StepKind
+from vllm_omni.diffusion.worker.coroutine import ComponentCall
+from vllm_omni.diffusion.worker.memory import work_of
+from vllm_omni.diffusion.worker.request import ParkedCall, Request
+from vllm_omni.kernels.room import KEPT_SIZES, LEAST_KEPT, MARGIN, PATIENCE, TRIES, Limits, Room, Work
 
 SMALL, LARGE = Work("compute", "small", 1000), Work("compute", "large", 4000)
 DECODE = Work(("component", "vae"), "key")
@@ -113,6 +120,84 @@ def test_clients_cannot_fill_it() -> None:
     for size in range(2000):
         room.took(Work("compute", size, 10), 1, 10, blocks=True)
     assert len(room._sizes) <= 256 and room.at_once(Work("compute", 1999, 10)) == pytest.approx(90, abs=1)
+
+
+def test_the_size_that_was_used_least_recently_is_forgotten() -> None:
+    room = Room(1000, 16)
+    room.took(DECODE, 1, 300)
+    for size in range(2 * KEPT_SIZES):
+        room.took(Work("compute", size, 10), 1, 10)
+        assert not room.unknown(DECODE, 1)
+    assert room.unknown(Work("compute", 0, 10), 1) and not room.unknown(Work("compute", 2 * KEPT_SIZES - 1, 10), 1)
+
+
+def test_a_call_that_nobody_can_share_is_known_by_its_shapes_and_not_by_its_request() -> None:
+    nothing: Any = SimpleNamespace()
+
+    def decoded(name: str, side: int) -> Work:
+        call = ComponentCall("vae", "decode", (torch.zeros(1, 4, side, side),), {"generator": torch.Generator()})
+        parked = ParkedCall(call, (name, ()), StepKind.COMPONENT)
+        return work_of(Request(name, nothing, None, None, nothing, parked=parked))
+
+    assert decoded("a", 8) == decoded("b", 8) != decoded("a", 16)
+    assert decoded("a", 8).elements == 256 and decoded("a", 8).coding
+
+
+def turns_until(limits: Limits, more: int) -> int:
+    """Turns at a limit before `more` at once are tried."""
+    for turn in range(100 * PATIENCE):
+        if (most := limits.most(SMALL) or 0) >= more:
+            return turn
+        if most:
+            limits.held(SMALL, most)
+        else:
+            assert limits.bars(SMALL)
+    return -1
+
+
+def test_a_limit_is_raised_after_a_while_and_later_each_time_that_this_fails() -> None:
+    limits = Limits(rise=True)
+    assert limits.most(SMALL) is None and not limits.bars(SMALL)
+    limits.lower(SMALL, 8)
+    limits.lower(SMALL, 4)  # in the same turn
+    for _ in range(10 * PATIENCE):
+        limits.held(SMALL, 3)  # says nothing of four
+    assert turns_until(limits, 8) == PATIENCE
+    for failures in range(1, 4):
+        limits.lower(SMALL, 4)
+        assert turns_until(limits, 8) == PATIENCE * 2**failures
+    assert turns_until(limits, 16) == PATIENCE * 2**3  # eight had room at last
+
+
+def test_what_found_no_room_at_all_is_tried_again() -> None:
+    limits = Limits(rise=True)
+    limits.lower(SMALL, 0)
+    assert turns_until(limits, 1) == PATIENCE and not limits.bars(SMALL)
+    limits.lower(SMALL, 0)
+    assert turns_until(limits, 1) == 2 * PATIENCE
+
+
+def test_ranks_that_must_decide_alike_try_nothing_again() -> None:
+    limits = Limits(rise=False)
+    limits.lower(SMALL, 2)
+    limits.lower(LARGE, 0)
+    for _ in range(10 * PATIENCE):
+        limits.held(SMALL, 2)
+        assert limits.bars(LARGE)
+    assert limits.most(SMALL) == 2
+
+
+def test_residuals_may_take_more_again_after_a_while() -> None:
+    room, residuals = Room(2**30, 4), Residuals()
+    room.govern(residuals)
+    free = residuals.budget
+    room.keep_less(3)
+    assert residuals.budget == 3
+    budgets = []
+    for _ in range(64 * PATIENCE):
+        room.went_well()
+        budgets.append(residuals.budget)
+    assert budgets[PATIENCE - 2] == 3 and budgets[PATIENCE - 1] == LEAST_KEPT and budgets[-1] == free
 
 
 def test_more_requests_than_pay_do_not_share_a_forward() -> None:

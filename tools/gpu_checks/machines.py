@@ -97,12 +97,15 @@ class Gpu(Machine):
 
     @contextmanager
     def limited(self, nbytes: int) -> Iterator[None]:
+        """What is more is taken for as long: a fraction that torch may take is not seen where the engine looks."""
         torch.cuda.empty_cache()
-        torch.cuda.set_per_process_memory_fraction(nbytes / self.total(), self.device)
+        more = self.free() - max(0, nbytes - int(torch.cuda.memory_reserved(self.device)))
+        ballast = torch.empty(max(0, more), dtype=torch.uint8, device=self.device)
         try:
             yield
         finally:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.device)
+            del ballast
+            torch.cuda.empty_cache()
 
     def peak(self, job: Callable[[], Any]) -> int | None:
         """The engine resets torch's own peak after every step, so the largest of its answers counts."""

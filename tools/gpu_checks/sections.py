@@ -261,9 +261,9 @@ SECTIONS: dict[str, Callable[[Bench], Iterator[Finding]]] = {
     "isolation": isolation,
     "efficiency and tax": efficiency,
     "batching": batching,
-    "memory": memory,
     "peers": peers,
     "predictions": predictions,
+    "memory": memory,  # after what a shortage would change: the engine remembers it for a while
 }
 
 

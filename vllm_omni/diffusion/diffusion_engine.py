@@ -110,18 +110,24 @@ class DiffusionEngine:
 
         DeviceLostError if the device is of no use any more: no request can be run, and those in flight only be aborted.
         """
-        try:
+        with self._losing():
             with self._turn():
                 self._step()
             if not self.worked:
                 self.worker.runner.components.beside.wait(AWAIT_S)
+        return self.collect()
+
+    @contextmanager
+    def _losing(self) -> Iterator[None]:
+        """Within, an error after which the device is of no use is DeviceLostError, and the engine knows."""
+        try:
+            yield
         except Exception as error:
             if not is_lost(error):
                 raise
             self._lost = lost_by(error)
             self.worker.runner.clock.abandon()
             raise self._lost from None
-        return self.collect()
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -211,8 +217,9 @@ class DiffusionEngine:
         return self.worker.runner.components.beside.since
 
     def reports(self) -> list[StepReport]:
-        """The steps that the device has done since they were last asked for."""
-        self.worker.runner.clock.poll()
+        """The steps that the device has done since they were last asked for. DeviceLostError as of `step`."""
+        with self._losing():
+            self.worker.runner.clock.poll()
         reports = list(self._reports)
         self._reports.clear()
         return reports

@@ -66,7 +66,7 @@ def prepare(pipeline: Any, config: OmniDiffusionConfig, device: str, dtype: Any)
     import torch
 
     from vllm_omni.diffusion.denoiser.specs import denoisers_of
-    from vllm_omni.kernels.placement import put_on
+    from vllm_omni.kernels.placement import offload_blocks, put_on
 
     for denoiser in denoisers_of(pipeline).values():
         if config.quantization == "fp8":
@@ -77,7 +77,7 @@ def prepare(pipeline: Any, config: OmniDiffusionConfig, device: str, dtype: Any)
                 denoiser.set_attention_backend(config.attention_backend)
     if config.enable_layerwise_offload:
         with asked_by("enable_layerwise_offload", True):
-            pipeline.enable_group_offload(torch.device(device), offload_type="block_level", num_blocks_per_group=1)
+            offload_blocks(pipeline, device, [*denoisers_of(pipeline)])
     else:
         later = [*denoisers_of(pipeline)] if config.parallel_config.tensor_parallel_size > 1 else []  # once split
         put_on(pipeline, device, config.enable_cpu_offload, config.component_devices, later)

@@ -4,7 +4,7 @@ Requests whose next step needs no blocks go first, whatever their number: it cos
 others' compute steps meet in full batches. Then text encoders and decoders: who begins joins the next forward, who ends
 leaves, and the calls of those that came or end together meet. Then the compute group whose oldest member waits longest.
 Where each of these parts must make room for the other on the device, encoders and decoders wait until half of the
-requests are there, or the first for `PATIENCE` forwards.
+requests are there, or the first for `PATIENCE` forwards, and a compute group goes on until another has waited as long.
 A request can skip only a bounded number of steps before it computes, and has few calls of encoders and decoder, so no
 group starves.
 
@@ -52,6 +52,7 @@ class StepScheduler:
         self.max_num_seqs = max_num_seqs
         self.components_last = components_last
         self.held = False  # nobody begins
+        self._last: Hashable = None  # the key of the last batch
         self.running: dict[str, Place | None] = {}
         self.idle: set[str] = set()  # of `running`: they go on only while nobody else is there
         self._queue: list[tuple[float, int, str]] = []  # virtual arrival, order, request; sorted
@@ -116,6 +117,9 @@ class StepScheduler:
         if self.components_last:
             parked = self._but_components(parked)
         _, oldest = min(parked, key=lambda item: (item[1].kind, item[1].since))
+        if self.components_last and self._tick - oldest.since < PATIENCE:  # another key may be another denoiser's
+            oldest = next((p for _, p in parked if (p.key, p.kind) == (self._last, oldest.kind)), oldest)
+        self._last = oldest.key
         return [i for i, p in parked if p.key == oldest.key and p.kind == oldest.kind]
 
     def _but_components(self, parked: list[tuple[str, Place]]) -> list[tuple[str, Place]]:

@@ -31,7 +31,7 @@ from vllm_omni.distributed.messages import (
     send,
 )
 from vllm_omni.engine.wire import Close
-from vllm_omni.envs import spin_briefly
+from vllm_omni.envs import grow_segments, spin_briefly
 from vllm_omni.errors import DeviceLostError, OmniError
 from vllm_omni.logger import init_logger, logs_json
 
@@ -81,6 +81,7 @@ class Group:
             paths = [_PARENT, environment.get("PYTHONPATH", "")]
             environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
             spin_briefly(environment)
+            grow_segments(environment)
             environment.setdefault("TQDM_DISABLE", "1")
             command = [sys.executable, "-P", "-m", "vllm_omni.distributed.rank", str(theirs.fileno())]
             try:

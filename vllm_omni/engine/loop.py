@@ -82,8 +82,8 @@ class EngineLoop:
         while self._obey(ended):
             self._expire()
             self._send_outputs(ended + [o for o in self.engine.collect() if not self._is_trial(o)])
+            self._measure()  # a device that is lost may show here first, and what has ended is sent
             ended = [output for output in self.engine.step() if not self._is_trial(output)]
-            self._measure()
             self._return_memory()
             if self.control.after_step():
                 self._send(Controlled("", self.control.condition))

@@ -26,7 +26,7 @@ from vllm_omni.engine.wire import (
     decode_event,
     encode,
 )
-from vllm_omni.envs import spin_briefly
+from vllm_omni.envs import grow_segments, spin_briefly
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -54,6 +54,7 @@ class Launch:
         paths = [_PACKAGE_PARENT, environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         spin_briefly(environment)
+        grow_segments(environment)
         if start.replicas > 1:  # else each takes all processors, and each waits for the others
             environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // start.replicas)))
         environment.setdefault("TQDM_DISABLE", "1")  # bars are no log lines

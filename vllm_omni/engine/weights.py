@@ -1,6 +1,7 @@
 """The weights of a pipeline that is loaded: moved, dropped, read again, replaced. The parameters stay the same objects.
 
 LoRA adapters are no part of them: they stay where they are, and names are those that the files have without them.
+Blocks that are offloaded have their weights in main memory, in tensors that are put back after each forward.
 """
 
 from __future__ import annotations
@@ -38,9 +39,11 @@ def to_host(pipeline: Any) -> Callable[[], None]:
 
 def drop(pipeline: Any) -> None:
     """Give back the memory of all weights; buffers, which no file has, stay."""
+    _put_back(pipeline)
     for module in modules_of(pipeline).values():
         for parameter in _own_parameters(module).values():
             parameter.data = parameter.data.new_empty(0)
+    _keep(pipeline)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
@@ -54,6 +57,7 @@ def reload(config: OmniDiffusionConfig, pipeline: Any, updated: Mapping[str, str
         source = _own_parameters(getattr(fresh, name))
         for key, parameter in _own_parameters(module).items():
             parameter.data = source[key].data
+    _keep(pipeline)
 
 
 def update(pipeline: Any, folder: Path, names: Sequence[str] | None) -> list[str]:
@@ -62,6 +66,7 @@ def update(pipeline: Any, folder: Path, names: Sequence[str] | None) -> list[str
     A folder with weights and no components is taken for the denoiser's own. Names, shapes and types are checked, and
     all is read, before anything changes. Returns the components that have new weights.
     """
+    _put_back(pipeline)
     modules = modules_of(pipeline)
     for name in names or ():
         if name not in modules:
@@ -83,6 +88,25 @@ def update(pipeline: Any, folder: Path, names: Sequence[str] | None) -> list[str
 
 def modules_of(pipeline: Any) -> dict[str, torch.nn.Module]:
     return {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def _groups(pipeline: Any) -> list[Any]:
+    """What diffusers' group offloading moves as one."""
+    parts = [part for module in modules_of(pipeline).values() for part in module.modules()]
+    registries = [own for part in parts if (own := vars(part).get("_diffusers_hook")) is not None]
+    return [hook.group for own in registries if (hook := own.get_hook("group_offloading")) is not None]
+
+
+def _put_back(pipeline: Any) -> None:
+    """Offload blocks that were brought for a forward which had no need of them."""
+    for group in _groups(pipeline):
+        group.offload_()
+
+
+def _keep(pipeline: Any) -> None:
+    """Have the weights as they are now brought for the next forward."""
+    for group in _groups(pipeline):
+        group.cpu_param_dict.update({tensor: tensor.data for tensor in group.cpu_param_dict})
 
 
 def _own_parameters(module: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

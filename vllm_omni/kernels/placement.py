@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import resource
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +15,7 @@ import torch
 
 from vllm_omni.driver import NO_DEVICE, architecture_problem, device_problem, driver_cuda
 from vllm_omni.errors import InvalidValueError, ModelLoadError
-from vllm_omni.kernels.device import is_out_of_memory
+from vllm_omni.kernels.device import current, is_out_of_memory
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -148,6 +152,70 @@ def finish_move(module: torch.nn.Module, device: torch.device) -> None:
         if not is_out_of_memory(error):
             raise
         raise ModelLoadError(f"this part of the weights does not fit on {device}; set more ranks") from None
+
+
+def take_turns(pipeline: Any, denoisers: Collection[torch.nn.Module]) -> None:
+    """Let each part that diffusers' model offloading brings to the device send the others back.
+
+    By itself it sends back the one before in the order in which a single request calls them. What has no place in
+    that order, such as a ControlNet, stays beside a denoiser, as it does there. May be called again: hooks that are
+    there already stay as they are.
+    """
+    hooks = vars(pipeline).get("_all_hooks") or []
+    beside = [hook for hook in hooks[1:] if hook.hook.prev_module_hook is None]
+    for own in hooks:
+        if "pre_forward" in vars(own.hook):
+            continue
+        leaving = [hook for hook in hooks if hook is not own] if own not in beside else []
+        if any(own.model is denoiser for denoiser in denoisers):
+            leaving = [hook for hook in leaving if hook not in beside]
+        own.hook.pre_forward = partial(_come, leaving, own.hook.pre_forward)
+
+
+def _come(leaving: Sequence[Any], come: Callable[..., Any], module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+    for other in leaving:
+        first = next(other.model.parameters(), None)
+        if first is not None and first.device.type != "cpu":
+            other.offload()
+    try:
+        return come(module, *args, **kwargs)
+    except RuntimeError as error:
+        if is_out_of_memory(error):  # amid the move, and where the first parameter is decides if there is one
+            module.to("cpu")
+        raise
+
+
+def offload_blocks(pipeline: Any, device: str, streamed: Collection[str]) -> None:
+    """Keep the weights in main memory, from where blocks come one by one, and other parts when they are called.
+
+    Of the components in `streamed` a block comes while the one before it runs, from locked pages: torch rounds these
+    up to as much as twice the bytes. If there is no room for that, pages are locked for the time of each copy.
+    """
+    from diffusers import ModelMixin
+    from diffusers.hooks import apply_group_offloading
+
+    there = torch.device(device)
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    streams = [name for name in parts if name in streamed and there.type == "cuda"]
+    short = bool(streams) and 2 * sum(_nbytes(parts[name]) for name in streams) > _host_room()
+    how: dict[str, Any] = {"onload_device": there, "offload_type": "block_level", "num_blocks_per_group": 1}
+    for name, part in parts.items():
+        how |= {"use_stream": name in streams, "low_cpu_mem_usage": short}
+        with current(there):  # the stream's
+            if isinstance(part, ModelMixin):
+                part.enable_group_offload(**how)
+            else:
+                apply_group_offloading(part, **how)
+
+
+def _host_room() -> int:
+    """Bytes of main memory that this process may still take."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    room = next(int(line[1]) * 1024 for line in lines if line[0] == "MemAvailable:")
+    with suppress(OSError, ValueError):  # no such limit
+        most = int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii"))
+        room = min(room, most - resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return room
 
 
 def _move(pipeline: Any, device: str, but: Sequence[str] = ()) -> None:

@@ -19,6 +19,59 @@ ALWAYS = 16  # requests share a forward whatever it costs: so far gained, with t
 TRIES = 8  # forwards from which the quickest is taken for what that many requests cost
 PAYS = 1.03  # half as many are better if each takes so much less
 FADES = 1.01  # a quickest time is forgotten by so much with each further one: the machine may have become slower
+PATIENCE = 64  # turns at a limit after which more is tried
+LEAST_KEPT = 2**20  # bytes of residuals from which their limit is raised
+
+
+class Limit:
+    """As many as there was room for. After `PATIENCE` turns at it twice as many are tried: others may have left room.
+
+    Each time that this fails the next try waits twice as long, so that a limit that stands costs less and less.
+    """
+
+    def __init__(self, most: int, least: int = 1) -> None:
+        """`least`: what is tried after 0."""
+        self.most, self._least = most, least
+        self._turns, self._patience, self._raised = 0, PATIENCE, False
+
+    def lower(self, most: int) -> None:
+        """Note that more than `most` had no room."""
+        self._patience *= 2 if self._raised else 1
+        self.most, self._turns, self._raised = most, 0, False
+
+    def held(self) -> None:
+        """Note a turn at the limit that went well."""
+        self._turns += 1
+        if self._turns >= self._patience:
+            self.most, self._turns, self._raised = max(self._least, 2 * self.most), 0, True
+
+
+class Limits:
+    """Of the kinds and sizes of work that once had no room."""
+
+    def __init__(self, rise: bool) -> None:
+        """`rise`: they do so by and by. Several ranks must not try what may fail on one of them alone."""
+        self._rise = rise
+        self._limits: dict[Hashable, Limit] = {}
+
+    def most(self, work: Hashable) -> int | None:
+        """How many at once; None if nothing speaks against any number."""
+        return limit.most if (limit := self._limits.get(work)) is not None else None
+
+    def lower(self, work: Hashable, most: int) -> None:
+        """Note that more than `most` had no room."""
+        self._limits.setdefault(work, Limit(most)).lower(most)
+
+    def held(self, work: Hashable, count: int) -> None:
+        """Note that `count` at once had room."""
+        if self._rise and (limit := self._limits.get(work)) is not None and count >= limit.most:
+            limit.held()
+
+    def bars(self, work: Hashable) -> bool:
+        """Whether not a single one is to be tried; then a turn goes by without."""
+        if barred := self.most(work) == 0:
+            self.held(work, 0)
+        return barred
 
 
 class Work(NamedTuple):
@@ -70,7 +123,7 @@ class Room:
         self.free, self.most, self._loaded = free, most, loaded
         self._beside = 0  # what requests hold beside their residuals, when it was last seen
         self.longest_s: float | None = None  # that one turn of the engine's loop should take
-        self._ceiling: int | None = None  # of the residuals, once they were found to be too many
+        self._ceiling: Limit | None = None  # of the residuals, once they were found to be too many
         self._given: int | None = None  # their budget as somebody asked for it
         self._held: Held | None = None
         self._sizes: dict[Work, Measured] = {}
@@ -87,17 +140,29 @@ class Room:
         return 0 if self._held is None else self._held.used
 
     def keep_less(self, most: int) -> None:
-        """Let residuals take no more than that: more were in the way."""
-        self._ceiling = most if self._ceiling is None else min(most, self._ceiling)
+        """Let residuals take no more than that, for now: more were in the way."""
+        if self._ceiling is None:
+            self._ceiling = Limit(most, LEAST_KEPT)
+        self._ceiling.lower(min(most, self._ceiling.most))
+        self._govern()
+        logger.warning("residuals are kept in %d MiB for now", self._ceiling.most >> 20)
+
+    def went_well(self) -> None:
+        """Note a forward that had room at once: in the end residuals may take more again."""
+        if self._ceiling is not None:
+            self._ceiling.held()
+            self._govern()
+
+    def _govern(self) -> None:
         if self._held is not None:
             self._held.budget = self.budget
-        logger.warning("residuals are kept in %d MiB from now on", self._ceiling >> 20)
 
     @property
     def budget(self) -> int | None:
         """Bytes for residuals; None is no limit."""
         wanted = self._left if self._given is None else self._given
-        return min((limit for limit in (wanted, self._ceiling) if limit is not None), default=None)
+        ceiling = None if self._ceiling is None else self._ceiling.most
+        return min((limit for limit in (wanted, ceiling) if limit is not None), default=None)
 
     @property
     def _left(self) -> int | None:
@@ -115,7 +180,7 @@ class Room:
         """Whether it is worth measuring what `count` requests take."""
         if self.free is None:
             return False
-        measured = self._sizes.get(work)
+        measured = self._of(work) if work in self._sizes else None
         return measured is None or not measured.nbytes or count > max(measured.nbytes) or count < min(measured.nbytes)
 
     def took(self, work: Work, count: int, nbytes: int, blocks: bool = False, beside: int = 0) -> None:
@@ -127,8 +192,7 @@ class Room:
         self._beside = max(0, beside - self._loaded)
         if blocks:
             self._budget_of = work.kind
-        if self._held is not None:
-            self._held.budget = self.budget
+        self._govern()
 
     def lasted(self, work: Work, count: int, seconds: float) -> None:
         """Note the seconds of a forward."""
@@ -182,9 +246,11 @@ class Room:
         return max((work.elements for work in known if not work.coding), default=0)
 
     def _of(self, work: Work) -> Measured:
-        while len(self._sizes) >= KEPT_SIZES and work not in self._sizes:  # sizes are the clients' choice
+        """What is known of a size, which becomes the last one to be forgotten: sizes are the clients' choice."""
+        self._sizes[work] = measured = self._sizes.pop(work, None) or Measured(work.elements)
+        if len(self._sizes) > KEPT_SIZES:
             del self._sizes[next(iter(self._sizes))]
-        return self._sizes.setdefault(work, Measured(work.elements))
+        return measured
 
     def _bytes_of(self, work: Work) -> tuple[float, float] | None:
         known = self._sizes.get(work)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -17,7 +17,7 @@ from vllm_omni.diffusion.scheduler import StepKind
 from vllm_omni.diffusion.worker.coroutine import DenoiserCall
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.kernels.device import Memory, is_out_of_memory, tried
-from vllm_omni.kernels.room import Room, Work
+from vllm_omni.kernels.room import Limits, Room, Work
 from vllm_omni.logger import init_logger
 
 logger = init_logger(__name__)
@@ -31,8 +31,8 @@ class Retries:
         """`by_clock`: what was measured may decide; it must not where several ranks decide alike."""
         self.memory, self.room, self.by_clock = memory, room, by_clock
         self._running: list[ref[Request]] = []  # weak: one that has ended holds its picture
-        self._most: dict[Hashable, int] = {}  # requests of a size at once, where more had no room
-        self._apart: set[Work] = set()  # of which no two calls of a request are made as one
+        self._most = Limits(rise=by_clock)  # requests of a size at once
+        self._apart = Limits(rise=by_clock)  # requests of which several calls are made as one
 
     def add(self, request: Request) -> None:
         """Take in a request that may hold residuals."""
@@ -46,11 +46,11 @@ class Retries:
 
     def at_once(self, batch: Sequence[Request]) -> int:
         """How many of a batch there is room and time for in one turn; one at least."""
-        if work_of(batch[0]) in self._apart:
+        if self._apart.bars(work_of(batch[0])):
             for request in batch:
                 request.take_apart()
         work, count = work_of(batch[0]), len(batch)
-        count = min(count, self._most.get(work) or count, self.room.at_once(work) or count)
+        count = min(count, self._most.most(work) or count, self.room.at_once(work) or count)
         return self.room.pays(work, count) if self.by_clock and work.kind is StepKind.COMPUTE else count
 
     def each_or_errors(self, batch: Sequence[Request], act: Act) -> list[Any]:
@@ -61,12 +61,16 @@ class Retries:
         DeviceLostError if there is nothing left to retry on.
         """
         joined = [request for request in batch if request.parked is not None and request.parked.earlier]
-        for request in batch if self._most.get(work_of(batch[0])) == 0 else ():  # with a cache not one has room
+        for request in batch if self._most.bars(work_of(batch[0])) else ():  # with a cache not one has room
             self._drop_own([request])
-        results, failure = self._measured(batch, act)
+        work, (results, failure) = work_of(batch[0]), self._measured(batch, act)
+        if failure is None:
+            self._most.held(work, len(batch))
+            if self.by_clock:
+                self.room.went_well()
         if failure is not None and joined and (len(batch) == 1 or is_out_of_memory(failure)):
             if is_out_of_memory(failure):
-                self._apart.add(work_of(batch[0]))
+                self._apart.lower(work, 0)
             for request in joined:
                 request.take_apart()
             return self.each_or_errors(batch[: self.at_once(batch)], act)
@@ -80,9 +84,9 @@ class Retries:
             if failure is not None or batch[0].plan_of is not None:  # what a trial takes is nobody's need
                 continue
             if work != work_of(batch[0]):
-                self._most[work] = 0
-                logger.warning("%s has no room for such a request with a cache; from now on without", self.memory)
-            elif dropped:  # residuals were the reason: from now on no more than what was left
+                self._most.lower(work, 0)
+                logger.warning("%s has no room for such a request with a cache; for now without", self.memory)
+            elif dropped:  # residuals were the reason: for now no more than what was left
                 self.room.keep_less(kept + min(dropped // 2, self.memory.spare()))
         if failure is None:
             return results or []
@@ -90,8 +94,8 @@ class Retries:
             work = work_of(batch[0])
             if len(batch) == 1:
                 return [self.memory.too_large(failure, work.coding, work.elements, self.room.largest)]
-            self._most[work] = half = (len(batch) + 1) // 2
-            logger.warning("%s has no room for %d such requests at once; from now on %d", self.memory, len(batch), half)
+            self._most.lower(work, half := (len(batch) + 1) // 2)
+            logger.warning("%s has no room for %d such requests at once; for now %d", self.memory, len(batch), half)
             return self.each_or_errors(batch[:half], act)
         if len(batch) == 1:
             return [failure]
@@ -144,5 +148,7 @@ def work_of(request: Request) -> Work:
         size = request.size, cached, calls, parked is not None and is_of_output(parked.forecast)
         return Work(kind, size, calls * sum(prod(shape) for shape in shapes))
     given = (*parked.call.args, *parked.call.kwargs.values())
-    elements = sum(value.numel() for value in given if isinstance(value, torch.Tensor))
-    return Work((kind, parked.call.component), parked.key, elements)
+    shapes = [value.shape for value in given if isinstance(value, torch.Tensor)]
+    own = isinstance(parked.key, tuple) and parked.key[0] == request.request_id  # it shares no call
+    work = Work((kind, parked.call.component), parked.key, sum(map(prod, shapes)))
+    return work._replace(size=tuple(shapes)) if own else work

@@ -49,6 +49,7 @@ from vllm_omni.errors import InvalidValueError
 from vllm_omni.guidance import Readers
 from vllm_omni.inputs.prompt_cache import PromptCache
 from vllm_omni.kernels.device import DeviceClock, Memory, Span, let_go, moved, tried
+from vllm_omni.kernels.placement import take_turns
 from vllm_omni.kernels.room import Room
 from vllm_omni.kernels.timing import Pace
 from vllm_omni.logger import init_logger
@@ -92,6 +93,7 @@ class ModelRunner:
         began = self.clock.mark()
         self._check_denoisers()
         self._shared.scan()
+        take_turns(self.pipeline, self.modules.values())  # hooks are new after an adapter was loaded
         arguments = {name: moved(value, self.device) for name, value in arguments.items()}
         task = PipelineTask(self.pipeline, arguments, self.device, elsewhere=self.components.elsewhere)
         if (boundary := asked.params.boundary_ratio) is not None:

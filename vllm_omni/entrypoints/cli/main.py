@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from vllm_omni import packages
-from vllm_omni.envs import spin_briefly
+from vllm_omni.envs import grow_segments, spin_briefly
 from vllm_omni.errors import OmniError
 from vllm_omni.version import __version__
 
@@ -63,6 +63,7 @@ def _run(words: Sequence[str]) -> int:
     args, rest = (argparse.Namespace(words=words[1:]), []) if name == "serve" else parser.parse_known_args(words)
     packages.hide_unloadable()
     spin_briefly(os.environ)
+    grow_segments(os.environ)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns once per image processor without torchvision
     assert module is not None  # anything else has ended in the parser
     try:
