@@ -40,7 +40,7 @@ def measure(options: Any) -> tuple[list[list[str]], dict[str, list[tuple[float, 
     from vllm_omni import Omni
     from vllm_omni.quality.pairs import read_prompts
 
-    captions = read_prompts(Path(vllm_omni.__file__).parent / "assets/demo/captions.txt", 100)
+    captions = read_prompts(Path(vllm_omni.__file__).parent / "assets/demo/captions.txt")[::2]
     held_out, tuning, fitting = captions[-options.captions :], captions[:2], captions[2:6]
     figures: dict[str, list[tuple[float, float, float]]] = {}
     with Omni(options.model, cache_backend="magcache") as omni:

@@ -27,7 +27,8 @@ def main() -> None:
     if output.error is not None:
         raise output.error
     file = args.out / "video.mp4"
-    save_video(output.videos[0], file, output.fps or 16)
+    sound = output.audio[0] if output.audio else None
+    save_video(output.videos[0], file, output.fps or 16, sound, output.audio_rate)
     print(f"{file}: {output.computed_steps} steps computed, {output.skipped_steps} skipped")
 
 

@@ -14,6 +14,7 @@ from lanes import lane
 from paths import ROOT
 from PIL import Image
 from pipelines import DEMO, tiny_wan
+from zoo_sound import cosmos3
 
 MAX_EXAMPLE_LINES = 40
 PICTURES = {
@@ -84,6 +85,18 @@ def test_example_makes_a_video(tmp_path: Path) -> None:
     given = ("--size", "32x32", "--frames", "5", "--steps", "3", "--cache-backend", "none", "--out", str(tmp_path))
     assert "3 steps computed" in run("examples/video.py", str(tmp_path / "model"), "a rocket", *given)
     assert imageio.imread(tmp_path / "video.mp4", plugin="FFMPEG").shape == (5, 32, 32, 3)
+
+
+@pytest.mark.slow
+def test_the_video_of_the_example_has_its_sound(tmp_path: Path) -> None:
+    import imageio_ffmpeg
+
+    cosmos3().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"enable_sound": True}))
+    given = ("--size", "32x32", "--frames", "5", "--steps", "2", "--cache-backend", "none", "--out", str(tmp_path))
+    run("examples/video.py", str(tmp_path / "model"), "a rocket", *given)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-i", str(tmp_path / "video.mp4")]
+    assert "Audio: aac" in subprocess.run(command, capture_output=True, text=True).stderr
 
 
 @pytest.mark.slow

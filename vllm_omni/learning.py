@@ -38,7 +38,7 @@ MOST_RUNS = 2 * REQUESTS  # for one schedule: one that a run does not meet is le
 FAR = 1.5  # times as many steps as were measured
 RECENT_S = 600.0  # since a request had a schedule that is said to be learnt
 NUMBERS = (  # that a request and a run like it have in common; none of them is what a picture shows
-    *("num_inference_steps", "height", "width", "strength", "frame_rate", "max_sequence_length"),
+    *("num_inference_steps", "height", "width", "strength", "frame_rate", "fps", "max_sequence_length"),
     *("guidance_scale", "guidance_scale_2", "true_cfg_scale"),
 )
 

@@ -68,6 +68,16 @@ def made_by_function(model: str) -> Any:
     return make()
 
 
+def no_adapter(where: str) -> str:
+    """Why no LoRA adapter can be at that file, folder or hub id, as far as the name shows; "" if one can."""
+    local = os.path.exists(path := os.path.expanduser(where))
+    if not local and (where.count("/") != 1 or where.startswith((".", "/", "~"))):
+        return "does not exist; give a file, a folder or a hub id"
+    if os.path.isfile(path) and not path.endswith(".safetensors"):
+        return "is no .safetensors file; other formats can run code"
+    return ""
+
+
 def check_folder(folder: Path) -> None:
     """Refuse, before any weight loads, a folder that is incomplete, truncated, or would need pickle."""
     index = _read_json(folder / "model_index.json")

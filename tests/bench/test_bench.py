@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
+from waiting import until
 
 from vllm_omni.bench.client import Client, Target
 from vllm_omni.bench.load import closed, open_loop
@@ -221,6 +226,24 @@ def test_nothing_is_sent_that_was_not_asked_for(plain: Plain) -> None:
     assert plain.bodies == [{"model": "m", "messages": [{"role": "user", "content": "red apple"}]}]
 
 
+@pytest.mark.parametrize("load", [["--clients", "2"], ["--rate", "20"]])
+def test_what_was_measured_until_ctrl_c_is_summarised(plain: Plain, tmp_path: Path, load: list[str]) -> None:
+    """Although one request is not answered for a minute."""
+    (tmp_path / "prompts.txt").write_text("together\n" + "fine\n" * 7)
+    command = [sys.executable, "-m", "vllm_omni", "bench", plain.url, "--prompts", str(tmp_path / "prompts.txt")]
+    command += [*load, "--requests", "1000", "--warmup", "0"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    until(lambda: len(plain.bodies) > 6)
+    running.send_signal(signal.SIGINT)
+    out, error = running.communicate(timeout=50)
+    assert running.returncode == 130
+    assert "Traceback" not in error and error.splitlines()[-1] == "vllm-omni bench: interrupted"
+    (summary,) = json.loads(out.splitlines()[-1])["loads"]
+    assert 0 < summary["succeeded"] == summary["requests"] < 1000 and summary["mean_s"] > 0
+    sent = len(plain.bodies)
+    assert sent < 1000
+
+
 def test_a_load_of_which_nothing_succeeds_is_a_failure(
     plain: Plain, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +256,9 @@ def test_a_load_of_which_nothing_succeeds_is_a_failure(
     ("words", "told"),
     [
         (["ftp://x"], "URL must be an address"),
+        (["http://h:99999"], "URL must be an address"),
+        (["http://h:0"], "URL must be an address"),
+        (["http://x", "--model", "m", "--steps", "20000"], "--steps must be a whole number from 1 to 10000"),
         (["http://127.0.0.1:1"], "is the server up?"),
         (["http://x", "--clients", "0"], "--clients must be above 0"),
         (["http://x", "--rate", "nan"], "--rate must be above 0"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +13,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from families import flux2, qwen_edit, wan_i2v
+from paths import ROOT
 from pipelines import TEXT_TOKENS, embeds, tiny_flux
 from planning import plan_cost
+from zoo_prompts import flux3
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.cache.profile import fingerprint, load_profile
@@ -20,6 +26,7 @@ from vllm_omni.diffusion.loader import load_pipeline
 from vllm_omni.entrypoints.cli.calibrate import split
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.modular import whole
 from vllm_omni.quality.calibrate import cache_of, calibrate, enabled, judge, latents, sha256_of
 from vllm_omni.quality.pairs import read_prompts
 from vllm_omni.trials import FORECASTS, Away
@@ -131,13 +138,102 @@ def test_a_sketch_keeps_what_residuals_differ_by(monkeypatch: pytest.MonkeyPatch
     assert np.abs(away(sketched) / away(whole) - 1).max() < bound
 
 
+def test_a_pipeline_whose_first_argument_is_no_prompt_is_measured() -> None:
+    pipe = flux2()
+    shape = (1, 8, pipe.transformer.config.joint_attention_dim)
+
+    def encoded(prompt: str, **_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        text = torch.randn(shape, generator=torch.Generator().manual_seed(len(prompt)))
+        return text, pipe._prepare_text_ids(text)
+
+    vars(pipe)["encode_prompt"] = encoded
+    profile = calibrate(pipe, ["a", "bb"], "new", num_inference_steps=4, height=32, width=32)
+    assert profile.transformer_class == "Flux2Transformer2DModel" and profile.gains is not None
+    profile = judge(pipe, profile, ["a"], ["ccc"], 9, num_inference_steps=4, height=32, width=32)
+    assert profile.budgets and all(budget.psnr is not None for budget in profile.budgets)
+
+
+def test_a_modular_pipeline_is_measured() -> None:
+    pipe, sizes = whole(flux3()), {"num_inference_steps": 4, "height": 64, "width": 64}
+    profile = calibrate(pipe, ["a red apple", "a b"], "new", **sizes, text_encoder_out_layers=(0, 1))
+    assert profile.transformer_class == "Flux3Transformer2DModel" and profile.gains is not None
+
+
+def test_a_pipeline_of_ones_own_is_measured_by_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The one in the documentation, whose call has no `return_dict`."""
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/any_model.md").read_text(), re.DOTALL)[0]
+    make = "return Pipeline(Denoiser().eval(), FlowMatchEulerDiscreteScheduler())"
+    (tmp_path / "ones_own.py").write_text(f"{code}\ndef make():\n    torch.manual_seed(0)\n    {make}\n")
+    (tmp_path / "prompts.txt").write_text("bark\nmoss\nfern\nleaf\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    words = ["calibrate", "ones_own:make", "--prompts", str(tmp_path / "prompts.txt"), "--out", f"{tmp_path}/own.json"]
+    assert main([*words, "--steps", "4"]) == 0
+    profile = load_profile(tmp_path / "own.json")
+    assert profile.name == "ones_own:make" and len(profile.ratios) == 4 and profile.budgets
+    assert main([*words, "--extra", '{"num_inference_steps": 4}']) == 2
+    assert main([*words, "--extra", '{"frames": 4}']) == 2
+    first, second = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vllm-omni")]
+    assert "--extra holds what the command itself gives; leave that out, got 'num_inference_steps'" in first
+    assert "the pipeline raised TypeError" in second and "'frames'" in second
+
+
+@pytest.mark.parametrize(("make", "needs"), [(qwen_edit, "image"), (wan_i2v, "image")])
+def test_a_pipeline_that_needs_a_picture_is_refused_with_another_way(make: Any, needs: str) -> None:
+    with pytest.raises(InvalidValueError, match=f"MODEL needs {needs} beside a prompt; .*calibrate='auto'"):
+        calibrate(make(), ["a", "bb"], "new")
+
+
+def test_a_name_or_a_file_that_cannot_be_saved_is_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for words, told in (
+        (["--name", "a/b"], "--name must have 1 to 200 bytes, and no '/'"),
+        (["--name", ""], "--name must have 1 to 200 bytes"),
+        (["--name", "é" * 101], "--name must have 1 to 200 bytes"),
+        (["--out", f"{tmp_path}/x.txt"], "--out must end in .json"),
+    ):
+        assert main(["calibrate", "demo", *words]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_a_profile_of_this_folder_has_the_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT / "vllm_omni/assets/demo")
+    for here in (".", "./"):
+        out = tmp_path / "here.json"
+        assert main(["calibrate", here, "--steps", "2", "--limit", "1", "--size", "32x32", "--out", str(out)]) == 0
+        assert load_profile(out).name == "demo"
+
+
 def test_every_other_prompt_is_held_out(tmp_path: Path) -> None:
     file = tmp_path / "lines.txt"
     file.write_text("\n".join("abcdefg"))
-    lines = read_prompts(file, 100)
+    lines = read_prompts(file)
     kept, held_out = split(lines)
     assert kept == list("aceg") and held_out == list("bdf")
-    assert read_prompts(file, 3) == list("ace")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_prompts_are_read_from_any_file(tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("été\n\n red apple \n", encoding=encoding)
+    assert read_prompts(file) == ["été", "red apple"]
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_bytes, args=(file.read_bytes(),))
+    writer.start()
+    assert read_prompts(pipe) == ["été", "red apple"]
+    writer.join()
+
+
+def test_prompts_that_cannot_be_read_are_said_to_be_so(tmp_path: Path) -> None:
+    for encoding in ("latin-1", "utf-16"):
+        (tmp_path / encoding).write_text("été", encoding=encoding)
+        with pytest.raises(InvalidValueError, match="--prompts must be a text file in UTF-8"):
+            read_prompts(tmp_path / encoding)
+    with pytest.raises(InvalidValueError, match=r"--prompts must be a text file .* \(Is a directory\)"):
+        read_prompts(tmp_path)
 
 
 def test_decibels_of_known_errors() -> None:
@@ -158,7 +254,7 @@ def test_the_shipped_profiles_of_the_demo_hold_out_every_other_caption(name: str
 
     root = Path(vllm_omni.__file__).parent
     said = json.loads((root / f"diffusion/cache/profiles/{name}.json").read_text())["provenance"]
-    kept, held_out = split(read_prompts(root / "assets/demo/captions.txt", 10_000))
+    kept, held_out = split(read_prompts(root / "assets/demo/captions.txt"))
     assert said["prompts_sha256"] == sha256_of(kept[: said["prompts"]])
     assert said["held_out"]["prompts"] >= 64
     assert said["held_out"]["prompts_sha256"] == sha256_of(held_out[: said["held_out"]["prompts"]])

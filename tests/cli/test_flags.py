@@ -66,7 +66,7 @@ def test_what_a_flag_says_arrives(line: str, name: str, value: Any) -> None:
         ("--no-enforce-eager", "enforce_eager", False),
         ("--vae-use-tiling", "vae_use_tiling", True),
         ("--dtype bf16", "dtype", "bf16"),
-        ("--lora-modules ink=a.safetensors clay=b", "lora_modules", {"ink": "a.safetensors", "clay": "b"}),
+        ("--lora-modules ink=a/ink clay=b/clay", "lora_modules", {"ink": "a/ink", "clay": "b/clay"}),
         ("--max-steps 40", "max_inference_steps", 40),
         ("--max-pixels 4096", "max_image_pixels", 4096),
     ],

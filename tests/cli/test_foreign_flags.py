@@ -24,7 +24,7 @@ BEGIN, END = "<!-- flags of others -->\n", "<!-- end -->\n"
 ACCEPTED = (  # by the names that vLLM and the reference have for them, with a value each
     "--served-model-name x", "--max-num-seqs 4", "--max-num-queued-reqs 9", "--dtype bfloat16", "--revision main",
     "--enforce-eager", "--no-enforce-eager", "--cache-backend mag_cache", "--cache-config {}", "--enable-cpu-offload",
-    "--vae-use-slicing", "--vae-use-tiling", "--lora-modules ink=ink.safetensors", "--shutdown-timeout 5",
+    "--vae-use-slicing", "--vae-use-tiling", "--lora-modules ink=someone/ink", "--shutdown-timeout 5",
     "--quantization fp8", "--enable-layerwise-offload", "--attention-backend native", "--max-loras 2", "--log-stats",
     "--default-sampling-params {}", "--sse-keep-alive-interval 5", "--allowed-media-domains example.org",
     "--otlp-traces-endpoint http://127.0.0.1:1", "--gpu-memory-utilization 0.8", "--tensor-parallel-size 1",

@@ -59,6 +59,10 @@ def refused(omni: Omni, prompt: Any, params: dict[str, Any]) -> OmniError:
         ({"prompt": "a", "multi_modal_data": 1}, "multi_modal_data must be a dict"),
         ({**embeds(0), "promt_2": "x"}, "promt_2"),
         ({**embeds(0), "num_frames": 3}, "num_frames"),
+        ({**embeds(0), "generator": torch.Generator()}, "generator is a sampling parameter"),
+        ({**embeds(0), "output_type": "np"}, "output_type is a sampling parameter"),
+        ({**embeds(0), "return_dict": False}, "return_dict is the engine's own"),
+        ({**embeds(0), "callback_on_step_end": print}, "callback_on_step_end is the engine's own"),
     ],
 )
 def test_a_bad_prompt_is_refused(omni: Omni, prompt: Any, message: str) -> None:
@@ -87,7 +91,12 @@ def test_a_bad_prompt_is_refused(omni: Omni, prompt: Any, message: str) -> None:
         ({"num_inference_step": 4}, "num_inference_step.*did you mean 'num_inference_steps'"),
         ({"num_frames": 9}, "num_frames is not an argument of FluxPipeline"),
         ({"extra_args": {"guidance_scal": 1}}, "extra_args.*guidance_scal.*'guidance_scale'"),
-        ({"extra_args": {"callback_on_step_end": print}}, "callback_on_step_end"),
+        ({"extra_args": {"callback_on_step_end": print}}, "callback_on_step_end is the engine's own"),
+        ({"extra_args": {"return_dict": False}}, "return_dict is the engine's own"),
+        ({"extra_args": {"output_type": "np"}}, "output_type is a sampling parameter"),
+        ({"extra_args": {"generator": torch.Generator()}}, "generator is a sampling parameter"),
+        ({"generator": torch.Generator()}, "seed is not used with a generator, which has its own; give one, got 0"),
+        ({"lora_scale": 0.5}, "lora_scale is not an argument of FluxPipeline; leave it out, got 0.5"),
         ({"extra_args": {"num_inference_steps": "many"}}, "num_inference_steps"),
         ({"extra_args": {"height": "tall"}}, "height"),
         ({"extra_args": {"num_inference_steps": 0}}, "num_inference_steps"),
@@ -189,6 +198,17 @@ def test_a_bad_request_is_an_output_with_an_error(omni: Omni) -> None:
     (output,) = omni.generate("", use_tqdm=False)
     assert isinstance(output.error, InvalidValueError) and output.error.field == "prompt"
     assert omni.generate(embeds(1), GOOD, use_tqdm=False)[0].ok
+
+
+def test_a_value_of_a_kind_that_nobody_expects_is_its_prompts_fault_alone(omni: Omni) -> None:
+    prompts = [embeds(0), {**embeds(0), "sigmas": 5}, embeds(0)]
+    seen: list[tuple[int, bool]] = []
+    good, bad, also = omni.generate(
+        prompts, GOOD, use_tqdm=False, on_output=lambda place, output: seen.append((place, output.ok))
+    )
+    assert good.ok and also.ok and isinstance(bad.error, TypeError)
+    assert sorted(seen) == [(0, True), (1, False), (2, True)]
+    assert seen[0] == (1, False)  # it is known before any step
 
 
 def test_the_number_of_sampling_params_must_match_the_prompts(omni: Omni) -> None:

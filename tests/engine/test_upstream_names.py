@@ -8,11 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import pytest_asyncio
 import torch
 from adapters import save_adapter
-from pipelines import CURVE, DEFAULTS, embeds, run_latents, tiny_flux
+from pipelines import CURVE, DEFAULTS, DEMO, embeds, run_latents, tiny_flux
 from waiting import until
 
 from vllm_omni import AsyncOmni, Omni
@@ -123,10 +124,43 @@ def test_parameters_are_made_and_copied() -> None:
     assert Params.from_params(params) is params and Params.from_params({"seed": 4}).seed == 4
     theirs = SimpleNamespace(seed=5, extra_args={"num_inference_steps": 7}, temperature=0.0)
     assert Params.from_params(theirs) == Params(seed=5, num_inference_steps=7)
+    several = SimpleNamespace(seed=None, n=4, extra_args={"seed": 3, "num_inference_steps": 7})
+    assert Params.from_params(several) == Params(seed=3, num_outputs_per_prompt=4, num_inference_steps=7)
+    assert Params.from_params(SimpleNamespace(seed=3, n=1, extra_args={"seed": 3})) == Params(seed=3)
+    with pytest.raises(InvalidValueError, match="seed is 3 outside extra_args; give it once, got 4"):
+        Params.from_params(SimpleNamespace(seed=3, n=1, extra_args={"seed": 4}))
+    with pytest.raises(InvalidValueError, match="sampling_params must be sampling parameters"):
+        Params.from_params(5)
     assert Params(lora_scale=0.5, lora_request=["a", ("b", 0.5)]).lora_request == (("a", 0.5), ("b", 0.25))
     assert Params(lora_scale=1.0) == Params() and Params(lora_scale=0, lora_request="a").lora_request == ()
     scaled = Params(lora_scale=0.5, lora_request="a")
     assert Params(**dict(scaled)).lora_request == scaled.lora_request == (("a", 0.5),)  # once, however often it crosses
+
+
+def test_noise_levels_come_from_arrays_and_tensors() -> None:
+    levels = [1.0, 0.75, 0.5, 0.25]
+    for given in (np.linspace(1, 0.25, 4), torch.tensor(levels), levels):
+        assert Params(sigmas=given).sigmas == Params(timesteps=given).timesteps == levels
+    for wrong in (torch.tensor(1.0), np.array(["a"])):
+        with pytest.raises(InvalidValueError, match="sigmas"):
+            Params(sigmas=wrong)
+    with Omni.from_pipe(tiny_flux(), defaults=DEFAULTS) as omni:
+        given = [Params(**FEW, sigmas=sigmas) for sigmas in (levels, np.array(levels))]
+        listed, array = omni.generate([embeds(0)] * 2, given, use_tqdm=False)
+    assert listed.ok and torch.equal(array.latents, listed.latents)
+
+
+def test_a_model_is_named_by_a_path() -> None:
+    with Omni(Path(DEMO)) as omni:
+        assert omni.generate("red apple", Params(**FEW), use_tqdm=False)[0].ok
+
+
+def test_omni_takes_vllms_parameters() -> None:
+    theirs = SimpleNamespace(seed=1, n=2, extra_args=FEW)
+    with Omni.from_pipe(tiny_flux(), defaults=DEFAULTS) as omni:
+        two, one = omni.generate([embeds(0)] * 2, [theirs, FEW], use_tqdm=False)
+        assert two.ok and one.ok and (len(two.latents), len(one.latents)) == (2, 1)
+        assert isinstance(omni.generate(embeds(0), 5, use_tqdm=False)[0].error, InvalidValueError)
 
 
 def test_parameters_of_other_pipelines_ask_for_nothing_at_upstreams_defaults() -> None:
@@ -188,11 +222,16 @@ async def test_generate_takes_what_upstream_takes(omni: AsyncOmni, tmp_path: Pat
     inked = (await final(omni, params, lora_request="ink")).latents
     assert not torch.equal(inked, wanted)
     assert torch.equal((await final(omni, Params(**FEW, lora_request="ink"))).latents, inked)
+    half = (await final(omni, Params(**FEW, lora_request=[("ink", 0.5)]))).latents
+    assert torch.equal((await final(omni, Params(**FEW, lora_scale=0.5), lora_request="ink")).latents, half)
+    assert not torch.equal(half, inked)
+    assert len((await final(omni, SimpleNamespace(seed=1, n=2, extra_args=FEW))).latents) == 2
     assert await omni.remove_lora("ink") and await omni.list_loras() == set()
     for wrong, name in (
         ({"sampling_params_list": [params, params]}, "sampling_params_list"),
         ({"sampling_params": params, "sampling_params_list": [params]}, "sampling_params_list"),
         ({"output_modalities": ["text"]}, "output_modalities"),
+        ({"sampling_params": 5}, "sampling_params must be"),
         ({"sampling_params": Params(lora_request="ink"), "lora_request": "ink"}, "lora_request"),
     ):
         with pytest.raises(OmniError, match=name):

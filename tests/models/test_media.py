@@ -13,6 +13,7 @@ import torch
 from closeness import assert_close, levels_apart
 from diffusers import DiffusionPipeline, FluxImg2ImgPipeline
 from errors_raised import assert_matches
+from hostile import progressive
 from PIL import Image
 from pipelines import CURVE, DEMO, count_blocks, tiny_wan
 
@@ -20,7 +21,7 @@ from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.outputs.media import encode_video, open_image, save_video
+from vllm_omni.outputs.media import IMAGE_FORMATS, MAX_SCANS, announced, encode_video, open_image, save_video
 
 VIDEO = {"height": 32, "width": 32, "num_frames": 9, "num_inference_steps": 10, "guidance_scale": 3.0}
 
@@ -108,6 +109,20 @@ def test_open_image_refuses_what_is_no_image(source: Any, message: str) -> None:
     assert_matches(caught.value, message)
 
 
+def test_scans_are_counted_in_a_jpeg_of_several_pictures_too() -> None:
+    """An MP header makes it another format for Pillow, with the same decoder."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
+    several, many = buffer.getvalue(), progressive(64, MAX_SCANS + 1)
+    begin = several.index(b"MPF\0") - 4
+    header = several[begin : begin + 2 + int.from_bytes(several[begin + 2 : begin + 4], "big")]
+    bomb = many[:2] + header + many[2:]
+    assert Image.open(io.BytesIO(bomb), formats=IMAGE_FORMATS).format == "MPO"
+    for data in (many, bomb):
+        with pytest.raises(InvalidValueError, match=f"must have at most {MAX_SCANS}, as a JPEG"):
+            announced(data, "image")
+
+
 # ----------------------------------------------------------------------------------------------------------- videos out
 
 
@@ -164,6 +179,24 @@ def test_a_video_file_holds_its_frames(tmp_path: Path, suffix: str) -> None:
         picture = Image.open(path)
         picture.load()  # WebP tells a frame's duration with the frame
         assert picture.info["duration"] == 100
+
+
+@pytest.mark.parametrize(
+    ("suffix", "fps", "seconds"),
+    [("gif", 24, 2.0), ("gif", 30, 1.6), ("gif", 16, 3.0), ("gif", 60, 0.96), ("webp", 24, 2.0)],
+)
+def test_a_video_file_is_as_long_as_its_frames(tmp_path: Path, suffix: str, fps: float, seconds: float) -> None:
+    """48 of them; no frame of a GIF is shorter than players allow."""
+    path = tmp_path / f"video.{suffix}"
+    save_video([Image.new("RGB", (8, 8), (5 * i, 0, 0)) for i in range(48)], path, fps)
+    shown = []
+    with Image.open(path) as picture:
+        for place in range(picture.n_frames):
+            picture.seek(place)
+            picture.load()
+            shown.append(picture.info["duration"])
+    assert len(shown) == 48 and min(shown) >= (20 if suffix == "gif" else 1)
+    assert sum(shown) == 1000 * seconds
 
 
 def test_bad_videos_are_refused() -> None:

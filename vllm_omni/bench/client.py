@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 IMAGES, CHAT, VIDEOS = "images", "chat", "videos"
 APIS = {IMAGES: "/v1/images/generations", CHAT: "/v1/chat/completions", VIDEOS: "/v1/videos"}
-POLL_S = 0.25  # between two looks at a video job, unless the server says
+POLL_S = 0.25  # between two looks at a video job
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,11 @@ class Target:
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        try:
+            whole = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        except ValueError:  # a port that is none
+            whole = False
+        if not whole:
             raise ValueError("must be an address such as http://127.0.0.1:8000")
 
     @property

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from queue import Empty, LifoQueue, SimpleQueue
+from threading import BoundedSemaphore, Thread
 from typing import Any
 
 from vllm_omni.bench.client import Client, Target
@@ -34,9 +35,14 @@ def closed(target: Target, bodies: Iterable[Body], clients: int, done: Done = la
             due = time.perf_counter() - began
             _note(samples, client, body, due, began, done)
 
-    with ThreadPoolExecutor(clients) as pool:
-        for future in [pool.submit(work) for _ in range(clients)]:
-            future.result()
+    threads = [_started(work) for _ in range(clients)]
+    try:
+        for thread in threads:
+            thread.join()
+    finally:  # after Ctrl-C, what is under way is left to itself, and nothing follows it
+        with suppress(Empty):
+            while True:
+                waiting.get_nowait()
     return samples
 
 
@@ -45,6 +51,7 @@ def open_loop(
 ) -> list[Sample]:
     """Each request at its time, whether or not others are answered."""
     idle: LifoQueue[Client] = LifoQueue()
+    free = BoundedSemaphore(MOST_AT_ONCE)
     samples: list[Sample] = []
     began = time.perf_counter()
 
@@ -53,19 +60,29 @@ def open_loop(
             client = idle.get_nowait()
         except Empty:
             client = Client(target)
-        _note(samples, client, body, due, began, done)
-        idle.put(client)
+        try:
+            _note(samples, client, body, due, began, done)
+            idle.put(client)
+        finally:
+            free.release()
 
-    with ThreadPoolExecutor(min(len(bodies), MOST_AT_ONCE)) as pool:
-        futures = []
-        for body, due in zip(bodies, times, strict=True):
-            time.sleep(max(0.0, due - (time.perf_counter() - began)))
-            futures.append(pool.submit(work, body, due))
-        for future in futures:
-            future.result()
+    threads = []
+    for body, due in zip(bodies, times, strict=True):
+        time.sleep(max(0.0, due - (time.perf_counter() - began)))
+        free.acquire()
+        threads.append(_started(work, body, due))
+    for thread in threads:
+        thread.join()
     while not idle.empty():
         idle.get_nowait().close()
     return samples
+
+
+def _started(work: Callable[..., None], *given: Any) -> Thread:
+    """A thread that nobody has to wait for: a request may take minutes."""
+    thread = Thread(target=work, args=given, daemon=True)
+    thread.start()
+    return thread
 
 
 def _note(samples: list[Sample], client: Client, body: Body, due: float, began: float, done: Done) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -99,6 +100,11 @@ class OmniDiffusionConfig(Settings):
         name = str(value).removeprefix("torch.")
         short = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
         return short.get(name, name)
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, PurePath) else value
 
     @field_validator("default_sampling_params")
     @classmethod

@@ -355,8 +355,9 @@ def _output(entry: _Entry, event: Finished | Failed, worker: DiffusionWorker) ->
     if isinstance(event, Failed):
         output.error = event.error if output.step else refusal(event.error, entry.arguments)
     else:
-        latent, fps = entry.arguments.get("output_type") == "latent", entry.request.params.fps or worker.arguments.fps
-        put = partial(fill, output, event.output, latent, fps, worker.arguments.audio_rate)
+        latent, rates = entry.arguments["output_type"] == "latent", worker.arguments
+        fps = rates.frame_rate(entry.request, entry.arguments)
+        put = partial(fill, output, event.output, latent, fps, rates.audio_rate)
         _, error = tried(put)  # whatever a pipeline returns is its request's
         output.error = error or output.error
         worker.runner.clock.poll()  # a result that was looked at is there, and so are all times before it

@@ -76,7 +76,8 @@ def picture_inputs(pipeline: type) -> dict[str, PictureInput]:
         if (parameter := taken.get(argument)) is None or ("mask" in argument and not {*_PICTURES} & {*taken} - _MASKS):
             continue  # a mask alone is one of a video or of a sound
         kind = str(parameter.annotation)
-        optional = "None" in kind or "Optional" in kind or name in _OPTIONAL
+        untyped = parameter.annotation is parameter.empty  # as in a modular pipeline, whose blocks choose by it
+        optional = untyped or "None" in kind or "Optional" in kind or name in _OPTIONAL
         needed = parameter.default is parameter.empty or not optional or any(word in name for word in words)
         lists = "list[PIL.Image.Image" in kind and "Tensor" not in kind  # elsewhere a list is a batch
         inputs[argument] = PictureInput(needed, lists or any(word in name for word in _SEVERAL))

@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
@@ -38,7 +39,6 @@ from vllm_omni.engine.wire import (
 from vllm_omni.entrypoints.omni import engine_over
 from vllm_omni.errors import EngineClosedError, EngineDeadError, InvalidValueError, OmniError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt, own
-from vllm_omni.inputs.lora import as_adapters
 from vllm_omni.outputs import OmniRequestOutput
 
 _EVERY_REPORT = 10**6
@@ -51,7 +51,7 @@ class AsyncOmni:
     Any thread and any event loop may call it.
     """
 
-    def __init__(self, model: str, **engine_args: Any) -> None:
+    def __init__(self, model: str | Path, **engine_args: Any) -> None:
         self._open(open_engine(OmniDiffusionConfig(model=model, **engine_args)))
 
     @classmethod
@@ -81,7 +81,7 @@ class AsyncOmni:
     async def generate(
         self,
         prompt: Any,
-        sampling_params: OmniDiffusionSamplingParams | None = None,
+        sampling_params: Any = None,
         request_id: str | None = None,
         *,
         sampling_params_list: Sequence[OmniDiffusionSamplingParams] | None = None,
@@ -193,7 +193,7 @@ def _drive(loop: EngineLoop, requests: InFlight) -> None:
 
 
 def _one_stage(
-    params: OmniDiffusionSamplingParams | None, stages: Sequence[OmniDiffusionSamplingParams] | None, adapters: Any
+    params: Any, stages: Sequence[OmniDiffusionSamplingParams] | None, adapters: Any
 ) -> OmniDiffusionSamplingParams:
     """The parameters of a request, however they were given."""
     if stages is not None:
@@ -206,7 +206,7 @@ def _one_stage(
     if adapters is not None:
         if params.lora_request is not None:
             raise InvalidValueError("lora_request", adapters, "is in the parameters already; give it once")
-        params = params.model_copy(update={"lora_request": as_adapters(adapters)})
+        params = OmniDiffusionSamplingParams(**{**dict(params), "lora_request": adapters})  # with its lora_scale
     return params
 
 

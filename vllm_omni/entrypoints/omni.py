@@ -6,9 +6,10 @@ import itertools
 import os
 import signal
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -33,12 +34,12 @@ from vllm_omni.errors import (
     forget_locals,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt, own
+from vllm_omni.kernels.device import refuse_lost
 from vllm_omni.logger import init_logger
 from vllm_omni.modular import whole
 from vllm_omni.outputs import OmniRequestOutput
 
 logger = init_logger(__name__)
-SamplingParams = OmniDiffusionSamplingParams | dict[str, Any]
 WHILE_LOADING = {  # options that the loader alone carries out, and what its owner does to a pipeline instead
     "dtype": "call pipe.to(dtype)",
     "device": "call pipe.to(device)",
@@ -59,7 +60,7 @@ class Omni:
     Several threads may call `generate`; they take turns.
     """
 
-    def __init__(self, model: str, **engine_args: Any) -> None:
+    def __init__(self, model: str | Path, **engine_args: Any) -> None:
         self._open(open_engine(OmniDiffusionConfig(model=model, **engine_args)))
 
     @classmethod
@@ -80,21 +81,23 @@ class Omni:
     def generate(
         self,
         prompts: Any,
-        sampling_params_list: SamplingParams | Sequence[SamplingParams] | None = None,
+        sampling_params_list: Any = None,
         *,
         use_tqdm: bool = True,
+        on_output: Callable[[int, OmniRequestOutput], None] = lambda *_: None,
     ) -> list[OmniRequestOutput]:
         """One output per prompt, in input order. A prompt that fails returns an output with `.error`; the rest go on.
 
         `prompts`: a string, a dict (prompt, negative_prompt, prompt_embeds, ...), or a list of them.
-        `sampling_params_list`: one for all, or one per prompt. Ctrl-C ends the call between two steps.
+        `sampling_params_list`: ours, a dict of them, or vLLM's; one for all, or one per prompt. `on_output` is called
+        with the prompt's place and the output as it ends; what it raises ends the call, as Ctrl-C does between steps.
         """
         self._refuse_inside("generate")
         listed = list(prompts) if isinstance(prompts, list | tuple) else [prompts]
         parameters = self._parameters(sampling_params_list, len(listed))
         requests = {f"omni-{next(self._ids)}": asked for asked in zip(listed, parameters, strict=True)}
         with self._driving(list(requests)) as interrupt:
-            outputs = self._run(requests, use_tqdm, interrupt)
+            outputs = self._run(requests, use_tqdm, on_output, interrupt)
             if not self._told and self.engine.worker.learner is not None and self._idle.wanted:
                 self._told = True
                 logger.info("magcache: learn() makes the runs that the profile still lacks; a psnr waits for them")
@@ -162,15 +165,24 @@ class Omni:
             raise EngineDeadError("a step was interrupted and could not be undone; make a new engine")
 
     def _run(
-        self, requests: dict[str, tuple[Any, SamplingParams]], use_tqdm: bool, interrupt: Callable[[], None]
+        self,
+        requests: dict[str, tuple[Any, Any]],
+        use_tqdm: bool,
+        on_output: Callable[[int, OmniRequestOutput], None],
+        interrupt: Callable[[], None],
     ) -> dict[str, OmniRequestOutput]:
         """The outputs by id; `interrupt` raises, between two steps, what a signal asked for."""
         outputs: dict[str, OmniRequestOutput] = {}
+        places = {request_id: place for place, request_id in enumerate(requests)}
         for request_id, (prompt, params) in requests.items():
             try:
                 self._add(request_id, prompt, params)
-            except OmniError as error:
+            except Exception as error:  # whatever a value of the wrong kind raises is that prompt's fault alone
+                if not isinstance(error, OmniError):
+                    refuse_lost(error)
+                    forget_locals(error)
                 outputs[request_id] = OmniRequestOutput(request_id, prompt, error=error)
+                on_output(places[request_id], outputs[request_id])
         with _Progress(len(requests), len(outputs), use_tqdm) as bar:
             while len(outputs) < len(requests):
                 if self._closing:
@@ -180,6 +192,7 @@ class Omni:
                     if output.request_id in requests:
                         outputs[output.request_id] = output
                         bar.ended(output)
+                        on_output(places[output.request_id], output)
                 bar.show(self.engine)
                 interrupt()
         return outputs
@@ -191,21 +204,15 @@ class Omni:
         except DeviceLostError as error:
             return [OmniRequestOutput(request_id, error=error) for request_id in waiting]
 
-    def _add(self, request_id: str, prompt: Any, params: SamplingParams) -> None:
-        if isinstance(params, dict):
-            params = OmniDiffusionSamplingParams.from_dict(params)
+    def _add(self, request_id: str, prompt: Any, params: Any) -> None:
+        params = OmniDiffusionSamplingParams.from_params(params)
         request = OmniDiffusionRequest(request_id, prompt, own(normalise_prompt(prompt)), own(params))
         self.engine.add_request(request)
 
     @staticmethod
-    def _parameters(given: Any, count: int) -> list[SamplingParams]:
-        if given is None:
-            return [OmniDiffusionSamplingParams()] * count
-        if isinstance(given, OmniDiffusionSamplingParams | dict):
-            return [given] * count
-        one = OmniDiffusionSamplingParams | dict
-        if not isinstance(given, list | tuple) or not all(isinstance(entry, one) for entry in given):
-            raise InvalidValueError("sampling_params_list", given, "must be sampling parameters, or a list of them")
+    def _parameters(given: Any, count: int) -> list[Any]:
+        if not isinstance(given, list | tuple):
+            return [OmniDiffusionSamplingParams() if given is None else given] * count
         if len(given) != count:
             raise InvalidValueError(
                 "sampling_params_list", f"{len(given)} entries", f"must have one per prompt, {count}"

@@ -19,6 +19,9 @@ RENAMED: dict[str, tuple[str, ...]] = {  # our names, and the pipelines' for the
     "num_frames": ("num_frames", "frames", "video_length"),
     "seconds": ("audio_end_in_s", "duration", "audio_duration", "audio_duration_s", "audio_length_in_s"),
 }
+_OF_PARAMS = {"generator", "output_type"}
+_OF_ENGINE = {"return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps"}
+RESERVED = _OF_PARAMS | _OF_ENGINE  # arguments of a pipeline's call that the engine itself gives
 NoiseLevel = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
 
 
@@ -29,7 +32,7 @@ class OmniDiffusionSamplingParams(Settings):
     generator a random seed is drawn and reported. `cache` is None (the engine's setting), ``"off"``, a preset's name,
     or a dict of overrides. `lora_request` names adapters that are loaded: ``"style"``,
     ``{"name": "style", "scale": 0.8}``, or a list of them. `preview_every` steps, a progress report carries the images
-    as they stand (flow matching). `fps`: frames per second of a video's file (default: the model's own).
+    as they stand (flow matching). `fps`: frames per second of a video (default: the model's own).
     `seconds`: how long a sound is to be, of a model that makes sound alone.
     `boundary_ratio`: of the noise schedule, where a model's second expert takes over (Wan 2.2). `generator_device` is
     where random numbers are drawn (default: the CPU, which gives the same ones everywhere). `lora_scale` multiplies the
@@ -45,7 +48,7 @@ class OmniDiffusionSamplingParams(Settings):
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
     num_frames: int | None = Field(default=None, ge=1)
-    fps: float | None = Field(default=None, gt=0)
+    fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     guidance_scale_2: float | None = Field(default=None, ge=0, allow_inf_nan=False)
@@ -76,23 +79,44 @@ class OmniDiffusionSamplingParams(Settings):
     def _adapters(cls, value: Any) -> Any:
         return None if value is None else as_adapters(value)
 
+    @field_validator("sigmas", "timesteps", mode="before")
+    @classmethod
+    def _levels(cls, value: Any) -> Any:
+        return value.tolist() if hasattr(value, "tolist") else value  # an array or a tensor
+
+    @model_validator(mode="after")
+    def _one_source(self) -> OmniDiffusionSamplingParams:
+        if self.seed is not None and self.generator is not None:
+            raise InvalidValueError("seed", self.seed, "is not used with a generator, which has its own; give one")
+        return self
+
     @model_validator(mode="after")
     def _scaled(self) -> OmniDiffusionSamplingParams:
-        """The scale becomes a part of the adapters: whoever reads these need not know of it."""
-        if self.lora_scale not in (None, 1) and self.lora_request:
-            scaled = tuple((name, scale * float(self.lora_scale or 0)) for name, scale in self.lora_request)
+        """The scale becomes a part of the adapters, once there are any: who reads these need not know of it."""
+        if self.lora_scale is not None and self.lora_request is not None:
+            scaled = tuple((name, scale * self.lora_scale) for name, scale in self.lora_request)
             vars(self).update(lora_request=as_adapters(scaled))
-        vars(self).update(lora_scale=None)
+        if self.lora_scale == 1 or self.lora_request is not None:
+            vars(self).update(lora_scale=None)
         return self
 
     @classmethod
     def from_params(cls, params: Any) -> Self:
-        """Parameters of any kind as ours: a mapping of names, or vLLM's, which hold a `seed` and `extra_args`."""
+        """Parameters of any kind as ours: a mapping of names, or vLLM's, which hold `seed`, `n` and `extra_args`."""
         if isinstance(params, cls):
             return params
         if isinstance(params, Mapping):
             return cls.from_dict(params)
-        return cls(seed=params.seed, **(params.extra_args or {}))
+        extra = getattr(params, "extra_args", params) or {}
+        if not isinstance(extra, Mapping):
+            raise InvalidValueError("sampling_params", params, "must be sampling parameters, ours or vLLM's, or a dict")
+        count = getattr(params, "n", 1)
+        theirs = {"seed": getattr(params, "seed", None), "num_outputs_per_prompt": None if count == 1 else count}
+        theirs = {name: value for name, value in theirs.items() if value is not None}
+        for name in theirs.keys() & extra.keys():
+            if theirs[name] != extra[name]:
+                raise InvalidValueError(name, extra[name], f"is {theirs[name]} outside extra_args; give it once")
+        return cls.from_dict({**theirs, **extra})
 
     def clone(self) -> Self:
         """A copy that shares nothing with this one but its generator."""
@@ -133,6 +157,15 @@ def own(value: Any) -> Any:
         if (loaded := sys.modules.get(module)) is not None and isinstance(value, vars(loaded)[name]):
             return value.detach().clone() if name == "Tensor" else value.copy()
     return value
+
+
+def refuse_reserved(names: Iterable[str]) -> None:
+    """InvalidValueError for an argument in a prompt or in `extra_args` that would not be what the pipeline gets."""
+    for name in names:
+        if name in _OF_PARAMS:
+            raise InvalidValueError(name, "given", "is a sampling parameter: not for the prompt, nor for extra_args")
+        if name in _OF_ENGINE:
+            raise InvalidValueError(name, "given", "is the engine's own: it follows each step and reads all results")
 
 
 def has_embeds(text: str, given: Iterable[str]) -> bool:

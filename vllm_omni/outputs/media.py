@@ -12,6 +12,7 @@ import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.outputs.sound import encode_sound
+from vllm_omni.outputs.sound import encode_sound, ffmpeg_for
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 VIDEO_FORMATS = ("mp4", "gif", "webp")
 MAX_INPUT_PIXELS = 64 * 2**20
 MAX_SCANS = 100  # of a JPEG: each is a walk over all its blocks, however few bytes it has
-_SCAN = b"\xff\xda"
+_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
 # What Pillow raises on bytes that are no picture.
 _UNREADABLE = (
     UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, TypeError,
@@ -57,7 +58,8 @@ def open_mask(source: Path | bytes, field: str = "mask", max_pixels: int = MAX_I
 def announced(data: bytes, field: str) -> tuple[int, int]:
     """(pixels, what decoding costs in pixels) as the header says; InvalidValueError for no picture or too many scans."""
     with _readable(data, field), Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as picture:
-        pixels, scans = picture.width * picture.height, data.count(_SCAN) if picture.format == "JPEG" else 1
+        scans = data.count(_SCAN) if data.startswith(_JPEG) else 1  # one of several pictures has a format of its own
+        pixels = picture.width * picture.height
         if scans > MAX_SCANS:
             raise InvalidValueError(field, f"{scans} scans", f"must have at most {MAX_SCANS}, as a JPEG")
         return pixels, pixels * (1 + scans // 10)
@@ -90,6 +92,13 @@ def _readable(source: Path | bytes, field: str) -> Iterator[None]:
         raise InvalidValueError(field, shown, "must be a whole PNG, JPEG or WebP picture") from None
 
 
+def encode_png(picture: Image.Image) -> bytes:
+    """The file's bytes."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def encode_video(
     frames: Sequence[Image.Image], format: str, fps: float, sound: Any = None, rate: int | None = None
 ) -> bytes:
@@ -104,11 +113,16 @@ def encode_video(
     if format == "mp4":
         return _mp4(frames, fps, None if sound is None or not rate else encode_sound(sound, "wav", rate))
     buffer = io.BytesIO()
-    options = {"lossless": True} if format == "webp" else {"optimize": False}
-    frames[0].save(
-        buffer, format, save_all=True, append_images=list(frames[1:]), duration=1000 / fps, loop=0, **options
-    )
+    options: dict[str, Any] = {"lossless": True} if format == "webp" else {"optimize": False}
+    options |= {"duration": _durations(len(frames), fps, *((1, 1) if format == "webp" else (10, 20)))}
+    frames[0].save(buffer, format, save_all=True, append_images=list(frames[1:]), loop=0, **options)
     return buffer.getvalue()
+
+
+def _durations(count: int, fps: float, unit: int, least: int) -> list[int]:
+    """Of each frame, in ms: multiples of `unit` whose sum is never further off than one; players want the `least`."""
+    ends = [unit * round(1000 * i / fps / unit) for i in range(count + 1)]
+    return [max(least, end - begin) for begin, end in pairwise(ends)]
 
 
 def contact_sheet(frames: Sequence[Image.Image], most: int = 25, side: int = 256) -> Image.Image:
@@ -132,13 +146,9 @@ def save_video(
 
 
 def _mp4(frames: Sequence[Image.Image], fps: float, wav: bytes | None) -> bytes:
-    try:
-        import imageio.v2 as imageio
-        import imageio_ffmpeg  # noqa: F401  imageio would look for it only later, and say less
-    except ImportError:
-        raise InvalidValueError(
-            "format", "mp4", "needs imageio and imageio-ffmpeg (pip install 'vllm-omni-magcache[video]'); or use gif"
-        ) from None
+    ffmpeg_for("mp4")  # imageio would look for it only later, and say less
+    import imageio.v2 as imageio
+
     with tempfile.TemporaryDirectory(prefix="vllm-omni-") as folder:  # an MP4's index is written by seeking back
         path = Path(folder) / "video.mp4"
         # 4:2:0 needs even sides; faststart puts the index first, so that a browser plays while it loads.

@@ -17,6 +17,10 @@ import numpy as np
 from vllm_omni.errors import InvalidValueError
 
 SOUND_FORMATS = ("wav", "flac")
+BY_FFMPEG = {
+    "mp4": "gif",
+    "flac": "wav",
+}  # formats of clips and sounds that need it, and one for the same that does not
 
 
 def encode_sound(waveform: Any, format: str, rate: int) -> bytes:
@@ -41,16 +45,23 @@ def save_sound(waveform: Any, path: Path, rate: int) -> None:
     path.write_bytes(encode_sound(waveform, path.suffix.removeprefix(".").lower(), rate))
 
 
-def _flac(wav: bytes) -> bytes:
+def ffmpeg_for(format: str) -> str:
+    """imageio's ffmpeg, which makes files of `format`, one of BY_FFMPEG. InvalidValueError without it."""
     try:
+        import imageio.v2  # noqa: F401
         from imageio_ffmpeg import get_ffmpeg_exe
-    except ImportError:
-        raise InvalidValueError(
-            "format", "flac", "needs imageio-ffmpeg (pip install 'vllm-omni-magcache[video]'); or use wav"
-        ) from None
+
+        return get_ffmpeg_exe()
+    except (ImportError, RuntimeError):
+        need = "needs imageio and imageio-ffmpeg (pip install 'vllm-omni-magcache[video]')"
+        raise InvalidValueError("format", format, f"{need}; or use {BY_FFMPEG[format]}") from None
+
+
+def _flac(wav: bytes) -> bytes:
+    ffmpeg = ffmpeg_for("flac")
     with tempfile.TemporaryDirectory(prefix="vllm-omni-") as folder:  # the header is written by seeking back
         source, made = Path(folder) / "sound.wav", Path(folder) / "sound.flac"
         source.write_bytes(wav)
-        command = [get_ffmpeg_exe(), "-loglevel", "error", "-i", str(source), str(made)]
+        command = [ffmpeg, "-loglevel", "error", "-i", str(source), str(made)]
         subprocess.run(command, check=True, stdin=subprocess.DEVNULL, capture_output=True)
         return made.read_bytes()

@@ -16,8 +16,9 @@ from vllm_omni.diffusion.cache.plan.curve import resample
 from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.loader import load_pipeline
+from vllm_omni.diffusion.worker.arguments import arguments_of
 from vllm_omni.entrypoints.omni import Omni
-from vllm_omni.errors import InvalidValueError
+from vllm_omni.errors import InvalidValueError, check_keys
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.learning import nearest
 from vllm_omni.model_folder import generation_defaults
@@ -65,6 +66,7 @@ class Bench:
             torch.set_num_threads(threads)
         config = OmniDiffusionConfig(model=model.name, dtype=model.dtype, device=model.device)
         self.pipeline = load_pipeline(config)
+        check_keys(type(self.pipeline).__name__, model.arguments, arguments_of(type(self.pipeline)))
         self.arguments = generation_defaults(model.name) | model.arguments
         self.omni = Omni.from_pipe(self.pipeline, defaults=self.arguments, max_num_seqs=BATCH)
         self.arguments.pop("num_inference_steps", None)
@@ -163,7 +165,7 @@ class Bench:
         for output in outputs:
             if output.error is not None:
                 raise output.error
-        return np.stack([output.images[0] for output in outputs])
+        return np.stack([(output.images or output.videos)[0] for output in outputs])
 
     def _plain(self, pipeline: Any, steps: int, pairs: Sequence[Pair]) -> np.ndarray:
         made = pipeline(
@@ -171,7 +173,6 @@ class Bench:
             generator=[torch.Generator("cpu").manual_seed(pair.seed) for pair in pairs],
             num_inference_steps=steps,
             output_type="np",
-            return_dict=False,
             **self.arguments,
         )
-        return np.asarray(made[0])
+        return np.asarray(next(iter(made.values())))

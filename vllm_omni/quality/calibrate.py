@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,8 +20,13 @@ from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.state import CacheState, PlannedState
 from vllm_omni.diffusion.data import DiffusionCacheConfig
-from vllm_omni.errors import InvalidValueError
+from vllm_omni.diffusion.worker.arguments import arguments_of
+from vllm_omni.engine.describe import picture_inputs
+from vllm_omni.errors import InvalidValueError, NumericalError, OmniError
+from vllm_omni.kernels.device import tried
 from vllm_omni.logger import init_logger
+from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.outputs.made import fill
 from vllm_omni.trials import Away, Measurement, Trial, asked_steps, choices, figures, gains, refuse_noise
 
 logger = init_logger(__name__)
@@ -37,6 +43,7 @@ def calibrate(
     `arguments` go to the pipeline's call. `judge` adds what its plans are worth. With a sampler that draws noise which
     no seed decides, curve and matrix are all, and a warning says so.
     """
+    refuse_more_than_a_prompt(type(pipeline), arguments)
     backend = MagCacheBackend(DiffusionCacheConfig(mag_calibrate=True))
     assert backend.calibration is not None
     backend.calibration.width = sketch
@@ -153,17 +160,37 @@ def enabled(backend: MagCacheBackend, pipeline: Any, profile: CacheProfile | Non
         backend.disable(pipeline)
 
 
+def refuse_more_than_a_prompt(pipeline: type, arguments: Mapping[str, Any]) -> None:
+    """InvalidValueError for a pipeline whose call needs what no line of text says: a picture, above all."""
+    needed = {name for name, one in arguments_of(pipeline).items() if one.default is one.empty}
+    needed |= {name for name, picture in picture_inputs(pipeline).items() if picture.needed}
+    if missing := sorted(needed - {"prompt", *arguments}):
+        fix = "beside a prompt; serve it with calibrate='auto' in the cache's settings: that learns from requests"
+        raise InvalidValueError("MODEL", pipeline.__name__, f"needs {' and '.join(missing)} {fix}")
+
+
 def latents(pipeline: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> torch.Tensor:
     """The final latents of one run, in fp32."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return pipeline(prompt, generator=generator, output_type="latent", return_dict=False, **arguments)[0].float()
+    return _made(pipeline, prompt, seed, arguments, "latent").latents.float()
 
 
 def picture(pipeline: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> torch.Tensor:
     """The decoded output of one run, from 0 to 1."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    images = pipeline(prompt, generator=generator, output_type="np", return_dict=False, **arguments)[0]
-    return torch.as_tensor(np.asarray(images[0], dtype=np.float64))
+    made = _made(pipeline, prompt, seed, arguments, "np")
+    values: Sequence[Any] = made.images or made.videos or made.audio
+    return torch.as_tensor(np.asarray(values[0], dtype=np.float64))
+
+
+def _made(pipeline: Any, prompt: str, seed: int, arguments: dict[str, Any], output_type: str) -> OmniRequestOutput:
+    """One run, uncached or as the backend has it. OmniError says what the pipeline raised."""
+    generator, output = torch.Generator("cpu").manual_seed(seed), OmniRequestOutput("")
+    call = partial(pipeline, prompt=prompt, generator=generator, output_type=output_type, **arguments)
+    _, error = tried(lambda: fill(output, call(), output_type == "latent", 0.0, None))
+    if isinstance(output.error, NumericalError):  # so far away that there is no number for it
+        output.latents, output.images = torch.tensor(torch.nan), [np.nan]
+    elif error is not None:
+        raise error if isinstance(error, OmniError) else OmniError(f"the pipeline raised {error!r}") from error
+    return output
 
 
 def draw(profile: CacheProfile, file: Path) -> None:

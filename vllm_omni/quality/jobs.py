@@ -10,10 +10,12 @@ import hashlib
 import importlib.metadata
 import json
 import multiprocessing
+import signal
 import time
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from tqdm import tqdm
 
 from vllm_omni.engine.malloc import keep_freed_memory
 from vllm_omni.files import write_whole
+from vllm_omni.kernels.device import tried
 from vllm_omni.quality.bench import Bench, BenchModel, Result
 from vllm_omni.quality.meter import Work
 from vllm_omni.quality.metrics import lpips
@@ -140,6 +143,7 @@ def run(plan: ReportSettings) -> ReportResults:
     """Draw every row of `plan`, with a progress bar. OmniError if a setting cannot be had on this model."""
     began = time.monotonic()
     plan.folder.mkdir(parents=True, exist_ok=True)
+    missing = lpips()[1]  # also whether there are any metrics at all: before hours of drawing
     outcome = ReportResults()
     with _executor(plan) as executor, tqdm(desc="quality", unit="row", smoothing=0.1) as bar:
         pool = _Pool(plan, executor, bar, outcome, None if plan.limit_s is None else began + plan.limit_s)
@@ -156,7 +160,7 @@ def run(plan: ReportSettings) -> ReportResults:
         _clock_all(plan, pool, outcome)
         if plan.processes == 1:
             executor.submit(_close_worker).result()
-    if missing := lpips()[1]:
+    if missing:
         outcome.notices.append(missing)
     outcome.seconds = time.monotonic() - began
     return outcome
@@ -246,21 +250,58 @@ def _name(task: tuple[Any, ...]) -> str:
     return f"{what} of {task[2]}: strengths" if function is _tune else f"{what} steps uncached"
 
 
-# What runs in a worker process. Each has one worker.
+# What runs in a worker process, or here. Each has one worker, made by its first task: what fails then is the task's.
+_make: Callable[[], Worker] | None = None
 _worker: Worker | None = None
+
+
+class _Here(Executor):
+    """Runs each task at once, in the caller's thread, which Ctrl-C reaches."""
+
+    def submit(self, task: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        future = Future[Any]()
+        result, error = tried(partial(task, *given, **named))
+        future.set_result(result) if error is None else future.set_exception(error)
+        return future
+
+
+class _Processes(ProcessPoolExecutor):
+    """Its workers end at Ctrl-C without a word; until they can, while they start, it is held back."""
+
+    def submit(self, task: Callable[..., Any], /, *given: Any, **named: Any) -> Future[Any]:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return super().submit(task, *given, **named)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _executor(plan: ReportSettings) -> Executor:
     if plan.processes == 1:
-        return ThreadPoolExecutor(1, initializer=_init_worker, initargs=(plan, None))
+        _init_worker(plan, None)
+        return _Here()
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(plan.processes, context, _init_worker, (plan, 1))
+    return _Processes(plan.processes, context, _init_process, (plan, 1))
+
+
+def _init_process(plan: ReportSettings, threads: int | None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    _init_worker(plan, threads)
 
 
 def _init_worker(plan: ReportSettings, threads: int | None) -> None:
-    global _worker
+    global _make, _worker
     keep_freed_memory()
-    _worker = Worker(plan, threads)
+    _make, _worker = partial(Worker, plan, threads), None
+
+
+def _the_worker() -> Worker:
+    global _worker
+    if _worker is None:
+        assert _make is not None
+        _worker = _make()
+    return _worker
 
 
 def _close_worker() -> None:
@@ -272,20 +313,19 @@ def _close_worker() -> None:
 
 def _kept(tasks: list[tuple[Any, ...]]) -> list[bool]:
     """Which tasks an earlier run has done."""
-    assert _worker is not None
+    worker = _the_worker()
     endings = {_prepare: "sheet.npy", _measure: "result.json", _clock: "clock.json"}
     files = []
     for function, what, *more in tasks:
         if function is _tune:
-            files.append(_worker.file(Row(what, what, more[0], peer=what), "tuned.json"))
+            files.append(worker.file(Row(what, what, more[0], peer=what), "tuned.json"))
         else:
-            files.append(_worker.file(reference(what) if function is _prepare else what, endings[function]))
+            files.append(worker.file(reference(what) if function is _prepare else what, endings[function]))
     return [file.is_file() for file in files]
 
 
 def _in_worker(method: Callable[..., Any], *arguments: Any) -> Any:
-    assert _worker is not None
-    return method(_worker, *arguments)
+    return method(_the_worker(), *arguments)
 
 
 def _prepare(steps: int) -> Path:

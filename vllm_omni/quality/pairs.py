@@ -46,12 +46,16 @@ def tuning(pairs: list[Pair], count: int) -> list[Pair]:
     return [Pair(pair.prompt, TUNING_SEED + i) for i, pair in enumerate(pairs[-count:])]
 
 
-def read_prompts(file: Path, limit: int | None = None) -> list[str]:
-    """The file's lines, one prompt a line; at most `limit` of them, evenly spread."""
-    if not file.is_file():
-        raise InvalidValueError("--prompts", str(file), "must be a text file with one prompt a line")
-    lines = [check_text("--prompts", line.strip()) for line in file.read_text().splitlines() if line.strip()]
-    if not lines or (limit is not None and limit < 1):
+def read_prompts(file: Path) -> list[str]:
+    """The file's lines, one prompt a line; the file may be a pipe, such as /dev/stdin."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")  # editors put a mark in front
+    except OSError as error:
+        fix = f"must be a text file with one prompt a line ({error.strerror})"
+        raise InvalidValueError("--prompts", str(file), fix) from None
+    except UnicodeDecodeError:
+        raise InvalidValueError("--prompts", str(file), "must be a text file in UTF-8") from None
+    lines = [check_text("--prompts", line.strip()) for line in text.splitlines() if line.strip()]
+    if not lines:
         raise InvalidValueError("--prompts", str(file), "must hold at least one prompt")
-    count = len(lines) if limit is None else min(limit, len(lines))
-    return [lines[index * len(lines) // count] for index in range(count)]
+    return lines

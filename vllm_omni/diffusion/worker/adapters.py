@@ -14,7 +14,7 @@ from diffusers.loaders.lora_base import LoraBaseMixin
 from vllm_omni.diffusion.denoiser.lora_scales import asked_scales
 from vllm_omni.errors import InvalidValueError, ModelLoadError
 from vllm_omni.inputs.lora import Adapters
-from vllm_omni.model_folder import UNREADABLE
+from vllm_omni.model_folder import UNREADABLE, no_adapter
 
 
 class AdapterSwitch:
@@ -104,10 +104,8 @@ def _active(pipeline: Any) -> Adapters:
 def _load(pipeline: Any, name: str, where: str) -> None:
     path = Path(os.path.expanduser(where))  # Path's own raises for an unknown user, and exists for a name too long
     local = os.path.exists(path)
-    if not local and (where.count("/") != 1 or where.startswith((".", "/", "~"))):
-        raise ModelLoadError(f"lora_modules {name!r}: {where!r} does not exist; give a file, a folder or a hub id")
-    if local and path.is_file() and path.suffix != ".safetensors":
-        raise ModelLoadError(f"lora_modules {name!r}: {path.name} is no .safetensors file; other formats can run code")
+    if fault := no_adapter(where):
+        raise ModelLoadError(f"lora_modules {name!r}: {where!r} {fault}")
     if not isinstance(pipeline, LoraBaseMixin):
         raise ModelLoadError(f"lora_modules {name!r}: {type(pipeline).__name__} takes no LoRA adapters")
     try:

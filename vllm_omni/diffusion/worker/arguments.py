@@ -12,15 +12,13 @@ from diffusers.image_processor import VaeImageProcessor
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidValueError, check_keys
-from vllm_omni.inputs.data import RENAMED, has_embeds
+from vllm_omni.inputs.data import RENAMED, has_embeds, refuse_reserved
+from vllm_omni.outputs.rates import audio_rate_of, frame_rate_of
 
 _OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
 _NOTHING = {"eta", "guidance_rescale", "cfg_normalize", "use_en_prompt"}
-_OURS |= {"boundary_ratio", "generator_device", "lora_scale"}
-# The frame rate that a family was trained at, by the beginning of its pipeline's name (the models' own cards).
-_FRAME_RATES = {"CogVideoX": 8, "HunyuanVideo": 24, "Kandinsky5": 24, "LTX": 25, "Mochi": 30, "SkyReels": 24, "Wan": 16}
+_OURS |= {"boundary_ratio", "generator_device"}
 MAX_DRAWN_SEED = 2**32  # ten digits: somebody will read it out or type it
-_RESERVED = {"callback_on_step_end", "callback_on_step_end_tensor_inputs", "return_dict"}
 
 
 class ArgumentBuilder:
@@ -29,15 +27,20 @@ class ArgumentBuilder:
     def __init__(self, pipeline: Any, defaults: Mapping[str, Any], config: OmniDiffusionConfig) -> None:
         self._name = type(pipeline).__name__
         self._two_experts = vars(pipeline).get("transformer_2") is not None
-        self._accepted, self._required = _arguments_of(type(pipeline))
+        taken = arguments_of(type(pipeline))
+        self._accepted, self._required = {*taken}, {name for name, one in taken.items() if one.default is one.empty}
         self.defaults = {key: value for key, value in defaults.items() if key in self._accepted}
         own = config.default_sampling_params
         for name in own:
             if name not in self._accepted:
                 raise InvalidValueError("default_sampling_params", name, f"is not an argument of {self._name}")
-        known = next((rate for name, rate in _FRAME_RATES.items() if self._name.startswith(name)), 16)
-        self.fps = float(defaults.get("fps", known))  # of videos, unless a request asks for another rate
-        self.audio_rate = _audio_rate(pipeline)
+        self._rate = next((name for name in ("frame_rate", "fps") if name in taken), "")  # what the model is told
+        own_rate = taken[self._rate].default if self._rate else None
+        own_rate = own_rate if isinstance(own_rate, int | float) else frame_rate_of(pipeline)
+        self.fps = float(self.defaults.get(self._rate) or defaults.get("fps") or own_rate)  # unless a request differs
+        if self._rate and self.fps != own_rate:
+            self.defaults[self._rate] = self.fps
+        self.audio_rate = audio_rate_of(pipeline)
         self._config = config
         processor = vars(pipeline).get("image_processor")
         self.multiple = processor.config.vae_scale_factor if isinstance(processor, VaeImageProcessor) else 1
@@ -54,6 +57,7 @@ class ArgumentBuilder:
         for name in _NOTHING - self._accepted:  # upstream's defaults, which ask for nothing
             if not given.get(name):
                 given.pop(name, None)
+        refuse_reserved([*request.conditioning, *request.params.extra_args])
         given |= request.conditioning
         for name, value in given.items():
             target = next((n for n in RENAMED.get(name, (name,)) if n in self._accepted), None)
@@ -65,10 +69,14 @@ class ArgumentBuilder:
         for name in self._accepted:  # embeddings take the place of a text, which then is not the pipeline's default
             if f"{name}_embeds" in given and name not in given:
                 arguments[name] = None
-        check_keys("extra_args", request.params.extra_args, self._accepted - _RESERVED)
+        check_keys("extra_args", request.params.extra_args, self._accepted)
         arguments |= request.params.extra_args
-        if request.params.fps is not None and "frame_rate" in self._accepted:  # LTX is conditioned on it
-            arguments["frame_rate"] = request.params.fps
+        if (fps := request.params.fps) is not None and self._rate:  # the model is conditioned on it
+            if (told := (given | request.params.extra_args).get(self._rate, fps)) != fps:
+                raise InvalidValueError("fps", fps, f"must be the {self._rate}, which is {told}; give one of them")
+            arguments[self._rate] = fps
+        elif fps not in (None, self.fps) and self.audio_rate is not None:
+            raise InvalidValueError("fps", fps, f"must be {self.fps:g}: this model's sound has no other pace")
         arguments["output_type"] = request.params.output_type or "pil"
         if "prompt" in self._accepted and "prompt" not in given and not has_embeds("prompt", given):
             raise InvalidValueError("prompt", request.prompt, "must hold 'prompt' or 'prompt_embeds'")
@@ -77,7 +85,16 @@ class ArgumentBuilder:
         self._check(arguments)
         return arguments
 
+    def frame_rate(self, request: OmniDiffusionRequest, arguments: Mapping[str, Any]) -> float:
+        """Of the request's video, which `arguments` made."""
+        told = arguments.get(self._rate) if self._rate else request.params.fps
+        doubled = 2 if self._name == "LTX2DFRTemporalRefinePipeline" else 1  # it is told what comes in
+        return float(told or self.fps) * doubled
+
     def _check(self, arguments: dict[str, Any]) -> None:
+        rate = arguments.get(self._rate)
+        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < float("inf")):
+            raise InvalidValueError(self._rate, rate, "must be a number above 0, of frames per second")
         for name in ("num_inference_steps", "height", "width"):
             if not isinstance(arguments.get(name), int | None):
                 raise InvalidValueError(name, arguments[name], "must be a whole number")
@@ -97,32 +114,17 @@ class ArgumentBuilder:
             raise InvalidValueError("height x width", f"{height}x{width}", f"must be at most {most} pixels")
 
 
-def _arguments_of(pipeline_class: type) -> tuple[set[str], set[str]]:
-    """The names that a pipeline's call takes, and those without a default.
-
-    One that hands **kwargs on takes those of the class it derives from.
-    """
-    names: set[str] = set()
-    required: set[str] = set()
+def arguments_of(pipeline_class: type) -> dict[str, inspect.Parameter]:
+    """What a pipeline's call takes; one that hands **kwargs on takes what the class does that it derives from."""
+    found: dict[str, inspect.Parameter] = {}
     for owner in pipeline_class.__mro__:
         if "__call__" in vars(owner):
             taken = list(inspect.signature(vars(owner)["__call__"]).parameters.values())[1:]
-            own = [one for one in taken if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
-            required |= {one.name for one in own if one.default is one.empty} - names
-            names |= {one.name for one in own}
+            own = {one.name: one for one in taken if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)}
+            found = own | found
             if all(one.kind is not one.VAR_KEYWORD for one in taken):
                 break
-    return names, required
-
-
-def _audio_rate(pipeline: Any) -> int | None:
-    """Samples per second of the pipeline's sound: of its vocoder, or of the VAE that makes it; None without sound."""
-    for name in ("vocoder", "vae", "audio_vae", "sound_tokenizer"):
-        config = getattr(getattr(pipeline, name, None), "config", {})
-        for field in ("output_sampling_rate", "sampling_rate", "sample_rate"):
-            if isinstance(rate := config.get(field), int):
-                return rate
-    return None
+    return found
 
 
 def generator_of(request: OmniDiffusionRequest) -> tuple[Any, int | None]:

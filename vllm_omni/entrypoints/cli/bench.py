@@ -12,7 +12,7 @@ from typing import Any
 
 from vllm_omni.bench.client import APIS, CHAT, IMAGES, Client, Target
 from vllm_omni.bench.load import Body, closed, open_loop
-from vllm_omni.bench.stats import PERCENTILES, Summary, arrivals, mix, summarise, weighted
+from vllm_omni.bench.stats import PERCENTILES, Sample, Summary, arrivals, mix, summarise, weighted
 from vllm_omni.entrypoints.cli.flags import command_parser
 from vllm_omni.entrypoints.cli.values import json_object, parse_size, writable_file
 from vllm_omni.errors import InvalidValueError, OmniError
@@ -76,7 +76,7 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Warm up, run the loads, print; 1 if every request of a load failed."""
+    """Warm up, run the loads, print; 1 if every request of a load failed. Ctrl-C ends the loads, not the table."""
     target = _target(args)
     _check(args)
     model = args.model or _model(target)
@@ -85,7 +85,8 @@ def run(args: argparse.Namespace) -> int:
         closed(target, bodies[: args.warmup], min(args.warmup, len(bodies)))
     loads: list[tuple[str, float]] = [("closed", clients) for clients in args.clients or ([] if args.rate else [8])]
     loads += [("open", rate) for rate in args.rate]
-    done = [(kind, amount, *_run(kind, amount, target, bodies, args)) for kind, amount in loads]
+    done: list[tuple[str, float, Summary, list[Sample]]] = []
+    whole = all(_run(load, target, bodies, args, done) for load in loads)
     print(_table([(_name(kind, amount), summary) for kind, amount, summary, _ in done]))
     line = {"benchmark": "bench", "url": args.url, "api": args.api, "model": model, "requests": args.requests}
     line["loads"] = [
@@ -96,24 +97,38 @@ def run(args: argparse.Namespace) -> int:
         samples = [[vars(sample) | {"latency_s": sample.latency_s} for sample in found] for *_, found in done]
         Path(args.out).write_text(json.dumps(line | {"samples": samples}, indent=1) + "\n")
     print(json.dumps(line))
+    if not whole:
+        raise KeyboardInterrupt
     return 0 if all(summary.succeeded for _, _, summary, _ in done) else 1
 
 
 def _run(
-    kind: str, amount: float, target: Target, bodies: Sequence[Body], args: argparse.Namespace
-) -> tuple[Summary, Any]:
+    load: tuple[str, float],
+    target: Target,
+    bodies: Sequence[Body],
+    args: argparse.Namespace,
+    done: list[tuple[str, float, Summary, list[Sample]]],
+) -> bool:
+    """Add to `done` what came of a load, or what had come of it until Ctrl-C; whether it ended by itself."""
     from tqdm import tqdm
 
+    (kind, amount), samples, whole = load, list[Sample](), True
     with tqdm(total=len(bodies), desc=_name(kind, amount), unit="request", disable=None) as bar:
 
-        def done(_: Any) -> None:
+        def note(sample: Sample) -> None:
+            samples.append(sample)
             bar.update()
 
-        if kind == "closed":
-            samples = closed(target, bodies, int(amount), done)
-        else:
-            samples = open_loop(target, bodies, arrivals(len(bodies), amount, args.seed), done)
-    return summarise(samples, args.deadline), samples
+        try:
+            if kind == "closed":
+                closed(target, bodies, int(amount), note)
+            else:
+                open_loop(target, bodies, arrivals(len(bodies), amount, args.seed), note)
+        except KeyboardInterrupt:
+            whole = False
+    samples = list(samples)  # more may come
+    done.append((kind, amount, summarise(samples, args.deadline), samples))
+    return whole
 
 
 def make_bodies(args: argparse.Namespace, model: str) -> list[Body]:
@@ -159,7 +174,7 @@ def _mixed(flag: str, texts: Sequence[str], count: int, seed: int) -> list[Any]:
 
 def _whole(flag: str, text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) <= 10_000:
-        raise InvalidValueError(flag, text, "must be a whole number above 0")
+        raise InvalidValueError(flag, text, "must be a whole number from 1 to 10000")
     return int(text)
 
 

@@ -9,15 +9,22 @@ from typing import Any
 
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
+from vllm_omni.entrypoints.cli.engine_flags import (
+    add_engine_flags,
+    add_extra,
+    add_model,
+    call_arguments,
+    engine_args,
+)
 from vllm_omni.entrypoints.cli.flags import command_parser
 from vllm_omni.entrypoints.cli.values import writable_file
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.model_folder import generation_defaults
+from vllm_omni.model_folder import generation_defaults, resolve_model
 from vllm_omni.quality.pairs import own_captions, read_prompts
 
 HELD_OUT_SEEDS = 49_000  # away from calibration's
+MAX_NAME_BYTES = 200  # of a profile, whose file has fingerprint and steps in its name, too
 DESCRIPTION = """Every second prompt runs uncached, and is measured: the magnitude curve, the matrix
 of the residuals, and the gains, which say how far an error at each step moves
 the end. A third of them, 8 at most, is left out of that: on these, plans are
@@ -44,6 +51,7 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, metavar="N", help="seed of the first prompt, counted up (default: 0)")
     add("--name", help="the profile's name (default: the model's)")
     add("--out", metavar="FILE", help="profile file to write, .json (default: where the engine finds it)")
+    add_extra(parser)
     return parser
 
 
@@ -57,6 +65,11 @@ def run(args: argparse.Namespace) -> int:
     config = OmniDiffusionConfig(**engine_args(args))
     if args.limit < 1:
         raise InvalidValueError("--limit", args.limit, "must be at least 1")
+    name = args.name if args.name is not None else Path(resolve_model(args.model)).resolve().name
+    if "/" in name or not 1 <= len(name.encode()) <= MAX_NAME_BYTES:
+        raise InvalidValueError("--name", name, f"must have 1 to {MAX_NAME_BYTES} bytes, and no '/'")
+    if args.out and not args.out.endswith(".json"):
+        raise InvalidValueError("--out", args.out, "must end in .json: the engine takes no other file for a profile")
     if args.prompts is None:
         prompts, held_out = (own_captions(args.model, calibration=own)[: args.limit] for own in (True, False))
     else:
@@ -73,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     pipeline = load_pipeline(config)
     measuring, choosing = unseen(prompts)
-    profile = calibrate(pipeline, measuring, args.name or Path(args.model).name, args.seed, **arguments)
+    profile = calibrate(pipeline, measuring, name, args.seed, **arguments)
     file = f"{profile.name}-{profile.fingerprint}-{len(profile.ratios)}.json"  # one per step count
     out = Path(args.out) if args.out else profile_folder() / file
     profile.save(out)  # of use already, should the rest be cut short

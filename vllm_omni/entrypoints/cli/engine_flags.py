@@ -10,6 +10,8 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.distributed.config import ParallelConfig
 from vllm_omni.entrypoints.cli.flags import add_flags, given, named_by_flag
 from vllm_omni.entrypoints.cli.values import cache_settings, json_object, lora_modules, parse_size
+from vllm_omni.errors import InvalidValueError
+from vllm_omni.inputs.data import RESERVED
 
 MODEL = "'demo' (comes with the package), a diffusers model folder, a hub id, or module:function of your own"
 
@@ -30,12 +32,22 @@ def add_size(parser: argparse.ArgumentParser) -> None:
     add("--guidance-scale", type=float, metavar="N", help=guidance)
 
 
+def add_extra(parser: argparse.ArgumentParser) -> None:
+    """Add what has no flag of its own."""
+    text = """more arguments of the pipeline's call, e.g. '{"true_cfg_scale": 4, "negative_prompt": "blurry"}'"""
+    parser.add_argument("--extra", metavar="JSON", help=text)
+
+
 def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
-    """What the flags of `add_model` say, as arguments of a pipeline's call; those alone that were given."""
+    """What those flags say, as arguments of a pipeline's call; those alone that were given."""
     width, height = parse_size(args.size)
     steps = args.steps if isinstance(args.steps, int) else None  # `quality` takes several
     asked = {"num_inference_steps": steps, "width": width, "height": height, "guidance_scale": args.guidance_scale}
-    return {name: value for name, value in asked.items() if value is not None}
+    extra = vars(args).get("extra")
+    more = {} if extra is None else json_object("--extra", extra, '{"num_frames": 33}')
+    for name in more.keys() & (RESERVED | {"prompt", "num_inference_steps"}):
+        raise InvalidValueError("--extra", name, "holds what the command itself gives; leave that out")
+    return {name: value for name, value in asked.items() if value is not None} | more
 
 
 def add_engine_flags(group: Any, *names: str) -> None:

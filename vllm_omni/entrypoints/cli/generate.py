@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import argparse
-import re
-from itertools import zip_longest
+import sys
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain, count, zip_longest
+from operator import methodcaller
 from pathlib import Path
+from subprocess import SubprocessError
 from typing import Any
+
+from tqdm import tqdm
 
 from vllm_omni.cache_names import is_off
 from vllm_omni.diffusion.cache.settings import PRESET_NAMES
 from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
 from vllm_omni.entrypoints.cli.flags import command_parser, named_by_flag
-from vllm_omni.entrypoints.cli.values import writable
-from vllm_omni.errors import UnknownChoiceError
+from vllm_omni.entrypoints.cli.values import adapter, writable
+from vllm_omni.errors import InvalidValueError, OmniError, UnknownChoiceError
+from vllm_omni.files import write_whole
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, check_text
 from vllm_omni.model_folder import resolve_model
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.outputs.media import VIDEO_FORMATS, open_image, save_video
-from vllm_omni.outputs.sound import SOUND_FORMATS, save_sound
+from vllm_omni.outputs.media import VIDEO_FORMATS, encode_png, encode_video, open_image
+from vllm_omni.outputs.sound import BY_FFMPEG, SOUND_FORMATS, encode_sound, ffmpeg_for
 
 CACHES = (*PRESET_NAMES, "off")
-DESCRIPTION = """All prompts run in one continuous batch. The table shows the seed of each
-picture, the steps that were computed, and those that the cache skipped."""
+DESCRIPTION = """All prompts run in one continuous batch, and each is written as it ends; no file
+that is there is written over. The table shows the seed of each picture, the
+steps that were computed, and those that the cache skipped."""
 EXAMPLES = """
   vllm-omni generate demo 'red apple' 'cat face' --steps 28 --cache-backend magcache
   vllm-omni generate MODEL 'a lighthouse' --size 1024x768 --seed 7 --cache-backend magcache --cache fast
@@ -60,8 +69,10 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the pictures; 1 if a prompt failed."""
-    adapters = {f"lora-{index}": file for index, file in enumerate(args.lora)}
+    """Write the pictures, each prompt's as it ends; 1 if a prompt failed, or a file."""
+    adapters = {f"lora-{index}": adapter("--lora", file) for index, file in enumerate(args.lora)}
+    if args.lora_scale != 1 and not adapters:
+        raise InvalidValueError("--lora-scale", args.lora_scale, "is the scale of --lora, which is not given")
     if args.cache not in (None, *CACHES) and not is_off(args.cache):
         raise UnknownChoiceError("--cache", args.cache, CACHES)
     engine = engine_args(args) | {"lora_modules": adapters}
@@ -70,18 +81,34 @@ def run(args: argparse.Namespace) -> int:
     pictures = [open_image(Path(file), "--image") for file in args.image]
     media = {"multi_modal_data": {"image": pictures if len(pictures) > 1 else pictures[0]}} if pictures else {}
     prompts = [{"prompt": check_text("prompt", prompt), **media} for prompt in args.prompts]
-    folder = writable("--out", Path(args.out))
+    folder, codes = writable("--out", Path(args.out)), []
 
+    from vllm_omni.engine.describe import describe
     from vllm_omni.engine.malloc import keep_freed_memory  # with torch: what is wrong above shows before its imports
     from vllm_omni.entrypoints.omni import Omni
 
+    def ended(index: int, output: OmniRequestOutput) -> None:
+        codes.append(_end(output, index, folder, args))
+
     keep_freed_memory()
     with Omni(**engine) as omni:
-        outputs = omni.generate(prompts, parameters)
-    print(f"{'prompt':32} {'seed':>20} {'steps':>5} {'computed':>8} {'skipped':>7} {'seconds':>7}  file")
-    for index, output in enumerate(outputs):
-        _report(output, args.prompts[index], _save(output, folder, f"{index:03d}-{_slug(args.prompts[index])}", args))
-    return 0 if all(output.ok for output in outputs) else 1
+        sound = omni.engine.worker.arguments.audio_rate is not None
+        _check_encoders(describe(omni.engine, {}).video_output, sound, args)
+        print(f"{'prompt':32} {'seed':>20} {'steps':>5} {'computed':>8} {'skipped':>7} {'seconds':>7}  file")
+        omni.generate(prompts, parameters, on_output=ended)
+    return max(codes)
+
+
+def _check_encoders(video: bool, sound: bool, args: argparse.Namespace) -> None:
+    """InvalidValueError, before anything is drawn, if what the model makes cannot be written in its format here."""
+    wanted = [("--video-format", args.video_format)] if video else []
+    wanted += [("--audio-format", args.audio_format)] if sound and wanted != [("--video-format", "mp4")] else []
+    for flag, format in wanted:
+        if format in BY_FFMPEG:
+            try:
+                ffmpeg_for(format)
+            except InvalidValueError as error:
+                raise error.named(flag) from None
 
 
 def _parameters(args: argparse.Namespace, index: int, adapters: tuple[str, ...]) -> OmniDiffusionSamplingParams:
@@ -103,34 +130,55 @@ def _parameters(args: argparse.Namespace, index: int, adapters: tuple[str, ...])
 
 
 def _slug(prompt: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40] or "picture"
+    """The letters and digits of any script, with their marks; dashes between."""
+    kept = "".join(letter if unicodedata.category(letter)[0] in "LMN" else " " for letter in prompt.lower())
+    return "-".join(kept.split())[:40].strip("-") or "picture"
 
 
-def _save(output: OmniRequestOutput, folder: Path, stem: str, args: argparse.Namespace) -> list[str]:
-    """The files of an output: pictures; clips, an MP4 with its sound; sound alone, or beside a format without any."""
-    names: list[str] = []
-
-    def file(number: int, suffix: str) -> Path:
-        names.append(str(folder / f"{stem}{f'-{number}' if number else ''}.{suffix}"))
-        return Path(names[-1])
-
-    for number, picture in enumerate(output.images):
-        picture.save(file(number, "png"))
-    for number, (frames, sound) in enumerate(zip_longest(output.videos, output.audio)):
-        if frames is not None:
-            save_video(frames, file(number, args.video_format), output.fps or 16, sound, output.audio_rate)
-        if sound is not None and (frames is None or args.video_format != "mp4"):
-            save_sound(sound, file(number, args.audio_format), output.audio_rate or 0)
-    return names
-
-
-def _report(output: OmniRequestOutput, prompt: str, files: list[str]) -> None:
-    prompt = prompt if len(prompt) <= 32 else prompt[:29] + "..."
+def _end(output: OmniRequestOutput, index: int, folder: Path, args: argparse.Namespace) -> int:
+    """Save a prompt's output, and print its row; 1 if it failed, or a file of it could not be written."""
+    prompt, names, faults = args.prompts[index], list[str](), list[str]()
+    for files in _files(output, args):
+        base = _free(folder, f"{index:03d}-{_slug(prompt)}", [*files])
+        for suffix, encode in files.items():
+            path = Path(f"{base}.{suffix}")
+            try:
+                data = encode()
+                write_whole(path, methodcaller("write", data))
+                names.append(str(path))
+            except (OSError, SubprocessError, OmniError) as error:
+                faults.append(f"{path} could not be written: {error}")
+    shown = prompt if len(prompt) <= 32 else prompt[:29] + "..."
     if output.error is not None:
-        print(f"{prompt:32} failed: {output.error}")
-        return
-    seconds = output.metrics["total_s"]
-    print(
-        f"{prompt:32} {output.seed!s:>20} {output.num_inference_steps:5} {output.computed_steps:8} "
-        f"{output.skipped_steps:7} {seconds:7.2f}  {' '.join(files)}"
-    )
+        tqdm.write(f"{shown:32} failed: {output.error}")
+    else:
+        tqdm.write(
+            f"{shown:32} {output.seed!s:>20} {output.num_inference_steps:5} {output.computed_steps:8} "
+            f"{output.skipped_steps:7} {output.metrics['total_s']:7.2f}  {' '.join(names)}"
+        )
+    for fault in faults:
+        tqdm.write(f"vllm-omni generate: {fault}", file=sys.stderr)
+    return 1 if faults or not output.ok else 0
+
+
+def _files(output: OmniRequestOutput, args: argparse.Namespace) -> Iterator[dict[str, Callable[[], bytes]]]:
+    """What makes the files of an output, by suffix, those of one name together.
+
+    Pictures; clips, an MP4 with its sound; sound alone, or beside a format without any.
+    """
+    for picture in output.images:
+        yield {"png": partial(encode_png, picture)}
+    rate = output.audio_rate or 0
+    for frames, sound in zip_longest(output.videos, output.audio):
+        files: dict[str, Callable[[], bytes]] = {}
+        if frames is not None:
+            files[args.video_format] = partial(encode_video, frames, args.video_format, output.fps or 16, sound, rate)
+        if sound is not None and (frames is None or args.video_format != "mp4"):
+            files[args.audio_format] = partial(encode_sound, sound, args.audio_format, rate)
+        yield files
+
+
+def _free(folder: Path, stem: str, suffixes: Sequence[str]) -> Path:
+    """`stem`, numbered where need be, so that no earlier file is written over."""
+    names = chain([stem], (f"{stem}-{number}" for number in count(1)))
+    return next(folder / name for name in names if not any((folder / f"{name}.{end}").exists() for end in suffixes))

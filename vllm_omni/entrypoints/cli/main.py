@@ -29,7 +29,7 @@ EXAMPLES = """examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sub-command; 0, or 2 with one clear line on stderr for input that cannot be used.
+    """Run a sub-command; 0, or 2 with one clear line on stderr for input that cannot be used, or 130 after Ctrl-C.
 
     vLLM comes here too, with its own command line: `vllm serve MODEL --omni ...`.
     """
@@ -78,6 +78,9 @@ def _run(words: Sequence[str]) -> int:
     except OmniError as error:
         print(f"vllm-omni {name}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(f"vllm-omni {name}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -10,7 +10,14 @@ from typing import Any
 
 from vllm_omni.diffusion.cache.settings import override
 from vllm_omni.diffusion.data import OmniDiffusionConfig
-from vllm_omni.entrypoints.cli.engine_flags import MODEL, add_engine_flags, add_size, call_arguments, engine_args
+from vllm_omni.entrypoints.cli.engine_flags import (
+    MODEL,
+    add_engine_flags,
+    add_extra,
+    add_size,
+    call_arguments,
+    engine_args,
+)
 from vllm_omni.entrypoints.cli.flags import command_parser
 from vllm_omni.entrypoints.cli.values import writable
 from vllm_omni.errors import InvalidValueError
@@ -42,6 +49,7 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     add("--pairs", type=int, default=64, metavar="N", help="captions with a seed each (default: 64)")
     add("--steps", type=int, nargs="+", default=[28, 50], metavar="N", help="numbers of steps (default: 28 50)")
     add_size(parser)
+    add_extra(parser)
     add("--prompts", metavar="FILE", help="one prompt a line (default: the model's held-out captions)")
     add("--seed", type=int, metavar="N", help="seed of the first pair, counted up (default: held out)")
     add("--limit-minutes", type=float, metavar="N", help="start nothing new after so long; run again to go on")

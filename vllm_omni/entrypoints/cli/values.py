@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_omni.diffusion.cache.settings import PRESET_NAMES, DiffusionCacheConfig
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError
+from vllm_omni.model_folder import no_adapter
 
 
 def parse_size(size: str | None) -> tuple[int | None, int | None]:
@@ -70,6 +71,13 @@ def cache_settings(text: str) -> dict[str, Any]:
     return settings
 
 
+def adapter(flag: str, where: str) -> str:
+    """The file, folder or hub id of a LoRA adapter; InvalidValueError for what can be none, before a model loads."""
+    if fault := no_adapter(where):
+        raise InvalidValueError(flag, where, fault)
+    return where
+
+
 def lora_modules(entries: Sequence[str]) -> dict[str, str]:
     """Adapters by name, of `NAME=PATH`."""
     modules = {}
@@ -77,5 +85,5 @@ def lora_modules(entries: Sequence[str]) -> dict[str, str]:
         name, equals, path = entry.partition("=")
         if not (name and equals and path):
             raise InvalidValueError("--lora-modules", entry, "must be NAME=PATH, e.g. ink=/models/ink.safetensors")
-        modules[name] = path
+        modules[name] = adapter("--lora-modules", path)
     return modules
