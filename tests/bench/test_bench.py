@@ -239,9 +239,7 @@ def test_what_was_measured_until_ctrl_c_is_summarised(plain: Plain, tmp_path: Pa
     assert running.returncode == 130
     assert "Traceback" not in error and error.splitlines()[-1] == "vllm-omni bench: interrupted"
     (summary,) = json.loads(out.splitlines()[-1])["loads"]
-    assert 0 < summary["succeeded"] == summary["requests"] < 1000 and summary["mean_s"] > 0
-    sent = len(plain.bodies)
-    assert sent < 1000
+    assert 0 < summary["succeeded"] == summary["requests"] < len(plain.bodies) < 100 and summary["mean_s"] > 0
 
 
 def test_a_load_of_which_nothing_succeeds_is_a_failure(

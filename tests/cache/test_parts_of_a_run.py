@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from zoo import ZOO
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
+from vllm_omni.diffusion.cache.calibration import Calibration
 from vllm_omni.diffusion.cache.gates.seacache import grid_of
 from vllm_omni.diffusion.cache.plan.compose import compose
 from vllm_omni.diffusion.cache.plan.rule import magcache_plan
@@ -143,6 +145,41 @@ def test_an_engines_seconds_hold_once_a_request_has_run() -> None:
 def test_an_engine_that_cannot_promise_decibels_says_so_at_its_start() -> None:
     with pytest.raises(InvalidValueError, match=r"psnr.*calibrate"):
         Omni.from_pipe(tiny_flux(), cache_backend="magcache", cache_config={"psnr": 40.0, "profile": "flux1-dev-28"})
+
+
+def test_one_profile_with_figures_is_enough_for_an_engines_decibels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_OMNI_PROFILES", str(tmp_path))
+    known = shipped_profile("demo")
+    newest = known.model_copy(update={"budgets": (), "name": "newest", "ratios": known.ratios, "models": ()})
+    newest.save(tmp_path / "newest.json")
+    with Omni("demo", dtype="float32", cache_backend="magcache", cache_config={"psnr": 40.0}) as omni:
+        profiles = omni.engine.worker.profile_names
+        assert {"newest", "demo"} <= set(profiles), profiles
+
+
+def test_a_request_that_changes_something_else_has_the_engines_seconds() -> None:
+    config = {"seconds": 1e3, "mag_ratios": CURVE}
+    with Omni.from_pipe(tiny_flux(), cache_backend="magcache", cache_config=config) as omni:
+        asked = Params(num_inference_steps=8, seed=0, output_type="latent", cache={"predictor": "reuse"}, **DEFAULTS)
+        (output,) = omni.generate(embeds(0), asked, use_tqdm=False)
+        assert output.ok, output.error
+        alone = asked.model_copy(update={"height": 48, "cache": {"seconds": 5.0}})
+        (output,) = omni.generate(embeds(0), alone, use_tqdm=False)
+        assert isinstance(output.error, InvalidValueError) and "ran alone" in str(output.error)
+
+
+def test_measurements_that_were_dropped_for_lack_of_room_do_not_count_as_fruitless() -> None:
+    schedule = Schedule(4, (1.0, 0.8, 0.5, 0.2))
+    for dropped in (True, False):
+        calibration = Calibration()
+        state = calibration.state(schedule)
+        for step in range(4):
+            state.observe(step, torch.ones(1, 4), None)
+            if dropped and step == 1:
+                state.drop()
+        assert calibration.fruitless == (not dropped)
 
 
 def test_decibels_of_a_preset_hold_for_what_was_measured_alone() -> None:

@@ -46,6 +46,25 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("there", [True, False])
+def test_a_calibration_that_is_cut_short_keeps_what_is_worth_most(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    out = tmp_path / "made.json"
+    if there:
+        out.write_bytes(made.read_bytes())
+
+    def cut(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vllm_omni.quality.calibrate.judge", cut)
+    (tmp_path / "prompts.txt").write_text("\n".join(CAPTIONS[:2]))
+    command = f"calibrate demo --dtype float32 --steps 8 --seed 5 --prompts {tmp_path}/prompts.txt --out {out}"
+    assert main(command.split()) == 130
+    assert load_profile(out).has_figures == there and load_profile(out).gram is not None
+
+
+@pytest.mark.slow
 def test_the_calibrated_profile_records_its_provenance(made: Path) -> None:
     profile = load_profile(made)
     said = profile.provenance

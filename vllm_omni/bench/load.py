@@ -9,7 +9,7 @@ from queue import Empty, LifoQueue, SimpleQueue
 from threading import BoundedSemaphore, Thread
 from typing import Any
 
-from vllm_omni.bench.client import Client, Target
+from vllm_omni.bench.client import Client, Outcome, Target
 from vllm_omni.bench.stats import Sample
 
 MOST_AT_ONCE = 1024  # connections of an open loop; a request due while all are busy waits, and its wait counts
@@ -86,7 +86,10 @@ def _started(work: Callable[..., None], *given: Any) -> Thread:
 
 
 def _note(samples: list[Sample], client: Client, body: Body, due: float, began: float, done: Done) -> None:
-    outcome = client.ask(body)
+    try:
+        outcome = client.ask(body)
+    except Exception as error:  # a reply of another kind than was asked for
+        outcome = Outcome(error=f"{type(error).__name__}: {error}")
     sample = Sample(due, time.perf_counter() - began, outcome.pictures, outcome.error)
     samples.append(sample)
     done(sample)

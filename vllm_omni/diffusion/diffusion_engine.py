@@ -70,7 +70,8 @@ class DiffusionEngine:
         self.config = config
         self.worker = DiffusionWorker(config)
         self.worker.load_model(pipeline, defaults)
-        self.scheduler = StepScheduler(config.max_num_seqs, components_last=config.enable_cpu_offload)
+        offloads = bool(vars(self.worker.pipeline).get("_all_hooks"))  # by us, or by whoever made the pipeline
+        self.scheduler = StepScheduler(config.max_num_seqs, components_last=offloads)
         self._entries: dict[str, _Entry] = {}
         self._ended: list[OmniRequestOutput] = []
         self._closed = False

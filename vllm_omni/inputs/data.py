@@ -107,7 +107,7 @@ class OmniDiffusionSamplingParams(Settings):
             return params
         if isinstance(params, Mapping):
             return cls.from_dict(params)
-        extra = getattr(params, "extra_args", params) or {}
+        extra = (params.extra_args or {}) if hasattr(params, "extra_args") else params
         if not isinstance(extra, Mapping):
             raise InvalidValueError("sampling_params", params, "must be sampling parameters, ours or vLLM's, or a dict")
         count = getattr(params, "n", 1)

@@ -148,8 +148,8 @@ class Room:
         logger.warning("residuals are kept in %d MiB for now", self._ceiling.most >> 20)
 
     def went_well(self) -> None:
-        """Note a forward that had room at once: in the end residuals may take more again."""
-        if self._ceiling is not None:
+        """Note a forward that had room at once: if residuals were many, in the end they may take more again."""
+        if self._ceiling is not None and 2 * self.kept >= self._ceiling.most:
             self._ceiling.held()
             self._govern()
 

@@ -202,5 +202,6 @@ class RecordingState(CacheState):
 
     def drop(self) -> None:
         super().drop()
+        self._over = True
         for kept in (self._sketches, self._ratios, self._norms, self._outputs):
             kept.clear()

@@ -12,8 +12,10 @@ import torch
 from diffusers.loaders.lora_base import LoraBaseMixin
 
 from vllm_omni.diffusion.denoiser.lora_scales import asked_scales
+from vllm_omni.diffusion.denoiser.specs import denoisers_of
 from vllm_omni.errors import InvalidValueError, ModelLoadError
 from vllm_omni.inputs.lora import Adapters
+from vllm_omni.kernels.placement import take_turns
 from vllm_omni.model_folder import UNREADABLE, no_adapter
 
 
@@ -43,6 +45,7 @@ class AdapterSwitch:
         self._held.add(name)
         try:
             _load(self._pipeline, name, where)
+            take_turns(self._pipeline, denoisers_of(self._pipeline).values())  # diffusers has made the hooks anew
             self.loaded[name] = where
         finally:
             if name not in self.loaded:

@@ -32,6 +32,7 @@ class Retries:
         self.memory, self.room, self.by_clock = memory, room, by_clock
         self._running: list[ref[Request]] = []  # weak: one that has ended holds its picture
         self._most = Limits(rise=by_clock)  # requests of a size at once
+        self._cached = Limits(rise=by_clock)  # requests with a cache; 0: not one has room
         self._apart = Limits(rise=by_clock)  # requests of which several calls are made as one
 
     def add(self, request: Request) -> None:
@@ -61,7 +62,7 @@ class Retries:
         DeviceLostError if there is nothing left to retry on.
         """
         joined = [request for request in batch if request.parked is not None and request.parked.earlier]
-        for request in batch if self._most.bars(work_of(batch[0])) else ():  # with a cache not one has room
+        for request in batch if self._cached.bars(work_of(batch[0])) else ():
             self._drop_own([request])
         work, (results, failure) = work_of(batch[0]), self._measured(batch, act)
         if failure is None:
@@ -84,7 +85,7 @@ class Retries:
             if failure is not None or batch[0].plan_of is not None:  # what a trial takes is nobody's need
                 continue
             if work != work_of(batch[0]):
-                self._most.lower(work, 0)
+                self._cached.lower(work, 0)
                 logger.warning("%s has no room for such a request with a cache; for now without", self.memory)
             elif dropped:  # residuals were the reason: for now no more than what was left
                 self.room.keep_less(kept + min(dropped // 2, self.memory.spare()))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 from functools import lru_cache
-from inspect import signature
 from typing import Any
 
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
 from vllm_omni.diffusion.cache.settings import AUTO, Budget, CacheSettings
 from vllm_omni.diffusion.denoiser.rows import latents_of
+from vllm_omni.diffusion.worker.arguments import arguments_of
 from vllm_omni.diffusion.worker.request import Request
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.kernels.timing import Pace
@@ -68,5 +68,5 @@ def size_of(denoiser: str, arguments: Mapping[str, Any], asked: Mapping[str, Any
 @lru_cache(maxsize=16)
 def _defaults(pipeline: type) -> dict[str, Any]:
     """Default values of a pipeline's call."""
-    parameters = signature(pipeline.__call__).parameters.values()
-    return {one.name: one.default for one in parameters if isinstance(one.default, int | float)}
+    taken = arguments_of(pipeline).values()
+    return {one.name: one.default for one in taken if isinstance(one.default, int | float)}

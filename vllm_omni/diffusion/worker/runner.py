@@ -374,7 +374,7 @@ class ModelRunner:
             made = request.plan_of(schedule) or CacheState()
             request.cache = made if isinstance(made, CacheState) else PlannedState(made, request.backend.store, {})
         elif request.backend is not None and request.settings is not None:
-            settings, own = request.settings, request.settings == request.backend.settings
+            settings, own = request.settings, request.settings.plan == request.backend.settings.plan
             if not request.backend.waits(settings, schedule):
                 settings = settle(self.pace, settings, request.size, schedule, own)
             state = request.backend.refresh(

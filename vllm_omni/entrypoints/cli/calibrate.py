@@ -89,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     profile = calibrate(pipeline, measuring, name, args.seed, **arguments)
     file = f"{profile.name}-{profile.fingerprint}-{len(profile.ratios)}.json"  # one per step count
     out = Path(args.out) if args.out else profile_folder() / file
-    profile.save(out)  # of use already, should the rest be cut short
+    if not out.exists():  # of use already, should the rest be cut short; one that is there may have more to it
+        profile.save(out)
     profile = judge(pipeline, profile, choosing, held_out, args.seed + HELD_OUT_SEEDS, **arguments)
     profile.save(out)
     draw(profile, out.with_suffix(".png"))

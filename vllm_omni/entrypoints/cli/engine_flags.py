@@ -47,7 +47,10 @@ def call_arguments(args: argparse.Namespace) -> dict[str, Any]:
     more = {} if extra is None else json_object("--extra", extra, '{"num_frames": 33}')
     for name in more.keys() & (RESERVED | {"prompt", "num_inference_steps"}):
         raise InvalidValueError("--extra", name, "holds what the command itself gives; leave that out")
-    return {name: value for name, value in asked.items() if value is not None} | more
+    asked = {name: value for name, value in asked.items() if value is not None}
+    for name in more.keys() & asked.keys():
+        raise InvalidValueError("--extra", name, f"is {asked[name]!r} by a flag of its own; give it once")
+    return asked | more
 
 
 def add_engine_flags(group: Any, *names: str) -> None:

@@ -10,7 +10,6 @@ from functools import partial
 from itertools import chain, count, zip_longest
 from operator import methodcaller
 from pathlib import Path
-from subprocess import SubprocessError
 from typing import Any
 
 from tqdm import tqdm
@@ -20,7 +19,7 @@ from vllm_omni.diffusion.cache.settings import PRESET_NAMES
 from vllm_omni.entrypoints.cli.engine_flags import add_engine_flags, add_model, call_arguments, engine_args
 from vllm_omni.entrypoints.cli.flags import command_parser, named_by_flag
 from vllm_omni.entrypoints.cli.values import adapter, writable
-from vllm_omni.errors import InvalidValueError, OmniError, UnknownChoiceError
+from vllm_omni.errors import InvalidValueError, UnknownChoiceError
 from vllm_omni.files import write_whole
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, check_text
 from vllm_omni.model_folder import resolve_model
@@ -59,7 +58,8 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     add("--image", action="append", default=[], metavar="FILE", help="picture to edit or animate; again for several")
     add("--strength", type=float, metavar="N", help="how much of --image to replace, 0 to 1 (image-to-image models)")
     add("--num-frames", type=int, metavar="N", help="frames of a video (default: the model's own)")
-    add("--fps", type=float, metavar="N", help="frames per second of a video's file (default: the model's own)")
+    fps = "frames per second of a video, which some models are told (default: the model's own)"
+    add("--fps", type=float, metavar="N", help=fps)
     add("--video-format", choices=VIDEO_FORMATS, default="mp4", help="file format (default: mp4)")
     add("--seconds", type=float, metavar="N", help="length of a sound (default: the model's own)")
     add("--audio-format", choices=SOUND_FORMATS, default="wav", help="file format of a sound (default: wav)")
@@ -146,7 +146,7 @@ def _end(output: OmniRequestOutput, index: int, folder: Path, args: argparse.Nam
                 data = encode()
                 write_whole(path, methodcaller("write", data))
                 names.append(str(path))
-            except (OSError, SubprocessError, OmniError) as error:
+            except Exception as error:  # of a file system or an encoder: the next is not to suffer from it
                 faults.append(f"{path} could not be written: {error}")
     shown = prompt if len(prompt) <= 32 else prompt[:29] + "..."
     if output.error is not None:

@@ -210,10 +210,10 @@ class MagCacheBackend(StackBackend):
             logger.warning("magcache: no profile of this checkpoint, and ranks learn none: it is served uncached")
         elif not given and not self.profiles and self.calibration is None and not self.by_request:
             raise self._no_curve(model_name)
-        profile = next(iter(self.profiles), None)
-        choose_forecast(self.settings, profile)
-        if isinstance(self.settings.plan, Budget) and self.settings.plan.psnr is not None and not self._bare:
-            full_forwards(self.settings, profile, len(profile.ratios) if profile is not None else 1)
+        choose_forecast(self.settings, next(iter(self.profiles), None))
+        decibels = isinstance(self.settings.plan, Budget) and self.settings.plan.psnr is not None
+        if decibels and not self._bare and not any(profile.has_figures for profile in self.profiles):
+            full_forwards(self.settings, None, 1)
 
     def _no_curve(self, model_name: str = "") -> InvalidValueError:
         return InvalidValueError(
