@@ -55,7 +55,7 @@ WRONG = [
     ("generate demo x --out README.md", "--out cannot be written to", "got 'README.md'"),
     ("generate demo x --out README.md/more", "--out cannot be written to", ""),
     ("quality demo --out README.md", "--out cannot be written to", ""),
-    ("calibrate demo --out docs", "--out is a folder; name a file", ""),
+    ("calibrate demo --out docs", "--out must end in .json", "got 'docs'"),
     ("bench http://127.0.0.1:9 --out README.md/x.json", "--out cannot be written to", "got 'README.md'"),
     ("bench http://127.0.0.1:9 --out docs", "--out is a folder", ""),
     (["generate", "demo", " "], "prompt must not be empty", ""),

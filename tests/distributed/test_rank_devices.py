@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,13 @@ def test_a_stopped_process_ends_with_its_parent() -> None:
         assert not gone(child)
         parent.send_signal(signal.SIGKILL)
         until(lambda: gone(child))
+
+
+@pytest.fixture(autouse=True)
+def usual_kernel() -> Iterator[None]:
+    """Whatever another model in this process was given."""
+    with attention_dispatch.attention_backend("native"):
+        yield
 
 
 def flux(dtype: torch.dtype) -> Any:
