@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vllm_omni.errors import InvalidValueError
 
-SPINS = 4000  # rounds of GNU's OpenMP before an idle thread sleeps (docs/log.md)
+SPINS = 30_000  # rounds of GNU's OpenMP before an idle thread sleeps (docs/log.md)
 
 
 def log_level() -> str:

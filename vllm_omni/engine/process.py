@@ -222,8 +222,10 @@ def _load(start: Start, link: Link) -> tuple[EngineLoop, Loaded]:
     from vllm_omni.engine.learning import IdleLearning
     from vllm_omni.engine.loop import EngineLoop, warm_up
     from vllm_omni.engine.malloc import keep_freed_memory
+    from vllm_omni.engine.waiting import wait_politely
 
     keeps_memory = keep_freed_memory(config.device)
+    wait_politely()
     if start.replicas > 1 and ranks == 1:
         names = "device", *config.component_devices
         config = config.model_copy(update={name: device_in_turn(vars(config)[name], start.replica) for name in names})
