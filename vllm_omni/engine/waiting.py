@@ -18,7 +18,7 @@ from vllm_omni.envs import SPINS
 CHECK_S = 0.5
 CROWDED, QUIET = 0.3, 0.1  # seconds that threads were ready to run and had no core, for each that they ran
 LEAST_RUN_S = 0.05  # in which something shows
-CALM_CHECKS = 10  # in a row, before threads stay awake again
+CALM_CHECKS = 3  # in a row, before threads stay awake again
 SHARED = 2**17  # elements of which torch gives each thread a part
 
 
