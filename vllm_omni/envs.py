@@ -42,8 +42,8 @@ def profile_folder() -> Path:
 def spin_briefly(environment: MutableMapping[str, str]) -> None:
     """OMP_WAIT_POLICY or GOMP_SPINCOUNT: how idle OpenMP threads wait. Unless one is set, they spin briefly.
 
-    Threads that sleep at once make small operations half as quick on a quiet machine; threads that spin as long as they
-    do by default take the cores of whoever else has work.
+    Threads that sleep at once make small operations half as quick on a quiet machine; threads that spin take the cores
+    of whoever else has work, so that `engine/waiting.py` lets them sleep where there is somebody.
     """
     if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & environment.keys():
         environment["GOMP_SPINCOUNT"] = str(SPINS)

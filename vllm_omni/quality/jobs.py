@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from vllm_omni.engine.malloc import keep_freed_memory
+from vllm_omni.engine.waiting import wait_politely
 from vllm_omni.files import write_whole
 from vllm_omni.kernels.device import tried
 from vllm_omni.quality.bench import Bench, BenchModel, Result
@@ -293,6 +294,7 @@ def _init_process(plan: ReportSettings, threads: int | None) -> None:
 def _init_worker(plan: ReportSettings, threads: int | None) -> None:
     global _make, _worker
     keep_freed_memory()
+    wait_politely()
     _make, _worker = partial(Worker, plan, threads), None
 
 

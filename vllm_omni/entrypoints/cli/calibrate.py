@@ -81,9 +81,11 @@ def run(args: argparse.Namespace) -> int:
 
     from vllm_omni.diffusion.loader import load_pipeline
     from vllm_omni.engine.malloc import keep_freed_memory
+    from vllm_omni.engine.waiting import wait_politely
     from vllm_omni.quality.calibrate import calibrate, draw, judge, unseen
 
     keep_freed_memory()
+    wait_politely()
     pipeline = load_pipeline(config)
     measuring, choosing = unseen(prompts)
     profile = calibrate(pipeline, measuring, name, args.seed, **arguments)

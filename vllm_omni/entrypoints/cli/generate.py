@@ -85,12 +85,14 @@ def run(args: argparse.Namespace) -> int:
 
     from vllm_omni.engine.describe import describe
     from vllm_omni.engine.malloc import keep_freed_memory  # with torch: what is wrong above shows before its imports
+    from vllm_omni.engine.waiting import wait_politely
     from vllm_omni.entrypoints.omni import Omni
 
     def ended(index: int, output: OmniRequestOutput) -> None:
         codes.append(_end(output, index, folder, args))
 
     keep_freed_memory()
+    wait_politely()
     with Omni(**engine) as omni:
         sound = omni.engine.worker.arguments.audio_rate is not None
         _check_encoders(describe(omni.engine, {}).video_output, sound, args)
