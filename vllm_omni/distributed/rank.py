@@ -109,7 +109,9 @@ def main() -> int:
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
     from vllm_omni.distributed.setup import config_of, join_group
+    from vllm_omni.engine.waiting import wait_politely
 
+    wait_politely()
     try:
         engine = DiffusionEngine(config_of(OmniDiffusionConfig(**join.engine_args), join.rank))
     except OmniError as error:
