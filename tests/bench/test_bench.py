@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -232,7 +233,10 @@ def test_what_was_measured_until_ctrl_c_is_summarised(plain: Plain, tmp_path: Pa
     (tmp_path / "prompts.txt").write_text("together\n" + "fine\n" * 7)
     command = [sys.executable, "-m", "vllm_omni", "bench", plain.url, "--prompts", str(tmp_path / "prompts.txt")]
     command += [*load, "--requests", "1000", "--warmup", "0"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    running = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+    )  # fmt: skip
     until(lambda: len(plain.bodies) > 6)
     running.send_signal(signal.SIGINT)
     out, error = running.communicate(timeout=50)

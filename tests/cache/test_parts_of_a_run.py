@@ -23,6 +23,7 @@ from vllm_omni.diffusion.cache.plan.rule import magcache_plan
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import shipped_profile
 from vllm_omni.diffusion.cache.settings import parse
+from vllm_omni.diffusion.cache.state import Kept
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.denoiser.step_tracker import schedule_of
 from vllm_omni.diffusion.worker.pace import size_of
@@ -176,6 +177,7 @@ def test_measurements_that_were_dropped_for_lack_of_room_do_not_count_as_fruitle
         calibration = Calibration()
         state = calibration.state(schedule)
         for step in range(4):
+            state.commit(("transformer", "default"), step, Kept())
             state.observe(step, torch.ones(1, 4), None)
             if dropped and step == 1:
                 state.drop()

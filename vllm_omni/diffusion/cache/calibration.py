@@ -202,6 +202,6 @@ class RecordingState(CacheState):
 
     def drop(self) -> None:
         super().drop()
-        self._over = True
+        self._over = self._over or self.computed_steps > 0  # what it has seen is lost
         for kept in (self._sketches, self._ratios, self._norms, self._outputs):
             kept.clear()
