@@ -67,6 +67,18 @@ def test_noise_levels_that_rise_are_read_as_falling_ones() -> None:
     assert schedule_of(mochi).sigmas == pytest.approx((1.0, 0.8, 0.5, 0.2), abs=1e-6)
 
 
+def test_a_scheduler_without_a_config_has_a_schedule() -> None:
+    class Bare:
+        timesteps, sigmas = torch.tensor([900.0, 500.0]), torch.tensor([0.9, 0.5, 0.0])
+
+    class Pipeline:
+        def __init__(self) -> None:
+            self.scheduler = Bare()
+
+    schedule = schedule_of(Pipeline())
+    assert schedule.steps == 2 and schedule.sigmas == pytest.approx((0.9, 0.5)) and schedule.left_out == 0
+
+
 @pytest.mark.parametrize("backend", ["magcache", "easycache", "fbcache"])
 def test_what_was_kept_of_an_expert_is_given_back_when_the_other_takes_over(backend: str) -> None:
     family = next(family for family in FAMILIES if family.name.startswith("Wan 2.2 (two"))
