@@ -19,6 +19,7 @@ from pipelines import TEXT_TOKENS, embeds, tiny_flux
 from planning import plan_cost
 from zoo_prompts import flux3
 
+from vllm_omni.diffusion.cache.calibration import Calibration
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
 from vllm_omni.diffusion.cache.profile import fingerprint, load_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
@@ -155,6 +156,17 @@ def test_a_sketch_keeps_what_residuals_differ_by(monkeypatch: pytest.MonkeyPatch
 
     bound = 5 * np.sqrt(2 / 1021)  # standard deviations of the projection
     assert np.abs(away(sketched) / away(whole) - 1).max() < bound
+
+
+def test_a_sketch_keeps_products_of_what_is_signed_in_many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of residuals that are alike everywhere, whose pieces would add up if they had the same signs."""
+    monkeypatch.setattr("vllm_omni.diffusion.cache.calibration.PIECES", 2)
+    calibration, draw = Calibration(), torch.Generator().manual_seed(1)
+    one = torch.randn(1, 1, 4000, generator=draw).expand(1, 64, 4000) + 0.1 * torch.randn(1, 64, 4000, generator=draw)
+    two = one + 0.3 * torch.randn(1, 64, 4000, generator=draw)
+    sketches = torch.stack([calibration.sketch(x) for x in (one, two, two - one)]).double()
+    exact = torch.stack([x.double().flatten() for x in (one, two, two - one)]) / (64 * 4000) ** 0.5
+    assert torch.allclose((sketches @ sketches.T).diag(), (exact @ exact.T).diag(), rtol=0.12)
 
 
 def test_a_pipeline_whose_first_argument_is_no_prompt_is_measured() -> None:

@@ -13,7 +13,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import partial
+from functools import lru_cache, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -30,6 +30,14 @@ from vllm_omni.version import __version__
 
 SKETCH = 4093  # a prime: whatever a model's width, each of its channels falls into every place of the sketch
 PIECES = 1024  # times as long as a sketch is what is signed at a time
+SHIFT = 7919  # by which the signs of a piece are those of the one before: what shares a place has signs of its own
+
+
+@lru_cache(maxsize=4)
+def _signs(count: int, device: torch.device) -> torch.Tensor:
+    """Random signs, the same on every device."""
+    coins = torch.randint(2, (count,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    return (2 * coins - 1).to(device)
 
 
 class Calibration:
@@ -58,10 +66,9 @@ class Calibration:
         flat, width = residual.flatten(), self.width
         if len(flat) <= width:
             return flat / math.sqrt(len(flat))
-        sketch, coins = flat.new_zeros(width), torch.Generator(flat.device).manual_seed(0)
-        for part in flat.split(PIECES * width):  # signs of all of a video would be as large as it
-            signs = torch.randint(2, part.shape, generator=coins, device=part.device, dtype=torch.int8)
-            signed = part * (2 * signs - 1)
+        sketch, signs = flat.new_zeros(width), _signs(PIECES * width, flat.device)
+        for place, part in enumerate(flat.split(len(signs))):  # signs of all of a video would be as large as it
+            signed = part * signs.roll(place * SHIFT)[: len(part)]
             whole = len(part) // width * width
             sketch += signed[:whole].view(-1, width).sum(dim=0)
             sketch[: len(part) - whole] += signed[whole:]

@@ -275,7 +275,7 @@ def _profiles_in(folder: Path) -> list[CacheProfile]:
 def fingerprint(module: torch.nn.Module) -> str:
     """A hash of the weights' names, shapes and a few values of each, read in bfloat16: the same in fp32 and bfloat16.
 
-    In float16 the small values of a checkpoint in bfloat16 are others, and so is the hash: calibrate what you serve.
+    Not always in float16, whose small values are others: calibrate what you serve.
     LoRA adapters beside the weights do not count: a request may run without them.
     """
     import torch  # only here: that a profile's name is wrong shows before seconds of imports

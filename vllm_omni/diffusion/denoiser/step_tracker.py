@@ -149,8 +149,7 @@ def schedule_of(pipeline: Any) -> Schedule:
     sigmas = getattr(scheduler, "sigmas", None)  # of a wrapper, those of the scheduler inside
     if sigmas is not None and len(sigmas) > steps:
         levels = tuple(float(s) for s in sigmas.tolist()[-steps - 1 : -1])
-        config = getattr(scheduler, "config", None)  # a scheduler of one's own may have none
-        inverted = getattr(config, "invert_sigmas", False)  # Mochi's rise, from 0 at noise to 1
+        inverted = getattr(getattr(scheduler, "config", None), "invert_sigmas", False)  # Mochi's rise, from 0 to 1
         return Schedule(steps, tuple(1 - s for s in levels) if inverted else levels, *places)
     span = float(scheduler.config.num_train_timesteps)
     return Schedule(steps, tuple(float(t) / span for t in timesteps.tolist()[-steps:]), *places)

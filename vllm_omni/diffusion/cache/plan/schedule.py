@@ -12,15 +12,12 @@ Switches = tuple[int, ...]  # the steps at which another denoiser takes over, as
 
 
 class Schedule(NamedTuple):
-    """What a run will do: its number of steps, the noise level of each, and where another denoiser takes over.
-
-    `left_out` are the scheduler's steps before the first: an edit with a strength below 1 begins in the middle.
-    """
+    """What a run will do: its number of steps, the noise level of each, and where another denoiser takes over."""
 
     steps: int
     sigmas: tuple[float, ...]
     switches: Switches = ()
-    left_out: int = 0
+    left_out: int = 0  # steps of the scheduler before the first: an edit with a strength below 1 begins in the middle
 
     @property
     def segments(self) -> list[slice]:
