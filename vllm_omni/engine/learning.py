@@ -30,13 +30,13 @@ from vllm_omni.learning import MOST_RUNS, Course, same
 from vllm_omni.logger import init_logger
 from vllm_omni.model_folder import captions
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.trials import Away, Measurement, Trial, asked_steps, choices, figures, gains, refuse_noise
+from vllm_omni.trials import MANY, Away, Measurement, Trial, asked_steps, choices, figures, gains, refuse_noise
 
 logger = init_logger(__name__)
 
 MOST_REPEATS = 3  # of a trial that had no room
 IDLE_S = 1.0  # without a request, before a trial begins
-GAIN_PROMPTS, CHOSEN_ON, JUDGED_ON = 2, 2, 8
+GAIN_PROMPTS, CHOSEN_ON, JUDGED_ON = 2, MANY, 8
 FIRST_SEED = 31_000
 PROMPTS = (
     "a red bicycle leaning against a brick wall",
@@ -51,6 +51,10 @@ PROMPTS = (
     "a lighthouse in a storm, oil painting",
     "two children flying a kite on a beach",
     "an empty train station in morning light",
+    "a glass chess set, studio light",
+    "terraced rice fields from above",
+    "a violin on a velvet chair",
+    "a comic panel of a cat that reads a newspaper",
 )
 
 
