@@ -90,32 +90,34 @@ def _taylorseer(pipeline: Any, steps: int, strength: float) -> None:
 
 
 def _seacache(pipeline: Any, steps: int, strength: float) -> None:
-    """FLUX's pipeline does not tell the hook step, sigma and latents; here its own scheduler and arguments do."""
+    """A pipeline that does not tell the hook step, sigma and latents: its own scheduler and arguments do."""
     from diffusers import SeaCacheConfig
 
     transformer = pipeline.transformer
     config = SeaCacheConfig(
         threshold=strength,
         max_consecutive_cached=0,  # no cap: the default, 2, bars more than 3x
-        power_exp=2.0,  # the paper's for pictures; the default is for video
+        power_exp=3.0 if hasattr(pipeline, "video_processor") else 2.0,  # the paper's for video, and for pictures
         raw_vision_callback=_latents,
     )
     transformer.enable_cache(config)
     own = transformer.cache_context
 
-    def told(name: str) -> AbstractContextManager[None]:
+    def told(name: str, **given: Any) -> AbstractContextManager[None]:
         scheduler = pipeline.scheduler
         step = scheduler.step_index or 0
-        return own(name, step_index=step, sigma=scheduler.sigmas[step], num_inference_steps=steps)
+        return own(name, **{"step_index": step, "sigma": scheduler.sigmas[step], "num_inference_steps": steps} | given)
 
     vars(transformer)["cache_context"] = told
 
 
 def _latents(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[torch.Tensor]:
-    """FLUX's packed latents (rows, tokens, channels) as one (channels, 1, height, width) per row."""
-    packed = kwargs["hidden_states"]
-    width = int(kwargs["img_ids"][:, 2].max()) + 1
-    return [row.T.unflatten(1, (1, -1, width)) for row in packed]
+    """Latents as one (channels, frames, height, width) per row; FLUX packs its own (rows, tokens, channels)."""
+    latents = kwargs["hidden_states"]
+    if latents.ndim == 3:
+        width = int(kwargs["img_ids"][:, 2].max()) + 1
+        return [row.T.unflatten(1, (1, -1, width)) for row in latents]
+    return [row.unsqueeze(1) if row.ndim == 3 else row for row in latents]
 
 
 def _dbcache(pipeline: Any, steps: int, strength: float, taylor: bool) -> None:
@@ -129,7 +131,11 @@ def _dbcache(pipeline: Any, steps: int, strength: float, taylor: bool) -> None:
         residual_diff_threshold=strength,
         num_inference_steps=steps,
     )
-    calibrator = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1) if taylor else None
+    last = pipeline.transformer.transformer_blocks[-1] if hasattr(pipeline.transformer, "transformer_blocks") else None
+    text = not getattr(last, "context_pre_only", False)  # SD3's last block returns none, which the calibrator asks for
+    calibrator = (
+        cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1, enable_encoder_calibrator=text) if taylor else None
+    )
     cache_dit.enable_cache(pipeline, cache_config=config, calibrator_config=calibrator)
 
 
