@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from vllm_omni.kernels.device import is_out_of_memory
-from vllm_omni.kernels.promise import form_of, tensors_in
+from vllm_omni.kernels.promise import form_of
 from vllm_omni.logger import init_logger
+from vllm_omni.nested import tensors_in
 
 logger = init_logger(__name__)
 TRIES = 2  # steps with several calls that are looked at before a request is let be

@@ -109,7 +109,7 @@ def test_the_profile_with_the_nearest_step_count_is_taken(folder: Path) -> None:
     pipe = tiny_flux()
     backend = MagCacheBackend(DiffusionCacheConfig(speedup=2))
     backend.enable(pipe)
-    assert set(backend.profile_names) == {"long", "short"}
+    assert {profile.name for profile in backend.profiles} == {"long", "short"}
     settings = parse("magcache", DiffusionCacheConfig(speedup=2, profile="short"))
     named = backend.refresh(pipe, None, request_id="x", settings=settings)
     assert named is not None and named.settings["profile"] == "short"

@@ -34,6 +34,7 @@ from vllm_omni.kernels.device import Mark, current, is_lost, lost_by, tried
 from vllm_omni.kernels.timing import RemainingWork, StepReport, Timings
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.made import fill
+from vllm_omni.outputs.usage import text_tokens
 
 KEPT_REPORTS = 1024  # of steps, until somebody asks
 _locks: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of denoisers, which several engines may serve
@@ -212,11 +213,6 @@ class DiffusionEngine:
             clock.later(ended, report)
         return rows
 
-    @property
-    def turn_began(self) -> float:
-        """When a turn that begins now began (`time.monotonic`): before, if something still runs elsewhere."""
-        return self.worker.runner.components.beside.since
-
     def reports(self) -> list[StepReport]:
         """The steps that the device has done since they were last asked for. DeviceLostError as of `step`."""
         with self._losing():
@@ -364,7 +360,7 @@ def _output(entry: _Entry, event: Finished | Failed, worker: DiffusionWorker) ->
         worker.runner.clock.poll()  # a result that was looked at is there, and so are all times before it
     output.metrics = {"total_s": time.perf_counter() - entry.arrived, "text_tokens": 0}
     if running is not None:
-        tokens, _ = tried(partial(worker.text_tokens, entry.arguments))
+        tokens, _ = tried(partial(text_tokens, worker.pipeline, entry.arguments))
         output.metrics["text_tokens"] = tokens or 0
         output.stage_durations = {
             "queue_s": running.times.started - entry.arrived,

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from vllm_omni.distributed.config import ParallelConfig
 from vllm_omni.errors import DeviceLostError, InvalidValueError
 from vllm_omni.kernels.device import without_tensors
-from vllm_omni.kernels.promise import mapped, tensors_in
+from vllm_omni.kernels.promise import mapped
 from vllm_omni.kernels.splits import Unshared, unshared_in
+from vllm_omni.nested import tensors_in
 
 T = TypeVar("T")
 

@@ -102,7 +102,7 @@ class EngineLoop:
             idle = not ended and not self.engine.has_unfinished_requests()
             if idle:
                 self._report()
-            self.turn_began = None if idle else self.engine.turn_began
+            self.turn_began = None if idle else self.engine.worker.runner.components.beside.since
             to_try = idle and self.learning is not None and self.learning.wanted and not self.engine.asleep
             try:
                 command = self._commands.get(block=idle, timeout=IDLE_S if to_try else None)

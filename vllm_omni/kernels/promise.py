@@ -6,10 +6,12 @@ and gets an ordinary tensor. Until it is kept a promised tensor holds NaN, so th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
+
+from vllm_omni.nested import tensors_in
 
 _PLAIN = (bool, int, float, str, type(None))
 # By torch's names. Of the first, a result in other memory is a copy, and then the tensor is asked for after all.
@@ -116,18 +118,6 @@ def kept(value: Any) -> Any:
             return tensor.as_subclass(torch.Tensor)
 
     return mapped(asked, value)
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """The tensors of nested lists, tuples and dicts, in order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for entry in value.values():
-            yield from tensors_in(entry)
-    elif isinstance(value, list | tuple) and not isinstance(value, Form):
-        for entry in value:
-            yield from tensors_in(entry)
 
 
 def mapped(act: Callable[[Any], Any], value: Any) -> Any:

@@ -52,7 +52,6 @@ class Timings:
 
     started: float = field(default_factory=time.perf_counter)
     denoised: float | None = None  # when its last denoiser call ended
-    ended: float | None = None
     encode_s: float = 0.0  # work until the first denoiser call
     decode_s: float = 0.0  # and from the last denoiser call's result to the end
     coded_alone: bool = True  # none of that was shared

@@ -78,11 +78,6 @@ class StackBackend(CacheBackend):
         self._session: Session | None = None
         self._hooked: list[tuple[torch.nn.Module, StandaloneHook]] = []
 
-    @property
-    def profile_names(self) -> list[str]:
-        """The names of the profiles in use."""
-        return [profile.name for profile in self.profiles]
-
     @abstractmethod
     def check(self, settings: CacheSettings, steps: int | None = None) -> None:
         """Refuse settings that this checkpoint, or a schedule of at most `steps`, cannot have, before any step runs."""

@@ -19,6 +19,7 @@ from vllm_omni.diffusion.cache.state import CacheState, Computed, Forecast, Kept
 from vllm_omni.diffusion.denoiser.block_stack import BlockStack
 from vllm_omni.diffusion.denoiser.rows import latents_of, take_rows
 from vllm_omni.kernels import ops, promise
+from vllm_omni.nested import tensors_in
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def is_of_output(forecast: Forecast | None) -> TypeGuard[Forecast]:
 
 def blended(forecast: Forecast) -> Any:
     """sum_j w_j o_j in fp32, rounded once: outputs of earlier steps, of whatever form, in the place of a forward's."""
-    outputs = [[*promise.tensors_in(output.value)] for output, _ in forecast if isinstance(output, Output)]
+    outputs = [[*tensors_in(output.value)] for output, _ in forecast if isinstance(output, Output)]
     sums = []
     for tensors in zip(*outputs, strict=True):
         total = torch.zeros_like(tensors[0], dtype=torch.float32)

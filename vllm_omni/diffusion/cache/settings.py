@@ -61,15 +61,13 @@ class Preset:
     """A named point between speed and quality.
 
     A profile with figures is planned for `psnr`, in dB as in a budget, so that a preset means the same on every model;
-    one with a matrix alone at `speedup`; a checkpoint that has only a curve runs `rule`. `quality` are the words of
-    OpenAI's API that mean this preset; `settings` go with it.
+    one with a matrix alone at `speedup`; a checkpoint that has only a curve runs `rule`. `settings` go with it.
     """
 
     name: str
     rule: Rule
     speedup: float = 1.0
     psnr: float = 0.0
-    quality: tuple[str, ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
     planned: bool = True  # False: the rule, whatever the profile has
 
@@ -91,9 +89,9 @@ _PAPER = (("predictor", "reuse"), ("compute_last_step", False), ("curve_resampli
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("high", Rule(0.06, 1, 0.2), 1.5, 45.0, ("xhigh", "high")),
-        Preset("balanced", Rule(0.12, 2, 0.15), 2.0, 38.0, ("medium",)),
-        Preset("fast", Rule(0.24, 5, 0.1), 3.0, 32.0, ("low",)),
+        Preset("high", Rule(0.06, 1, 0.2), 1.5, 45.0),
+        Preset("balanced", Rule(0.12, 2, 0.15), 2.0, 38.0),
+        Preset("fast", Rule(0.24, 5, 0.1), 3.0, 32.0),
         Preset("paper", Rule(0.24, 5, 0.1), settings=_PAPER, planned=False),
     )
 }

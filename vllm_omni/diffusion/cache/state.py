@@ -6,9 +6,11 @@ that can fail has succeeded: a forward that raises leaves every request as it wa
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -36,7 +38,7 @@ class Output:
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in promise.tensors_in(self.value))
+        return sum(tensor.nbytes for tensor in tensors_in(self.value))
 
 
 # Residuals (rows, tokens, channels) to add in place of the blocks, or outputs to sum in place of the denoiser.
@@ -101,8 +103,10 @@ class CacheState:
         """`settings` is what the output reports of the cache; None without one."""
         self.settings = settings
         self._store = store or CacheStore()
-        self._residuals: dict[Key, Buffer[int, ops.Residual | Output]] = {}
-        self._memory: dict[Key, Buffer[str, torch.Tensor]] = {}
+        self._residuals: defaultdict[Key, Buffer[int, ops.Residual | Output]] = defaultdict(
+            partial(Buffer, self._store)
+        )
+        self._memory: defaultdict[Key, Buffer[str, torch.Tensor]] = defaultdict(partial(Buffer, self._store))
         self._shapes: dict[Key, object] = {}  # of each branch's latents
         self._computed: set[int] = set()
         self._skipped: set[int] = set()
@@ -116,7 +120,7 @@ class CacheState:
 
     def forget(self, key: Key) -> None:
         """Give back a branch's residuals."""
-        self._residuals_of(key).clear()
+        self._residuals[key].clear()
 
     def signal(self, key: Key, step: int) -> Signal | None:
         """What must be seen of this call before its step can be decided; None: nothing."""
@@ -169,12 +173,6 @@ class CacheState:
     def skipped_steps(self) -> int:
         return len(self._skipped - self._computed)
 
-    def _residuals_of(self, key: Key) -> Buffer[int, ops.Residual | Output]:
-        return self._residuals.setdefault(key, Buffer(self._store))
-
-    def _memory_of(self, key: Key) -> Buffer[str, torch.Tensor]:
-        return self._memory.setdefault(key, Buffer(self._store))
-
 
 class PlannedState(CacheState):
     """The state of a request whose plan is known before its first step: deciding looks at integers alone."""
@@ -223,7 +221,7 @@ class PlannedState(CacheState):
             residuals.keep_only((needed if other == key else needed | self._needed_after(step - 1)).__contains__)
 
     def _keep(self, key: Key, step: int, residual: ops.Residual | Output) -> None:
-        if not self._residuals_of(key).put(step, residual):
+        if not self._residuals[key].put(step, residual):
             self._refused.add(step)
             for residuals in self._residuals.values():
                 residuals.discard(step)

@@ -120,7 +120,6 @@ class ListSeen:
 
     name: str
     size: int  # parameters
-    members: int
     takes: tuple[str, ...] = ()
     calls: list[int] = field(default_factory=list)  # the member of each call
     began: int = 0
@@ -190,7 +189,7 @@ def watch(module: torch.nn.Module, run: Callable[[], Any]) -> Seen:
     eyes = _Eyes()
     stand_ins: dict[str, torch.nn.Module] = {}
     for name, container in _outermost(module):
-        seen = ListSeen(name, sum(p.numel() for p in container.parameters()), len(list(container.children())))
+        seen = ListSeen(name, sum(p.numel() for p in container.parameters()))
         members = [_Watched(block, seen, i, eyes) for i, block in enumerate(container.children())]
         stand_ins[name] = like(container, members)
     own = exchange(module, stand_ins)

@@ -6,7 +6,8 @@ Knows no request, and not which argument has which role.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 
@@ -30,8 +31,7 @@ def _dimensions(value: Any) -> int:
 
 def row_slices(counts: Sequence[int]) -> list[slice]:
     """The place of each call's rows in the joined batch."""
-    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
-    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    return [slice(*ends) for ends in pairwise(accumulate(counts, initial=0))]
 
 
 def take_rows(output: Any, rows: slice) -> Any:
@@ -103,29 +103,15 @@ def joined(values: Sequence[Any], dim: int) -> Any:
 
 
 def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:
-    """Read once per request; anew where that costs nothing: a small tensor of the host's may be written in place."""
-    known = memory.get(id(tensor))
-    if known is not None and known.tensor is tensor and known.is_current():
-        return known.content
-    values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()  # of any dtype, complex ones too
-    read = values.tobytes()
-    again = tensor.device.type == "cpu" and tensor.numel() <= READ_AGAIN
-    shared = again and tensor.is_contiguous()  # `values` are the tensor's own memory
-    memory[id(tensor)] = known = _Read(
-        tensor, (tensor.dtype, tensor.shape, hash(read)), read if again else None, values if shared else None
-    )
-    return known.content
+    """Read once per request; anew where that costs nothing: a small tensor of the host's may be written in place.
 
-
-class _Read(NamedTuple):
-    """A tensor that was read; with its `values`, if they may be written, and where they are, if that can be seen."""
-
-    tensor: torch.Tensor
-    content: Hashable
-    values: bytes | None
-    memory: Any
-
-    def is_current(self) -> bool:
-        if self.values is None:
-            return True
-        return self.memory is not None and self.memory.tobytes() == self.values
+    Of any dtype, complex ones too.
+    """
+    keeps = tensor.device.type != "cpu" or tensor.numel() > READ_AGAIN
+    known = memory.get(id(tensor)) if keeps else None
+    if known is None or known[0] is not tensor:
+        values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+        known = tensor, (tensor.dtype, tensor.shape, hash(values.tobytes()))
+        if keeps:
+            memory[id(tensor)] = known
+    return known[1]

@@ -7,7 +7,9 @@ Hooks that only look before or after use torch's own hook lists, so they survive
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -136,16 +138,13 @@ class StateManager:
     def __init__(
         self, state_cls: type, init_args: tuple[Any, ...] = (), init_kwargs: dict[str, Any] | None = None
     ) -> None:
-        self._make = lambda: state_cls(*init_args, **(init_kwargs or {}))
-        self._states: dict[str, Any] = {}
+        self._states = defaultdict[str, Any](partial(state_cls, *init_args, **(init_kwargs or {})))
         self._current = "default"
 
     def set_context(self, name: str | None) -> None:
         self._current = name or "default"
 
     def get_state(self) -> Any:
-        if self._current not in self._states:
-            self._states[self._current] = self._make()
         return self._states[self._current]
 
     def reset(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
-from weakref import ref
+from weakref import WeakSet
 
 import torch
 
@@ -30,20 +30,10 @@ class Retries:
     def __init__(self, memory: Memory, room: Room, by_clock: bool = True) -> None:
         """`by_clock`: what was measured may decide; it must not where several ranks decide alike."""
         self.memory, self.room, self.by_clock = memory, room, by_clock
-        self._running: list[ref[Request]] = []  # weak: one that has ended holds its picture
+        self.running: WeakSet[Request] = WeakSet()  # and some that have ended, which hold no more than their pictures
         self._most = Limits(rise=by_clock)  # requests of a size at once
         self._cached = Limits(rise=by_clock)  # requests with a cache; 0: not one has room
         self._apart = Limits(rise=by_clock)  # requests of which several calls are made as one
-
-    def add(self, request: Request) -> None:
-        """Take in a request that may hold residuals."""
-        self._running = [*map(ref, self.running), ref(request)]
-
-    @property
-    def running(self) -> list[Request]:
-        """Those that have not ended."""
-        found = [request for one in self._running if (request := one()) is not None]
-        return [request for request in found if request.ended is None]
 
     def at_once(self, batch: Sequence[Request]) -> int:
         """How many of a batch there is room and time for in one turn; one at least."""

@@ -111,7 +111,7 @@ class ModelRunner:
         )
         request.own_boundary = boundary is not None
         self.adapters.use(adapters)  # text encoders can have adapters too
-        self.retries.add(request)
+        self.retries.running.add(request)
         self._ran_component(request, self._advance(request), (began, self.clock.mark()))
         return request
 

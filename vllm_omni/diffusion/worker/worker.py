@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from vllm_omni.diffusion.cache.base import StackBackend, store_for
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
@@ -23,8 +22,6 @@ from vllm_omni.diffusion.worker.runner import ModelRunner
 from vllm_omni.errors import OmniError
 from vllm_omni.kernels.placement import place
 from vllm_omni.model_folder import generation_defaults
-
-TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 
 
 class DiffusionWorker:
@@ -99,19 +96,6 @@ class DiffusionWorker:
         )
         return running, seed
 
-    def text_tokens(self, arguments: dict[str, Any]) -> int:
-        """Tokens of prompt and negative prompt, without padding, for the text encoder that reads most of them."""
-        texts = [arguments.get(name) for name in ("prompt", "negative_prompt")]
-        readers = [reader for name in TOKENIZERS if (reader := _tokenizer(self.pipeline, name)) is not None]
-        limits = [reader.model_max_length for reader in readers]
-        if limits:  # of several, the last is the one that a longer or shorter sequence can be asked of
-            limits[-1] = min(limits[-1], arguments.get("max_sequence_length") or limits[-1])
-        counts = [
-            sum(min(len(read(text)["input_ids"]), limit) for text in texts if text)
-            for read, limit in zip(readers, limits, strict=True)
-        ]
-        return max(counts, default=0)
-
     @property
     def learner(self) -> MagCacheBackend | None:
         """The engine's own backend, if it may learn a profile."""
@@ -128,7 +112,7 @@ class DiffusionWorker:
     def profile_names(self) -> list[str]:
         """Of the cache profiles in use by default."""
         backend = self._backends.get(self.default_cache.backend) if self.default_cache is not None else None
-        return backend.profile_names if backend is not None else []
+        return [profile.name for profile in backend.profiles] if backend is not None else []
 
     @property
     def cache_bytes(self) -> int:
@@ -164,11 +148,3 @@ class DiffusionWorker:
             backend.store = self.store
             self._backends[name] = backend
         return self._backends[name]
-
-
-def _tokenizer(pipeline: Any, name: str) -> PreTrainedTokenizerBase | None:
-    """A tokenizer of the pipeline; a processor in its place has one inside."""
-    reader = getattr(pipeline, name, None)
-    if isinstance(reader, ProcessorMixin):
-        reader = getattr(reader, "tokenizer", None)
-    return reader if isinstance(reader, PreTrainedTokenizerBase) else None

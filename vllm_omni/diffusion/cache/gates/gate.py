@@ -116,12 +116,12 @@ class GatedState(CacheState):
     def change(self, key: Key, step: int, now: torch.Tensor) -> torch.Tensor | None:
         if step in self._skips or step < self._begin:
             return None
-        change = self.rule.change(now, self._memory_of(key))
+        change = self.rule.change(now, self._memory[key])
         return None if change is None else change.max()
 
     def decide(self, key: Key, step: int, now: torch.Tensor, change: float | None) -> None:
         """Skip or compute; a request without anything to compare computes. A NaN is a reason to compute."""
-        self._memory_of(key).put(PREVIOUS, now)
+        self._memory[key].put(PREVIOUS, now)
         if step in self._skips:
             return
         skip = False
@@ -156,7 +156,7 @@ class GatedState(CacheState):
             return Kept()
         first = computed.first_residual() if self._shows_first_block else None
         if not self._shows_first_block:
-            memory = self.rule.learn(self._memory_of(key), computed.latents, computed.output)
+            memory = self.rule.learn(self._memory[key], computed.latents, computed.output)
         else:
             memory = {} if first is None else {FIRST: first}
         if not self.wants(key, step) or (ends := computed.ends()) is None:
@@ -171,7 +171,7 @@ class GatedState(CacheState):
         super().commit(key, step, kept)
         if step in self._switches:
             self._leave(key[0])
-        memory, residuals = self._memory_of(key), self._residuals_of(key)
+        memory, residuals = self._memory[key], self._residuals[key]
         if kept is not None:
             for name, tensor in kept.memory.items():
                 memory.put(name, tensor)

@@ -7,36 +7,26 @@ schedules share.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+
+import numpy as np
 
 
 def resample_log(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
     """Interpolate the cumulated log-magnitude linearly in relative position: keeps the product over the whole run."""
-    if steps == len(ratios):
-        return tuple(ratios)
-    total, heights = 0.0, []
-    for index, ratio in enumerate(ratios):
-        total += math.log(ratio) if index else 0.0
-        heights.append(total)
-
-    def height(step: int) -> float:
-        place = step * (len(ratios) - 1) / (steps - 1) if steps > 1 else 0.0
-        low = min(int(place), len(ratios) - 1)
-        high = min(low + 1, len(ratios) - 1)
-        return heights[low] + (place - low) * (heights[high] - heights[low])
-
-    return (1.0, *(math.exp(height(step) - height(step - 1)) for step in range(1, steps)))
+    places = np.arange(steps) * (len(ratios) - 1) / max(1, steps - 1)
+    heights = np.interp(places, np.arange(len(ratios)), np.cumsum(np.log((1.0, *ratios[1:]))))
+    return (1.0, *np.exp(np.diff(heights)).tolist())
 
 
 def resample_nearest(ratios: Sequence[float], steps: int) -> tuple[float, ...]:
     """The reference implementation's choice: the ratio at the nearest relative position."""
-    if steps == len(ratios):
-        return tuple(ratios)
-    scale = (len(ratios) - 1) / (steps - 1) if steps > 1 else 0.0
+    scale = (len(ratios) - 1) / max(1, steps - 1)
     return (1.0, *(ratios[round(step * scale)] for step in range(1, steps)))
 
 
 def resample(ratios: Sequence[float], steps: int, method: str = "log") -> tuple[float, ...]:
     """`resample_log` or `resample_nearest`, by name."""
+    if steps == len(ratios):
+        return tuple(ratios)
     return (resample_nearest if method == "nearest" else resample_log)(ratios, steps)

@@ -139,11 +139,5 @@ def resample_gram(gram: np.ndarray, sigmas: Sequence[float], wanted: Sequence[fl
     """
     known = np.asarray(sigmas)
     order = np.argsort(known)
-    mix = np.zeros((len(wanted), len(known)))
-    for row, sigma in enumerate(wanted):
-        place = float(np.interp(sigma, known[order], np.arange(len(known))))
-        low = min(int(place), len(known) - 1)
-        high = min(low + 1, len(known) - 1)
-        mix[row, order[low]] += 1 - (place - low)
-        mix[row, order[high]] += place - low
+    mix = np.stack([np.interp(wanted, known[order], unit[order]) for unit in np.eye(len(known))], axis=1)
     return mix @ gram @ mix.T
