@@ -35,7 +35,7 @@ from vllm_omni.trials import MANY, Away, Measurement, Trial, asked_steps, choice
 logger = init_logger(__name__)
 
 MOST_REPEATS = 3  # of a trial that had no room
-IDLE_S = 1.0  # without a request, before a trial begins
+IDLE_S = 1.0  # without a request, before trials begin
 GAIN_PROMPTS, CHOSEN_ON, JUDGED_ON = 2, MANY, 8
 FIRST_SEED = 31_000
 PROMPTS = (

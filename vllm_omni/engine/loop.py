@@ -74,7 +74,7 @@ class EngineLoop:
         self._recent: deque[dict[str, Any]] = deque(maxlen=RECENT)
         self._reported = self._progressed = 0.0
         self.keeps_memory = False  # what the allocator has freed is kept for the next forward
-        self._returned = time.monotonic()
+        self._returned = self._asked = time.monotonic()  # when somebody last wanted something, or got it
 
     def run(self) -> None:
         """Serve until Close."""
@@ -102,15 +102,19 @@ class EngineLoop:
             idle = not ended and not self.engine.has_unfinished_requests()
             if idle:
                 self._report()
+            if ended:
+                self._asked = time.monotonic()
             self.turn_began = None if idle else self.engine.worker.runner.components.beside.since
             to_try = idle and self.learning is not None and self.learning.wanted and not self.engine.asleep
             try:
-                command = self._commands.get(block=idle, timeout=IDLE_S if to_try else None)
+                wait = max(0.0, self._asked + IDLE_S - time.monotonic())
+                command = self._commands.get(block=idle, timeout=wait if to_try else None)
             except queue.Empty:
                 if to_try and self.learning is not None:
                     self.turn_began = time.monotonic()
                     self.learning.begin()
                 return True
+            self._asked = time.monotonic()
             if isinstance(command, Close):
                 return False
             if isinstance(command, Add):
