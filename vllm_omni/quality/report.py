@@ -15,7 +15,8 @@ from vllm_omni.quality.rows import FEWER, PLANNED, PROMISES, RULE
 
 WORST_DB = 30.0  # of the default preset's worst pair
 OVER_RULE = {2.0: 9.0, 3.0: 10.0, 4.0: 7.0}  # dB above MagCache's plain reuse, by speed-up
-OVER_FEWER, OVER_PEERS = 5.0, 3.0  # dB, from LEAST to MOST times
+OVER_FEWER = {2.0: 8.0, 2.5: 7.0, 3.0: 7.0}  # dB above an uncached run of as many steps; elsewhere
+ELSEWHERE, OVER_PEERS = 5.0, 3.0  # dB, from LEAST to MOST times
 LEAST, MOST = 1.3, 4.0
 
 
@@ -63,7 +64,7 @@ def margins(results: Sequence[Result]) -> list[Margin]:
                 if other.row.group == RULE and promise in OVER_RULE:
                     found.append(_margin(best, promise, other.row.group, mean(other), OVER_RULE[promise]))
                 elif other.row.group == FEWER and LEAST <= promise <= MOST:
-                    found.append(_margin(best, promise, FEWER, mean(other), OVER_FEWER))
+                    found.append(_margin(best, promise, FEWER, mean(other), OVER_FEWER.get(promise, ELSEWHERE)))
             if not LEAST <= promise <= MOST:
                 continue
             for peer in PEERS:
