@@ -89,10 +89,15 @@ async def read_json(http: Request, limits: Limits, pictures: tuple[str, ...] = (
 
     `curl`: JSON may also be called a form, as `curl -d` calls whatever it sends.
     """
-    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    kind = media_type(http) or "application/json"
     if kind != "application/json" and not (curl and kind == URLENCODED):
         raise wrong_type("application/json", kind)
     return as_body(http, parse_json(await read_text(http, limits)), [], pictures, strict=True)
+
+
+def media_type(http: Request) -> str:
+    """The body's, without parameters and in small letters; empty if the client names none."""
+    return http.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def wrong_type(wanted: str, got: str) -> ApiError:
@@ -173,7 +178,7 @@ def check_request(
             body.names[name] = key
         if name == "lora":
             body.names["lora_request"] = key  # the engine's name
-    if values.get("num_frames") is not None and values.get("seconds") is not None:
+    if values.get("num_frames") is not None and values.pop("seconds", None) is not None:
         body.warnings.append("seconds was ignored: num_frames says how long")
     if values.get("model") is None:
         values["model"] = config.model_names[0]
