@@ -83,7 +83,7 @@ async def load_lora_adapter(http: Request, state: State) -> replies.Condition:
     if body.lora_name in state.config.model_names:
         raise invalid("lora_name", "is the name of the model")
     path = await asyncio.to_thread(allowed, "lora_path", body.lora_path, state.config.allowed_model_folders)
-    return await _do(state, LoadAdapter(body.lora_name, str(path)))
+    return await _do(state, LoadAdapter(body.lora_name, str(path), [name for name, _ in state.server_adapters]))
 
 
 @router.post("/v1/unload_lora_adapter", openapi_extra=body_schema(UnloadAdapterBody, "application/json"))
