@@ -180,6 +180,31 @@ def test_the_least_recently_used_makes_room(http: httpx.Client) -> None:
     assert listed(http) == ["own", "ink", "wax"]  # a failure pushes nobody out
 
 
+def test_what_is_set_for_all_requests_makes_room_for_nothing(
+    http: httpx.Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither for another that is set beside it, nor for one that is loaded later; unloading it is logged, once."""
+    bare = picture(http)
+    three = {"lora_nickname": ["ink", "clay", "wax"], "lora_path": ["ink", "clay", "wax"]}
+    refused(http.post("/v1/set_lora", json=three), 409, "conflict")
+    assert picture(http) == bare
+    for name in ("ink", "clay"):
+        assert unload(http, name).status_code == 200
+    assert http.post("/v1/set_lora", json={"lora_nickname": "ink", "lora_path": "ink"}).status_code == 200
+    for name in ("clay", "wax"):
+        assert load(http, name).status_code == 200
+    assert listed(http) == ["own", "ink", "wax"] and picture(http) == picture(http, lora="ink") != bare
+    assert http.post("/v1/set_lora", json={"lora_nickname": ["ink", "wax"]}).status_code == 200
+    refused(load(http, "clay"), 409, "conflict")
+    assert unload(http, "wax").status_code == 200
+    caplog.set_level("ERROR")
+    assert picture(http) == picture(http) == picture(http, lora="ink")
+    assert [one.message.split()[1] for one in caplog.records if "set for all requests" in one.message] == ["wax"]
+    assert http.post("/v1/unmerge_lora_weights").status_code == 200
+    assert "wax" in refused(http.post("/v1/merge_lora_weights"), 409, "conflict")
+    assert picture(http) == bare
+
+
 @pytest.mark.slow
 def test_a_running_request_keeps_its_adapter(adaptable: Running, http: httpx.Client) -> None:
     assert load(http, "ink").status_code == 200

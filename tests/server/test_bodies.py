@@ -17,6 +17,9 @@ from http_replies import envelope, exchange, told
 from http_server import EDITS, GENERATIONS, KEY, PROCESS_KEY, Command, Running
 from waiting import until
 
+from vllm_omni.entrypoints.openai.protocol.bodies import Meter
+from vllm_omni.entrypoints.openai.protocol.errors import ApiError
+
 LIMIT = 4 * 2**20  # of a body sent to the command, in bytes
 ENDLESS = 64 * 2**20  # bytes that would be sent if they were read
 POST = b"POST %b HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer %b\r\n" % (GENERATIONS.encode(), KEY.encode())
@@ -89,6 +92,32 @@ def test_bodies_over_the_limit_are_refused(http: httpx.Client, server: Running) 
     ):
         reply = http.post("/v1/images/edits", content=body, headers=form)
         assert reply.status_code == 400, reply.text
+
+
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        ('{"prompt": "x", "image": "data:%s", "n": 1}', True),
+        ('{"messages": [{"content": [{"text": "x"}, {"image":"%s"}, {"type": "image", "image" :\n"%s"}]}]}', True),
+        ('{"image": ["%s"]}', False),
+        ('{"image": %s}', False),
+        ('{"image": "", "prompt": "%s"}', False),
+        ('{"image": "x", %s', False),
+        ('{"not": "image", "prompt": "%s"}', False),
+        ('{"images": "%s"}', False),
+    ],
+)
+@pytest.mark.parametrize("part", [7, 65536])
+def test_pictures_alone_do_not_count_as_json(text: str, taken: bool, part: int) -> None:
+    """As `data:` URLs, or in the short parts of a chat, wherever the network has cut the text."""
+    body, meter = text.replace("%s", "A" * 5000).encode(), Meter(1000)
+    try:
+        for start in range(0, len(body), part):
+            meter.take(body[start : start + part])
+    except ApiError as error:
+        assert not taken and error.status == 413
+    else:
+        assert taken
 
 
 def test_a_full_queue_refuses_with_retry_after(server: Running, http: httpx.Client) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import struct
 import sys
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,7 +17,7 @@ from hostile import chunk, raw_png, saved, scene
 from PIL import Image
 
 from vllm_omni.engine.pictures import PackedPicture, SharedPicture
-from vllm_omni.entrypoints.openai.decoding import WAITING, Decoder, Given, Refusal
+from vllm_omni.entrypoints.openai.decoding import SMALL_BYTES, WAITING, Decoder, Given, Refusal
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError
 
 MOST = 32 * 2**20
@@ -70,6 +72,40 @@ async def test_large_pictures_have_so_much_memory_together() -> None:
     del held[2:]
     assert isinstance(await decoder.decode(data, 5 * 2**20), list)
     decoder.close()
+
+
+@pytest.mark.parametrize("size", [100_000, SMALL_BYTES + 1])
+async def test_files_that_wait_have_so_much_memory_together(size: int) -> None:
+    """In either lane; beyond it clients are asked to come again at once, and what has left makes room at once."""
+    decoder, data = Decoder(2**17 if size < SMALL_BYTES else 4 * SMALL_BYTES), given(bytes(size))
+    room, refused = decoder._lanes[size > SMALL_BYTES]._room // size, 5
+    tasks = [asyncio.create_task(decoder.decode(data, MOST)) for _ in range(room + refused)]
+    done, waiting = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    assert done == {*tasks[room:]} and {one.exception().status for one in done} == {503}
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+    assert isinstance(await decoder.decode(data, MOST), Refusal), "it is no picture"
+    decoder.close()
+
+
+class Files(list[Given]):
+    """A list that can be watched."""
+
+
+async def test_files_of_a_client_that_has_left_are_forgotten_at_once(decoder: Decoder) -> None:
+    """Also while those of another are being decoded, and keep it from its turn."""
+    size = SMALL_BYTES + 1
+    other = asyncio.create_task(decoder.decode(given(bytes(size)), MOST))
+    files = Files(given(bytes(size)))
+    held, waiting = weakref.ref(files), asyncio.create_task(decoder.decode(files, MOST))
+    await asyncio.sleep(0)  # both have been sent
+    waiting.cancel()
+    await asyncio.wait([waiting])
+    del files, waiting
+    gc.collect()
+    assert held() is None and not other.done()
+    await other
 
 
 async def test_without_a_free_descriptor_the_client_is_asked_to_come_again(decoder: Decoder) -> None:

@@ -47,6 +47,10 @@ async def test_a_form_is_in_utf_8_escaped_or_not(text: str) -> None:
         assert (await read(content)).fields == {"prompt": text, "seed": "1"}
 
 
+async def test_a_plain_form_may_be_named_in_any_letters() -> None:
+    assert (await read(b"prompt=x", URLENCODED.title() + "; charset=UTF-8")).fields == {"prompt": "x"}
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [

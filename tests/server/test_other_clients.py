@@ -166,6 +166,18 @@ def test_an_edit_in_json_is_that_of_a_form(repainter: Running, given: dict[str, 
     envelope(httpx.post(repainter.url + EDITS, json=fields | {name: []}, timeout=60), 400, "invalid_value", "image")
 
 
+def test_a_content_type_is_read_in_any_letters(repainter: Running) -> None:
+    fields = {"prompt": "cat", "steps": 2, "seed": 1}
+    form = httpx.Request("POST", repainter.url + EDITS, data=fields, files={"image": saved(scene())})
+    boundary = form.headers["content-type"].partition("; ")[2]
+    json_of = {"content": json.dumps(fields | {"image": URL}), "headers": {"Content-Type": "Application/JSON"}}
+    made = [
+        httpx.post(repainter.url + EDITS, timeout=60, **sent).json()["data"]
+        for sent in (json_of, {"content": form.read(), "headers": {"Content-Type": f"Multipart/Form-Data; {boundary}"}})
+    ]
+    assert made[0] == made[1]
+
+
 @pytest.mark.parametrize("name", ["image[0]", "image[17]", "images", "images[]"])
 def test_parts_may_be_numbered(repainter: Running, name: str) -> None:
     """As PHP's clients name the files of a list."""

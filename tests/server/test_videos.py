@@ -23,6 +23,7 @@ from hostile import (
     as_quick,
     wrong_numbers,
 )
+from http_replies import told
 from http_server import AUTH, KEY, Running, serve, video_folder
 from openai import (
     APIStatusError,
@@ -244,6 +245,22 @@ def test_an_error_names_the_wrong_field_of_a_video(
     error = reply.json()["error"]
     assert (error["param"], error["code"]) == (param, code), error
     assert server.http("GET", "/v1/videos").json() == before
+
+
+def test_seconds_are_a_number_that_a_video_can_have_and_ignored_beside_frames(server: Server) -> None:
+    def ask(fields: str) -> httpx.Response:
+        kind = {"Content-Type": "Application/JSON; charset=utf-8"}
+        return server.http(
+            "POST", "/v1/videos", content=f'{{"prompt": "x", "steps": 1, {fields}}}', headers=AUTH | kind
+        )
+
+    for number in (10**400, -(10**400), "1e300", '"\\ud800"'):
+        assert told(ask(f'"seconds": {number}'))["param"] == "seconds", number
+    for ignored in ('"9999"', '"\\ud800"', 10**400):
+        made = ask(f'"num_frames": 17, "fps": 17, "seconds": {ignored}')
+        assert made.status_code == 200 and made.json()["seconds"] == "1", made.text
+        assert made.json()["omni"]["warnings"] == ["seconds was ignored: num_frames says how long"]
+        server.http("DELETE", f"/v1/videos/{made.json()['id']}")
 
 
 @pytest.mark.slow

@@ -69,8 +69,8 @@ class EngineControl:
             raise ConflictError("the engine is asleep; wake it up first")
         self._engine.worker.runner.components.quiet()
         match action:
-            case LoadAdapter(name, path):
-                self._load(name, path)
+            case LoadAdapter(name, path, keep):
+                self._load(name, path, self._own.union(keep))
             case UnloadAdapter(name):
                 self._unload(name)
             case Sleep(level):
@@ -120,16 +120,16 @@ class EngineControl:
                 logger.error("after a restart, %s could not be done again: %s", action, error)
         self._engine.asleep = self._asleep > 0
 
-    def _load(self, name: str, path: str) -> None:
+    def _load(self, name: str, path: str, kept: frozenset[str]) -> None:
         if name in self._adapters.loaded:
             raise InvalidValueError("lora_name", name, "must be new; unload the adapter of that name first")
         used = self._engine.adapters_in_use()
         if name in self._leaving:
             raise ConflictError(f"adapter {name!r} is being unloaded, and requests still use it; try again later")
-        free = [other for other in self._adapters.loaded if other not in used and other not in self._own]
+        free = [other for other in self._adapters.loaded if other not in used and other not in kept]
         full = len(self._adapters.loaded) + len(self._leaving) >= self._config.max_loras
         if full and not free:
-            raise ConflictError(f"all {self._config.max_loras} adapters are in use, or were given at start-up")
+            raise ConflictError(f"all {self._config.max_loras} adapters are in use, set, or were given at start-up")
         self._adapters.load(name, path)
         if full:
             logger.info("adapter %s makes room for %s", free[0], name)

@@ -68,6 +68,7 @@ class Close(Struct, tag=True):
 class LoadAdapter(Struct, tag=True):
     name: str
     path: str
+    keep: list[str] = []  # adapters that must not make room for it
 
 
 class UnloadAdapter(Struct, tag=True):

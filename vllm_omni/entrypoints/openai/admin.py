@@ -25,7 +25,14 @@ from vllm_omni.engine.wire import (
     Wake,
 )
 from vllm_omni.entrypoints.openai.protocol import replies
-from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, parse_json, read_text, validate, wrong_type
+from vllm_omni.entrypoints.openai.protocol.bodies import (
+    body_schema,
+    media_type,
+    parse_json,
+    read_text,
+    validate,
+    wrong_type,
+)
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.state import AppState, State
 
@@ -76,7 +83,7 @@ async def load_lora_adapter(http: Request, state: State) -> replies.Condition:
     if body.lora_name in state.config.model_names:
         raise invalid("lora_name", "is the name of the model")
     path = await asyncio.to_thread(allowed, "lora_path", body.lora_path, state.config.allowed_model_folders)
-    return await _do(state, LoadAdapter(body.lora_name, str(path)))
+    return await _do(state, LoadAdapter(body.lora_name, str(path), [name for name, _ in state.server_adapters]))
 
 
 @router.post("/v1/unload_lora_adapter", openapi_extra=body_schema(UnloadAdapterBody, "application/json"))
@@ -160,8 +167,8 @@ def allowed(field: str, given: str, folders: Sequence[Path]) -> Path:
 
 async def read(http: Request, kind: type[B]) -> B:
     """The body as JSON, the query's `level` beside it; a page of another site cannot send what this takes."""
-    data, media = await read_text(http, http.app.state.omni.config.limits), http.headers.get("content-type", "")
-    if media.partition(";")[0].strip().lower() != "application/json" and (data or media or "origin" in http.headers):
+    data, media = await read_text(http, http.app.state.omni.config.limits), media_type(http)
+    if media != "application/json" and (data or media or "origin" in http.headers):
         raise wrong_type("application/json", media)
     fields: dict[str, Any] = parse_json(data) if data else {}
     if issubclass(kind, SleepBody) and (level := http.query_params.get("level")) is not None:

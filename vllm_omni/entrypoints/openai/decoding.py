@@ -31,7 +31,7 @@ logger = init_logger(__name__)
 SMALL_BYTES = 8 * 2**20  # of all files of a request: more go straight to the lane of large ones
 _MEMORY = 320 * 2**20  # address space of such a process, besides what pixels take:
 _BYTES_PER_PIXEL = 8  # reserved by opening a WebP of any lane; and again by turning a picture and laying it on white
-WAITING = 8  # requests with as many pixels as one may have, whose pictures may be in memory at a time
+WAITING = 8  # requests with as many pixels as one may have, whose pictures, or files, may be in memory at a time
 _FULL, _RETRY_S = "no room", 5.0
 _NICENESS = 5  # of the process for large pictures
 
@@ -61,7 +61,7 @@ class Decoder:
         """Upright RGB pictures, masks in shades of gray.
 
         `max_pixels`: how many all may have together. Cancelling it kills the process that decodes large pictures.
-        ApiError 503 while too many large ones are in memory, or no descriptor is free.
+        ApiError 503 while too many large ones, or files that wait, are in memory, or no descriptor is free.
         """
         small, large = self._lanes
         answer: list[Sent] | Refusal = Refusal("", LARGE)
@@ -101,7 +101,7 @@ class _Lane:
     def __init__(self, workers: int, pixels: int, seconds: int, max_pixels: int) -> None:
         self._large = pixels > SMALL_PIXELS  # a small one has ended before a new process would have started
         memory = _MEMORY + _BYTES_PER_PIXEL * (pixels + max_pixels)
-        self._room = WAITING * 3 * max_pixels
+        self._room, self._waiting = WAITING * 3 * max_pixels, 0  # bytes; of files that wait, or are being decoded
         self._settings = pixels, seconds, memory, _NICENESS if self._large else 0
         self._threads = ThreadPoolExecutor(workers, "vllm-omni-decode")
         self._own = threading.local()
@@ -111,12 +111,24 @@ class _Lane:
             self._threads.submit(self._start)
 
     async def run(self, pictures: Sequence[Given], max_pixels: int) -> list[Sent] | Refusal:
+        size = sum(len(given.data) for given in pictures)
+        if self._waiting and self._waiting + size + self._decoded() > self._room:
+            return Refusal("", _FULL)
         job = _Job(pictures, max_pixels)
+        future = self._threads.submit(self._decode, job)
+        self._waiting += size
         try:
-            return await asyncio.wrap_future(self._threads.submit(self._decode, job))
+            return await asyncio.wrap_future(future)
         finally:
-            if self._large:
+            self._waiting -= size
+            if future.cancel():
+                job.pictures = ()  # the queue keeps the job until its turn
+            elif self._large:
                 job.kill()
+
+    def _decoded(self) -> int:
+        """Bytes of the pictures that this lane has decoded and that share its room."""
+        return shared_bytes() if self._large else 0
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -129,7 +141,7 @@ class _Lane:
 
     def _decode(self, job: _Job) -> list[Sent] | Refusal:
         """In a thread. What went wrong is returned: an exception would keep its frames, and they the pictures."""
-        if self._large and shared_bytes() > self._room:
+        if self._decoded() > self._room:
             return Refusal("", _FULL)
         try:
             process = self._process()

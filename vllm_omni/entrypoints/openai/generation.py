@@ -281,7 +281,8 @@ def _frames(request: VideoRequest, info: ModelInfo, limits: Limits) -> int:
             nearest = _nearest(frames, multiple)
             raise invalid("num_frames", f"num_frames must be a multiple of {multiple} plus 1, e.g. {nearest}")
     elif request.seconds is not None:
-        name, seconds = "seconds", request.seconds if isinstance(request.seconds, str) else f"{request.seconds:.3f}"
+        name, given = "seconds", request.seconds
+        seconds = f"{given:.3f}" if isinstance(given, float) else str(given)
         if not _SECONDS.fullmatch(seconds) or not float(seconds):
             raise invalid("seconds", 'seconds must be a number above 0, such as "4"')
         frames = _nearest(float(seconds) * (request.fps or info.fps), multiple)

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, match_pictures, plan_images
 from vllm_omni.entrypoints.openai.protocol import replies
-from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, read_json
+from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, media_type, read_json
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.protocol.forms import read_form
 from vllm_omni.entrypoints.openai.protocol.requests import ImageRequest
@@ -61,7 +61,7 @@ async def edits(http: Request, state: State) -> Any:
     """Pictures of a prompt and of pictures given: files of a form, or URLs in a JSON object."""
     check_makes(state.info, "image")
     limits = state.config.limits
-    if http.headers.get("content-type", "").startswith("application/json"):
+    if media_type(http) == "application/json":
         body = await read_json(http, limits, PICTURES)
     else:
         body = await read_form(http, limits, limits.max_input_images, PICTURES)

@@ -6,7 +6,9 @@ All of it belongs to one event loop; encoding and files are written in threads.
 from __future__ import annotations
 
 import asyncio
+import math
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
@@ -25,6 +27,7 @@ from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, Vide
 from vllm_omni.entrypoints.openai.store import FILES, VideoJob, VideoStore, usable
 from vllm_omni.entrypoints.serve_config import ServeConfig
 from vllm_omni.errors import (
+    DeadlineExceededError,
     EngineAsleepError,
     EngineClosedError,
     EngineDeadError,
@@ -80,24 +83,25 @@ class Jobs:
         raise InvalidValueError("X-Request-Id", job_id, "must not be in use")
 
     def _held(self, key: int | None, count: int) -> int:
-        """How many requests of a key run or wait; ApiError if `count` more are beyond its share."""
+        """How many requests of a key run or wait; ApiError if `count` more, unless it is 0, are beyond its share."""
         held = 0 if key is None else self.held[key]
-        if held and self.share and held + count > self.share:
+        if held and count and self.share and held + count > self.share:
             text = f"this key has {held} pictures in work or waiting, and a share of {self.share}"
             raise unavailable(text, "queue_full", None)
         return held
 
     async def run(
-        self, generation: GenerationRequest[Any], job_id: str, facts: dict[str, Any] | None = None
+        self, generation: GenerationRequest[Any], job_id: str, facts: dict[str, Any] | None = None, again: bool = False
     ) -> AsyncGenerator[Item, None]:
         """(index of the picture, progress or the finished output), as they come; raises the first failure.
 
         Leaving the iterator, or a failure of one picture, ends them all. Steps are added up in `facts`.
         Of several keys, each has its share of the places, and its requests go after those of keys that have fewer.
+        `again`: it was admitted before, and is not refused for its key's share.
         """
         count, key = len(generation.params), (facts or {}).get("key")
         await self._await_id(job_id)
-        held = self._held(key, count)
+        held = self._held(key, 0 if again else count)
         inbox: asyncio.Queue[Item | BaseException] = asyncio.Queue()
         self.running[job_id] = inbox
 
@@ -216,17 +220,18 @@ class VideoJobs:
     ) -> None:
         if generation is None:
             generation = await self._restored(job)
+        ends = time.monotonic() + (math.inf if generation.timeout_s is None else generation.timeout_s)
         deaths = 0
         while True:
             try:
-                output = await self._generate(job, generation, admission, facts)
+                output = await self._generate(job, _in_time(generation, ends), admission, facts)
                 break
             except (QueueFullError, EngineDeadError, EngineAsleepError) as error:
                 deaths += isinstance(error, EngineDeadError) and self._progress.pop(job.id, None) is not None
                 if not admission.done() or error.retry_after_s is None or deaths >= MAX_DEATHS:
                     raise
                 pause = error.retry_after_s
-            await asyncio.sleep(pause)
+            await asyncio.sleep(min(pause, ends - time.monotonic()))
         frames, fps = output.videos[0], output.fps or self._jobs.engine.info.fps
         encoding = asyncio.create_task(asyncio.to_thread(self._write, job, output, frames, fps))
         try:
@@ -244,19 +249,20 @@ class VideoJobs:
         self.store.ended(job.id, None, made)
 
     async def _restored(self, job: VideoJob) -> Generation:
-        """A stored job as this server makes it; raises if it does not."""
+        """A stored job as this server makes it, in what is left of its time; raises if it does not."""
         data, config = await asyncio.to_thread(self.store.picture, job), self._config
         body = Body(job.fields, sources=[] if data is None else [(INPUT_REFERENCE, data)])
         info, adapters = self._jobs.engine.info, self._jobs.engine.condition.adapters
         request = check_request(VideoRequest, body, config, adapters)
         pictures = await media.load(match_pictures(body, info, INPUT_REFERENCE), config, self._jobs.decoder)
         planned = await asyncio.to_thread(plan_video, request, info, config.limits, pictures)
-        return replace(planned, salt=job.id)
+        left = None if planned.timeout_s is None else planned.timeout_s - (time.time() - job.created_at)
+        return replace(planned, timeout_s=left, salt=job.id)
 
     async def _generate(
         self, job: VideoJob, generation: Generation, admission: Admission, facts: dict[str, Any]
     ) -> OmniRequestOutput:
-        async with aclosing(self._jobs.run(generation, job.id, facts)) as items:
+        async with aclosing(self._jobs.run(generation, job.id, facts, again=admission.done())) as items:
             async for _, output in items:
                 if job.id not in self._progress:
                     self.store.begun(job.id)
@@ -308,3 +314,10 @@ class VideoJobs:
                 self.store.sweep()
             except (StoreError, OSError, sqlite3.Error) as error:  # a full disk, say: another time
                 logger.error("the store of videos was not tidied: %s", error)
+
+
+def _in_time(generation: Generation, ends: float) -> Generation:
+    """The same, with the time that is left until `ends`; DeadlineExceededError if none is."""
+    if (left := ends - time.monotonic()) <= 0:
+        raise DeadlineExceededError("the video was not made within its timeout_s")
+    return replace(generation, timeout_s=left if left < math.inf else None)

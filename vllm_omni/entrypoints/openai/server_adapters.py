@@ -50,10 +50,8 @@ async def set_lora(http: Request, state: State) -> replies.ServerAdapters:
     paths = _as_many("lora_path", body.lora_path, names)
     scales = _as_many("strength", body.strength, names)
     for name, path in zip(names, paths, strict=True):
-        await _load(state, name, path)
-    state.set_adapters = tuple(zip(names, scales, strict=True))
-    state.merged = True
-    return _told(state, f"{', '.join(names)} set")
+        await _load(state, name, path, names)
+    return _set(state, names, scales)
 
 
 @router.post("/unmerge_lora_weights", openapi_extra=body_schema(_Target, "application/json", needed=False))
@@ -71,9 +69,7 @@ async def merge_lora_weights(http: Request, state: State) -> replies.ServerAdapt
     if not state.set_adapters:
         raise ApiError(409, "no adapter was set; POST /v1/set_lora first", "conflict")
     names = [name for name, _ in state.set_adapters]
-    state.set_adapters = tuple(zip(names, _as_many("strength", body.strength, names), strict=True))
-    state.merged = True
-    return _told(state, f"{', '.join(names)} set")
+    return _set(state, names, _as_many("strength", body.strength, names))
 
 
 @router.get("/list_loras")
@@ -85,7 +81,7 @@ async def list_loras(state: State) -> replies.ListedAdapters:
     )
 
 
-async def _load(state: AppState, name: str, path: str | None) -> None:
+async def _load(state: AppState, name: str, path: str | None, keep: list[str]) -> None:
     if path is None:
         if name in state.adapters:
             return
@@ -98,7 +94,16 @@ async def _load(state: AppState, name: str, path: str | None) -> None:
             return
         fix = f"{name!r} is loaded from another place ({state.folder_of(name)}); unload it first, or give a new name"
         raise ApiError(409, fix, "conflict", "lora_nickname")
-    await state.engine.control(LoadAdapter(name, str(found)))
+    await state.engine.control(LoadAdapter(name, str(found), keep))
+
+
+def _set(state: AppState, names: list[str], scales: list[float]) -> replies.ServerAdapters:
+    """Set all of them, or none if one has gone meanwhile."""
+    if gone := [name for name in names if name not in state.adapters]:
+        raise ApiError(409, f"{', '.join(gone)} is not loaded any more; load it again", "conflict", "lora_nickname")
+    state.set_adapters = tuple(zip(names, scales, strict=True))
+    state.merged = True
+    return _told(state, f"{', '.join(names)} set")
 
 
 def _listed(value: Any) -> list[Any]:

@@ -39,6 +39,7 @@ class AppState:
     latency_sum: float = 0.0
     set_adapters: tuple[tuple[str, float], ...] = ()  # the last that were set for the whole server, with their scales
     merged: bool = False  # whether they still are
+    missed: set[str] = field(default_factory=set)  # those of them that are not loaded any more
 
     @property
     def info(self) -> ModelInfo:
@@ -51,8 +52,14 @@ class AppState:
 
     @property
     def server_adapters(self) -> tuple[tuple[str, float], ...]:
-        """Those, with scales, of requests that name none."""
-        return tuple(one for one in self.set_adapters if one[0] in self.adapters) if self.merged else ()
+        """Those, with scales, of requests that name none. One that has gone is logged, once."""
+        if not self.merged:
+            return ()
+        missed = {name for name, _ in self.set_adapters if name not in self.adapters}
+        for name in missed - self.missed:
+            logger.error("adapter %s was set for all requests and is not loaded any more: they run without it", name)
+        self.missed = missed
+        return tuple(one for one in self.set_adapters if one[0] not in missed)
 
     def folder_of(self, adapter: str) -> str:
         """The last part of where an adapter came from: the rest is nobody's business."""

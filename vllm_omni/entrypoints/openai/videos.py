@@ -21,7 +21,7 @@ from vllm_omni.entrypoints.openai import media
 from vllm_omni.entrypoints.openai.generation import GenerationRequest, check_makes, match_pictures, plan_video
 from vllm_omni.entrypoints.openai.jobs import Jobs, VideoJobs
 from vllm_omni.entrypoints.openai.protocol import replies
-from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, read_json
+from vllm_omni.entrypoints.openai.protocol.bodies import body_schema, check_request, media_type, read_json
 from vllm_omni.entrypoints.openai.protocol.errors import ApiError, invalid
 from vllm_omni.entrypoints.openai.protocol.forms import read_form
 from vllm_omni.entrypoints.openai.protocol.requests import INPUT_REFERENCE, VideoRequest
@@ -102,7 +102,7 @@ async def _film(http: Request, state: AppState, generation: GenerationRequest[Vi
 
 async def _read(http: Request, state: AppState) -> GenerationRequest[VideoRequest]:
     check_makes(state.info, "video")
-    if http.headers.get("content-type", "").startswith("application/json"):
+    if media_type(http) == "application/json":
         body = await read_json(http, state.config.limits, _PICTURES)
     else:
         body = await read_form(http, state.config.limits, 1, _PICTURES)

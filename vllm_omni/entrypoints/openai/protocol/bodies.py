@@ -15,7 +15,7 @@ from vllm_omni.entrypoints.openai.protocol.requests import BaseRequest
 from vllm_omni.entrypoints.serve_config import Limits, ServeConfig
 from vllm_omni.errors import UnknownKeyError
 
-_PICTURE, _METERED = b"data:", 2**16
+_PICTURE, _HEAD, _METERED = b"data:", 8, 2**16
 _MAX_QUOTES = 100_000  # of a JSON text that is larger than one without pictures may be
 ALIASES = {
     "steps": "num_inference_steps",
@@ -89,10 +89,15 @@ async def read_json(http: Request, limits: Limits, pictures: tuple[str, ...] = (
 
     `curl`: JSON may also be called a form, as `curl -d` calls whatever it sends.
     """
-    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    kind = media_type(http) or "application/json"
     if kind != "application/json" and not (curl and kind == URLENCODED):
         raise wrong_type("application/json", kind)
     return as_body(http, parse_json(await read_text(http, limits)), [], pictures, strict=True)
+
+
+def media_type(http: Request) -> str:
+    """The body's, without parameters and in small letters; empty if the client names none."""
+    return http.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def wrong_type(wanted: str, got: str) -> ApiError:
@@ -173,7 +178,7 @@ def check_request(
             body.names[name] = key
         if name == "lora":
             body.names["lora_request"] = key  # the engine's name
-    if values.get("num_frames") is not None and values.get("seconds") is not None:
+    if values.get("num_frames") is not None and values.pop("seconds", None) is not None:
         body.warnings.append("seconds was ignored: num_frames says how long")
     if values.get("model") is None:
         values["model"] = config.model_names[0]
@@ -246,11 +251,13 @@ def load_json(text: bytes) -> Any:
 class Meter:
     """Lets a JSON text pass, part by part, whose bytes besides pictures are at most `most`.
 
-    Parsing holds the interpreter, in whatever thread. Pictures are strings that begin with `data:`.
+    Parsing holds the interpreter, in whatever thread. Pictures are strings that begin with `data:`, or follow
+    `"image":`.
     """
 
     def __init__(self, most: int) -> None:
-        self._most, self._taken, self._plain, self._quotes, self._begun = most, 0, 0, 0, b""
+        self._most, self._taken, self._plain, self._quotes = most, 0, 0, 0
+        self._key = self._colon = self._text = b""  # how the last three pieces between quotes begin
 
     def take(self, part: bytes) -> None:
         """ApiError once it is too much."""
@@ -263,9 +270,11 @@ class Meter:
         self._taken += len(part)
         for number, piece in enumerate(part.split(b'"')):
             if number:
-                self._quotes, self._begun = self._quotes + 1, b""
-            self._begun += piece[: len(_PICTURE) - len(self._begun)]
-            if self._begun != _PICTURE:
+                self._quotes += 1
+                self._key, self._colon, self._text = self._colon, self._text, b""
+            self._text += piece[: _HEAD - len(self._text)]
+            named = self._key == b"image" and self._colon.strip() == b":"
+            if not named and not self._text.startswith(_PICTURE):
                 self._plain += len(piece)
 
 

@@ -25,6 +25,7 @@ _OURS: tuple[tuple[type[Exception], int, str], ...] = (
     (errors.UnknownAdapterError, 404, "not_found"),
     (errors.InvalidValueError, 400, "invalid_value"),
     (errors.ModelLoadError, 400, "invalid_model"),
+    (errors.DeviceMemoryError, 400, "out_of_memory"),
     (errors.ConflictError, 409, "conflict"),
     (errors.RequestAbortedError, 499, "request_cancelled"),
     (errors.NumericalError, 500, "numerical_error"),

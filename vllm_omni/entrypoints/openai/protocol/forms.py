@@ -22,6 +22,7 @@ from vllm_omni.entrypoints.openai.protocol.bodies import (
     Source,
     as_body,
     load_json,
+    media_type,
     too_large,
     wrong_type,
 )
@@ -42,12 +43,12 @@ async def read_form(http: Request, limits: Limits, max_pictures: int, pictures: 
 
     `pictures`: the names that parts with pictures, with URLs of them, or with JSON that holds URLs may have.
     """
-    kind = http.headers.get("content-type", "")
-    if not kind.startswith((MULTIPART, URLENCODED)):
+    kind = media_type(http)
+    if kind not in (MULTIPART, URLENCODED):
         raise wrong_type(MULTIPART, kind)
     form = _Form(pictures, limits.max_json_bytes)
     try:
-        if kind.startswith(URLENCODED):
+        if kind == URLENCODED:
             for key, text in await _urlencoded(http, limits):
                 form.take(key, text)
         else:

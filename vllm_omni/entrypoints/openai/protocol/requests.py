@@ -63,6 +63,7 @@ def _as_jpeg(value: Any) -> Any:
 Text = Annotated[str, AfterValidator(_text)]
 Plain = AfterValidator(_plain)
 Scale = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]  # the operator's limits are lower, and are told by name
 
 
 class BaseRequest(BaseModel):
@@ -78,12 +79,12 @@ class BaseRequest(BaseModel):
     safety_identifier: Text | None = Field(default=None, max_length=512)
     # ours
     seed: int | None = Field(default=None, ge=0, lt=2**64)
-    num_inference_steps: int | None = Field(default=None, ge=1)
+    num_inference_steps: Count | None = None
     guidance_scale: Scale | None = None
     true_cfg_scale: Scale | None = None
     negative_prompt: Text | None = None
-    width: int | None = Field(default=None, ge=1)
-    height: int | None = Field(default=None, ge=1)
+    width: Count | None = None
+    height: Count | None = None
     cache: Annotated[str | dict[str, Any] | None, Plain] = Field(
         default=None, description="off, a preset, or settings by name."
     )
@@ -97,7 +98,7 @@ class BaseRequest(BaseModel):
 class ImageRequest(BaseRequest):
     """`POST /v1/images/generations`, and all of `/v1/images/edits` but its pictures."""
 
-    n: int | None = Field(default=None, ge=1, description="Pictures; the i-th has the seed seed + i.")
+    n: Count | None = Field(default=None, description="Pictures; the i-th has the seed seed + i.")
     background: Literal["transparent", "opaque", "auto"] | None = None
     output_format: Annotated[Literal["png", "jpeg", "webp"] | None, BeforeValidator(_as_jpeg)] = None
     output_compression: int | None = Field(default=None, ge=0, le=100)
@@ -117,7 +118,7 @@ class VideoRequest(BaseRequest):
 
     seconds: str | int | float | None = Field(default=None, description="How long; the frames nearest to it are made.")
     # ours
-    num_frames: int | None = Field(default=None, ge=1, description="Instead of seconds.")
+    num_frames: Count | None = Field(default=None, description="Instead of seconds.")
     fps: float | None = Field(default=None, ge=1, le=120, allow_inf_nan=False)
     guidance_scale_2: Scale | None = None
     boundary_ratio: float | None = Field(default=None, ge=0, le=1, description="Where a second expert takes over.")
