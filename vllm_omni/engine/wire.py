@@ -68,6 +68,7 @@ class Close(Struct, tag=True):
 class LoadAdapter(Struct, tag=True):
     name: str
     path: str
+    held: list[str] = []  # adapters that are not pushed out: requests that the engine has not heard of name them
 
 
 class UnloadAdapter(Struct, tag=True):
