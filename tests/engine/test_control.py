@@ -1,4 +1,4 @@
-"""What an operator does to an engine changes all of it or nothing, and is done again after a restart where it can be."""
+"""What an operator does to an engine changes all of it or nothing, and is done again after a restart if it can be."""
 
 from __future__ import annotations
 
