@@ -44,6 +44,7 @@ class LooseLink:
         self.answered = asyncio.Event()
         self.watched = 0  # by so many
         self.jobs: dict[str, tuple[float, int]] = {}  # as it reports them
+        self.stats = EngineStats()  # likewise
         self.waiting_s: float | None = None  # as it was told
 
     async def describe(self) -> bytes:
@@ -55,7 +56,7 @@ class LooseLink:
         try:
             while True:
                 await asyncio.sleep(FOR_EVER if self.lost else 0.01)
-                report = StatsReport(EngineStats(), COSTS, dict(self.jobs))
+                report = StatsReport(self.stats, COSTS, dict(self.jobs))
                 yield bytes(encode(StateReport(self.state, EngineCondition(), report)))
         finally:
             self.watched -= 1

@@ -3,64 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
+from paper_engine import SECONDS, answer, pool_of
+from paper_engine import PaperEngine as Engine
 from process_client import last, until
 
-from vllm_omni.engine.interface import EngineCondition, EngineLoad, EngineStats
-from vllm_omni.engine.ledger import Ledger
-from vllm_omni.errors import EngineDeadError
-from vllm_omni.inputs.data import OmniDiffusionSamplingParams
-from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.replicas.pool import ReplicaPool
+from vllm_omni.errors import EngineDeadError, QueueFullError
 from vllm_omni.replicas.routing import MOST_AGAIN
-
-SECONDS = 2.0  # of every request
-
-
-class Engine:
-    """A `ReplicaEngine` without a model. `dies`: how often it does, between being chosen and being asked."""
-
-    def __init__(self, state: str = "ready", dies: int = 0, jobs: int = 0) -> None:
-        self.state, self.dies, self.jobs = state, dies, jobs
-        self.condition, self.ledger = EngineCondition(), Ledger()
-
-    @property
-    def ready(self) -> bool:
-        return self.state == "ready"
-
-    @property
-    def load(self) -> EngineLoad:
-        return EngineLoad(((SECONDS, 4096),) * self.jobs)
-
-    def planned(self, params: OmniDiffusionSamplingParams) -> tuple[float, int]:
-        return SECONDS, 4096
-
-    async def generate(self, prompt: Any, params: Any, request_id: str, **_: Any) -> AsyncIterator[OmniRequestOutput]:
-        if self.dies:
-            self.dies, self.state = self.dies - 1, "starting"
-            raise EngineDeadError("the engine process is being restarted", retry_after_s=5.0)
-        yield OmniRequestOutput(request_id, prompt)
-
-    async def check_health(self) -> None:
-        if not self.ready:
-            raise EngineDeadError("the engine process is being restarted", retry_after_s=5.0)
-
-    async def stats(self) -> EngineStats:
-        return EngineStats()
-
-    async def shutdown(self) -> None:
-        self.state = "dead"
-
-
-def pool_of(*engines: Engine) -> ReplicaPool:
-    return ReplicaPool(engines, 1, 8)  # type: ignore[arg-type]
-
-
-def answer(pool: ReplicaPool) -> asyncio.Task[OmniRequestOutput]:
-    return asyncio.create_task(last(pool, "r"))  # type: ignore[arg-type]
 
 
 async def test_an_engine_that_dies_once_it_is_chosen_costs_no_request_and_none_of_its_tries() -> None:
@@ -120,3 +70,41 @@ async def test_what_waits_is_planned_also_while_no_engine_is_there() -> None:
     task.cancel()
     await asyncio.wait([task])
     assert pool.waiting_s == 0.0
+
+
+async def test_those_refused_by_a_full_pool_are_told_to_return_one_after_another() -> None:
+    """By what is left in the line and at all engines: two of them free a place in half the time."""
+    pool = pool_of(Engine(jobs=2), Engine(jobs=2))
+    waiting = [answer(pool, f"r-{i}") for i in range(10)]
+    await until(lambda: len(pool._line) == 10)
+    told = []
+    for _ in range(20):
+        with pytest.raises(QueueFullError) as refused:
+            await last(pool, "more")  # type: ignore[arg-type]
+        told.append(refused.value.retry_after_s)
+    assert told == [pytest.approx(min(i + 1, 14) * SECONDS / 2, abs=0.5) for i in range(20)]
+    for task in waiting:
+        task.cancel()
+    await asyncio.wait(waiting)
+    assert pool._line._promised == 0.0
+
+
+async def test_the_time_in_the_line_is_counted_as_replies_have_it() -> None:
+    engine = Engine(jobs=2)
+    pool = pool_of(engine)
+    task = answer(pool)
+    await until(lambda: len(pool._line) == 1)
+    engine.jobs = 0
+    pool.freed()
+    output, stats = await task, await pool.stats()
+    assert 0.0 < stats.queue_wait_s <= output.stage_durations["queue_s"]
+
+
+async def test_nobody_is_told_to_return_with_a_request_that_has_ended_three_engines() -> None:
+    """Else a video job would ask for it again, and end three more."""
+    engines = [Engine(), Engine(), Engine(), Engine()]
+    for engine in engines:
+        engine.error = EngineDeadError("the engine process ended by SIGSEGV", retry_after_s=5.0)
+    output = await answer(pool_of(*engines))
+    assert isinstance(output.error, EngineDeadError) and output.error.retry_after_s is None
+    assert "3 engines" in str(output.error) and sum(engine.asked for engine in engines) == MOST_AGAIN + 1

@@ -9,6 +9,7 @@ import pytest
 from loose_link import LooseLink
 from process_client import last, until
 
+from vllm_omni.engine.interface import EngineStats
 from vllm_omni.errors import EngineDeadError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams as Params
 from vllm_omni.outputs import OmniRequestOutput
@@ -40,6 +41,18 @@ async def asked(engine: RemoteEngine) -> asyncio.Task[list[OmniRequestOutput]]:
     task = asyncio.create_task(outputs())
     await until(lambda: engine.load.jobs)
     return task
+
+
+async def test_what_a_lost_replica_has_counted_stays_and_nothing_runs_there(link: LooseLink) -> None:
+    link.stats = EngineStats(running=1, waiting=2, queued_cost_s=9.0, steps_computed=5)
+    engine = RemoteEngine(link)
+    await engine.start()
+    await until(lambda: engine._stats.running)
+    link.lost = True
+    await until(lambda: engine.state == "starting")
+    stats = await engine.stats()
+    assert (stats.running, stats.waiting, stats.queued_cost_s, stats.steps_computed) == (0, 0, 0.0, 5)
+    await engine.shutdown()
 
 
 async def test_a_machine_that_vanishes_gives_its_requests_back_and_may_return(link: LooseLink) -> None:

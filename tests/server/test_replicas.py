@@ -99,6 +99,14 @@ def test_a_single_engine_is_a_list_of_one_without_metrics_of_replicas(server: Ru
         assert not by_replica(http)
 
 
+def test_a_single_engine_that_will_not_start_any_more_is_dead(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with httpx.Client(base_url=server.url, headers=AUTH) as http:
+        monkeypatch.setattr(server.engine, "_draining", True)
+        assert replicas(http)[0]["state"] == "ready" and http.get("/health/ready").status_code == 503
+        monkeypatch.setattr(server.engine, "_dead", "it died too often")
+        assert replicas(http)[0]["state"] == "dead"
+
+
 def test_places_are_those_of_all_engines() -> None:
     args = {"model": "demo", "max_num_seqs": 4}
     config = ServeConfig(engine_args=args, data_parallel_size=3, limits=Limits(max_queued_requests=5))

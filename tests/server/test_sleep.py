@@ -134,6 +134,8 @@ def test_a_sleep_begins_when_the_last_request_is_cancelled(sleeper: Running, htt
     with ThreadPoolExecutor(2) as pool:
         asleep = pool.submit(http.post, "/sleep")
         (job,) = sleeper.app.state.omni.jobs.running
+        until(lambda: http.get("/health/ready").status_code == 503)  # from the order on
+        assert http.get("/is_sleeping").json()["level"] == 0
         assert http.delete(f"/v1/images/jobs/{job}").status_code == 200
         assert asleep.result(60).json()["is_sleeping"]
         assert http.delete(f"/v1/images/jobs/{job}").status_code == 404  # nothing runs while it sleeps

@@ -143,14 +143,16 @@ class ProcessEngineClient:
 
     @property
     def ready(self) -> bool:
-        return self._loaded and not (self._draining or self._closed or self.condition.asleep)
+        return self.state == "ready" and not self._draining
 
     @property
     def state(self) -> str:
         """The word of `ReplicaStats.state`."""
         if self._dead or self._closed:
             return "dead"
-        return "starting" if not self._loaded else "asleep" if self.condition.asleep else "ready"
+        if not self._loaded:
+            return "starting"
+        return "asleep" if self.condition.asleep or self._requests.fall_asleep else "ready"
 
     @property
     def load(self) -> EngineLoad:
@@ -161,10 +163,6 @@ class ProcessEngineClient:
         """Seconds that a new request would take if it had the engine to itself, and its pixels."""
         size = RequestSize.of(params, self.info.defaults)
         return self._ledger.seconds(size), size.pixels
-
-    def retry_after_s(self) -> float:
-        """Seconds until one that is refused now should come back."""
-        return self._ledger.retry_after_s(self._requests.sizes)
 
     def generate(
         self,

@@ -27,7 +27,8 @@ from vllm_omni.engine.wire import (
     Wake,
 )
 from vllm_omni.errors import ConflictError, InvalidValueError, ModelLoadError, OmniError, UnknownAdapterError
-from vllm_omni.logger import init_logger
+from vllm_omni.kernels.device import is_out_of_memory, refuse_lost
+from vllm_omni.logger import init_logger, told
 
 logger = init_logger(__name__)
 
@@ -116,8 +117,10 @@ class EngineControl:
         for action in actions:
             try:
                 self.do(action)
-            except OmniError as error:
-                logger.error("after a restart, %s could not be done again: %s", action, error)
+            except Exception as error:  # what goes wrong once goes wrong in every process that follows
+                refuse_lost(error)
+                why = error if isinstance(error, OmniError) else told(error)
+                logger.error("after a restart, %s could not be done again: %s", action, why)
         self._engine.asleep = self._asleep > 0
 
     def _load(self, name: str, path: str, kept: frozenset[str]) -> None:
@@ -174,7 +177,12 @@ class EngineControl:
                 weights.reload(self._config, self._engine.worker.pipeline, self._weights)
             except (ModelLoadError, InvalidValueError) as error:
                 raise ConflictError(f"the weights cannot be read, and the engine stays asleep: {error}") from error
-        self._wake()
+        try:
+            self._wake()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise ConflictError("the device has no room for the weights; free some, and wake it again") from None
         self._asleep, self._wake = 0, lambda: None
         self._engine.asleep = False
 

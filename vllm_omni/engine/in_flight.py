@@ -13,7 +13,7 @@ from typing import Any
 
 from vllm_omni.engine.interface import EngineCondition
 from vllm_omni.engine.ledger import RequestSize
-from vllm_omni.engine.wire import Action, Control, Controlled, EngineEvent, Outputs, Refused
+from vllm_omni.engine.wire import Action, Control, Controlled, EngineEvent, Outputs, Refused, Sleep
 from vllm_omni.errors import EngineDeadError, InvalidValueError, OmniError
 from vllm_omni.outputs import OmniRequestOutput
 
@@ -57,7 +57,7 @@ class InFlight:
         self._abort, self._backlog, self._ended = abort, backlog, ended
         self._requests: dict[str, InFlightRequest] = {}  # by the engine's name
         self._awaited: dict[str, InFlightRequest] = {}  # by the name its owner gave it
-        self._controls: dict[str, InFlightRequest] = {}  # actions that the engine has not answered
+        self._controls: dict[str, tuple[Action, InFlightRequest]] = {}  # that the engine has not answered
         self._control_ids = count()
         self._over: OmniError | None = None
         self._lock = threading.RLock()
@@ -83,6 +83,11 @@ class InFlight:
     def named_sizes(self) -> dict[str, RequestSize]:
         """The same by the engine's names."""
         return {name: request.size for name, request in list(self._requests.items())}
+
+    @property
+    def fall_asleep(self) -> bool:
+        """Whether the engine ends them before it does a `Sleep`, and takes no more."""
+        return any(isinstance(action, Sleep) for action, _ in list(self._controls.values()))
 
     async def stream(
         self, request_id: str, prompt: Any, begin: Callable[[InFlightRequest], None]
@@ -119,12 +124,13 @@ class InFlight:
             if self._over is not None:
                 raise copy.copy(self._over)
             control_id = str(next(self._control_ids))
-            waiter = self._controls[control_id] = InFlightRequest("", control_id, None)
-        try:
-            send(Control(control_id, action))
-            item = await waiter.items.get()
-        finally:
-            self._controls.pop(control_id, None)
+            waiter = InFlightRequest("", control_id, None)
+            with ExitStack() as undo:
+                self._controls[control_id] = action, waiter
+                undo.callback(self._controls.pop, control_id, None)
+                send(Control(control_id, action))
+                undo.pop_all()
+        item = await waiter.items.get()
         if isinstance(item, Exception):
             raise item
         return item
@@ -145,8 +151,8 @@ class InFlight:
         if isinstance(event, Refused):
             self._end(event.request_id, event.error)
         elif isinstance(event, Controlled):
-            if (waiter := self._controls.get(event.control_id)) is not None:
-                waiter.put(event.error or event.condition)
+            if (done := self._controls.pop(event.control_id, None)) is not None:
+                done[1].put(event.error or event.condition)
         elif isinstance(event, Outputs):
             for output in event.outputs:
                 if output.finished:
@@ -162,7 +168,8 @@ class InFlight:
             self._over = over
             for request in list(self._requests.values()):
                 self._end(request.engine_id, item_of(request.request_id))
-            for waiter in list(self._controls.values()):
+            while self._controls:
+                _, (_, waiter) = self._controls.popitem()
                 item = item_of("")
                 waiter.put(item if isinstance(item, Exception) else item.error or EngineDeadError("the engine ended"))
 

@@ -73,8 +73,13 @@ class Launch:
             raise
         finally:
             theirs.close()
-        ours.sendall(frame)
-        return cls(start, process, ours, began)
+        launch = cls(start, process, ours, began)
+        try:
+            ours.sendall(frame)
+        except OSError:  # it has ended already
+            launch.discard()
+            raise
+        return launch
 
     def discard(self) -> None:
         """End it, if it has not ended, and reap it."""

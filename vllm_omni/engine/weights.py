@@ -23,18 +23,22 @@ _DTYPES = {"F64", "F32", "F16", "BF16"}  # of safetensors: what a weight can be 
 
 def to_host(pipeline: Any) -> Callable[[], None]:
     """Move all weights to main memory; returns what brings them back."""
-    tensors = [t for module in modules_of(pipeline).values() for t in (*module.parameters(), *module.buffers())]
-    places = [(tensor, tensor.device) for tensor in tensors]
+    every = [t for module in modules_of(pipeline).values() for t in (*module.parameters(), *module.buffers())]
+    tensors = list({id(tensor): tensor for tensor in every}.values())  # modules may share some
+    devices = [tensor.device for tensor in tensors]
+    _move(tensors, [torch.device("cpu")] * len(tensors))
+    return lambda: _move(tensors, devices)
 
-    def back() -> None:
-        for tensor, device in places:
-            tensor.data = tensor.data.to(device)
 
-    for tensor in tensors:
-        tensor.data = tensor.data.cpu()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return back
+def _move(tensors: Sequence[torch.Tensor], devices: Sequence[torch.device]) -> None:
+    """Move all of them, or none if there is no room."""
+    try:
+        moved = [tensor.data.to(device) for tensor, device in zip(tensors, devices, strict=True)]
+        for tensor, data in zip(tensors, moved, strict=True):
+            tensor.data = data
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def drop(pipeline: Any) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 
 from vllm_omni.engine.interface import EngineCondition
 from vllm_omni.engine.wire import Action, LoadAdapter, Sleep, UnloadAdapter, UpdateWeights
@@ -54,9 +53,8 @@ class PoolControl:
                 try:
                     after = await able[0].engine.control(action)
                 except OmniError:
-                    for replica in absent:
-                        with suppress(ValueError):  # it has started, and done it or refused it itself
-                            replica.missed.remove(action)
+                    for replica in absent:  # one that has started has done it, or refused it itself
+                        replica.forget(action)
                     raise
                 if isinstance(action, UpdateWeights):
                     self.weights = after.weights
@@ -74,15 +72,19 @@ class PoolControl:
     def greet(self, replica: Replica) -> None:
         """Note what a replica that joins the others has to do to be like them; of the first, the others take over."""
         others = [one for one in self._replicas if one is not replica]
+        started = [one for one in others if one.engine.state in ("ready", "asleep")]
         own = replica.engine.condition
         if not others and not self.weights:
             self.weights = own.weights
         if own.weights != self.weights:
             replica.missed += [UpdateWeights(folder, [name]) for name, folder in self.weights.items()]
-        there = {name: path for one in others for name, path in one.engine.condition.adapters.items()}
-        replica.missed += [LoadAdapter(name, path) for name, path in there.items() if name not in own.adapters]
-        if others and all(one.engine.state == "asleep" for one in others):
-            replica.missed.append(Sleep(min(one.engine.condition.asleep for one in others) or 1))
+        alike = [one for one in started if not one.missed] or others
+        there = {name: path for one in alike for name, path in one.engine.condition.adapters.items()}
+        if others:
+            replica.missed += [UnloadAdapter(name) for name, path in own.adapters.items() if there.get(name) != path]
+        replica.missed += [LoadAdapter(name, path) for name, path in there.items() if own.adapters.get(name) != path]
+        if started and all(one.engine.state == "asleep" for one in started):
+            replica.missed.append(Sleep(min(one.engine.condition.asleep for one in started) or 1))
 
     async def catch_up(self, replica: Replica) -> None:
         """Let a replica that has just started do what was done to the others meanwhile."""
@@ -91,11 +93,13 @@ class PoolControl:
         replica.catches_up = True
         try:
             while replica.missed:
-                if (error := await self._do(replica.missed[0], replica)) is not None:
-                    logger.error("replica %s could not do again %s: %s", replica.name, replica.missed[0], error)
+                action = replica.missed[0]
+                if (error := await self._do(action, replica)) is not None:
+                    logger.error("replica %s could not do again %s: %s", replica.name, action, error)
                     if isinstance(error, EngineDeadError) or replica.engine.state not in ("ready", "asleep"):
                         return  # it has died again: when it is back
-                replica.missed.popleft()
+                if replica.missed and replica.missed[0] is action:  # else it has been taken back
+                    replica.missed.popleft()
         finally:
             replica.catches_up = False
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from bisect import insort
 from collections.abc import Callable, Iterator, Sequence
 
+from vllm_omni.engine.cost import come_back
 from vllm_omni.errors import (
     DeadlineExceededError,
     EngineAsleepError,
@@ -37,6 +39,8 @@ class Line:
         self._waiting: list[PoolRequest] = []
         self._draw = random.Random()
         self._planner: ReplicaEngine | None = None  # the last that was able to take any: it plans though it has gone
+        self.waited_s = 0.0  # of all that have got a place
+        self._promised = 0.0  # when the last request that was refused may come back
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -52,6 +56,20 @@ class Line:
             return 0.0
         return sum(planner.planned(request.params)[0] for request in self._waiting)
 
+    def retry_after_s(self) -> float:
+        """Seconds until there should be room for one more that is refused now, at least one."""
+        if not (there := self._able() or self._replicas):
+            return 5.0
+        left = [seconds for one in there for seconds, _ in one.weighed().jobs]
+        queued = (self.seconds + sum(left)) / len(there)
+        now, each = time.monotonic(), queued / max(1, len(left) + len(self))
+        self._promised = come_back(now, self._promised, each, queued)
+        return max(1.0, self._promised - now)
+
+    def calm(self) -> None:
+        """Note that nothing is in flight: there is room for whoever comes back."""
+        self._promised = 0.0
+
     async def place(self, request: PoolRequest) -> Replica:
         """The replica that is to take it, with a place kept there. A new request that none can take is refused.
 
@@ -63,6 +81,7 @@ class Line:
         place = request.place = asyncio.get_running_loop().create_future()
         insort(self._waiting, request, key=_turn)
         replica: Replica | None = None
+        since = time.monotonic()
         try:
             self.move()
             async with asyncio.timeout(request.left_s):
@@ -77,6 +96,7 @@ class Line:
                 request.give_up()
         if replica is None:
             raise await self._why_none()
+        self.waited_s += time.monotonic() - since
         return replica
 
     def move(self) -> None:

@@ -6,7 +6,6 @@ All of it belongs to one event loop. `routing.py` decides where; here is what it
 from __future__ import annotations
 
 import asyncio
-import random
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing
@@ -19,8 +18,9 @@ from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.engine.interface import MAX_QUEUED_REQUESTS, EngineCondition, EngineStats, ModelInfo
 from vllm_omni.engine.ledger import outcome
 from vllm_omni.engine.supervisor import Launch
-from vllm_omni.engine.wire import Action, Sleep
+from vllm_omni.engine.wire import Action, LoadAdapter, Sleep, UnloadAdapter
 from vllm_omni.errors import (
+    ConflictError,
     EngineAsleepError,
     EngineClosedError,
     EngineDeadError,
@@ -29,6 +29,7 @@ from vllm_omni.errors import (
     OmniError,
     QueueFullError,
     RequestAbortedError,
+    UnknownAdapterError,
 )
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.logger import init_logger
@@ -61,7 +62,8 @@ class ReplicaPool:
         self._left_queued = 0  # that were aborted before an engine had them
         self._info: ModelInfo | None = None
         self._gone: list[EngineStats] = []  # what those that have left had counted
-        self._draining = self._closed = self._falls_asleep = False
+        self._draining = self._closed = False
+        self._begun: list[Action] = []  # and not done yet: new requests are refused what is about to go
         self._news = asyncio.Event()  # set for a moment whenever something has ended
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -86,10 +88,16 @@ class ReplicaPool:
 
     @property
     def condition(self) -> EngineCondition:
-        return self._control.condition
+        condition = self._control.condition
+        there = {name: path for name, path in condition.adapters.items() if name not in self._leaving}
+        return replace(condition, adapters=there)
 
     @property
     def ready(self) -> bool:
+        return self._serves and not self._falls_asleep
+
+    @property
+    def _serves(self) -> bool:
         weights = self._control.weights
         return not (self._draining or self._closed) and any(one.able(weights) for one in self.replicas)
 
@@ -104,8 +112,8 @@ class ReplicaPool:
         salt: str = "",
     ) -> AsyncIterator[OmniRequestOutput]:
         """See `EngineClient`; all errors named there come at the first step of the iterator."""
-        self._refuse(request_id)
         request = PoolRequest(request_id, prompt, sampling_params, priority, timeout_s, salt)
+        self._refuse(request)
         self._asked[request_id] = request
         ended = "aborted"  # unless the iterator is left no earlier than at its end
         try:
@@ -119,6 +127,8 @@ class ReplicaPool:
             raise
         finally:
             del self._asked[request_id]
+            if not self._asked:
+                self._line.calm()
             if request.accepted:
                 self._outcomes[ended] += 1
                 self._left_queued += ended == "aborted" and not request.taken
@@ -143,22 +153,40 @@ class ReplicaPool:
         """See `EngineClient` and `PoolControl`."""
         if self._closed:
             raise EngineClosedError("the engine is closed")
+        if isinstance(action, LoadAdapter):
+            if action.name in self._leaving:
+                raise ConflictError(f"adapter {action.name!r} is being unloaded, and requests still use it; try later")
+            action = LoadAdapter(action.name, action.path, sorted(self._awaited().union(action.keep)))
+        self._begun.append(action)
         try:
-            if isinstance(action, Sleep):
-                await self._sent_on()
+            while self._serves and self._comes_too_soon(action):
+                await self._news.wait()
             return await self._control.do(action)
         finally:
-            self._falls_asleep = False
+            self._begun = [one for one in self._begun if one is not action]
             for replica in self.replicas:  # one may have started while the others did it
                 if replica.engine.state in ("ready", "asleep"):
                     self.changed(replica.name)
             self._tell()
 
-    async def _sent_on(self) -> None:
-        """Before a sleep: refuse new requests, and let those that wait here go to the engines, which end them first."""
-        self._falls_asleep = True
-        while len(self._line) and self.ready:
-            await self._news.wait()
+    def _comes_too_soon(self, action: Action) -> bool:
+        """Whether it would end requests that wait here: the engines, once they have these, end them first."""
+        if isinstance(action, UnloadAdapter):
+            return action.name in self._awaited()
+        return isinstance(action, Sleep) and len(self._line) > 0
+
+    def _awaited(self) -> set[str]:
+        """The adapters of requests that no engine has yet."""
+        coming = [request for replica in self.replicas for request in replica.coming]
+        return {name for request in [*self._line, *coming] for name in request.adapters}
+
+    @property
+    def _leaving(self) -> set[str]:
+        return {action.name for action in self._begun if isinstance(action, UnloadAdapter)}
+
+    @property
+    def _falls_asleep(self) -> bool:
+        return any(isinstance(action, Sleep) for action in self._begun)
 
     async def check_health(self) -> None:
         """Raise what the first replica says unless at least one answers."""
@@ -174,7 +202,8 @@ class ReplicaPool:
         total = added_up([*self._gone, *every], self._outcomes, told)
         waiting, seconds = total.waiting + len(self._line), total.queued_cost_s + self._line.seconds
         stages = dict(Counter(total.aborts_by_stage) + Counter(queued=self._left_queued))
-        return replace(total, waiting=waiting, queued_cost_s=seconds, aborts_by_stage=stages)
+        waited_s = total.queue_wait_s + self._line.waited_s
+        return replace(total, waiting=waiting, queued_cost_s=seconds, queue_wait_s=waited_s, aborts_by_stage=stages)
 
     async def drain(self, timeout_s: float) -> None:
         """The engines take requests to the end: one whose engine dies meanwhile is still asked again."""
@@ -234,7 +263,7 @@ class ReplicaPool:
         self._news.set()
         self._news.clear()
 
-    def _refuse(self, request_id: str) -> None:
+    def _refuse(self, request: PoolRequest) -> None:
         """Refuse what no engine would be asked about."""
         if self._closed:
             raise EngineClosedError("the engine is closed")
@@ -242,11 +271,12 @@ class ReplicaPool:
             raise EngineDrainingError("the engine is shutting down and takes no new requests")
         if self._falls_asleep:
             raise EngineAsleepError
-        if request_id in self._asked:
-            raise InvalidValueError("request_id", request_id, "must not be in use")
+        if request.request_id in self._asked:
+            raise InvalidValueError("request_id", request.request_id, "must not be in use")
+        if leaving := request.adapters & self._leaving:
+            raise UnknownAdapterError("lora_request", ", ".join(sorted(leaving)), "must be loaded")
         if len(self._asked) >= self._seqs * max(1, len(self.replicas)) + self._waiting:
-            after_s = random.choice(self.replicas).engine.retry_after_s() if self.replicas else 5.0
-            raise QueueFullError(self._waiting, after_s)  # places are promised by each engine: one does it for all
+            raise QueueFullError(self._waiting, self._line.retry_after_s())
 
     async def _answers(self, request: PoolRequest) -> AsyncGenerator[OmniRequestOutput, None]:
         """The outputs of one replica after another, until one has ended it."""
@@ -298,8 +328,11 @@ class ReplicaPool:
         del replica.coming[request]  # from the next line on, the engine itself counts it
         async with aclosing(stream) as outputs:  # type: ignore[type-var]
             async for output in outputs:
-                if isinstance(output.error, EngineDeadError) and request.may_be_asked_again and not self._closed:
-                    raise _LostError(str(output.error))
+                if isinstance(output.error, EngineDeadError) and not self._closed:
+                    if request.may_be_asked_again:
+                        raise _LostError(str(output.error))
+                    if request.taken > MOST_AGAIN:  # nobody is told to come back with it
+                        output.error = EngineDeadError(f"{output.error}; {request.taken} engines ended with it")
                 if output.finished:
                     replica.answered += 1
                     for times, name in ((output.stage_durations, "queue_s"), (output.metrics, "total_s")):

@@ -36,6 +36,7 @@ from vllm_omni.inputs.data import OmniDiffusionSamplingParams
 from vllm_omni.logger import init_logger, told
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.replicas.kept import KeptTask
+from vllm_omni.replicas.stats import counters_of
 
 logger = init_logger(__name__)
 
@@ -164,9 +165,6 @@ class RemoteEngine:
         size = RequestSize.of(params, self.info.defaults)
         return self.ledger.seconds(size), size.pixels
 
-    def retry_after_s(self) -> float:
-        return self.ledger.retry_after_s(list(self._sizes.values()))
-
     async def generate(
         self,
         prompt: Any,
@@ -293,7 +291,7 @@ class RemoteEngine:
     def _note_lost(self) -> None:
         """Ask it nothing before it reports again; whoever started it starts another one, if it is dead."""
         if self.state not in ("dead", "starting"):
-            self.state = "starting"
+            self.state, self._stats = "starting", counters_of(self._stats)
             self.changed()
 
     def _note(self, event: EngineEvent) -> None:

@@ -35,9 +35,6 @@ class ReplicaEngine(EngineClient, Protocol):
     def planned(self, params: OmniDiffusionSamplingParams) -> tuple[float, int]:
         """Seconds that a new request would take if it had the engine to itself, and its pixels."""
 
-    def retry_after_s(self) -> float:
-        """Seconds until one that is refused now should come back."""
-
 
 @dataclass(eq=False)
 class Replica:
@@ -50,6 +47,11 @@ class Replica:
     coming: dict[Any, tuple[float, int]] = field(default_factory=dict)  # requests on their way to it, as jobs
     answered: int = 0
     lost: int = 0
+
+    def forget(self, action: Action) -> None:
+        """Take this very action, and none that is like it, off what it missed."""
+        if places := [index for index, one in enumerate(self.missed) if one is action]:
+            del self.missed[places[-1]]
 
     def behind(self, weights: Mapping[str, str]) -> bool:
         """Whether it has yet to do what was done to the others, or has weights other than `weights`."""

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from vllm_omni.engine.client import ProcessEngineClient
 from vllm_omni.engine.interface import ReplicaStats
 from vllm_omni.entrypoints.openai.protocol import replies
 from vllm_omni.entrypoints.openai.protocol.bodies import check_model
@@ -89,7 +90,7 @@ async def live() -> Response:
 
 @router.get("/health/ready", response_class=Response)
 async def ready(state: State) -> Response:
-    """200 while requests can be served; 503 while the model loads, restarts or drains."""
+    """200 while requests can be served; 503 while the model loads, restarts, sleeps or drains."""
     if not state.engine.ready:
         raise unavailable("not ready", "not_ready", 5.0)
     return Response()
@@ -113,19 +114,21 @@ async def version() -> replies.Version:
 @router.get("/v1/omni/replicas")
 async def replicas(state: State) -> replies.Replicas:
     """The engines behind this front; with a single one, it alone."""
-    stats = await state.engine.stats()
-    asleep = state.engine.condition.asleep
-    alone = ReplicaStats(
-        name="0",
-        state="ready" if state.engine.ready else "asleep" if asleep else "starting",
-        running=stats.running,
-        waiting=stats.waiting,
-        queued_cost_s=stats.queued_cost_s,
-        answered=sum(stats.requests.values()),
-        restarts=stats.restarts,
-        adapters=tuple(state.adapters),
-    )
-    return replies.Replicas(data=[replies.Replica(**vars(one)) for one in stats.replicas or (alone,)])
+    stats, engine = await state.engine.stats(), state.engine
+    told = stats.replicas
+    if isinstance(engine, ProcessEngineClient):
+        alone = ReplicaStats(
+            name="0",
+            state=engine.state,
+            running=stats.running,
+            waiting=stats.waiting,
+            queued_cost_s=stats.queued_cost_s,
+            answered=sum(stats.requests.values()),
+            restarts=stats.restarts,
+            adapters=tuple(state.adapters),
+        )
+        told = (alone,)
+    return replies.Replicas(data=[replies.Replica(**vars(one)) for one in told])
 
 
 @router.get("/v1/omni/cache")
