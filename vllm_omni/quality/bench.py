@@ -99,7 +99,7 @@ class Bench:
             with metered(self.pipeline) as work:
                 return self._engine(row, pairs), work
         assert row.strength is not None
-        pipeline = PEERS[row.peer].on(self.pipeline, row.steps, row.strength)
+        pipeline = PEERS[row.peer].on(self.pipeline, row.steps, row.strength, self.arguments)
         size = BATCH if PEERS[row.peer].joint else 1
         with metered(pipeline) as work:
             parts = [self._plain(pipeline, row.steps, pairs[i : i + size]) for i in range(0, len(pairs), size)]
@@ -150,7 +150,7 @@ class Bench:
         if row.peer is None:
             return lambda pair: self._engine(row, [pair])
         assert row.strength is not None
-        pipeline = PEERS[row.peer].on(self.pipeline, row.steps, row.strength)
+        pipeline = PEERS[row.peer].on(self.pipeline, row.steps, row.strength, self.arguments)
         return lambda pair: self._plain(pipeline, row.steps, [pair])
 
     def _engine(self, row: Row, pairs: Sequence[Pair]) -> np.ndarray:

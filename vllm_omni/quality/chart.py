@@ -35,7 +35,7 @@ def draw(results: Sequence[Result], file: Path, title: str) -> None:
         _dress(panel, steps, [result.work for result in here])
     panels[0][0].set_ylabel("PSNR to the uncached picture, dB (higher is nearer)")
     handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2 + min(2, len(counts)), frameon=False)
     figure.suptitle(title)
     figure.savefig(file, dpi=110)
     plt.close(figure)

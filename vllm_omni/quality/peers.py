@@ -8,7 +8,7 @@ alone, so several pictures may share a call; the others look at data, mean over 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint
 from vllm_omni.learning import nearest
 
 Enable = Callable[[Any, int, float], None]  # pipeline, steps, strength
+SEPARATE = "separate_branches"  # of a private pipeline: whether it makes a call for each branch of guidance
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,10 @@ class Peer:
     def installed(self) -> bool:
         return find_spec(self.package) is not None
 
-    def on(self, pipeline: Any, steps: int, strength: float) -> Any:
-        """A private copy of `pipeline` with this cache."""
+    def on(self, pipeline: Any, steps: int, strength: float, arguments: Mapping[str, Any]) -> Any:
+        """A private copy of `pipeline` with this cache, for calls with these arguments."""
         own = private(pipeline)
+        vars(own)[SEPARATE] = (arguments.get("true_cfg_scale") or 1) > 1
         self.enable(own, steps, strength)
         return own
 
@@ -130,6 +132,7 @@ def _dbcache(pipeline: Any, steps: int, strength: float, taylor: bool) -> None:
         max_warmup_steps=2,
         residual_diff_threshold=strength,
         num_inference_steps=steps,
+        enable_separate_cfg=vars(pipeline).get(SEPARATE) or None,  # None: as it knows the pipeline
     )
     last = pipeline.transformer.transformer_blocks[-1] if hasattr(pipeline.transformer, "transformer_blocks") else None
     text = not getattr(last, "context_pre_only", False)  # SD3's last block returns none, which the calibrator asks for
