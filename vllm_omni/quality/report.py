@@ -15,8 +15,8 @@ from vllm_omni.quality.rows import FEWER, PLANNED, PROMISES, RULE
 
 WORST_DB = 30.0  # of the default preset's worst pair
 OVER_RULE = {2.0: 9.0, 3.0: 10.0, 4.0: 7.0}  # dB above MagCache's plain reuse, by speed-up
-OVER_FEWER = {2.0: 8.0, 2.5: 7.0, 3.0: 7.0}  # dB above an uncached run of as many steps; elsewhere
-ELSEWHERE, OVER_PEERS = 5.0, 3.0  # dB, from LEAST to MOST times
+OVER_FEWER = {2.0: 8.0, 2.5: 7.0, 3.0: 7.0}  # dB above an uncached run of as many steps, by speed-up;
+ELSEWHERE, OVER_PEERS = 5.0, 3.0  # at the others, and above each peer, from LEAST to MOST times
 LEAST, MOST = 1.3, 4.0
 
 
