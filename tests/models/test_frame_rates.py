@@ -42,14 +42,14 @@ def bare(kind: type) -> Any:
     ],
 )  # fmt: skip
 def test_a_family_has_the_rate_of_its_call_or_of_diffusers_example(kind: type, rate: float) -> None:
-    assert ArgumentBuilder(bare(kind), {}, CONFIG).fps == rate
+    assert ArgumentBuilder(bare(kind), {}, CONFIG).rates.fps == rate
 
 
 def test_one_class_of_two_rates_shows_its_checkpoint() -> None:
     newer = cogvideox()
     newer.transformer.register_to_config(patch_size_t=2)
     for pipeline, rate in ((cogvideox(), 8), (newer, 16), (wan(), 16), (wan22_ti2v(), 24)):
-        assert ArgumentBuilder(pipeline, {}, CONFIG).fps == rate
+        assert ArgumentBuilder(pipeline, {}, CONFIG).rates.fps == rate
 
 
 def asked(pipeline: Any, params: Params, prompt: dict[str, Any], **defaults: Any) -> tuple[dict[str, Any], float]:
@@ -57,7 +57,7 @@ def asked(pipeline: Any, params: Params, prompt: dict[str, Any], **defaults: Any
     builder = ArgumentBuilder(pipeline, defaults, CONFIG)
     request = OmniDiffusionRequest("a", prompt, prompt, params)
     arguments = builder.build(request)
-    return arguments, builder.frame_rate(request, arguments)
+    return arguments, builder.rates.of(request.params.fps, arguments)
 
 
 def test_the_model_is_told_the_rate_of_its_file() -> None:

@@ -73,6 +73,8 @@ class DiffusionEngine:
         self.worker.load_model(pipeline, defaults)
         offloads = bool(vars(self.worker.pipeline).get("_all_hooks"))  # by us, or by whoever made the pipeline
         self.scheduler = StepScheduler(config.max_num_seqs, components_last=offloads)
+        modules = sorted(self.worker.runner.modules.values(), key=id)
+        self._shared = [_locks.setdefault(module, RLock()) for module in modules]
         self._entries: dict[str, _Entry] = {}
         self._ended: list[OmniRequestOutput] = []
         self._closed = False
@@ -135,8 +137,8 @@ class DiffusionEngine:
     def _turn(self) -> Iterator[None]:
         """Within, pipelines run, and no other engine over the same denoisers does, in whatever thread."""
         with torch.inference_mode(), current(self.worker.runner.device), ExitStack() as held:
-            for denoiser in sorted(self.worker.runner.denoisers.values(), key=lambda one: id(one.module)):
-                held.enter_context(_locks.setdefault(denoiser.module, RLock()))
+            for lock in self._shared:
+                held.enter_context(lock)
             yield
 
     def _step(self) -> None:
@@ -157,10 +159,6 @@ class DiffusionEngine:
         self.worked = bool(batch)
         looked = any(request.parked is not None and request.parked.signal is not None for request in batch)
         rows = self._run(entries[0].pixels, batch, began, started) if batch else 0
-        peak = self.worker.runner.memory.peak()
-        for entry in self._entries.values():
-            if entry.running is not None:
-                entry.peak = max(entry.peak, peak)
         for entry, request in zip(entries, batch, strict=True):
             entry.calls += rows > 0 and not looked
             self._settle(request)
@@ -179,6 +177,7 @@ class DiffusionEngine:
 
     def _start(self, entry: _Entry) -> None:
         """Begin a request, whose own fault is whatever goes wrong in it."""
+        self._note_peak()
         asked = entry.request, entry.arguments, entry.settings, entry.plan_of
         begun, error = tried(partial(self.worker.start, *asked))
         if begun is not None:
@@ -313,7 +312,15 @@ class DiffusionEngine:
             if request.away:
                 self.scheduler.leave(request.request_id)
 
+    def _note_peak(self) -> None:
+        """Before a request joins those that run, or leaves them: the bytes until now were theirs."""
+        peak = self.worker.runner.memory.peak() if self._lost is None else 0
+        for entry in self._entries.values():
+            if entry.running is not None:
+                entry.peak = max(entry.peak, peak)
+
     def _end(self, entry: _Entry, event: Finished | Failed) -> None:
+        self._note_peak()
         del self._entries[entry.request.request_id]
         self.scheduler.remove(entry.request.request_id)
         self._ended.append(_output(entry, event, self.worker))
@@ -352,8 +359,8 @@ def _output(entry: _Entry, event: Finished | Failed, worker: DiffusionWorker) ->
     if isinstance(event, Failed):
         output.error = event.error if output.step else refusal(event.error, entry.arguments)
     else:
-        latent, rates = entry.arguments["output_type"] == "latent", worker.arguments
-        fps = rates.frame_rate(entry.request, entry.arguments)
+        latent, rates = entry.arguments["output_type"] == "latent", worker.arguments.rates
+        fps = rates.of(entry.request.params.fps, entry.arguments)
         put = partial(fill, output, event.output, latent, fps, rates.audio_rate)
         _, error = tried(put)  # whatever a pipeline returns is its request's
         output.error = error or output.error

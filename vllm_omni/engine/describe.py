@@ -45,7 +45,7 @@ _TEMPORAL = ("vae_scale_factor_temporal", "vae_temporal_compression_ratio", "vae
 
 def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
     """`tokens`: latent tokens that were seen in the denoiser, by pixels of the picture."""
-    worker = engine.worker
+    worker, rates = engine.worker, engine.worker.arguments.rates
     pipeline = worker.pipeline
     signature = inspect.signature(type(pipeline).__call__).parameters
     video = any(name in signature for name in RENAMED["num_frames"])
@@ -63,8 +63,8 @@ def describe(engine: DiffusionEngine, tokens: dict[int, int]) -> ModelInfo:
         previews=can_preview(pipeline),
         pictures=picture_inputs(type(pipeline)),
         video_output=video,
-        sound_output=worker.arguments.audio_rate is not None and not {"height", "num_frames", "video"} & {*signature},
-        fps=worker.arguments.fps,
+        sound_output=rates.audio_rate is not None and not {"height", "num_frames", "video"} & {*signature},
+        fps=rates.fps,
         frame_multiple=_first(pipeline, _TEMPORAL) if video else 1,
     )
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
+
+from vllm_omni.errors import InvalidValueError
 
 # The frame rate that a family was trained at, by the beginning of its pipeline's name; of several the first
 # (the models' own cards, and the examples of diffusers).
@@ -11,6 +15,42 @@ _FRAME_RATES = {
     "HunyuanSkyreels": 24, "HunyuanVideoFramepack": 30, "HunyuanVideo": 24, "Kandinsky": 24, "Lucy": 24,
     "MiniMaxH3": 24, "Mochi": 30, "Motif": 24, "SkyReels": 24, "WanAnimate": 30,
 }  # fmt: skip
+
+
+class Rates:
+    """Of one pipeline: frames per second, and samples per second of its sound; None without sound."""
+
+    def __init__(self, pipeline: Any, taken: Mapping[str, inspect.Parameter], defaults: Mapping[str, Any]) -> None:
+        """`taken`: what its call takes. `defaults` are the model's; those that a call must be told are `defaults`."""
+        self._argument = next((name for name in ("frame_rate", "fps") if name in taken), "")  # that the model is told
+        self._factor = 2 if type(pipeline).__name__ == "LTX2DFRTemporalRefinePipeline" else 1  # told of what comes in
+        own = taken[self._argument].default if self._argument else None
+        own = own if isinstance(own, int | float) else frame_rate_of(pipeline)
+        given = defaults.get(self._argument) if self._argument else None
+        self.fps = float(given or defaults.get("fps") or own)  # unless a request differs
+        self.defaults = {self._argument: self.fps} if self._argument and self.fps != own else {}
+        self.audio_rate = audio_rate_of(pipeline)
+
+    def asked(self, fps: float | None, given: Mapping[str, Any]) -> dict[str, float]:
+        """What a call must be told of a request for `fps`; InvalidValueError if the model has another pace."""
+        if fps is not None and self._argument:  # the model is conditioned on it
+            if (told := given.get(self._argument, fps)) != fps:
+                raise InvalidValueError("fps", fps, f"must be the {self._argument}, which is {told}; give one of them")
+            return {self._argument: fps}
+        if fps not in (None, self.fps) and self.audio_rate is not None:
+            raise InvalidValueError("fps", fps, f"must be {self.fps:g}: this model's sound has no other pace")
+        return {}
+
+    def of(self, fps: float | None, arguments: Mapping[str, Any]) -> float:
+        """Frames per second of the video that `arguments` made, of a request for `fps`."""
+        told = arguments.get(self._argument) if self._argument else fps
+        return float(told or self.fps) * self._factor
+
+    def check(self, arguments: Mapping[str, Any]) -> None:
+        """InvalidValueError for a rate that is none."""
+        rate = arguments.get(self._argument)
+        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < float("inf")):
+            raise InvalidValueError(self._argument, rate, "must be a number above 0, of frames per second")
 
 
 def frame_rate_of(pipeline: Any) -> float:

@@ -8,10 +8,9 @@ state what it is to keep. Tensors are made first and states changed last, so a f
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Self, TypeGuard
+from typing import Any, NamedTuple, Self, TypeGuard
 
 import torch
 
@@ -22,8 +21,7 @@ from vllm_omni.kernels import ops, promise
 from vllm_omni.nested import tensors_in
 
 
-@dataclass(frozen=True)
-class BatchRows:
+class BatchRows(NamedTuple):
     """One request's rows in a forward, where it stands, and the arguments of its own call."""
 
     state: CacheState

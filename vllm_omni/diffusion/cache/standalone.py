@@ -24,6 +24,7 @@ from vllm_omni.diffusion.denoiser.specs import unwrapped
 from vllm_omni.diffusion.denoiser.step_tracker import StepPosition, StepTracker, Tracker, itself
 from vllm_omni.diffusion.hooks.base import HookRegistry, ModelHook
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.nested import modules_in
 
 HOOK_NAME = "mag_cache"
 
@@ -187,8 +188,8 @@ def refuse_foreign_caches(inner: torch.nn.Module) -> None:
         how = f"has diffusers' hook {hook!r}, which keeps state between steps; load the denoiser without it, or remove "
         how += "it: HookRegistry.check_if_exists_or_initialize(denoiser).remove_hook(its name, recurse=True)"
         raise InvalidValueError(name, "cached", how)
-    known = {attribute for owner in (inner, *type(inner).__mro__) for attribute in vars(owner)}
-    if counts := sorted(known & _COUNTS):
+    owners = (inner, *type(inner).__mro__)
+    if counts := sorted(name for name in _COUNTS if any(name in vars(owner) for owner in owners)):
         how = f"counts its own steps ({', '.join(counts)}), as published TeaCache and MagCache scripts make it; "
         raise InvalidValueError(name, "cached", how + "load it in a process that runs no such script")
 
@@ -199,6 +200,6 @@ _COUNTS = {"cnt", "enable_teacache", "accumulated_rel_l1_distance", "previous_mo
 
 def _stateful_hook(module: torch.nn.Module) -> str | None:
     """The name of a hook of diffusers' that keeps state, as every cache does that its `apply_…` functions put on."""
-    registries = [vars(part).get("_diffusers_hook") for part in module.modules()]
+    registries = [vars(part).get("_diffusers_hook") for part in modules_in(module)]
     hooks = [pair for registry in registries if registry is not None for pair in registry.hooks.items()]
     return next((name for name, hook in hooks if type(hook)._is_stateful), None)

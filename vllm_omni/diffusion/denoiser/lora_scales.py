@@ -48,10 +48,15 @@ def asked_scales(module: torch.nn.Module) -> set[tuple[str, float]]:
     return found
 
 
-@contextmanager
-def scales_kept(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+def scales_kept(modules: Iterable[torch.nn.Module]) -> AbstractContextManager[None]:
     """Put every scale back at the end: a factor of 0, or an error between, otherwise leaves another one behind."""
-    kept = [(layer.scaling, dict(layer.scaling)) for m in modules if has_adapters(m) for layer in _layers(m)]
+    adapted = [module for module in modules if has_adapters(module)]
+    return _kept(adapted) if adapted else nullcontext()
+
+
+@contextmanager
+def _kept(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    kept = [(layer.scaling, dict(layer.scaling)) for m in modules for layer in _layers(m)]
     try:
         yield
     finally:

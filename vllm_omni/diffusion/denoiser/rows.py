@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 READ_AGAIN = 4096  # elements
+_PLAIN = (bool, int, float, str)
 
 
 def latents_of(arguments: Mapping[str, Any]) -> Any:
@@ -67,8 +68,10 @@ def row_shape(value: Any, rows: int, dim: int) -> Hashable:
     """What must agree of an argument with one entry per row; TypeError if it is none."""
     if value is None:
         return None
-    if isinstance(value, torch.Tensor) and value.ndim > dim and value.shape[dim] == rows:
-        return value.shape[:dim], value.shape[dim + 1 :], value.dtype
+    if isinstance(value, torch.Tensor):
+        shape = value.shape
+        if len(shape) > dim and shape[dim] == rows:
+            return shape[:dim], shape[dim + 1 :], value.dtype
     if isinstance(value, list) and len(value) == rows:
         entries = tuple((e.shape, e.dtype) if isinstance(e, torch.Tensor) else equal(e) for e in value)
         return entries[0] if len(set(entries)) == 1 else entries
@@ -82,7 +85,7 @@ def equal(value: Any, memory: dict[int, Any] | None = None) -> Hashable:
 
     Without `memory` a tensor is refused: only one that is described as shared may serve other requests' rows.
     """
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or isinstance(value, _PLAIN):
         return type(value).__name__, value
     if isinstance(value, torch.Tensor) and memory is not None:
         return _content(value, memory)
@@ -103,15 +106,14 @@ def joined(values: Sequence[Any], dim: int) -> Any:
 
 
 def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:
-    """Read once per request; anew where that costs nothing: a small tensor of the host's may be written in place.
+    """Read once per request, and compared where that costs nothing: a small one of the host's may be written in place.
 
     Of any dtype, complex ones too.
     """
-    keeps = tensor.device.type != "cpu" or tensor.numel() > READ_AGAIN
-    known = memory.get(id(tensor)) if keeps else None
-    if known is None or known[0] is not tensor:
+    known = memory.get(id(tensor))
+    if known is None or known[0] is not tensor or not (known[1] is tensor or torch.equal(known[1], tensor)):
         values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        known = tensor, (tensor.dtype, tensor.shape, hash(values.tobytes()))
-        if keeps:
-            memory[id(tensor)] = known
-    return known[1]
+        read_again = tensor.device.type == "cpu" and tensor.numel() <= READ_AGAIN
+        content = tensor.dtype, tensor.shape, hash(values.tobytes())
+        known = memory[id(tensor)] = tensor, tensor.clone() if read_again else tensor, content
+    return known[2]

@@ -19,6 +19,7 @@ from weakref import WeakSet
 
 import torch
 from diffusers import SchedulerMixin
+from diffusers.configuration_utils import FrozenDict
 
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
 from vllm_omni.kernels.promise import kept
@@ -328,14 +329,16 @@ def own_schedulers(pipeline: Any) -> dict[str, Any]:
 def own_scheduler(scheduler: Any, parts: dict[int, Any]) -> Any:
     """A copy of a pipeline's scheduler for one request, with everything that was set or patched on the instance.
 
-    What cannot be copied, such as a lock or a file, is shared, and so are the pipeline's `parts`, by id.
+    What cannot be copied, such as a lock or a file, is shared, and so are its config, which is frozen, and the
+    pipeline's `parts`, by id.
     """
     methods = dir(type(scheduler))
     own = vars(scheduler).items()
     patches = {name: v for name, v in own if isinstance(v, _FUNCTIONS) or (callable(v) and name in methods)}
-    shared = parts | {id(patch): patch for patch in patches.values()}
+    frozen = [value for value in vars(scheduler).values() if isinstance(value, FrozenDict)]
+    shared = parts | {id(one): one for one in (*patches.values(), *frozen)}
     for value in vars(scheduler).values():
-        if not isinstance(value, torch.Tensor | int | str | None):
+        if not isinstance(value, torch.Tensor | int | str | FrozenDict | None):
             try:
                 copy.deepcopy(value, dict(shared))
             except TypeError:

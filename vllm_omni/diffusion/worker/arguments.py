@@ -13,7 +13,7 @@ from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
 from vllm_omni.errors import InvalidValueError, check_keys
 from vllm_omni.inputs.data import RENAMED, has_embeds, refuse_reserved
-from vllm_omni.outputs.rates import audio_rate_of, frame_rate_of
+from vllm_omni.outputs.rates import Rates
 
 _OURS = {"seed", "cache", "preview_every", "extra_args", "fps", "lora_request", "generator", "output_type"}
 _NOTHING = {"eta", "guidance_rescale", "cfg_normalize", "use_en_prompt"}
@@ -34,13 +34,8 @@ class ArgumentBuilder:
         for name in own:
             if name not in self._accepted:
                 raise InvalidValueError("default_sampling_params", name, f"is not an argument of {self._name}")
-        self._rate = next((name for name in ("frame_rate", "fps") if name in taken), "")  # what the model is told
-        own_rate = taken[self._rate].default if self._rate else None
-        own_rate = own_rate if isinstance(own_rate, int | float) else frame_rate_of(pipeline)
-        self.fps = float(self.defaults.get(self._rate) or defaults.get("fps") or own_rate)  # unless a request differs
-        if self._rate and self.fps != own_rate:
-            self.defaults[self._rate] = self.fps
-        self.audio_rate = audio_rate_of(pipeline)
+        self.rates = Rates(pipeline, taken, defaults)
+        self.defaults |= self.rates.defaults
         self._config = config
         processor = vars(pipeline).get("image_processor")
         self.multiple = processor.config.vae_scale_factor if isinstance(processor, VaeImageProcessor) else 1
@@ -71,12 +66,7 @@ class ArgumentBuilder:
                 arguments[name] = None
         check_keys("extra_args", request.params.extra_args, self._accepted)
         arguments |= request.params.extra_args
-        if (fps := request.params.fps) is not None and self._rate:  # the model is conditioned on it
-            if (told := (given | request.params.extra_args).get(self._rate, fps)) != fps:
-                raise InvalidValueError("fps", fps, f"must be the {self._rate}, which is {told}; give one of them")
-            arguments[self._rate] = fps
-        elif fps not in (None, self.fps) and self.audio_rate is not None:
-            raise InvalidValueError("fps", fps, f"must be {self.fps:g}: this model's sound has no other pace")
+        arguments |= self.rates.asked(request.params.fps, given | request.params.extra_args)
         arguments["output_type"] = request.params.output_type or "pil"
         if "prompt" in self._accepted and "prompt" not in given and not has_embeds("prompt", given):
             raise InvalidValueError("prompt", request.prompt, "must hold 'prompt' or 'prompt_embeds'")
@@ -85,16 +75,8 @@ class ArgumentBuilder:
         self._check(arguments)
         return arguments
 
-    def frame_rate(self, request: OmniDiffusionRequest, arguments: Mapping[str, Any]) -> float:
-        """Of the request's video, which `arguments` made."""
-        told = arguments.get(self._rate) if self._rate else request.params.fps
-        doubled = 2 if self._name == "LTX2DFRTemporalRefinePipeline" else 1  # it is told what comes in
-        return float(told or self.fps) * doubled
-
     def _check(self, arguments: dict[str, Any]) -> None:
-        rate = arguments.get(self._rate)
-        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < float("inf")):
-            raise InvalidValueError(self._rate, rate, "must be a number above 0, of frames per second")
+        self.rates.check(arguments)
         for name in ("num_inference_steps", "height", "width"):
             if not isinstance(arguments.get(name), int | None):
                 raise InvalidValueError(name, arguments[name], "must be a whole number")

@@ -46,20 +46,21 @@ class CallBinder:
         spec = self.denoiser.roles_for(arguments)
         if spec is None:
             return self.name, alone
-        rows = len(latents_of(arguments))
-        texts = {text.name: text for text in spec.texts}
-        masks = {text.mask for text in spec.texts}
+        latents = latents_of(arguments)
+        rows, padded = len(latents), {text.name: text for text in spec.texts} if self.pads else {}
+        masks = {text.mask for text in padded.values()}
         parts: list[Hashable] = [self.name, self.denoiser.kind_of(arguments)]
         try:
             for name, value in arguments.items():
-                if name in masks and self.pads:
+                if name in masks:
                     continue  # of texts that are padded to each other's length
-                if name in texts and self.pads:
-                    parts.append((name, _text_shape(texts[name], value, latents_of(arguments))))
-                elif name in spec.rows:
+                of_rows, shared = name in spec.rows, name in spec.shared
+                if name in padded:
+                    parts.append((name, _text_shape(padded[name], value, latents)))
+                elif of_rows:
                     parts.append((name, row_shape(for_each(value, rows), rows, int(name in spec.rows_in_dim_1))))
-                if name in spec.shared or name not in spec.rows:
-                    parts.append((name, equal(value, memory if name in spec.shared else None)))
+                if shared or not of_rows:
+                    parts.append((name, equal(value, memory if shared else None)))
         except TypeError:
             return self.name, alone
         return tuple(parts)

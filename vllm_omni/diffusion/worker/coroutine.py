@@ -13,7 +13,7 @@ import copy
 import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -31,6 +31,7 @@ from vllm_omni.errors import NumericalError
 from vllm_omni.kernels.beside import Elsewhere
 from vllm_omni.kernels.placement import COMPONENTS
 from vllm_omni.kernels.promise import Promise, kept
+from vllm_omni.nested import modules_in
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ def _called(elsewhere: Elsewhere | None, act: Callable[..., Any], args: Any, kwa
 
 
 def _hooks_on(module: torch.nn.Module) -> int:
-    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in modules_in(module))
 
 
 class DecoderProxy(_Proxy):
@@ -172,14 +173,14 @@ class DecoderProxy(_Proxy):
             return _called(self._elsewhere, self._module.decode, args, kwargs)
         return self._park(ComponentCall(self._name, "decode", args, kwargs))
 
-    @contextmanager
-    def put_back(self) -> Iterator[None]:
+    def put_back(self) -> AbstractContextManager[None]:
         """Within, the VAE is as it was before this request has changed it."""
-        if self._own is None:
-            yield
-            return
+        return nullcontext() if self._own is None else self._put_back(self._own)
+
+    @contextmanager
+    def _put_back(self, own: _Types) -> Iterator[None]:
         changed = _types_of(self._module)
-        self._cast(self._own)
+        self._cast(own)
         try:
             yield
         finally:
@@ -249,7 +250,7 @@ class PipelineTask:
                 own[name] = EncoderProxy(name, module, self._park, elsewhere.get(name), parks)
         if isinstance(module := own.get("vae"), torch.nn.Module):  # always: it leaves the VAE as it was
             own["vae"] = self._vae = DecoderProxy("vae", module, self._park, elsewhere.get("vae"), components)
-        self.arguments = arguments
+        self.arguments, self.given = arguments, frozenset(arguments)
         self._greenlet: greenlet | None = None
         self._engine: greenlet | None = None
         self._promises: list[Promise] = []
@@ -322,7 +323,7 @@ class PipelineTask:
 
     def _switch(self, event: Event) -> Any:
         assert self._engine is not None
-        with self._vae.put_back() if self._vae is not None else nullcontext():
+        with nullcontext() if self._vae is None else self._vae.put_back():
             return self._engine.switch(event)
 
 

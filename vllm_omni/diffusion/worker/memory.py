@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from math import prod
 from typing import Any
@@ -123,8 +122,8 @@ class Retries:
         dropped = before - self.room.kept
         request.backend = None
         if request.parked is not None and request.parked.forecast is not None:
-            compute = partial(replace, kind=StepKind.COMPUTE, forecast=None)
-            request.parked = compute(request.parked, earlier=tuple(map(compute, request.parked.earlier)))
+            earlier = tuple(call._replace(kind=StepKind.COMPUTE, forecast=None) for call in request.parked.earlier)
+            request.parked = request.parked._replace(kind=StepKind.COMPUTE, forecast=None, earlier=earlier)
         return dropped or 1
 
 

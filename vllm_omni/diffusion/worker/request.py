@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_omni.diffusion.cache.base import StackBackend
 from vllm_omni.diffusion.cache.plan.compose import CachePlan
@@ -24,16 +24,16 @@ from vllm_omni.kernels.timing import Timings
 PlanOf = Callable[[Schedule], CachePlan | CacheState | None]  # None: every step computes
 
 
-@dataclass(frozen=True)
-class ParkedCall:
+class ParkedCall(NamedTuple):
     """The call at which a request waits, and what is decided of it. Replaced as a whole, never changed."""
 
     call: DenoiserCall | ComponentCall
     key: Hashable  # calls with equal keys, and of one kind, can be made as one
     kind: StepKind
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = {}
     rows: int = 0
     position: StepPosition | None = None
+    cached: bool = False  # there is a stack to cache it with
     promise: Promise | None = None  # what the pipeline got in the place of its result
     seen: bool = False  # by a gate that wanted to
     earlier: tuple[ParkedCall, ...] = ()  # calls of the same step that are made with it
@@ -173,20 +173,20 @@ class Request:
         for call in calls:
             if (signal := signal_of(call)) is not None:
                 alike = None if signal is Signal.LATENTS else call.key
-                self.parked = replace(call, key=(signal, alike), kind=StepKind.SKIP, signal=signal)
+                self.parked = call._replace(key=(signal, alike), kind=StepKind.SKIP, signal=signal)
                 return
         made = [*map(decided, calls)]
         mine = share[0] if share is not None and len(made) == self.calls.known == share[1] else None
         if mine is not None:
             ours = made[mine]
-            made = [replace(call, kind=ours.kind, forecast=ours.forecast) for call in made]
+            made = [call._replace(kind=ours.kind, forecast=ours.forecast) for call in made]
         fitting = [*takewhile(lambda call: (call.key, call.kind) == (made[0].key, made[0].kind), made)]
         if mine is not None and len(fitting) < len(made):
             self.undivide()
             return self.park(signal_of, decided, None)
         together = made[:1] if self.apart else fitting
         last, earlier = together[-1], tuple(together[:-1])
-        self.parked = replace(last, earlier=earlier, mine=mine) if earlier or mine is not None else last
+        self.parked = last._replace(earlier=earlier, mine=mine) if earlier or mine is not None else last
 
     def undivide(self) -> None:
         """Make every call on every rank from now on. None has all residuals, so that all begin without."""
@@ -195,7 +195,7 @@ class Request:
 
     def looked(self) -> None:
         """Note that a gate has seen the parked call."""
-        self.queue = [replace(call, seen=True) if call.call is self.call else call for call in self.queue]
+        self.queue = [call._replace(seen=True) if call.call is self.call else call for call in self.queue]
 
     def made(self, results: Sequence[Any]) -> Any:
         """Take in what the parked calls have returned, and keep promises; returns what was not promised."""
@@ -217,7 +217,7 @@ class Request:
             first, divided = self.parked.together[0], self.parked.mine is not None
             if divided:
                 self.undivide()
-            self.parked = replace(first, kind=StepKind.COMPUTE, forecast=None) if divided else first
+            self.parked = first._replace(kind=StepKind.COMPUTE, forecast=None) if divided else first
 
     def end(self, event: Event) -> None:
         """Give back every byte that the request holds; what it has counted stays."""

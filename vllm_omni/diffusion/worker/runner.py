@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -286,7 +285,7 @@ class ModelRunner:
             call = self._park(request, event)
             if (form := self._form(request, call)) is not None:
                 promise = request.task.promise(form)
-                request.queue.append(replace(call, promise=promise))
+                request.queue.append(call._replace(promise=promise))
                 self._arrive(request, self._advance(request, promise.value))
                 return
             request.queue.append(call)
@@ -294,7 +293,7 @@ class ModelRunner:
 
     def _form(self, request: Request, call: ParkedCall) -> Any:
         """The form of the call's result, if its pipeline may have a promise of it; else None."""
-        given = frozenset(request.task.arguments)
+        given = request.task.given
         request.calls.over |= bool(request.changes) or not self.joins or given in self._readers
         alone = isinstance(call.key, tuple) and call.key[0] == (call.branch[0], request.request_id)
         form = request.calls.comes(call.place, call.branch, None if alone else call.key, call.arguments)
@@ -318,26 +317,24 @@ class ModelRunner:
         changes = request.changes if request.changes else NOTHING_CHANGED  # and not what comes before its forward
         key = self._batch_key(request, call.denoiser, arguments)
         parked = ParkedCall(call, key, StepKind.COMPUTE, arguments, rows, position, changes=changes)
-        if self._cached(request, parked):
-            request.cache.follow(parked.branch, latents_of(arguments))
-        return parked
+        if self._stack([request], parked, arguments) is None:
+            return parked
+        request.cache.follow(parked.branch, latents_of(arguments))
+        return parked._replace(cached=True)
 
     def _signal(self, request: Request, call: ParkedCall) -> Signal | None:
         """What a gate must still see of the call before its step is decided."""
-        if call.seen or not self._cached(request, call):
+        if call.seen or not _cached(request, call):
             return None
         return request.cache.signal(call.branch, call.step)
 
     def _decided(self, request: Request, call: ParkedCall) -> ParkedCall:
         """The call as it waits for its forward: with a forecast, or to be computed."""
-        cached = self._cached(request, call)
-        forecast = request.cache.forecast(call.branch, call.step, call.rows) if cached else None
+        own = request.cache if _cached(request, call) else None
+        forecast = None if own is None else own.forecast(call.branch, call.step, call.rows)
         kind = StepKind.COMPUTE if forecast is None else StepKind.SKIP
         unchanged = kind is call.kind and forecast is call.forecast
-        return call if unchanged else replace(call, kind=kind, forecast=forecast)
-
-    def _cached(self, request: Request, call: ParkedCall) -> bool:
-        return self._stack([request], call, call.arguments) is not None
+        return call if unchanged else call._replace(kind=kind, forecast=forecast)
 
     def _stack(self, batch: Sequence[Request], call: ParkedCall, arguments: Mapping[str, Any]) -> BlockStack | None:
         """What calls like `call` may be cached with; nothing was proven of a denoiser as a pipeline has changed it."""
@@ -387,6 +384,10 @@ class ModelRunner:
 def _parked(request: Request) -> ParkedCall:
     assert request.parked is not None
     return request.parked
+
+
+def _cached(request: Request, call: ParkedCall) -> bool:
+    return call.cached and request.backend is not None
 
 
 def _rows_of(request: Request, call: ParkedCall, rows: slice) -> BatchRows:

@@ -17,6 +17,7 @@ import torch
 
 from vllm_omni.diffusion.denoiser.specs import unwrapped
 from vllm_omni.kernels.device import Autocast
+from vllm_omni.nested import modules_in
 
 _PROCESSOR = "processor"  # what diffusers' attention modules call it
 _HOOKED = ("forward", "_diffusers_hook")  # what a hook of diffusers' sets on its module
@@ -66,7 +67,7 @@ class SharedModules:
     def scan(self) -> None:
         """Look for the modules that can be changed: blocks may have been replaced since the last time."""
         denoisers = [unwrapped(denoiser) for denoiser in self._denoisers()]
-        modules = [module for denoiser in denoisers for module in denoiser.modules()]
+        modules = [module for denoiser in denoisers for module in modules_in(denoiser)]
         self._views: list[tuple[Any, Callable[[Any], dict[str, Any]]]] = [(Autocast(), dict)]
         self._views += [(vars(part), _settings) for part in self._others()] + [(vars(one), _own) for one in denoisers]
         self._slots: list[tuple[Any, str]] = [(vars(one), _PROCESSOR) for one in modules if _PROCESSOR in vars(one)]

@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     keep_freed_memory()
     wait_politely()
     with Omni(**engine) as omni:
-        sound = omni.engine.worker.arguments.audio_rate is not None
+        sound = omni.engine.worker.arguments.rates.audio_rate is not None
         _check_encoders(describe(omni.engine, {}).video_output, sound, args)
         print(f"{'prompt':32} {'seed':>20} {'steps':>5} {'computed':>8} {'skipped':>7} {'seconds':>7}  file")
         omni.generate(prompts, parameters, on_output=ended)
