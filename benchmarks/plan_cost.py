@@ -2,8 +2,9 @@
 
 For each number of full forwards, variations of good plans: the planner's own, for each objective and predictor, and
 some of their computed steps moved. Each is run on prompts that calibration has not seen, and its error is the root mean
-square of the distances to the uncached latents. Spearman's rank correlation then says what a cost is worth: with the
-profile's gains, with equal gains, and with the weight by 1 / sigma that was in use until 2026-11-28.
+square of the distances to the uncached latents, or their mean in decibels. Spearman's rank correlation then says what a cost is worth: with the
+profile's gains, with equal gains, and with the weight by 1 / sigma that was in use until 2026-11-28. The ceiling is
+what the true error would have, for so few prompts show it with noise.
 
     python benchmarks/plan_cost.py MODEL --profile FILE      MODEL: demo, or a folder with a captions.txt
 """
@@ -13,8 +14,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from common import begin, last_line, table
 
 FIRST_SEED = 970_000
@@ -27,7 +30,7 @@ def main() -> None:
     parser.add_argument("--profile", help="profile file or name (default: the model's own)")
     parser.add_argument("--forwards", type=int, nargs="+", default=[19, 14, 11, 9, 7, 5])
     parser.add_argument("--variations", type=int, default=24)
-    parser.add_argument("--prompts", type=int, default=4)
+    parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--predictor", default="affine")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     parser.set_defaults(clock="wall")
@@ -52,7 +55,7 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
     from vllm_omni.diffusion.loader import load_pipeline
     from vllm_omni.learning import nearest
     from vllm_omni.model_folder import generation_defaults, resolve_model
-    from vllm_omni.quality.calibrate import cache_of, enabled, latents
+    from vllm_omni.quality.calibrate import cache_of, enabled
 
     pipeline = load_pipeline(OmniDiffusionConfig(model=options.model, dtype="float32"))
     found = find_profiles(options.model, fingerprint(pipeline.transformer))
@@ -61,26 +64,49 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
     if profile is None or profile.gains is None or profile.gram is None or profile.sigmas is None:
         raise SystemExit("needs a profile with gains: vllm-omni calibrate MODEL --prompts FILE")
     captions = (Path(resolve_model(options.model)) / "captions.txt").read_text().splitlines()[1::2]
-    prompts = [(caption, FIRST_SEED + i) for i, caption in enumerate(captions[-options.prompts :])]
-    exact = [latents(pipeline, caption, seed, arguments) for caption, seed in prompts]
+    captions = captions[-options.prompts :]
+    exact = latents(pipeline, captions, arguments)
     sigmas = Schedule(len(profile.sigmas), profile.sigmas).sigmas
     gram = resample_gram(np.asarray(profile.gram), profile.sigmas, sigmas)
     gains = resample_gains(profile.gains, profile.sigmas, sigmas)
     figures: dict[int, dict[str, float]] = {}
     for nfe in tqdm(options.forwards, desc="budgets"):
         plans = variations(nfe, options.variations, options.predictor, gram, gains, sigmas)
-        errors = []
+        squares = []  # by plan and prompt
         for plan in plans:
             with enabled(cache_of(profile, steps_mask=plan, predictor=options.predictor), pipeline, profile):
-                got = [latents(pipeline, caption, seed, arguments) for caption, seed in prompts]
-            squares = [(a - b).pow(2).mean().item() for a, b in zip(got, exact, strict=True)]
-            errors.append(float(np.sqrt(np.mean(squares))))
+                difference = latents(pipeline, captions, arguments) - exact
+            squares.append(difference.pow(2).flatten(1).mean(dim=1).tolist())
+        measured = np.array(squares)
         predicted = {
             name: [cost(plan, options.predictor, gram, weight, sigmas, power) for plan in plans]
             for name, (weight, power) in objectives(gains, sigmas).items()
         }
-        figures[nfe] = {name: round(spearman(costs, errors), 3) for name, costs in predicted.items()}
+        mean, decibels = measured.mean(axis=1), np.log(measured).mean(axis=1)
+        row = {name: spearman(costs, mean) for name, costs in predicted.items()}
+        row["ceiling"] = ceiling(measured)
+        row["of mean dB"] = spearman(predicted["gains, squared"], decibels)
+        row["its ceiling"] = ceiling(np.log(measured))
+        figures[nfe] = {name: round(value, 3) for name, value in row.items()}
     return figures
+
+
+def latents(pipeline: Any, captions: Sequence[str], arguments: dict[str, Any]) -> torch.Tensor:
+    """The final latents (captions, ...) of one run for each, all in one call, in fp32."""
+    generators = [torch.Generator("cpu").manual_seed(FIRST_SEED + i) for i in range(len(captions))]
+    given = arguments | {n: [v] * len(captions) for n, v in arguments.items() if n == "negative_prompt"}
+    made = pipeline(prompt=list(captions), generator=generators, output_type="latent", **given)
+    return made[0].float()
+
+
+def ceiling(squares: np.ndarray) -> float:
+    """What the error itself, as so many prompts show it, can correlate with it at most: the root of the reliability.
+
+    From the correlation of the halves of the prompts, for twice as many (Spearman 1910, Brown 1910). `squares`: of
+    shape (plans, prompts).
+    """
+    halves = spearman(squares[:, ::2].mean(axis=1), squares[:, 1::2].mean(axis=1))
+    return float(np.sqrt(max(0.0, 2 * halves / (1 + halves))))
 
 
 def objectives(gains: np.ndarray, sigmas: Sequence[float]) -> dict[str, tuple[np.ndarray, int]]:

@@ -68,7 +68,7 @@ class Calibration:
             return flat / math.sqrt(len(flat))
         sketch, signs = flat.new_zeros(width), _signs(PIECES * width, flat.device)
         for place, part in enumerate(flat.split(len(signs))):  # signs of all of a video would be as large as it
-            signed = part * signs.roll(place * SHIFT)[: len(part)]
+            signed = part * (signs.roll(place * SHIFT) if place else signs)[: len(part)]
             whole = len(part) // width * width
             sketch += signed[:whole].view(-1, width).sum(dim=0)
             sketch[: len(part) - whole] += signed[whole:]
