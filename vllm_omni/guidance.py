@@ -88,7 +88,7 @@ class StepCalls:
 
     def returned(self, name: Hashable, result: Any) -> None:
         """Note what the call of that name has returned."""
-        for branch in self._now if not (self._order or self.over) else ():
+        for branch in self._now if self._several and not (self._order or self.over) else ():
             if branch.name == name:
                 try:
                     branch.form = form_of(result)

@@ -36,10 +36,11 @@ class Retries:
 
     def at_once(self, batch: Sequence[Request]) -> int:
         """How many of a batch there is room and time for in one turn; one at least."""
-        if self._apart.bars(work_of(batch[0])):
+        work, count = work_of(batch[0]), len(batch)
+        if self._apart.bars(work):
             for request in batch:
                 request.take_apart()
-        work, count = work_of(batch[0]), len(batch)
+            work = work_of(batch[0])
         count = min(count, self._most.most(work) or count, self.room.at_once(work) or count)
         return self.room.pays(work, count) if self.by_clock and work.kind is StepKind.COMPUTE else count
 
@@ -51,9 +52,12 @@ class Retries:
         DeviceLostError if there is nothing left to retry on.
         """
         joined = [request for request in batch if request.parked is not None and request.parked.earlier]
-        for request in batch if self._cached.bars(work_of(batch[0])) else ():
-            self._drop_own([request])
-        work, (results, failure) = work_of(batch[0]), self._measured(batch, act)
+        work = work_of(batch[0])
+        if self._cached.bars(work):
+            for request in batch:
+                self._drop_own([request])
+            work = work_of(batch[0])
+        results, failure = self._measured(batch, work, act)
         if failure is None:
             self._most.held(work, len(batch))
             if self.by_clock:
@@ -70,7 +74,7 @@ class Retries:
             work, dropped, kept = work_of(batch[0]), make_room(batch), self.room.kept
             if dropped or self.memory.collect():
                 self.memory.begin()
-                results, failure = self._measured(batch, act)
+                results, failure = self._measured(batch, work_of(batch[0]), act)
             if failure is not None or batch[0].plan_of is not None:  # what a trial takes is nobody's need
                 continue
             if work != work_of(batch[0]):
@@ -91,9 +95,8 @@ class Retries:
             return [failure]
         return [self.each_or_errors([request], act)[0] for request in batch]
 
-    def _measured(self, batch: Sequence[Request], act: Act) -> tuple[list[Any] | None, Exception | None]:
+    def _measured(self, batch: Sequence[Request], work: Work, act: Act) -> tuple[list[Any] | None, Exception | None]:
         """`tried`, with an account of the bytes that this took if that is not known yet."""
-        work = work_of(batch[0])
         if batch[0].plan_of is not None or not self.room.unknown(work, len(batch)):
             return tried(partial(act, batch))
         before = self.memory.begin()
