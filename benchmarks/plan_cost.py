@@ -2,9 +2,9 @@
 
 For each number of full forwards, variations of good plans: the planner's own, for each objective and predictor, and
 some of their computed steps moved. Each is run on prompts that calibration has not seen, and its error is the root mean
-square of the distances to the uncached latents, or their mean in decibels. Spearman's rank correlation then says what a cost is worth: with the
-profile's gains, with equal gains, and with the weight by 1 / sigma that was in use until 2026-11-28. The ceiling is
-what the true error would have, for so few prompts show it with noise.
+square of the distances to the uncached latents, or their mean in decibels. Spearman's rank correlation then says what a
+cost is worth: with the profile's gains, with equal gains, and with the weight by 1 / sigma that was in use until
+2026-11-28. The ceiling is what the true error would have, for so few prompts show it with noise.
 
     python benchmarks/plan_cost.py MODEL --profile FILE      MODEL: demo, or a folder with a captions.txt
 """

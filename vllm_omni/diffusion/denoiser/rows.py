@@ -68,10 +68,8 @@ def row_shape(value: Any, rows: int, dim: int) -> Hashable:
     """What must agree of an argument with one entry per row; TypeError if it is none."""
     if value is None:
         return None
-    if isinstance(value, torch.Tensor):
-        shape = value.shape
-        if len(shape) > dim and shape[dim] == rows:
-            return shape[:dim], shape[dim + 1 :], value.dtype
+    if isinstance(value, torch.Tensor) and len(shape := value.shape) > dim and shape[dim] == rows:
+        return shape[:dim], shape[dim + 1 :], value.dtype
     if isinstance(value, list) and len(value) == rows:
         entries = tuple((e.shape, e.dtype) if isinstance(e, torch.Tensor) else equal(e) for e in value)
         return entries[0] if len(set(entries)) == 1 else entries
