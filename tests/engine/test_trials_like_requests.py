@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import queue
+import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,9 @@ from teaching import SIZE, idle_of, learning, learning_of, learning_over, run_on
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.engine.learning import PROMPTS
+from vllm_omni.engine.learning import IDLE_S, PROMPTS
+from vllm_omni.engine.loop import EngineLoop
+from vllm_omni.engine.wire import Abort, Close, Outputs
 from vllm_omni.errors import InvalidValueError, NumericalError
 from vllm_omni.learning import REQUESTS, likeness
 from vllm_omni.outputs import OmniRequestOutput
@@ -223,3 +228,29 @@ def test_of_a_request_numbers_and_sizes_are_noted() -> None:
         "negative_prompt": " ",
         "pictures": {"image": [[8, 16], [32, 16]], "mask_image": [8, 16]},
     }
+
+
+class _Commands:
+    """Commands of which one comes after so many waits; notes how long the loop waits for each."""
+
+    def __init__(self, *after: tuple[int, Any]) -> None:
+        self.waits, self._after = list[float](), deque(after)
+
+    def get(self, block: bool, timeout: float | None) -> Any:
+        if block:
+            self.waits.append(timeout or 0.0)
+            time.sleep(timeout or 0.0)
+        if not self._after or len(self.waits) < self._after[0][0]:
+            raise queue.Empty
+        return self._after.popleft()[1]
+
+
+def test_a_trial_follows_another_at_once_and_a_command_after_a_rest(omni: Omni) -> None:
+    teach(omni, STEPS)
+    commands, sent = _Commands((4, Abort([])), (7, Close())), list[Any]()
+    loop = EngineLoop(omni.engine, commands, sent.append)  # type: ignore[arg-type]
+    loop.learning = idle_of(omni)
+    loop.run()
+    rests = [IDLE_S, 0, 0, 0, IDLE_S, 0, 0]
+    assert commands.waits == pytest.approx(rests, abs=IDLE_S / 2) and commands.waits.count(0.0) == 5
+    assert loop.learning._results and not any(isinstance(event, Outputs) for event in sent)
