@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ROUNDINGS = 64  # of a whole run in another order; the largest seen is 4, see CONTRIBUTING.md
+ROUNDINGS = 64  # of a whole run in another order; the largest usually seen is 4, see CONTRIBUTING.md
 
 
 def _array(value: Any) -> tuple[np.ndarray, float]:
