@@ -23,7 +23,9 @@ lock=requirements/$stage.lock
 
 # What a finished stage leaves in .venv/.setup-STAGE: a hash of all that it was made from.
 wanted() { { cat "requirements/$1.lock" pyproject.toml "$shim/pyproject.toml" CMakeLists.txt csrc/*; find vllm_omni -name "*.py" | LC_ALL=C sort; pwd -P; "$venv/bin/python" -V; } 2>/dev/null | sha256sum | cut -d' ' -f1; }
-finished() { [[ -x $venv/bin/python && -f $venv/.setup-$1 && $(<"$venv/.setup-$1") == "$(wanted "$1")" ]]; }
+finished() { [[ -x $venv/bin/python && -f $venv/.setup-$1 && $(<"$venv/.setup-$1") == "$(wanted "$1")" ]] && ! copied; }
+# Whether a plain `pip install .` has put a copy of the package in the place of this folder.
+copied() { compgen -G "$venv/lib/python3*/site-packages/vllm_omni/__init__.py" >/dev/null; }
 
 if finished "$stage"; then
     exit 0

@@ -186,9 +186,9 @@ def _restored(kind: type[OmniError], args: tuple[Any, ...]) -> OmniError:
     return kind.__new__(kind, *args)
 
 
-def did_you_mean(word: str, names: Iterable[str], most: int = 3) -> str:
-    """The question "did you mean 'a' or 'b'?" about the names close to `word`; empty if none is."""
-    close = get_close_matches(word, list(names), n=most, cutoff=0.5)
+def did_you_mean(word: str, names: Iterable[str], most: int = 3, alike: float = 0.5) -> str:
+    """The question "did you mean 'a' or 'b'?" about names that are `alike` at least (1: equal); empty if none is."""
+    close = get_close_matches(word, list(names), n=most, cutoff=alike)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 

@@ -57,7 +57,7 @@ def refused(omni: Omni, prompt: Any, params: dict[str, Any]) -> OmniError:
         ({"prompt": 7}, "prompt must be a string, got 7"),
         ({"prompt": "a", "negative_prompt": "b\0"}, "negative_prompt must not contain the NUL character"),
         ({"prompt": "a", "multi_modal_data": 1}, "multi_modal_data must be a dict"),
-        ({**embeds(0), "promt_2": "x"}, "promt_2"),
+        ({**embeds(0), "promt_2": "x"}, "promt_2 is not an argument of FluxPipeline; did you mean 'prompt_2'"),
         ({**embeds(0), "num_frames": 3}, "num_frames"),
         ({**embeds(0), "generator": torch.Generator()}, "generator is a sampling parameter"),
         ({**embeds(0), "output_type": "np"}, "output_type is a sampling parameter"),
@@ -90,6 +90,9 @@ def test_a_bad_prompt_is_refused(omni: Omni, prompt: Any, message: str) -> None:
         ({"num_outputs_per_prompt": 10_000}, "num_outputs_per_prompt.*64"),
         ({"num_inference_step": 4}, "num_inference_step.*did you mean 'num_inference_steps'"),
         ({"num_frames": 9}, "num_frames is not an argument of FluxPipeline"),
+        ({"fps": 1e9}, "fps"),
+        ({"fps": "8"}, "fps"),
+        ({"output_type": "bogus"}, "output_type"),
         ({"extra_args": {"guidance_scal": 1}}, "extra_args.*guidance_scal.*'guidance_scale'"),
         ({"extra_args": {"callback_on_step_end": print}}, "callback_on_step_end is the engine's own"),
         ({"extra_args": {"return_dict": False}}, "return_dict is the engine's own"),
@@ -111,7 +114,7 @@ def test_bad_sampling_params_are_refused(omni: Omni, params: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("cache", "message"),
     [
-        ("fsat", "cache must be 'off', a dict, or one of .*'fast'.*got 'fsat'"),
+        ("fsat", "cache must be one of 'off', .*'fast'.*, or a dict, got 'fsat'; did you mean 'fast'"),
         (5, "cache must be None, 'off', a preset's name or a dict"),
         ({"treshold": 0.1}, "cache has no 'treshold'; did you mean 'threshold'"),
         ({"mag_max_skip_step": 0.1}, "mag_max_skip_step.*did you mean.*'mag_max_skip_steps'"),

@@ -199,6 +199,13 @@ def test_a_video_file_is_as_long_as_its_frames(tmp_path: Path, suffix: str, fps:
     assert sum(shown) == 1000 * seconds
 
 
+@pytest.mark.parametrize("fps", [0, 1e9, float("nan"), "8", None, True])
+def test_a_video_of_no_sane_rate_is_refused(fps: Any, tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match="fps must be a number from 1 to 240"):
+        save_video([Image.new("RGB", (8, 8))] * 2, str(tmp_path / "clip.mp4"), fps)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_bad_videos_are_refused() -> None:
     with pytest.raises(InvalidValueError, match="mp4, gif, webp"):
         encode_video(_frames(), "avi", 8)

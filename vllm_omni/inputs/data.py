@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -48,7 +48,7 @@ class OmniDiffusionSamplingParams(Settings):
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
     num_frames: int | None = Field(default=None, ge=1)
-    fps: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    fps: float | None = Field(default=None, ge=1, le=120, strict=True, allow_inf_nan=False)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     guidance_scale_2: float | None = Field(default=None, ge=0, allow_inf_nan=False)
@@ -59,7 +59,7 @@ class OmniDiffusionSamplingParams(Settings):
     num_outputs_per_prompt: int = Field(default=1, ge=1, le=64)
     latents: Any = None
     max_sequence_length: int | None = Field(default=None, ge=1)
-    output_type: str | None = None
+    output_type: Literal["pil", "np", "pt", "latent"] | None = None
     lora_request: Adapters | None = None
     lora_scale: float | None = Field(default=None, ge=-10, le=10, allow_inf_nan=False)
     generator_device: str | None = None

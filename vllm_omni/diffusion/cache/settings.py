@@ -300,8 +300,7 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
         return None
     if isinstance(asked, str):
         if asked not in PRESET_NAMES:
-            names = ", ".join(map(repr, PRESET_NAMES))
-            raise InvalidValueError("cache", asked, f"must be 'off', a dict, or one of {names}")
+            raise UnknownChoiceError("cache", asked, ("off", *PRESET_NAMES), ", or a dict")
         asked = {"preset": asked}
     if not isinstance(asked, Mapping):
         raise InvalidValueError("cache", asked, "must be None, 'off', a preset's name or a dict of overrides")
@@ -315,7 +314,7 @@ def override(asked: Any, engine: CacheSettings | None) -> CacheSettings | None:
     if not enabled or is_off(name := asked.get("backend")):
         return None
     if not isinstance(preset := asked.get("preset"), str | None) or preset not in (None, *PRESET_NAMES):
-        raise InvalidValueError("cache.preset", preset, f"must be one of {', '.join(map(repr, PRESET_NAMES))}")
+        raise UnknownChoiceError("cache.preset", preset, PRESET_NAMES)
     budget = next((name for name in BUDGETS if name in asked), None)
     if budget and (rule := next((name for name in ("preset", *SHORT, *_RULE) if name in asked), None)):
         raise InvalidValueError(f"cache.{budget}", asked[budget], f"and {rule} each make the plan: give one")

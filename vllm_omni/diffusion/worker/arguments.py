@@ -11,7 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.request import OmniDiffusionRequest
-from vllm_omni.errors import InvalidValueError, check_keys
+from vllm_omni.errors import InvalidValueError, check_keys, did_you_mean
 from vllm_omni.inputs.data import RENAMED, has_embeds, refuse_reserved
 from vllm_omni.outputs.rates import Rates
 
@@ -57,7 +57,8 @@ class ArgumentBuilder:
         for name, value in given.items():
             target = next((n for n in RENAMED.get(name, (name,)) if n in self._accepted), None)
             if target is None:
-                raise InvalidValueError(name, value, f"is not an argument of {self._name}; leave it out")
+                close = did_you_mean(name, self._accepted, most=1, alike=0.75)
+                raise InvalidValueError(name, value, f"is not an argument of {self._name}; {close or 'leave it out'}")
             arguments[target] = value
         if (boundary := request.params.boundary_ratio) is not None and not self._two_experts:
             raise InvalidValueError("boundary_ratio", boundary, "is where a second expert takes over; leave it out")
