@@ -25,7 +25,7 @@ from vllm_omni.quality.meter import metered
 from vllm_omni.quality.metrics import compare
 from vllm_omni.quality.pairs import HELD_OUT_SEED, TUNING_SEED, Pair, held_out, own_captions, tuning
 from vllm_omni.quality.peers import PEERS, private, tune
-from vllm_omni.quality.rows import FEWER, PLANNED, RULE, Row, default_rows, fewer, reference, setting, tuned_rule
+from vllm_omni.quality.rows import FEWER, GIVEN, PLANNED, RULE, Row, default_rows, fewer, reference, setting, tuned_rule
 
 pytest.importorskip("torchmetrics")
 STEPS = 8
@@ -307,6 +307,16 @@ def test_margins_are_interpolated_between_rows() -> None:
     slope = 10 / np.log(2)  # dB by log work, between its two points
     assert report.interpolate(peers, 28.0 / 2**0.5 * 1.04) == pytest.approx(70.0 + slope * np.log(1.04))
     assert [(m.times, m.over) for m in report.best_peers(report.margins(rows))] == [(2.0, peer), (4.0, peer)]
+
+
+def test_the_sheet_shows_each_given_setting_beside_as_much_work() -> None:
+    fewer_steps = [result(FEWER, n, float(n), [40.0]) for n in (14, 9, 7, 5)]
+    ours = [result(PLANNED, n, float(n), [50.0]) for n in (14, 7)]
+    given = [result(GIVEN, n, float(n), [50.0]) for n in (5, 14)]
+    assert [r.row.name for r in sheet.chosen([*fewer_steps, *given], 28)] == [
+        "given 5", "given 14", "fewer steps 5", "fewer steps 14",
+    ]  # fmt: skip
+    assert [r.row.name for r in sheet.chosen([*fewer_steps, *ours], 28)] == ["fewer steps 7", "planned 7"]
 
 
 def test_default_preset_is_the_largest_with_30_db_at_worst_that_beats_fewer_steps() -> None:
