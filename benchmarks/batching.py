@@ -265,7 +265,7 @@ def _profile(omni: Any, plain: Any, batched: Callable[[], Any], one_by_one: Call
         watch = Stopwatch()
         scheduler = type(pipe.scheduler)  # the engine gives every request one of its own
         targets = (
-            (pipe.transformer, "forward", "transformer"),
+            (type(pipe.transformer), "forward", "transformer"),  # on the module it would be code of its own, and proven
             *((e, "forward", "text encoders") for e in (pipe.text_encoder, pipe.text_encoder_2) if e is not None),
             (pipe.vae, "decode", "vae.decode"),
             (scheduler, "step", "scheduler.step"),
