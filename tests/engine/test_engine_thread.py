@@ -14,7 +14,7 @@ import pytest_asyncio
 import torch
 from calls import CACHED, final, within
 from closeness import assert_close
-from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxImg2ImgPipeline, FluxPipeline
 from PIL import Image
 from pipelines import embeds, run_latents, tiny_flux
 
@@ -177,6 +177,13 @@ async def test_nor_while_the_engine_runs_elsewhere(async_omni: AsyncOmni) -> Non
     spoil()
     (*_, output) = [await first, *[output async for output in stream]]
     assert torch.equal(output.latents, expected.latents) and output.plan == expected.plan
+
+
+def test_a_compiled_denoiser_takes_turns_with_the_module_that_it_wraps() -> None:
+    pipe = tiny_flux()
+    wrapped = FluxPipeline(**pipe.components | {"transformer": torch.compile(pipe.transformer, backend="eager")})
+    with Omni.from_pipe(pipe) as inner, Omni.from_pipe(wrapped) as outer:
+        assert inner.engine._turns == outer.engine._turns and len(inner.engine._turns) == 1
 
 
 async def test_engines_over_one_denoiser_take_turns() -> None:

@@ -80,8 +80,9 @@ def test_two_rates_are_refused() -> None:
     for more in ({"frame_rate": 24.0}, {"extra_args": {"frame_rate": 24.0}}):
         with pytest.raises(InvalidValueError, match=r"fps must be the frame_rate, which is 24\.0"):
             asked(bare(d.LTXPipeline), Params(fps=30, **more), {"prompt": "a"})
-    with pytest.raises(InvalidValueError, match="frame_rate must be a number above 0"):
-        asked(bare(d.LTXPipeline), Params(extra_args={"frame_rate": "fast"}), {"prompt": "a"})
+    for params in (Params(extra_args={"frame_rate": "fast"}), Params(frame_rate=1e9), Params(frame_rate=1e-9)):
+        with pytest.raises(InvalidValueError, match="frame_rate must be a number from 1 to 120"):
+            asked(bare(d.LTXPipeline), params, {"prompt": "a"})
     with pytest.raises(InvalidValueError, match="fps"):
         Params(fps=float("inf"))
 

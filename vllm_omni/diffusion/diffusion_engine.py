@@ -73,8 +73,8 @@ class DiffusionEngine:
         self.worker.load_model(pipeline, defaults)
         offloads = bool(vars(self.worker.pipeline).get("_all_hooks"))  # by us, or by whoever made the pipeline
         self.scheduler = StepScheduler(config.max_num_seqs, components_last=offloads)
-        modules = sorted(self.worker.runner.modules.values(), key=id)
-        self._shared = [_locks.setdefault(module, RLock()) for module in modules]
+        modules = sorted((denoiser.module for denoiser in self.worker.runner.denoisers.values()), key=id)
+        self._turns = [_locks.setdefault(module, RLock()) for module in modules]
         self._entries: dict[str, _Entry] = {}
         self._ended: list[OmniRequestOutput] = []
         self._closed = False
@@ -137,7 +137,7 @@ class DiffusionEngine:
     def _turn(self) -> Iterator[None]:
         """Within, pipelines run, and no other engine over the same denoisers does, in whatever thread."""
         with torch.inference_mode(), current(self.worker.runner.device), ExitStack() as held:
-            for lock in self._shared:
+            for lock in self._turns:
                 held.enter_context(lock)
             yield
 

@@ -19,6 +19,7 @@ RENAMED: dict[str, tuple[str, ...]] = {  # our names, and the pipelines' for the
     "num_frames": ("num_frames", "frames", "video_length"),
     "seconds": ("audio_end_in_s", "duration", "audio_duration", "audio_duration_s", "audio_length_in_s"),
 }
+MAX_FPS = 120  # that a request may ask for
 _OF_PARAMS = {"generator", "output_type"}
 _OF_ENGINE = {"return_dict", "callback_on_step_end", "callback_on_step_end_tensor_inputs", "callback", "callback_steps"}
 RESERVED = _OF_PARAMS | _OF_ENGINE  # arguments of a pipeline's call that the engine itself gives
@@ -48,7 +49,7 @@ class OmniDiffusionSamplingParams(Settings):
     height: int | None = Field(default=None, ge=1)
     width: int | None = Field(default=None, ge=1)
     num_frames: int | None = Field(default=None, ge=1)
-    fps: float | None = Field(default=None, ge=1, le=120, strict=True, allow_inf_nan=False)
+    fps: float | None = Field(default=None, ge=1, le=MAX_FPS, strict=True, allow_inf_nan=False)
     seconds: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     guidance_scale: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     guidance_scale_2: float | None = Field(default=None, ge=0, allow_inf_nan=False)

@@ -20,12 +20,12 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.inputs.data import MAX_FPS
 from vllm_omni.outputs.sound import encode_sound, ffmpeg_for
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP")
 VIDEO_FORMATS = ("mp4", "gif", "webp")
 MAX_INPUT_PIXELS = 64 * 2**20
-MAX_FPS = 240  # of a file: twice what a request may ask for, since some pipelines double what comes in
 MAX_SCANS = 100  # of a JPEG: each is a walk over all its blocks, however few bytes it has
 _JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
 # What Pillow raises on bytes that are no picture.
@@ -111,8 +111,8 @@ def encode_video(
         raise InvalidValueError("format", format, f"must be one of: {', '.join(VIDEO_FORMATS)}")
     if not frames:
         raise InvalidValueError("frames", 0, "must be at least one picture")
-    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 1 <= fps <= MAX_FPS:
-        raise InvalidValueError("fps", fps, f"must be a number from 1 to {MAX_FPS}, of frames per second")
+    if isinstance(fps, bool) or not isinstance(fps, int | float) or not 1 <= fps <= 2 * MAX_FPS:
+        raise InvalidValueError("fps", fps, f"must be a number from 1 to {2 * MAX_FPS}, of frames per second")
     if format == "mp4":
         return _mp4(frames, fps, None if sound is None or not rate else encode_sound(sound, "wav", rate))
     buffer = io.BytesIO()

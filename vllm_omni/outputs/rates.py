@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.inputs.data import MAX_FPS
 
 # The frame rate that a family was trained at, by the beginning of its pipeline's name; of several the first
 # (the models' own cards, and the examples of diffusers).
@@ -49,8 +50,8 @@ class Rates:
     def check(self, arguments: Mapping[str, Any]) -> None:
         """InvalidValueError for a rate that is none."""
         rate = arguments.get(self._argument)
-        if rate is not None and not (isinstance(rate, int | float) and 0 < rate < float("inf")):
-            raise InvalidValueError(self._argument, rate, "must be a number above 0, of frames per second")
+        if rate is not None and not (isinstance(rate, int | float) and 1 <= rate <= MAX_FPS):
+            raise InvalidValueError(self._argument, rate, f"must be a number from 1 to {MAX_FPS}, of frames per second")
 
 
 def frame_rate_of(pipeline: Any) -> float:

@@ -78,7 +78,7 @@ def row_shape(value: Any, rows: int, dim: int) -> Hashable:
     raise TypeError(type(value))
 
 
-def equal(value: Any, memory: dict[int, Any] | None = None) -> Hashable:
+def equal(value: Any, memory: dict[Any, Any] | None = None) -> Hashable:
     """A hashable that is equal if the argument's content is; TypeError if that cannot be said.
 
     Without `memory` a tensor is refused: only one that is described as shared may serve other requests' rows.
@@ -103,15 +103,15 @@ def joined(values: Sequence[Any], dim: int) -> Any:
     return torch.cat(list(values), dim) if first is not None else None
 
 
-def _content(tensor: torch.Tensor, memory: dict[int, Any]) -> Hashable:
-    """Read once per request, and compared where that costs nothing: a small one of the host's may be written in place.
+def _content(tensor: torch.Tensor, memory: dict[Any, Any]) -> Hashable:
+    """Read once per request; a small tensor of the host's, which may be written in place, is compared with what it was.
 
     Of any dtype, complex ones too.
     """
-    known = memory.get(id(tensor))
-    if known is None or known[0] is not tensor or not (known[1] is tensor or torch.equal(known[1], tensor)):
+    small = tensor.numel() <= READ_AGAIN and tensor.device.type == "cpu"
+    form = tensor.dtype, tensor.shape
+    known = memory.get(place := form if small else id(tensor))
+    if known is None or not (torch.equal(known[0], tensor) if small else known[0] is tensor):
         values = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-        read_again = tensor.device.type == "cpu" and tensor.numel() <= READ_AGAIN
-        content = tensor.dtype, tensor.shape, hash(values.tobytes())
-        known = memory[id(tensor)] = tensor, tensor.clone() if read_again else tensor, content
-    return known[2]
+        known = memory[place] = tensor.clone() if small else tensor, (*form, hash(values.tobytes()))
+    return known[1]

@@ -38,7 +38,7 @@ class CallBinder:
             raise InvalidValueError(self.name, f"{len(args)} arguments", fix)
         return dict(zip(self._names, args, strict=False)) | kwargs
 
-    def key(self, arguments: Mapping[str, Any], alone: Hashable, memory: dict[int, Any]) -> Hashable:
+    def key(self, arguments: Mapping[str, Any], alone: Hashable, memory: dict[Any, Any]) -> Hashable:
         """Equal keys fit together. A call of unknown roles, or an argument that cannot be compared, goes `alone`.
 
         `memory` is the request's own: a shared tensor is read once per request, not once per step.

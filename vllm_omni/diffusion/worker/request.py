@@ -117,7 +117,7 @@ class Request:
     apart: bool = False  # its calls are made one by one
     away: bool = False  # the parked call is being made elsewhere
     ended: Finished | Failed | None = None
-    shared_content: dict[int, Any] = field(default_factory=dict)  # of arguments that neighbours must share, hashed once
+    shared_content: dict[Any, Any] = field(default_factory=dict)  # of arguments that neighbours must share, hashed once
     size: Hashable = None  # by which `Pace` knows it
     own_boundary: bool = False  # it says itself where a second denoiser takes over
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from vllm_omni.inputs.data import MAX_FPS
+
 MAX_ENTRIES = 1000  # of a curve, mask or other list inside `cache` or `lora`
 MAX_ADAPTERS = 16
 MAX_DEPTH = 4
@@ -119,7 +121,7 @@ class VideoRequest(BaseRequest):
     seconds: str | int | float | None = Field(default=None, description="How long; the frames nearest to it are made.")
     # ours
     num_frames: Count | None = Field(default=None, description="Instead of seconds.")
-    fps: float | None = Field(default=None, ge=1, le=120, allow_inf_nan=False)
+    fps: float | None = Field(default=None, ge=1, le=MAX_FPS, allow_inf_nan=False)
     guidance_scale_2: Scale | None = None
     boundary_ratio: float | None = Field(default=None, ge=0, le=1, description="Where a second expert takes over.")
 
