@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[tuple[str, ...], ...], ...] = (
     ),
     (("vllm_omni.replicas",),),
     (("vllm_omni.engine", "vllm_omni.distributed"),),
-    (("vllm_omni.trials",), ("vllm_omni.diffusion", "vllm_omni.diffusion.diffusion_engine")),
+    (("vllm_omni.trials", "vllm_omni.tuning"), ("vllm_omni.diffusion", "vllm_omni.diffusion.diffusion_engine")),
     (("vllm_omni.diffusion.worker",),),
     (
         ("vllm_omni.diffusion.scheduler",),

@@ -214,14 +214,6 @@ def replaced(profiles: Sequence[CacheProfile], profile: CacheProfile) -> tuple[C
     return tuple(profile if key(one) == key(profile) else one for one in profiles)
 
 
-def same(profile: CacheProfile, schedule: Schedule) -> bool:
-    """Whether a profile was measured on this very schedule."""
-    sigmas, switches = profile.sigmas or (), profile.provenance.get("switches", [])
-    if len(sigmas) != schedule.steps or len(schedule.sigmas) != schedule.steps or switches != list(schedule.switches):
-        return False
-    return np.allclose(sigmas, schedule.sigmas, rtol=1e-4, atol=1e-5)
-
-
 def covers(profile: CacheProfile, schedule: Schedule) -> bool:
     """Whether a profile says something of a schedule; one that was learnt does so of those like its own alone.
 
@@ -238,7 +230,7 @@ def covers(profile: CacheProfile, schedule: Schedule) -> bool:
         return profile.sigmas is not None
     if profile.provenance.get("switches", []) != list(schedule.switches):
         return False
-    if same(profile, schedule):
+    if profile.is_of(schedule):
         return True
     known = np.unique(profile.sigmas)
     if len(known) < 2:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
 import numpy as np
+import torch
 
+from vllm_omni.diffusion.cache.calibration import sketch
 from vllm_omni.diffusion.cache.plan.compose import CachePlan, compose
 from vllm_omni.diffusion.cache.plan.planner import forecast_error, step_weights
 from vllm_omni.diffusion.cache.plan.predictors import Terms
@@ -47,6 +49,7 @@ class Trial(NamedTuple):
     plan: Callable[[Schedule], CachePlan] | None = None
     steps: int | None = None
     picture: bool = False  # decoded output is compared; final latents otherwise
+    kept: bool = False  # what it differs by is wanted, not its size alone
 
     @property
     def uncached(self) -> bool:
@@ -54,15 +57,26 @@ class Trial(NamedTuple):
 
 
 class Away(NamedTuple):
-    """How far a trial ended: the mean square of the difference, and of the uncached output (pictures: 0 to 1)."""
+    """How far a trial ended: the mean square of the difference, and of the uncached output (pictures: 0 to 1).
+
+    `moved`, if it was wanted, is a sketch of the difference (see `calibration.sketch`).
+    """
 
     squared: float
     energy: float
+    moved: np.ndarray | None = None
 
     @classmethod
     def of(cls, squared: float, energy: float) -> Away:
         """What holds NaN is far away, but not so far that there is no mean with others."""
         return cls(squared if math.isfinite(squared) else FAR_OFF * max(energy, 1.0), energy)
+
+    @classmethod
+    def between(cls, output: torch.Tensor, exact: torch.Tensor, kept: bool) -> Away:
+        """From where an uncached run ended to where another did."""
+        difference = output - exact
+        away = cls.of(difference.pow(2).mean().item(), exact.pow(2).mean().item())
+        return away._replace(moved=sketch(difference.float()).cpu().numpy()) if kept else away
 
     @property
     def same(self) -> bool:
@@ -77,11 +91,11 @@ class Away(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurement(Generic[T]):
-    """`trials` in order of their prompts, and what their results say."""
+    """`trials` in order of their prompts, and what their results say; it may be what else is to be tried."""
 
     name: str
     trials: tuple[Trial, ...]
-    read: Callable[[Sequence[Away]], T]
+    read: Callable[[Sequence[Away]], T | Measurement[T]]
 
 
 def one_stale(step: int, gap: int, schedule: Schedule, what: Forecasted) -> CachePlan:
@@ -211,7 +225,7 @@ def choices(
         return profile.model_copy(update={"budgets": tuple(_best(budgets, errors))})
 
     alone = [profile.model_copy(update={"budgets": (budget,)}) for budget in budgets]
-    plans = [_planned(one, round(steps / budget.speedup)) for one, budget in zip(alone, budgets, strict=True)]
+    plans = [planned(one, forwards_of(one, budget)) for one, budget in zip(alone, budgets, strict=True)]
     trials = tuple(Trial(first + prompt, plan, picture=True) for prompt in range(prompts) for plan in plans)
     return Measurement("choices", trials, read)
 
@@ -237,8 +251,8 @@ def _clearly_better(less: np.ndarray) -> bool:
 
 def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
     """`profile` with the decibels of each of its budgets, on prompts that decided nothing: see `MeasuredBudget`."""
-    steps, curve_only = len(profile.ratios), profile.curve_alone()
-    forwards = [round(steps / budget.speedup) for budget in profile.budgets]
+    curve_only = profile.curve_alone()
+    forwards = [forwards_of(profile, budget) for budget in profile.budgets]
 
     def read(results: Sequence[Away]) -> CacheProfile:
         table = np.array([result.decibels for result in results]).reshape(prompts, len(forwards), 3)
@@ -251,8 +265,8 @@ def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[
         return profile.model_copy(update={"budgets": tuple(measured)})
 
     def of(prompt: int, nfe: int) -> tuple[Trial, ...]:
-        cached = Trial(prompt, _planned(profile, nfe), picture=True)
-        return cached, Trial(prompt, _planned(curve_only, nfe), picture=True), Trial(prompt, None, nfe, picture=True)
+        cached = Trial(prompt, planned(profile, nfe), picture=True)
+        return cached, Trial(prompt, planned(curve_only, nfe), picture=True), Trial(prompt, None, nfe, picture=True)
 
     trials = tuple(trial for prompt in range(prompts) for nfe in forwards for trial in of(first + prompt, nfe))
     return Measurement("held-out prompts", trials, read)
@@ -264,6 +278,12 @@ def _forwards(steps: int, switches: tuple[int, ...]) -> list[int]:
     return sorted({max(least, round(steps / speedup)) for speedup in SPEEDUPS} - {steps}, reverse=True)
 
 
-def _planned(profile: CacheProfile, nfe: int) -> Callable[[Schedule], CachePlan]:
+def forwards_of(profile: CacheProfile, budget: MeasuredBudget) -> int:
+    """The full forwards of a budget, on the schedule that it was measured on."""
+    return round(len(profile.ratios) / budget.speedup)
+
+
+def planned(profile: CacheProfile, nfe: int) -> Callable[[Schedule], CachePlan]:
+    """What a request with so many full forwards would do, by this profile."""
     settings = parse("magcache", DiffusionCacheConfig(nfe=nfe))
     return lambda schedule: compose(settings, profile.ratios, profile, schedule)

@@ -164,7 +164,7 @@ def test_a_sketch_keeps_products_of_what_is_signed_in_many_pieces(monkeypatch: p
     calibration, draw = Calibration(), torch.Generator().manual_seed(1)
     one = torch.randn(1, 1, 4000, generator=draw).expand(1, 64, 4000) + 0.1 * torch.randn(1, 64, 4000, generator=draw)
     two = one + 0.3 * torch.randn(1, 64, 4000, generator=draw)
-    sketches = torch.stack([calibration.sketch(x) for x in (one, two, two - one)]).double()
+    sketches = torch.stack([sketch(x) for x in (one, two, two - one)]).double()
     exact = torch.stack([x.double().flatten() for x in (one, two, two - one)]) / (64 * 4000) ** 0.5
     assert torch.allclose((sketches @ sketches.T).diag(), (exact @ exact.T).diag(), rtol=0.12)
 

@@ -26,11 +26,12 @@ from vllm_omni.engine.interface import ModelInfo
 from vllm_omni.errors import DeviceMemoryError, InvalidValueError, NumericalError, RequestAbortedError
 from vllm_omni.inputs.data import OmniDiffusionSamplingParams, normalise_prompt
 from vllm_omni.kernels.device import refuse_lost
-from vllm_omni.learning import MOST_RUNS, Course, same
+from vllm_omni.learning import MOST_RUNS, Course
 from vllm_omni.logger import init_logger
 from vllm_omni.model_folder import captions
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.trials import MANY, Away, Measurement, Trial, asked_steps, choices, figures, gains, refuse_noise
+from vllm_omni.tuning import tuning
 
 logger = init_logger(__name__)
 
@@ -217,14 +218,20 @@ class IdleLearning:
                 budget = self._engine.worker.store.budget
                 raise InvalidValueError("memory_budget_mb", budget and budget >> 20, "has no room for its residuals")
             return
-        squared = float("nan") if output.error is not None else (_values(output) - held[1]).pow(2).mean().item()
-        away = Away.of(squared, held[1].pow(2).mean().item())
+        if output.error is None:
+            away = Away.between(_values(output), held[1], trial.kept)
+        else:
+            away = Away.of(float("nan"), held[1].pow(2).mean().item())
         refuse_noise(trial, away, type(self._engine.worker.pipeline.scheduler).__name__)
         self._results.append(away)
         self._repeats = 0
         assert self._measurement is not None
         if len(self._results) == len(self._measurement.trials):
-            self._finish(self._measurement.read(self._results))
+            found = self._measurement.read(self._results)
+            if isinstance(found, Measurement):
+                self._measurement, self._results = found, []
+            else:
+                self._finish(found)
 
     def _drop(self) -> None:
         """Let go of what was measured of the profile at hand."""
@@ -285,7 +292,7 @@ def _as_measured(profile: CacheProfile, plan_of: PlanOf) -> PlanOf:
     """`plan_of` for the profile's own schedule; of another it would say nothing that holds."""
 
     def plan(schedule: Schedule) -> Any:
-        if not same(profile, schedule):
+        if not profile.is_of(schedule):
             ours, theirs = (f"{one.steps} steps, switches {one.switches}" for one in (schedule, _schedule_of(profile)))
             raise InvalidValueError("schedule", ours, f"of a run of its own is another than the profile's ({theirs})")
         return plan_of(schedule)
@@ -303,6 +310,8 @@ def _next(profile: CacheProfile, switches: tuple[int, ...]) -> Measurement[Cache
         return gains(profile, GAIN_PROMPTS, switches)
     if not profile.budgets:
         return choices(profile, CHOSEN_ON, GAIN_PROMPTS, switches)
+    if not profile.tuned:
+        return tuning(profile, CHOSEN_ON, GAIN_PROMPTS, switches)
     return figures(profile, JUDGED_ON, GAIN_PROMPTS + CHOSEN_ON)
 
 

@@ -28,6 +28,7 @@ from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.made import fill
 from vllm_omni.trials import Away, Measurement, Trial, asked_steps, choices, figures, gains, refuse_noise
+from vllm_omni.tuning import tuning
 
 logger = init_logger(__name__)
 T = TypeVar("T")
@@ -90,6 +91,8 @@ def judge(
         return profile
     by = choices(profile, len(prompts), switches=tuple(profile.provenance.get("switches", ())))
     profile = measured(by, pipeline, prompts, seed + len(held_out), arguments)
+    weights = tuning(profile, len(prompts), switches=tuple(profile.provenance.get("switches", ())))
+    profile = measured(weights, pipeline, prompts, seed + len(held_out), arguments)
     profile = measured(figures(profile, len(held_out)), pipeline, held_out, seed, arguments)
     said = {"prompts": len(held_out), "prompts_sha256": sha256_of(held_out), "seed": seed}
     return profile.model_copy(update={"provenance": profile.provenance | {"held_out": said}})
@@ -134,10 +137,10 @@ def measured(
                 asked = arguments.get("num_inference_steps")
                 own["num_inference_steps"] = asked_steps(trial.steps, asked, backend.steps)
             reference = exact[trial.picture][1]
-            squared = (run(pipeline, *prompt, arguments | own) - reference).pow(2).mean().item()
-            results.append(Away.of(squared, reference.pow(2).mean().item()))
+            results.append(Away.between(run(pipeline, *prompt, arguments | own), reference, trial.kept))
             refuse_noise(trial, results[-1], scheduler)
-    return measurement.read(results)
+    found = measurement.read(results)
+    return measured(found, pipeline, prompts, seed, arguments) if isinstance(found, Measurement) else found
 
 
 def sha256_of(prompts: Sequence[str]) -> str:

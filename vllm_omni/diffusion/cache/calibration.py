@@ -40,6 +40,23 @@ def _signs(count: int, device: torch.device) -> torch.Tensor:
     return (2 * coins - 1).to(device)
 
 
+def sketch(residual: torch.Tensor, width: int = SKETCH) -> torch.Tensor:
+    """A residual's elements with random signs, each added to the place that its index has modulo the width.
+
+    In units of the root of their number, so that products of sketches are means over elements.
+    """
+    flat = residual.flatten()
+    if len(flat) <= width:
+        return flat / math.sqrt(len(flat))
+    sketch, signs = flat.new_zeros(width), _signs(PIECES * width, flat.device)
+    for place, part in enumerate(flat.split(len(signs))):  # signs of all of a video would be as large as it
+        signed = part * (signs.roll(place * SHIFT) if place else signs)[: len(part)]
+        whole = len(part) // width * width
+        sketch += signed[:whole].view(-1, width).sum(dim=0)
+        sketch[: len(part) - whole] += signed[whole:]
+    return sketch / math.sqrt(len(flat))
+
+
 class Calibration:
     """Collects the finished requests of one schedule and turns them into a profile."""
 
@@ -57,22 +74,6 @@ class Calibration:
         """The state of a request that is measured."""
         self.switches = schedule.switches
         return RecordingState(self, schedule)
-
-    def sketch(self, residual: torch.Tensor) -> torch.Tensor:
-        """A residual's elements with random signs, each added to the place that its index has modulo the width.
-
-        In units of the root of their number, so that products of sketches are means over elements.
-        """
-        flat, width = residual.flatten(), self.width
-        if len(flat) <= width:
-            return flat / math.sqrt(len(flat))
-        sketch, signs = flat.new_zeros(width), _signs(PIECES * width, flat.device)
-        for place, part in enumerate(flat.split(len(signs))):  # signs of all of a video would be as large as it
-            signed = part * (signs.roll(place * SHIFT) if place else signs)[: len(part)]
-            whole = len(part) // width * width
-            sketch += signed[:whole].view(-1, width).sum(dim=0)
-            sketch[: len(part) - whole] += signed[whole:]
-        return sketch / math.sqrt(len(flat))
 
     @property
     def requests(self) -> int:
@@ -98,7 +99,6 @@ class Calibration:
             raise InvalidValueError("calibration", 0, "needs at least one finished prompt")
         branches = {b: tuple(np.mean(rows, axis=0).round(6).tolist()) for b, rows in self._ratios.items()}
         spread = {b: tuple(np.std(rows, axis=0).round(6).tolist()) for b, rows in self._ratios.items()}
-        grams = {b: np.mean(matrices, axis=0) for b, matrices in self._grams.items()}
         every = np.concatenate([np.asarray(matrices) for matrices in self._grams.values()])
         error = every.std(axis=0) / np.sqrt(len(every))  # of the mean
         return CacheProfile(
@@ -110,7 +110,6 @@ class Calibration:
             gram=_rounded(every.mean(axis=0)),
             output_gram=_rounded(np.mean(self._outputs, axis=0)) if self._outputs else None,
             branches=branches,
-            branch_grams={b: _rounded(gram) for b, gram in grams.items()} if len(grams) > 1 else {},
             provenance={
                 "kind": "calibrated",
                 "prompts": self.requests,
@@ -159,7 +158,7 @@ class RecordingState(CacheState):
         if (ends := computed.ends()) is None:
             return Kept()
         residual, norm = ops.residual_norm(*ends, torch.float32)
-        return Kept(None, {"sketch": self._calibration.sketch(residual), "norm": norm})
+        return Kept(None, {"sketch": sketch(residual, self._calibration.width), "norm": norm})
 
     def commit(self, key: Key, step: int, kept: Kept | None) -> None:
         """Keep the step's sketch; a branch that is complete goes into the calibration, with its only device read."""
@@ -197,7 +196,7 @@ class RecordingState(CacheState):
             self._outputs.clear()
 
     def _note_output(self, step: int, model_output: torch.Tensor) -> None:
-        self._outputs[step] = self._calibration.sketch(model_output.float())
+        self._outputs[step] = sketch(model_output.float(), self._calibration.width)
         if len(self._outputs) == self._schedule.steps:
             if self._added and bool((gram := self._gram(self._outputs)).isfinite().all()):
                 self._calibration.add_output(gram.cpu().numpy())

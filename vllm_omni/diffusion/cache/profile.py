@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
+from vllm_omni.diffusion.cache.plan.predictors import Terms
+from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.settings import PredictorName, as_curve
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
@@ -33,6 +35,7 @@ PROFILE_DIR = Path(__file__).parent / "profiles"
 MAX_PROFILE_BYTES = 64 * 2**20
 FORMAT = 2
 MAX_STEPS = 1000
+_LEFT_OUT = ("predictors", "forwards", "branch_grams")  # what older profiles have, too
 _GONE = ("mean", "newton", "chebyshev", "normed")  # predictors that older profiles name
 MaskName = Literal["planned", "rule"]
 Forecasted = Literal["residual", "output"]  # what the blocks add, or what the denoiser returns
@@ -44,7 +47,9 @@ class MeasuredBudget(Settings):
     """What was nearest to the uncached output at one number of full forwards, among all that may be cached.
 
     `mask` says where its computed steps come from: the planner, or the published threshold rule; `forecasts` what its
-    skipped ones forecast: what the blocks add, or the denoiser's whole output. Decibels are PSNR to
+    skipped ones forecast: what the blocks add, or the denoiser's whole output. `terms` are the (anchor, weight) of each
+    skipped step, tuned to where a run of this very schedule ends (`vllm_omni.tuning`); empty if the predictor's own
+    were nearer, None: not tried. Decibels are PSNR to
     the uncached output, the lowest of `pairs` prompts and seeds that calibration had not seen: of this choice, of the
     published rule with reuse, and of an uncached run of as many steps. None: not measured.
     """
@@ -53,11 +58,17 @@ class MeasuredBudget(Settings):
     mask: MaskName = "planned"
     forecasts: Forecasted = "residual"
     predictor: PredictorName
+    terms: dict[int, Terms] | None = None
     pairs: int = Field(default=0, ge=0)
     psnr: float | None = Field(default=None, allow_inf_nan=False)
     psnr_mean: float | None = Field(default=None, allow_inf_nan=False)
     rule_psnr: float | None = Field(default=None, allow_inf_nan=False)
     fewer_steps_psnr: float | None = Field(default=None, allow_inf_nan=False)
+
+    def without_figures(self) -> MeasuredBudget:
+        """The choice alone: what was measured of another says nothing of it."""
+        kept = ("speedup", "mask", "forecasts", "predictor", "terms")
+        return MeasuredBudget(**{name: getattr(self, name) for name in kept})
 
 
 class CacheProfile(Settings):
@@ -66,8 +77,8 @@ class CacheProfile(Settings):
     `gains[t]` is how far the final latents end from the uncached run's per error of one in step t's residual and per
     unit of sigma that the step covers, `gain_errors` its standard error over prompts; both are joint over guidance
     branches. `output_gram` and `output_gains` are the same of the output that the scheduler gets, which guidance has
-    made of all branches. `budgets` are the choices measured, by ascending speed-up. `branches` and `branch_grams` hold
-    curve and matrix per guidance branch.
+    made of all branches. `budgets` are the choices measured, by ascending speed-up. `branches` holds the curve per guidance
+    branch.
     """
 
     format: int = FORMAT
@@ -84,7 +95,6 @@ class CacheProfile(Settings):
     output_gains: tuple[float, ...] | None = None
     budgets: tuple[MeasuredBudget, ...] = ()
     branches: dict[str, tuple[float, ...]] = Field(default_factory=dict)
-    branch_grams: dict[str, tuple[tuple[float, ...], ...]] = Field(default_factory=dict)
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="before")
@@ -97,9 +107,9 @@ class CacheProfile(Settings):
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CacheProfile:
         """The profile of a mapping. Before 2026-11-28 a budget was a pair, of `predictors`, and had no figures."""
-        if not isinstance(values, Mapping) or not {"predictors", "forwards"} & values.keys():
+        if not isinstance(values, Mapping) or not set(_LEFT_OUT) & values.keys():
             return super().from_dict(values)
-        newer = {name: value for name, value in values.items() if name not in ("predictors", "forwards")}
+        newer = {name: value for name, value in values.items() if name not in _LEFT_OUT}
         pairs = [(speedup, "affine" if name in _GONE else name) for speedup, name in values.get("predictors") or ()]
         return super().from_dict({"budgets": [{"speedup": s, "predictor": p} for s, p in pairs]} | newer)
 
@@ -140,10 +150,11 @@ class CacheProfile(Settings):
             if values is not None and (len(values) != steps or not all(0 <= value < LARGEST for value in values)):
                 raise InvalidValueError(field, values, f"must be {steps} numbers from 0 to {LARGEST:g}")
         grams = {"gram": self.gram, "output_gram": self.output_gram}
-        grams |= {f"branch_grams.{branch}": gram for branch, gram in self.branch_grams.items()}
         for field, rows in grams.items():
             if rows is not None:
                 _check_gram(field, rows, steps)
+        for budget in self.budgets:
+            _check_terms(budget, steps)
         if self.sigmas is None and any(values is not None for values in (*grams.values(), *by_step.values())):
             raise InvalidValueError("sigmas", None, "must be given with gram or gains")
         return self
@@ -162,6 +173,18 @@ class CacheProfile(Settings):
         speedup = len(self.ratios) / (forwards or len(self.ratios))
         return min(self.budgets, key=lambda budget: abs(math.log(budget.speedup / speedup)), default=None)
 
+    def is_of(self, schedule: Schedule) -> bool:
+        """Whether it was measured on this very schedule."""
+        sigmas, switches = self.sigmas or (), self.provenance.get("switches", [])
+        if not len(sigmas) == len(schedule.sigmas) == schedule.steps or list(switches) != list(schedule.switches):
+            return False
+        return np.allclose(sigmas, schedule.sigmas, rtol=1e-4, atol=1e-5)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether every budget's weights have been tuned, or tried."""
+        return all(budget.terms is not None for budget in self.budgets)
+
     @property
     def has_figures(self) -> bool:
         """Whether a quality budget can be asked for."""
@@ -175,7 +198,8 @@ class CacheProfile(Settings):
     @property
     def lacks(self) -> list[str]:
         """What a profile made today has and this one has not."""
-        has = {"matrix": self.gram is not None, "gains": self.gains is not None, "figures": self.has_figures}
+        has = {"matrix": self.gram is not None, "gains": self.gains is not None}
+        has |= {"tuned weights": bool(self.budgets) and self.tuned, "figures": self.has_figures}
         return [name for name, found in has.items() if not found]
 
     def __hash__(self) -> int:
@@ -194,6 +218,18 @@ def _check_gram(field: str, rows: tuple[tuple[float, ...], ...], steps: int) -> 
     symmetric = np.allclose(matrix, matrix.T, rtol=1e-3)
     if not symmetric or np.diag(matrix).min() < 0 or np.linalg.eigvalsh(matrix)[0] < lowest:
         raise InvalidValueError(field, matrix.shape, "must be symmetric and positive semi-definite")
+
+
+def _check_terms(budget: MeasuredBudget, steps: int) -> None:
+    """A skipped step is made of steps before it that compute, and as many compute as the speed-up says."""
+    if not (terms := budget.terms):
+        return
+    forwards = round(steps / budget.speedup)
+    anchors = [(step, *term) for step, own in terms.items() for term in own]
+    fits = all(0 <= a < t and a not in terms and abs(weight) < LARGEST for t, a, weight in anchors)
+    if not fits or 0 in terms or max(terms) >= steps or len(terms) != steps - forwards or not all(terms.values()):
+        fix = f"must make each of {steps - forwards} skipped steps of {steps} from computed ones before it"
+        raise InvalidValueError("budgets.terms", terms, fix)
 
 
 def load_profile(path: Path) -> CacheProfile:

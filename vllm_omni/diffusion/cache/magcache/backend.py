@@ -86,7 +86,7 @@ class MagCacheBackend(StackBackend):
             "backend": "magcache",
             **_plan_facts(settings, profile, schedule),
             "planned_forwards": plan.full_forwards,
-            "predictor": predictor,
+            "predictor": "tuned" if plan.tuned else predictor,
             "forecasts": forecasts,
             "profile": profile.name if profile is not None else None,
         }

@@ -33,15 +33,18 @@ class CachePlan:
     terms: dict[int, Terms]
     needed_after: tuple[frozenset[int], ...]
     forecasts: Forecasted
+    tuned: bool = False  # the weights are a calibration's own for this schedule, and no predictor's
 
     @classmethod
-    def of(cls, compute: Plan, terms: dict[int, Terms], forecasts: Forecasted = "residual") -> CachePlan:
+    def of(
+        cls, compute: Plan, terms: dict[int, Terms], forecasts: Forecasted = "residual", tuned: bool = False
+    ) -> CachePlan:
         needed: list[frozenset[int]] = []
         later: frozenset[int] = frozenset()
         for step in range(len(compute) - 1, -1, -1):
             needed.append(later)
             later |= {anchor for anchor, _ in terms.get(step, ())}
-        return cls(compute, terms, tuple(reversed(needed)), forecasts)
+        return cls(compute, terms, tuple(reversed(needed)), forecasts, tuned)
 
     @property
     def full_forwards(self) -> int:
@@ -56,6 +59,8 @@ def compose(
 
     Each denoiser's segment is planned as a run of its own; a budget is for all of them together.
     """
+    if (tuned := _tuned(settings, ratios, profile, schedule)) is not None:
+        return tuned
     curve = _curve(settings, ratios, schedule) if ratios is not None else None
     compute = _compute_steps(settings, curve, profile, ratios, schedule)
     predictor, what = choose_forecast(settings, profile, sum(compute))
@@ -67,6 +72,19 @@ def compose(
         own = forecasts(compute[part], schedule.sigmas[part], predictor, None if gram is None else gram[part, part])
         terms |= {part.start + t: tuple((part.start + anchor, w) for anchor, w in own[t]) for t in own}
     return CachePlan.of(compute, terms, what)
+
+
+def _tuned(
+    settings: CacheSettings, ratios: tuple[float, ...] | None, profile: CacheProfile | None, schedule: Schedule
+) -> CachePlan | None:
+    """The plan that calibration has tuned for this very schedule and number of full forwards, if it has."""
+    if profile is None or ratios != profile.ratios or not settings.config.as_measured or not profile.is_of(schedule):
+        return None
+    nfe = full_forwards(settings, profile, schedule.steps, schedule.switches)
+    best = profile.budget_at(nfe) if nfe is not None else None
+    if best is None or not best.terms or schedule.steps - len(best.terms) != nfe:
+        return None
+    return CachePlan.of(tuple(t not in best.terms for t in range(schedule.steps)), best.terms, best.forecasts, True)
 
 
 def _compute_steps(

@@ -1,0 +1,178 @@
+"""Weights of a budget's forecasts by where they lead: how far the end of the run is from the uncached one.
+
+Least squares lets each forecast err least at its own step. What a user sees is the end of the run, where the errors of
+all skipped steps add up, each as the steps after it have made of it, and where they can cancel out. To first order that
+end moves by a sum over the weights, so that a run with one weight moved a little, for each weight, says how much each is
+worth, and one least squares problem gives all of them at once: a Gauss-Newton step from the weights that the budget has,
+on runs with all its skips. Weights of a step go on to sum to what they did.
+
+Solvers whose weights are fitted to the end of a run are known for whole steps (bespoke non-stationary solvers, Shaul et
+al., ICML 2024); here they are those of cached forecasts, and a few prompts and no gradient are enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from vllm_omni.diffusion.cache.plan.compose import CachePlan
+from vllm_omni.diffusion.cache.plan.predictors import Terms
+from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
+from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
+from vllm_omni.trials import Away, Measurement, Trial, forwards_of, planned
+
+ORDER = 3  # computed steps that a forecast is made of
+MOVED = 0.1  # by how much a trial moves a weight
+RIDGES = (0.1, 0.3, 1.0, 3.0)  # of each step's own part of the normal equations
+MOST_PROMPTS = 4  # that give weights; six gave little more, one is fitted alone (docs/log.md)
+ROUNDS = 4  # of weighing prompts by what is left of their error
+
+
+class Shift(NamedTuple):
+    """Weight of one step's forecast that goes from one anchor to another."""
+
+    step: int
+    source: int
+    target: int
+
+
+def tuning(
+    profile: CacheProfile, prompts: int, first: int = 0, switches: Switches = ()
+) -> Measurement[CacheProfile]:
+    """`profile` with the terms of each budget that end nearer than its predictor's own; see `MeasuredBudget`.
+
+    Up to four prompts from `first` on give the weights, the others, a third at least, say whether they are nearer, by
+    the mean of decibels. What has no numbers, or does not improve a prompt that gave no weights, is left as it was; so
+    is everything if there is but one prompt.
+    """
+    assert profile.sigmas is not None
+    schedule = Schedule(len(profile.ratios), profile.sigmas, switches)
+    untuned = [budget.model_copy(update={"terms": {}}) for budget in profile.budgets]
+    plans = [planned(profile.model_copy(update={"budgets": (one,)}), forwards_of(profile, one)) for one in untuned]
+    shifts = [_shifts(_widened(plan(schedule), switches)) for plan in plans]
+    giving = min(MOST_PROMPTS, 2 * prompts // 3)
+
+    def with_shift(plan: Callable[[Schedule], CachePlan], shift: Shift | None) -> Callable[[Schedule], CachePlan]:
+        return lambda real: _shifted(plan(real), switches, [shift] if shift else [], [MOVED])
+
+    def read(results: Sequence[Away]) -> Measurement[CacheProfile]:
+        rows = iter(results)
+        runs = [[[next(rows) for _ in range(1 + len(own))] for own in shifts] for _ in range(giving)]
+        tuned = []
+        for index, (budget, own) in enumerate(zip(untuned, shifts, strict=True)):
+            amounts = amounts_of([prompt[index] for prompt in runs], [shift.step for shift in own]) if runs else None
+            plan = _shifted(plans[index](schedule), switches, own, amounts) if amounts is not None else None
+            tuned.append(budget.model_copy(update={"terms": plan.terms if plan is not None else {}}))
+        return _compared(profile, untuned, tuned, range(first + giving, first + prompts))
+
+    trials = tuple(
+        Trial(first + prompt, with_shift(plan, shift), kept=True)
+        for prompt in range(giving)
+        for plan, own in zip(plans, shifts, strict=True)
+        for shift in (None, *own)
+    )
+    return Measurement("weights", trials, read)
+
+
+def _compared(
+    profile: CacheProfile, untuned: Sequence[MeasuredBudget], tuned: Sequence[MeasuredBudget], prompts: Sequence[int]
+) -> Measurement[CacheProfile]:
+    """`profile` with the budgets of `tuned` that end nearer than those of `untuned`; nothing of its figures holds."""
+    tried = [index for index, budget in enumerate(tuned) if budget.terms]
+
+    def read(results: Sequence[Away]) -> CacheProfile:
+        errors = np.log([max(result.squared, 1e-30) for result in results]).reshape(len(prompts), len(tried), 2)
+        nearer = dict(zip(tried, errors[..., 1].mean(axis=0) < errors[..., 0].mean(axis=0), strict=True))
+        budgets = [(tuned if nearer.get(index) else untuned)[index] for index in range(len(tuned))]
+        return profile.model_copy(update={"budgets": tuple(budget.without_figures() for budget in budgets)})
+
+    trials = tuple(
+        Trial(prompt, planned(profile.model_copy(update={"budgets": (one,)}), forwards_of(profile, one)), picture=True)
+        for prompt in prompts
+        for index in tried
+        for one in (untuned[index], tuned[index])
+    )
+    return Measurement("weights, compared", trials, read)
+
+
+def _widened(plan: CachePlan, switches: Switches) -> dict[int, Terms]:
+    """The plan's terms, each with the last computed steps of its denoiser, some with a weight of zero."""
+    terms: dict[int, Terms] = {}
+    computed: list[int] = []
+    for step, compute in enumerate(plan.compute):
+        computed = [] if step in switches else computed
+        if compute:
+            computed.append(step)
+        else:
+            own = dict(plan.terms.get(step, ()))
+            anchors = sorted({*computed[-ORDER:], *own})
+            terms[step] = tuple((anchor, own.get(anchor, 0.0)) for anchor in anchors)
+    return terms
+
+
+def _shifts(terms: dict[int, Terms]) -> list[Shift]:
+    """Every way to move weight from a step's last anchor to another."""
+    return [Shift(step, own[-1][0], anchor) for step, own in terms.items() for anchor, _ in own[:-1]]
+
+
+def _shifted(plan: CachePlan, switches: Switches, shifts: Sequence[Shift], amounts: Sequence[float]) -> CachePlan:
+    """The plan with so much weight moved along each shift."""
+    weights = {step: dict(own) for step, own in _widened(plan, switches).items()}
+    for shift, amount in zip(shifts, amounts, strict=True):
+        weights[shift.step][shift.source] -= amount
+        weights[shift.step][shift.target] += amount
+    terms = {
+        step: tuple((anchor, float(f"{weight:.6g}")) for anchor, weight in own.items() if weight)
+        for step, own in weights.items()
+    }
+    return CachePlan.of(plan.compute, terms, plan.forecasts)
+
+
+def amounts_of(runs: Sequence[Sequence[Away]], steps: Sequence[int]) -> np.ndarray | None:
+    """How much to move along each shift; None if nothing helps a prompt that is left out.
+
+    `runs`, by prompt: as planned, then with each shift; `steps`: that of each shift. How much each step's own part of
+    the normal equations is enlarged by, so that steps do not lean on one another for what a few prompts show by chance,
+    is what serves prompts best that are left out one after another.
+    """
+    moved = [run.moved for prompt in runs for run in prompt]
+    if not steps or any(one is None or not np.isfinite(one).all() for one in moved):
+        return None
+    ends = np.asarray(moved, dtype=np.float64).reshape(len(runs), 1 + len(steps), -1)
+    away, by = ends[:, 0], (ends[:, 1:] - ends[:, :1]) / MOVED
+    everyone = np.arange(len(runs))
+    left_out = [(everyone != out, out) for out in everyone] if len(runs) > 1 else [(everyone == 0, 0)]  # or none
+    gained = {}
+    for ridge in RIDGES:
+        logs = []
+        for others, out in left_out:
+            amounts = solve(away[others], by[others], steps, ridge)
+            logs.append(np.log(_size(away[out] + amounts @ by[out]) / max(_size(away[out]), 1e-30)))
+        gained[ridge] = np.mean(logs)
+    best = min(gained, key=lambda ridge: gained[ridge])
+    return solve(away, by, steps, best) if gained[best] < 0 else None
+
+
+def solve(away: np.ndarray, by: np.ndarray, steps: Sequence[int], ridge: float) -> np.ndarray:
+    """The amounts x (shifts,) with the least mean over prompts of log ||away + x by||^2, up to the ridge.
+
+    `away` (prompts, numbers) is where the plan ends, `by` (prompts, shifts, numbers) where each shift moves that.
+    Reweighted least squares: a prompt counts by one over what is left of its error.
+    """
+    of_step = np.asarray(steps)
+    same = of_step[:, None] == of_step
+    products, cross = by @ by.transpose(0, 2, 1), np.einsum("pkn,pn->pk", by, away)
+    amounts = np.zeros(len(of_step))
+    for _ in range(ROUNDS):
+        counts = 1 / np.maximum([_size(row) for row in away + amounts @ by], 1e-30)
+        counts /= counts.sum()
+        normal = np.tensordot(counts, products, axes=1)
+        floor = 1e-9 * max(np.trace(normal) / len(normal), np.finfo(float).tiny / 1e-9) * np.eye(len(normal))
+        amounts = -np.linalg.solve(normal * (1 + ridge * same) + floor, counts @ cross)
+    return amounts
+
+
+def _size(row: np.ndarray) -> float:
+    return float(row @ row)
