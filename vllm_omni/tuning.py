@@ -12,7 +12,7 @@ al., ICML 2024); here they are those of cached forecasts, and a few prompts and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -27,6 +27,7 @@ ORDER = 3  # computed steps that a forecast is made of
 MOVED = 0.1  # by how much a trial moves a weight
 RIDGES = (0.1, 0.3, 1.0, 3.0)  # of each step's own part of the normal equations
 MOST_PROMPTS = 4  # that give weights; six gave little more, one is fitted alone (docs/log.md)
+LEAST_DB = 0.1  # that it must help a prompt that is left out, on average
 ROUNDS = 4  # of weighing prompts by what is left of their error
 
 
@@ -55,7 +56,8 @@ def tuning(
     giving = min(MOST_PROMPTS, 2 * prompts // 3)
 
     def with_shift(plan: Callable[[Schedule], CachePlan], shift: Shift | None) -> Callable[[Schedule], CachePlan]:
-        return lambda real: _shifted(plan(real), switches, [shift] if shift else [], [MOVED])
+        own = {} if shift is None else {shift: MOVED}
+        return lambda real: _shifted(plan(real), switches, own)
 
     def read(results: Sequence[Away]) -> Measurement[CacheProfile]:
         rows = iter(results)
@@ -63,8 +65,9 @@ def tuning(
         tuned = []
         for index, (budget, own) in enumerate(zip(untuned, shifts, strict=True)):
             amounts = amounts_of([prompt[index] for prompt in runs], [shift.step for shift in own]) if runs else None
-            plan = _shifted(plans[index](schedule), switches, own, amounts) if amounts is not None else None
-            tuned.append(budget.model_copy(update={"terms": plan.terms if plan is not None else {}}))
+            by_shift = dict(zip(own, amounts.tolist(), strict=True)) if amounts is not None else {}
+            terms = _shifted(plans[index](schedule), switches, by_shift).terms if by_shift else {}
+            tuned.append(budget.model_copy(update={"terms": terms}))
         return _compared(profile, untuned, tuned, range(first + giving, first + prompts))
 
     trials = tuple(
@@ -117,10 +120,10 @@ def _shifts(terms: dict[int, Terms]) -> list[Shift]:
     return [Shift(step, own[-1][0], anchor) for step, own in terms.items() for anchor, _ in own[:-1]]
 
 
-def _shifted(plan: CachePlan, switches: Switches, shifts: Sequence[Shift], amounts: Sequence[float]) -> CachePlan:
+def _shifted(plan: CachePlan, switches: Switches, amounts: Mapping[Shift, float]) -> CachePlan:
     """The plan with so much weight moved along each shift."""
     weights = {step: dict(own) for step, own in _widened(plan, switches).items()}
-    for shift, amount in zip(shifts, amounts, strict=True):
+    for shift, amount in amounts.items():
         weights[shift.step][shift.source] -= amount
         weights[shift.step][shift.target] += amount
     terms = {
@@ -133,9 +136,9 @@ def _shifted(plan: CachePlan, switches: Switches, shifts: Sequence[Shift], amoun
 def amounts_of(runs: Sequence[Sequence[Away]], steps: Sequence[int]) -> np.ndarray | None:
     """How much to move along each shift; None if nothing helps a prompt that is left out.
 
-    `runs`, by prompt: as planned, then with each shift; `steps`: that of each shift. How much each step's own part of
-    the normal equations is enlarged by, so that steps do not lean on one another for what a few prompts show by chance,
-    is what serves prompts best that are left out one after another.
+    `runs`, by prompt: as planned, then with each shift; `steps`: that of each shift. Each step's own part of the normal
+    equations is enlarged, so that steps do not lean on one another for what a few prompts show by chance: as much as
+    serves prompts best that are left out, one after another.
     """
     moved = [run.moved for prompt in runs for run in prompt]
     if not steps or any(one is None or not np.isfinite(one).all() for one in moved):
@@ -149,10 +152,10 @@ def amounts_of(runs: Sequence[Sequence[Away]], steps: Sequence[int]) -> np.ndarr
         logs = []
         for others, out in left_out:
             amounts = solve(away[others], by[others], steps, ridge)
-            logs.append(np.log(_size(away[out] + amounts @ by[out]) / max(_size(away[out]), 1e-30)))
-        gained[ridge] = np.mean(logs)
-    best = min(gained, key=lambda ridge: gained[ridge])
-    return solve(away, by, steps, best) if gained[best] < 0 else None
+            logs.append(np.log(max(_size(away[out] + amounts @ by[out]), 1e-30) / max(_size(away[out]), 1e-30)))
+        gained[ridge] = -float(np.mean(logs)) * 10 / np.log(10)
+    best = max(gained, key=lambda ridge: gained[ridge])
+    return solve(away, by, steps, best) if gained[best] > LEAST_DB else None
 
 
 def solve(away: np.ndarray, by: np.ndarray, steps: Sequence[int], ridge: float) -> np.ndarray:

@@ -164,6 +164,11 @@ def indefinite(matrix: np.ndarray) -> None:
     matrix[1, 4] = matrix[4, 1] = 10 * matrix.max()
 
 
+def tuned(terms: dict[Any, Any]) -> dict[str, Any]:
+    """A budget of three of six steps with weights of its own."""
+    return {"speedup": 2, "predictor": "linear", "terms": terms}
+
+
 HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
     "truncated": (lambda: json.dumps(content())[:-40], "complete JSON"),
     "empty": (lambda: "", "complete JSON"),
@@ -198,7 +203,14 @@ HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
     "negative diagonal": (gram_with(negative_diagonal), "gram.*positive semi-definite"),
     "not positive semi-definite": (gram_with(indefinite), "gram.*positive semi-definite"),
     "a branch of another length": (text_of(branches={"cond": [1.0, 1.0]}), "branches.cond"),
-    "a branch's matrix of nothing": (text_of(branch_grams={"cond": [[]]}), "branch_grams.cond"),
+    "terms of a step that computes": (text_of(budgets=[tuned({0: [[0, 1.0]], 2: [[1, 1.0]], 4: [[3, 1.0]]})]), "terms"),
+    "terms from a skipped step": (text_of(budgets=[tuned({2: [[1, 1.0]], 3: [[2, 1.0]], 4: [[1, 1.0]]})]), "terms"),
+    "terms from later": (text_of(budgets=[tuned({1: [[2, 1.0]], 3: [[2, 1.0]], 4: [[2, 1.0]]})]), "terms"),
+    "terms beyond the run": (text_of(budgets=[tuned({1: [[0, 1.0]], 3: [[2, 1.0]], 9: [[2, 1.0]]})]), "terms"),
+    "terms of too few steps": (text_of(budgets=[tuned({1: [[0, 1.0]], 3: [[2, 1.0]]})]), "terms"),
+    "terms of nothing": (text_of(budgets=[tuned({1: [[0, 1.0]], 3: [[2, 1.0]], 4: []})]), "terms"),
+    "a nan weight": (text_of(budgets=[tuned({1: [[0, float("nan")]], 3: [[2, 1.0]], 4: [[2, 1.0]]})]), "terms"),
+    "terms of text": (text_of(budgets=[tuned({"one": [[0, 1.0]]})]), "terms"),
     "unknown predictor": (text_of(predictors=[[2.0, "oracle"]]), "predictor"),
     "a predictor for no speed-up": (text_of(predictors=[[0.5, "linear"]]), "speedup"),
     "a nan speed-up": (text_of(predictors=[[float("nan"), "linear"]]), "speedup"),
@@ -257,6 +269,34 @@ def test_an_engine_with_a_hostile_profile_does_not_start(tmp_path: Path) -> None
     assert not backend.profiles and not backend.is_enabled() and not pipe.transformer._forward_hooks
 
 
+def test_tuned_weights_are_for_the_schedule_and_the_forwards_that_they_were_tuned_for() -> None:
+    terms = {2: ((0, 0.25), (1, 0.75)), 3: ((0, -0.5), (1, 1.5)), 4: ((1, 1.0),)}
+    profile = CacheProfile.from_dict(content() | {"budgets": [tuned(terms), {"speedup": 3, "predictor": "affine"}]})
+    assert CacheProfile.from_dict(json.loads(profile.model_dump_json())) == profile
+    sigmas = profile.sigmas or ()
+
+    def plan(of: tuple[float, ...] = sigmas, ratios: tuple[float, ...] = profile.ratios, **settings: Any) -> CachePlan:
+        return planned(DiffusionCacheConfig(**settings), ratios, profile, len(of), of)
+
+    for settings in ({"nfe": 3}, {"speedup": 2.0}):
+        found = plan(**settings)
+        assert found.tuned and found.terms == terms and found.compute == (True, True, False, False, False, True)
+    closer = tuple(0.99 * sigma for sigma in sigmas)
+    ours = tuple(0.99 * ratio for ratio in profile.ratios)
+    for other in (
+        plan(nfe=4),
+        plan(nfe=2),
+        plan(closer, nfe=3),
+        plan((*sigmas, 0.01), nfe=3),
+        plan(ratios=ours, nfe=3),
+        plan(nfe=3, predictor="linear"),
+        plan(nfe=3, compute_last_step=False),
+        plan(threshold=0.3),
+        plan(steps_mask=found.compute),
+    ):
+        assert not other.tuned and other.terms != terms
+
+
 def test_auto_takes_the_predictor_calibrated_for_the_nearest_speedup() -> None:
     """Whatever plans the request, and for the planner's costs as for the forecasts."""
     predictors = [[1.5, "affine"], [2.0, "linear"], [3.0, "affine3"]]  # as older profiles say it
@@ -279,6 +319,6 @@ def test_auto_takes_the_predictor_calibrated_for_the_nearest_speedup() -> None:
             named.model_copy(update={"predictor": others.pop()}), profile.ratios, profile, STEPS, sigmas
         )
     assert CacheProfile.from_dict(content()).budget_at(2) is None
-    assert profile.lacks == ["gains", "figures"]
-    older = CacheProfile.from_dict(content() | {"predictors": [[2.0, "chebyshev"]], "forwards": 4})
+    assert profile.lacks == ["gains", "tuned weights", "figures"]
+    older = CacheProfile.from_dict(content() | {"predictors": [[2.0, "chebyshev"]], "forwards": 4, "branch_grams": {}})
     assert [budget.predictor for budget in older.budgets] == ["affine"]

@@ -14,7 +14,7 @@ from torch._dynamo.utils import counters
 
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache.calibration import Calibration
+from vllm_omni.diffusion.cache.calibration import sketch
 from vllm_omni.diffusion.data import OmniDiffusionConfig
 from vllm_omni.diffusion.loader import prepare
 from vllm_omni.engine.cost import no_costs
@@ -140,7 +140,6 @@ def test_both_experts_are_compiled(graphs: list[int]) -> None:
 @pytest.mark.usefixtures("cuda")
 def test_a_residual_is_sketched_where_it_is() -> None:
     residual = torch.randn(3, 30_000, generator=torch.Generator().manual_seed(0))
-    calibration = Calibration()
     sketches = [sketch(residual.to("cuda")) for _ in range(2)]
     assert sketches[0].is_cuda and torch.equal(sketches[0].cpu(), sketches[1].cpu())
     assert float(sketches[0].square().sum()) == pytest.approx(float(residual.square().mean()), rel=0.2)

@@ -115,4 +115,5 @@ def _report(profile: CacheProfile) -> None:
         figures = (budget.psnr_mean, budget.psnr, budget.rule_psnr, budget.fewer_steps_psnr)
         shown = " ".join("     -" if value is None else f"{value:6.1f}" for value in figures)
         choice = f"{budget.mask}, {budget.predictor}{' of outputs' if budget.forecasts == 'output' else ''}"
+        choice += ", tuned" if budget.terms else ""
         print(f"{nfe:8} {shown}  {choice}{'; fewer steps are nearer' if nearer else ''}")

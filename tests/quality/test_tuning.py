@@ -1,0 +1,145 @@
+"""Weights that are tuned to where a run ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vllm_omni.diffusion.cache.plan.compose import CachePlan
+from vllm_omni.diffusion.cache.plan.schedule import Schedule
+from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
+from vllm_omni.trials import Away, Measurement, Trial
+from vllm_omni.tuning import MOVED, Shift, _shifted, _shifts, _widened, amounts_of, solve, tuning
+
+STEPS, NUMBERS = 8, 300
+SIGMAS = tuple(np.linspace(1, 0.1, STEPS).tolist())
+SCHEDULE = Schedule(STEPS, SIGMAS)
+
+
+def profile(*budgets: MeasuredBudget) -> CacheProfile:
+    vectors = np.cumsum(np.random.default_rng(0).standard_normal((STEPS, 8)), axis=0)
+    gram = tuple(map(tuple, (vectors @ vectors.T).tolist()))
+    chosen = budgets or (MeasuredBudget(speedup=2.0, predictor="affine", psnr=30.0, pairs=4),)
+    return CacheProfile(
+        name="x", transformer_class="X", ratios=(1.0,) * STEPS, sigmas=SIGMAS, gram=gram, budgets=chosen
+    )
+
+
+class World:
+    """A model whose end moves by each weight of each step in a direction of its own, and by what each prompt adds."""
+
+    def __init__(self, best: dict[int, Any], own: float = 0.0) -> None:
+        rng = np.random.default_rng(1)
+        self.best = {(step, anchor): weight for step, terms in best.items() for anchor, weight in terms}
+        self.common = {key: rng.standard_normal(NUMBERS) for key in self.best}
+        self.own, self.rng = own, rng
+        self.left: dict[int, np.ndarray] = {}
+
+    def run(self, trial: Trial) -> Away:
+        plan = trial.plan(SCHEDULE) if trial.plan else None
+        assert plan is not None
+        given = {(step, anchor): weight for step, terms in plan.terms.items() for anchor, weight in terms}
+        assert all(sum(weight for _, weight in terms) == pytest.approx(1.0, abs=1e-4) for terms in plan.terms.values())
+        off = {key: given.get(key, 0.0) - weight for key, weight in self.best.items()}
+        left = self.left.setdefault(trial.prompt, self.own * self.rng.standard_normal(NUMBERS))
+        moved = left + sum((1 + trial.prompt) * weight * self.common[key] for key, weight in off.items())
+        return Away(float(np.mean(moved**2)) + 1e-9, 1.0, moved / NUMBERS**0.5 if trial.kept else None)
+
+
+def finished(measurement: Any, world: World) -> CacheProfile:
+    while isinstance(measurement, Measurement):
+        measurement = measurement.read([world.run(trial) for trial in measurement.trials])
+    assert isinstance(measurement, CacheProfile)
+    return measurement
+
+
+def untuned_terms() -> dict[int, Any]:
+    measurement = tuning(profile(), 3)
+    plan = measurement.trials[0].plan
+    assert plan is not None
+    return plan(SCHEDULE).terms
+
+
+def test_the_weights_under_which_runs_end_where_they_should_are_found() -> None:
+    """Whatever the prompts, each of which is off by another amount; figures of the old weights are gone."""
+    widened = _widened(CachePlan.of(_mask(), untuned_terms()), ())
+    best: dict[int, Any] = {}
+    for step, own in widened.items():
+        shares = np.linspace(-0.4, 1.0, len(own)) if len(own) > 1 else np.ones(1)
+        best[step] = [(anchor, share) for (anchor, _), share in zip(own, shares / shares.sum(), strict=True)]
+    found = finished(tuning(profile(), 6), World(best))
+    (budget,) = found.budgets
+    assert found.tuned and budget.terms and budget.psnr is None and budget.pairs == 0 and budget.predictor == "affine"
+    before, after = (
+        np.array([abs(dict(own[step]).get(anchor, 0.0) - weight) for step in best for anchor, weight in best[step]])
+        for own in (untuned_terms(), budget.terms)
+    )
+    assert before.max() > 0.2 and after.max() < 0.15 * before.max()  # the ridge keeps a tenth
+
+
+def _mask() -> tuple[bool, ...]:
+    plan = tuning(profile(), 3).trials[0].plan
+    assert plan is not None
+    return plan(SCHEDULE).compute
+
+
+def test_weights_that_are_right_already_stay() -> None:
+    """What is left of each prompt's error is its own, and nothing that helps one helps another."""
+    found = finished(tuning(profile(), 6), World(untuned_terms(), own=1.0))
+    assert found.budgets[0].terms == {} and found.tuned
+
+
+def test_weights_that_help_no_prompt_but_those_that_gave_them_are_not_taken() -> None:
+    class Fickle(World):
+        def run(self, trial: Trial) -> Away:
+            plan = trial.plan(SCHEDULE) if trial.plan else None
+            if trial.picture:  # compared on other prompts: the tuned one is farther
+                assert plan is not None
+                return Away(2.0 if plan.tuned else 1.0, 1.0)
+            return super().run(trial)
+
+    best = {step: ((own[-1][0], 1.0),) for step, own in untuned_terms().items()}
+    assert finished(tuning(profile(), 6), Fickle(best)).budgets[0].terms == {}
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 6])
+def test_prompts_that_give_weights_do_not_compare_them(prompts: int) -> None:
+    measurement = tuning(profile(), prompts, first=3)
+    giving = {trial.prompt for trial in measurement.trials}
+    assert all(trial.kept and not trial.picture for trial in measurement.trials)
+    found: Any = measurement.read([World({}).run(trial) for trial in measurement.trials])
+    if prompts == 1:
+        assert not giving  # a single prompt's weights are its own
+    comparing = set(range(3, 3 + prompts)) - giving
+    assert comparing and all(trial.prompt in comparing for trial in found.trials)
+    assert [trial.prompt for trial in measurement.trials] == sorted(trial.prompt for trial in measurement.trials)
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
+def test_runs_that_end_in_no_numbers_give_no_weights(value: float | None) -> None:
+    good = Away(1.0, 1.0, np.ones(3))
+    bad = good._replace(moved=None if value is None else np.array([1.0, value, 1.0]))
+    assert amounts_of([[good, bad], [good, good]], [4]) is None
+    assert amounts_of([[good], [good]], []) is None  # and neither do plans with nothing to choose
+    assert amounts_of([[good._replace(moved=np.zeros(3))] * 2] * 2, [4]) is None  # nor those that are exact already
+
+
+def test_weight_moves_between_the_anchors_of_one_denoiser() -> None:
+    plan = CachePlan.of((True, True, False, True, True, False, False, True), {2: ((1, 1.0),), 5: ((4, 1.0),), 6: ()})
+    widened = _widened(plan, (3,))
+    assert widened == {2: ((0, 0.0), (1, 1.0)), 5: ((3, 0.0), (4, 1.0)), 6: ((3, 0.0), (4, 0.0))}
+    assert _shifts(widened) == [Shift(2, 1, 0), Shift(5, 4, 3), Shift(6, 4, 3)]
+    moved = _shifted(plan, (3,), {Shift(5, 4, 3): MOVED})
+    assert moved.terms == {2: ((1, 1.0),), 5: ((3, 0.1), (4, 0.9)), 6: ()}
+
+
+def test_each_prompt_counts_by_decibels() -> None:
+    """One that is a hundred times as far away does not decide alone."""
+    by = np.array([[[1.0, 0.0]], [[0.0, 1.0]]])
+    away = np.array([[-1.0, 100.0], [100.0, -3.0]])
+    even = solve(away, by, [0], 0.0)
+    heavier = solve(away * [[1.0], [10.0]], by * [[[1.0]], [[10.0]]], [0], 0.0)
+    assert even[0] == pytest.approx(heavier[0], rel=1e-3)
+
