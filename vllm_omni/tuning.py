@@ -1,10 +1,10 @@
 """Weights of a budget's forecasts by where they lead: how far the end of the run is from the uncached one.
 
 Least squares lets each forecast err least at its own step. What a user sees is the end of the run, where the errors of
-all skipped steps add up, each as the steps after it have made of it, and where they can cancel out. To first order that
-end moves by a sum over the weights, so that a run with one weight moved a little, for each weight, says how much each is
-worth, and one least squares problem gives all of them at once: a Gauss-Newton step from the weights that the budget has,
-on runs with all its skips. Weights of a step go on to sum to what they did.
+all skipped steps add up, each as the steps after it have changed it, and where they can cancel. To first order that end
+moves by a sum over the weights. So for each weight a run is made in which it is moved a little, with all other skips as
+they are, and one least squares problem gives all of them at once: a Gauss-Newton step from the weights that the budget
+has. The weights of a step go on to sum to what they did.
 
 Solvers whose weights are fitted to the end of a run are known for whole steps (bespoke non-stationary solvers, Shaul et
 al., ICML 2024); here they are those of cached forecasts, and a few prompts and no gradient are enough.
@@ -39,9 +39,7 @@ class Shift(NamedTuple):
     target: int
 
 
-def tuning(
-    profile: CacheProfile, prompts: int, first: int = 0, switches: Switches = ()
-) -> Measurement[CacheProfile]:
+def tuning(profile: CacheProfile, prompts: int, first: int = 0, switches: Switches = ()) -> Measurement[CacheProfile]:
     """`profile` with the terms of each budget that end nearer than its predictor's own; see `MeasuredBudget`.
 
     Up to four prompts from `first` on give the weights, the others, a third at least, say whether they are nearer, by

@@ -15,6 +15,7 @@ from pipelines import run_latents, tiny_flux
 from planning import planned
 
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
+from vllm_omni.diffusion.cache.plan.compose import CachePlan
 from vllm_omni.diffusion.cache.profile import (
     FORMAT,
     CacheProfile,
@@ -291,7 +292,7 @@ def test_tuned_weights_are_for_the_schedule_and_the_forwards_that_they_were_tune
         plan(ratios=ours, nfe=3),
         plan(nfe=3, predictor="linear"),
         plan(nfe=3, compute_last_step=False),
-        plan(threshold=0.3),
+        plan(mag_threshold=0.3),
         plan(steps_mask=found.compute),
     ):
         assert not other.tuned and other.terms != terms

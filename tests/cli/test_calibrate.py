@@ -21,16 +21,17 @@ from zoo_prompts import flux3
 
 from vllm_omni.diffusion.cache.calibration import sketch
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.profile import fingerprint, load_profile
+from vllm_omni.diffusion.cache.profile import MeasuredBudget, fingerprint, load_profile, named_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.loader import load_pipeline
 from vllm_omni.entrypoints.cli.calibrate import split
 from vllm_omni.entrypoints.cli.main import main
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.modular import whole
-from vllm_omni.quality.calibrate import cache_of, calibrate, enabled, judge, latents, sha256_of
+from vllm_omni.quality.calibrate import cache_of, calibrate, enabled, judge, latents, measured, sha256_of
 from vllm_omni.quality.pairs import read_prompts
-from vllm_omni.trials import FORECASTS, Away
+from vllm_omni.trials import FORECASTS, Away, Measurement, Trial, planned
+from vllm_omni.tuning import tuning
 
 CAPTIONS = ["red apple", "penguin", "rocket", "banana", "guitar", "octopus", "teapot", "whale"]
 
@@ -91,6 +92,22 @@ def test_budgets_are_measured_on_held_out_prompts(made: Path) -> None:
         assert budget.psnr is not None and budget.psnr_mean is not None and budget.rule_psnr is not None
         assert budget.rule_psnr - 1 < budget.psnr <= budget.psnr_mean
     assert profile.lacks == []
+
+
+@pytest.mark.slow
+def test_tuned_weights_end_nearer_on_prompts_that_did_not_give_them() -> None:
+    """By decibels, in the mean, where two thirds of the steps are skipped; two prompts give the weights."""
+    untuned = MeasuredBudget(speedup=28 / 9, predictor="affine3", terms={})
+    profile = named_profile("demo").model_copy(update={"budgets": (untuned,)})
+    pipeline = load_pipeline(OmniDiffusionConfig(model="demo", dtype="float32"))
+    arguments = profile.provenance["arguments"]
+    tuned = measured(tuning(profile, 3), pipeline, ("rocket", "strawberry", "snail"), 11, arguments)
+    assert tuned.tuned and tuned.budgets[0].terms and len(tuned.budgets[0].terms) == 19
+    unseen = ("violin", "tiger", "castle", "honeybee")
+    trials = [Trial(i, planned(one, 9), picture=True) for i in range(len(unseen)) for one in (profile, tuned)]
+    compared = Measurement("runs", tuple(trials), lambda away: [one.decibels for one in away])
+    before, after = np.array(measured(compared, pipeline, unseen, 77, arguments)).reshape(-1, 2).mean(axis=0)
+    assert after > before + 1
 
 
 @pytest.mark.slow

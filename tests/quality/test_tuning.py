@@ -142,4 +142,3 @@ def test_each_prompt_counts_by_decibels() -> None:
     even = solve(away, by, [0], 0.0)
     heavier = solve(away * [[1.0], [10.0]], by * [[[1.0]], [[10.0]]], [0], 0.0)
     assert even[0] == pytest.approx(heavier[0], rel=1e-3)
-

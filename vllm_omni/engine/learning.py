@@ -155,9 +155,7 @@ class IdleLearning:
             self._measurement, self._results, self._exact = _next(profile, _schedule_of(profile).switches), [], {}
             logger.info("magcache: %s of %s, when nobody waits", self._measurement.name, profile.name)
         if not self._measurement.trials:
-            if (read := self._measurement.read([])) == profile:
-                raise InvalidValueError("profile", profile.name, "leaves nothing to try")
-            self._finish(read)
+            self._read([])
             return
         trial = self._measurement.trials[len(self._results)]
         if self._exact.get(trial.picture, (None,))[0] != trial.prompt:
@@ -227,11 +225,18 @@ class IdleLearning:
         self._repeats = 0
         assert self._measurement is not None
         if len(self._results) == len(self._measurement.trials):
-            found = self._measurement.read(self._results)
-            if isinstance(found, Measurement):
-                self._measurement, self._results = found, []
-            else:
-                self._finish(found)
+            self._read(self._results)
+
+    def _read(self, results: Sequence[Away]) -> None:
+        """Take in what the results say: more of the profile, or what else is to be tried."""
+        assert self._measurement is not None and self._profile is not None
+        found = self._measurement.read(results)
+        if isinstance(found, Measurement):
+            self._measurement, self._results = found, []
+        elif found == self._profile:
+            raise InvalidValueError("profile", found.name, "leaves nothing to try")
+        else:
+            self._finish(found)
 
     def _drop(self) -> None:
         """Let go of what was measured of the profile at hand."""

@@ -48,10 +48,10 @@ class MeasuredBudget(Settings):
 
     `mask` says where its computed steps come from: the planner, or the published threshold rule; `forecasts` what its
     skipped ones forecast: what the blocks add, or the denoiser's whole output. `terms` are the (anchor, weight) of each
-    skipped step, tuned to where a run of this very schedule ends (`vllm_omni.tuning`); empty if the predictor's own
-    were nearer, None: not tried. Decibels are PSNR to
-    the uncached output, the lowest of `pairs` prompts and seeds that calibration had not seen: of this choice, of the
-    published rule with reuse, and of an uncached run of as many steps. None: not measured.
+    skipped step, tuned to where runs of this very schedule end (`vllm_omni.tuning`); empty: the predictor's own were
+    nearer, None: not tried. Decibels are PSNR to the uncached output, the lowest of `pairs` prompts and seeds that
+    calibration had not seen: of this choice, of the published rule with reuse, and of an uncached run of as many steps.
+    None: not measured.
     """
 
     speedup: float = Field(ge=1, lt=LARGEST, allow_inf_nan=False)  # steps per full forward
@@ -77,8 +77,8 @@ class CacheProfile(Settings):
     `gains[t]` is how far the final latents end from the uncached run's per error of one in step t's residual and per
     unit of sigma that the step covers, `gain_errors` its standard error over prompts; both are joint over guidance
     branches. `output_gram` and `output_gains` are the same of the output that the scheduler gets, which guidance has
-    made of all branches. `budgets` are the choices measured, by ascending speed-up. `branches` holds the curve per guidance
-    branch.
+    made of all branches. `budgets` are the choices measured, by ascending speed-up. `branches` holds the curve of each
+    guidance branch.
     """
 
     format: int = FORMAT

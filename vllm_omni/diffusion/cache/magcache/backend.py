@@ -124,7 +124,8 @@ class MagCacheBackend(StackBackend):
         decibels = isinstance(settings.plan, Budget) and settings.plan.psnr is not None
         if profile is None or profile.gram is None:
             return decibels or settings.config.predictor in NEED_GRAM
-        return decibels and not profile.has_figures and unfinished(profile) and not (other and profile in self.learning.left)
+        to_come = not profile.has_figures and unfinished(profile)
+        return decibels and to_come and not (other and profile in self.learning.left)
 
     def learn(self) -> CacheProfile | None:
         """Take over what was learnt by now; returns a profile that lacks what runs of its own would give, if any."""
