@@ -1,9 +1,9 @@
 """How near any mask comes: a search over masks at equal full forwards, beside what calibration chose and fewer steps.
 
-It starts at the profile's choice. In each round one or two computed steps are moved, in several ways; the nearest of
-those is kept if it is nearer than all before. What was found is then run on other prompts. This says what a better
-planner could still gain with the profile's own forecasts; some dozens of masks are tried, so that the best of all masks
-may be nearer still.
+It starts at the profile's choice, with its predictor's own weights, since tuned ones are of one mask. In each round one
+or two computed steps are moved, in several ways; the nearest of those is kept if it is nearer than all before. What was
+found is then run on other prompts. This says what a better planner could still gain with the profile's own forecasts;
+some dozens of masks are tried, so that the best of all masks may be nearer still.
 
     python benchmarks/bound.py MODEL --profile FILE      MODEL: demo, or a folder with a captions.txt
 """
@@ -61,14 +61,16 @@ class Runs:
         self.arguments = generation_defaults(options.model)
         steps = self.arguments["num_inference_steps"]
         found = find_profiles(options.model, fingerprint(self.pipeline.transformer))
-        self.profile: Any = named_profile(options.profile) if options.profile else nearest(found, steps)
-        if self.profile is None or self.profile.gram is None or not self.profile.budgets:
+        profile = named_profile(options.profile) if options.profile else nearest(found, steps)
+        if profile is None or profile.gram is None or not profile.budgets:
             raise SystemExit("needs a profile with choices: vllm-omni calibrate MODEL --prompts FILE")
+        untuned = tuple(budget.model_copy(update={"terms": {}}) for budget in profile.budgets)
+        self.profile: Any = profile.model_copy(update={"budgets": untuned})
         captions = (Path(resolve_model(options.model)) / "captions.txt").read_text().splitlines()
         self.seen, self.unseen = captions[::2][-options.prompts :], captions[1::2][-options.held_out :]
 
     def chosen(self, nfe: int) -> Any:
-        """The plan of the profile's choice."""
+        """The plan of the profile's choice, with its predictor's weights."""
         from vllm_omni.diffusion.cache.plan.compose import compose
         from vllm_omni.diffusion.cache.plan.schedule import Schedule
         from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, parse

@@ -224,8 +224,7 @@ def choices(
         errors = np.log(relative).reshape(prompts, len(budgets))
         return profile.model_copy(update={"budgets": tuple(_best(budgets, errors))})
 
-    alone = [profile.model_copy(update={"budgets": (budget,)}) for budget in budgets]
-    plans = [planned(one, forwards_of(one, budget)) for one, budget in zip(alone, budgets, strict=True)]
+    plans = [plan_of(profile, budget) for budget in budgets]
     trials = tuple(Trial(first + prompt, plan, picture=True) for prompt in range(prompts) for plan in plans)
     return Measurement("choices", trials, read)
 
@@ -281,6 +280,11 @@ def _forwards(steps: int, switches: tuple[int, ...]) -> list[int]:
 def forwards_of(profile: CacheProfile, budget: MeasuredBudget) -> int:
     """The full forwards of a budget, on the schedule that it was measured on."""
     return round(len(profile.ratios) / budget.speedup)
+
+
+def plan_of(profile: CacheProfile, budget: MeasuredBudget) -> Callable[[Schedule], CachePlan]:
+    """What a request would do by this choice alone."""
+    return planned(profile.model_copy(update={"budgets": (budget,)}), forwards_of(profile, budget))
 
 
 def planned(profile: CacheProfile, nfe: int) -> Callable[[Schedule], CachePlan]:

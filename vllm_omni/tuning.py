@@ -21,7 +21,7 @@ from vllm_omni.diffusion.cache.plan.compose import CachePlan
 from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
 from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
-from vllm_omni.trials import Away, Measurement, Trial, forwards_of, planned
+from vllm_omni.trials import Away, Measurement, Trial, plan_of
 
 ORDER = 3  # computed steps that a forecast is made of
 MOVED = 0.1  # by how much a trial moves a weight
@@ -49,7 +49,7 @@ def tuning(profile: CacheProfile, prompts: int, first: int = 0, switches: Switch
     assert profile.sigmas is not None
     schedule = Schedule(len(profile.ratios), profile.sigmas, switches)
     untuned = [budget.model_copy(update={"terms": {}}) for budget in profile.budgets]
-    plans = [planned(profile.model_copy(update={"budgets": (one,)}), forwards_of(profile, one)) for one in untuned]
+    plans = [plan_of(profile, budget) for budget in untuned]
     shifts = [_shifts(_widened(plan(schedule), switches)) for plan in plans]
     giving = min(MOST_PROMPTS, 2 * prompts // 3)
 
@@ -90,7 +90,7 @@ def _compared(
         return profile.model_copy(update={"budgets": tuple(budget.without_figures() for budget in budgets)})
 
     trials = tuple(
-        Trial(prompt, planned(profile.model_copy(update={"budgets": (one,)}), forwards_of(profile, one)), picture=True)
+        Trial(prompt, plan_of(profile, one), picture=True)
         for prompt in prompts
         for index in tried
         for one in (untuned[index], tuned[index])

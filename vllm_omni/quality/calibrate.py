@@ -82,7 +82,7 @@ def judge(
     seed: int,
     **arguments: Any,
 ) -> CacheProfile:
-    """`profile` with `budgets`: chosen on `prompts`, and measured on `held_out`, which decided nothing.
+    """`profile` with `budgets`: chosen and tuned on `prompts`, and measured on `held_out`, which decided nothing.
 
     Of prompts that the profile's matrix has seen, a plan looks better than it is: give others, if there are any.
     A profile without gains stays as it is: its runs do not repeat themselves.
