@@ -26,8 +26,8 @@ from vllm_omni.trials import Away, Measurement, Trial, plan_of
 ORDER = 3  # computed steps that a forecast is made of
 MOVED = 0.1  # by how much a trial moves a weight
 RIDGES = (0.1, 0.3, 1.0, 3.0)  # of each step's own part of the normal equations
-MOST_PROMPTS = 4  # that give weights; six gave little more, one is fitted alone (docs/log.md)
-LEAST_DB = 0.1  # that it must help a prompt that is left out, on average
+MOST_PROMPTS = 4  # that give weights; six gave little more (docs/log.md)
+LEAST_DB = 0.1  # by which they must be nearer, on average
 ROUNDS = 4  # of weighing prompts by what is left of their error
 
 
@@ -42,16 +42,15 @@ class Shift(NamedTuple):
 def tuning(profile: CacheProfile, prompts: int, first: int = 0, switches: Switches = ()) -> Measurement[CacheProfile]:
     """`profile` with the terms of each budget that end nearer than its predictor's own; see `MeasuredBudget`.
 
-    Up to four prompts from `first` on give the weights, the others, a third at least, say whether they are nearer, by
-    the mean of decibels. What has no numbers, or does not improve a prompt that gave no weights, is left as it was; so
-    is everything if there is but one prompt.
+    Of the prompts from `first` on the first four give the weights, and all say whether they are nearer, by the mean of
+    decibels, each with weights that it has not given. One prompt alone is fitted, not measured: it gives none.
     """
     assert profile.sigmas is not None
     schedule = Schedule(len(profile.ratios), profile.sigmas, switches)
     untuned = [budget.model_copy(update={"terms": {}}) for budget in profile.budgets]
     plans = [plan_of(profile, budget) for budget in untuned]
     shifts = [_shifts(_widened(plan(schedule), switches)) for plan in plans]
-    giving = min(MOST_PROMPTS, 2 * prompts // 3)
+    giving = min(MOST_PROMPTS, prompts) if prompts > 1 else 0
 
     def with_shift(plan: Callable[[Schedule], CachePlan], shift: Shift | None) -> Callable[[Schedule], CachePlan]:
         own = {} if shift is None else {shift: MOVED}
@@ -62,11 +61,11 @@ def tuning(profile: CacheProfile, prompts: int, first: int = 0, switches: Switch
         runs = [[[next(rows) for _ in range(1 + len(own))] for own in shifts] for _ in range(giving)]
         tuned = []
         for index, (budget, own) in enumerate(zip(untuned, shifts, strict=True)):
-            amounts = amounts_of([prompt[index] for prompt in runs], [shift.step for shift in own]) if runs else None
-            by_shift = dict(zip(own, amounts.tolist(), strict=True)) if amounts is not None else {}
-            terms = _shifted(plans[index](schedule), switches, by_shift).terms if by_shift else {}
-            tuned.append(budget.model_copy(update={"terms": terms}))
-        return _compared(profile, untuned, tuned, range(first + giving, first + prompts))
+            found = amounts_of([prompt[index] for prompt in runs], [shift.step for shift in own])
+            plan = plans[index](schedule)
+            terms = [_shifted(plan, switches, dict(zip(own, amounts, strict=True))).terms for amounts in found]
+            tuned.append([budget.model_copy(update={"terms": one}) for one in terms])
+        return _compared(profile, untuned, tuned, range(first, first + prompts))
 
     trials = tuple(
         Trial(first + prompt, with_shift(plan, shift), kept=True)
@@ -78,22 +77,28 @@ def tuning(profile: CacheProfile, prompts: int, first: int = 0, switches: Switch
 
 
 def _compared(
-    profile: CacheProfile, untuned: Sequence[MeasuredBudget], tuned: Sequence[MeasuredBudget], prompts: Sequence[int]
+    profile: CacheProfile,
+    untuned: Sequence[MeasuredBudget],
+    tuned: Sequence[Sequence[MeasuredBudget]],
+    prompts: Sequence[int],
 ) -> Measurement[CacheProfile]:
-    """`profile` with the budgets of `tuned` that end nearer than those of `untuned`; nothing of its figures holds."""
-    tried = [index for index, budget in enumerate(tuned) if budget.terms]
+    """`profile` with the budgets of `tuned` that end nearer than those of `untuned`; nothing of its figures holds.
+
+    `tuned`: for each budget those without each of the first prompts, then that of all of them; empty if there is none.
+    """
+    tried = [index for index, ways in enumerate(tuned) if ways]
 
     def read(results: Sequence[Away]) -> CacheProfile:
-        errors = np.log([max(result.squared, 1e-30) for result in results]).reshape(len(prompts), len(tried), 2)
-        nearer = dict(zip(tried, errors[..., 1].mean(axis=0) < errors[..., 0].mean(axis=0), strict=True))
-        budgets = [(tuned if nearer.get(index) else untuned)[index] for index in range(len(tuned))]
+        table = np.array([result.decibels for result in results]).reshape(len(prompts), len(tried), 2)
+        nearer = dict(zip(tried, np.diff(table.mean(axis=0))[:, 0] > LEAST_DB, strict=True))
+        budgets = [tuned[index][-1] if nearer.get(index) else budget for index, budget in enumerate(untuned)]
         return profile.model_copy(update={"budgets": tuple(budget.without_figures() for budget in budgets)})
 
     trials = tuple(
         Trial(prompt, plan_of(profile, one), picture=True)
-        for prompt in prompts
+        for number, prompt in enumerate(prompts)
         for index in tried
-        for one in (untuned[index], tuned[index])
+        for one in (untuned[index], tuned[index][min(number, len(tuned[index]) - 1)])
     )
     return Measurement("weights, compared", trials, read)
 
@@ -131,29 +136,27 @@ def _shifted(plan: CachePlan, switches: Switches, amounts: Mapping[Shift, float]
     return CachePlan.of(plan.compute, terms, plan.forecasts)
 
 
-def amounts_of(runs: Sequence[Sequence[Away]], steps: Sequence[int]) -> np.ndarray | None:
-    """How much to move along each shift; None if nothing helps a prompt that is left out.
+def amounts_of(runs: Sequence[Sequence[Away]], steps: Sequence[int]) -> list[np.ndarray]:
+    """How much to move along each shift: without each prompt, in order, and then by all; nothing without numbers.
 
     `runs`, by prompt: as planned, then with each shift; `steps`: that of each shift. Each step's own part of the normal
     equations is enlarged, so that steps do not lean on one another for what a few prompts show by chance: as much as
     serves prompts best that are left out, one after another.
     """
     moved = [run.moved for prompt in runs for run in prompt]
-    if not steps or any(one is None or not np.isfinite(one).all() for one in moved):
-        return None
+    if len(runs) < 2 or not steps or any(one is None or not np.isfinite(one).all() for one in moved):
+        return []
     ends = np.asarray(moved, dtype=np.float64).reshape(len(runs), 1 + len(steps), -1)
     away, by = ends[:, 0], (ends[:, 1:] - ends[:, :1]) / MOVED
-    everyone = np.arange(len(runs))
-    left_out = [(everyone != out, out) for out in everyone] if len(runs) > 1 else [(everyone == 0, 0)]  # or none
-    gained = {}
-    for ridge in RIDGES:
-        logs = []
-        for others, out in left_out:
-            amounts = solve(away[others], by[others], steps, ridge)
-            logs.append(np.log(max(_size(away[out] + amounts @ by[out]), 1e-30) / max(_size(away[out]), 1e-30)))
-        gained[ridge] = -float(np.mean(logs)) * 10 / np.log(10)
-    best = max(gained, key=lambda ridge: gained[ridge])
-    return solve(away, by, steps, best) if gained[best] > LEAST_DB else None
+    others = [np.arange(len(runs)) != out for out in range(len(runs))]
+    left_out = {ridge: [solve(away[rest], by[rest], steps, ridge) for rest in others] for ridge in RIDGES}
+
+    def left(ridge: float) -> float:
+        ends = away + np.einsum("pk,pkn->pn", left_out[ridge], by)
+        return float(np.mean(np.log(np.maximum(_sizes(ends), 1e-30))))
+
+    best = min(RIDGES, key=left)
+    return [*left_out[best], solve(away, by, steps, best)]
 
 
 def solve(away: np.ndarray, by: np.ndarray, steps: Sequence[int], ridge: float) -> np.ndarray:
@@ -167,7 +170,7 @@ def solve(away: np.ndarray, by: np.ndarray, steps: Sequence[int], ridge: float) 
     products, cross = by @ by.transpose(0, 2, 1), np.einsum("pkn,pn->pk", by, away)
     amounts = np.zeros(len(of_step))
     for _ in range(ROUNDS):
-        counts = 1 / np.maximum([_size(row) for row in away + amounts @ by], 1e-30)
+        counts = 1 / np.maximum(_sizes(away + amounts @ by), 1e-30)
         counts /= counts.sum()
         normal = np.tensordot(counts, products, axes=1)
         floor = 1e-9 * max(np.trace(normal) / len(normal), np.finfo(float).tiny / 1e-9) * np.eye(len(normal))
@@ -175,5 +178,5 @@ def solve(away: np.ndarray, by: np.ndarray, steps: Sequence[int], ridge: float) 
     return amounts
 
 
-def _size(row: np.ndarray) -> float:
-    return float(row @ row)
+def _sizes(rows: np.ndarray) -> np.ndarray:
+    return np.einsum("pn,pn->p", rows, rows)

@@ -86,16 +86,18 @@ def _mask() -> tuple[bool, ...]:
 
 
 def test_weights_that_are_right_already_stay() -> None:
-    """What is left of each prompt's error is its own, and nothing that helps one helps another."""
+    """What is left of each prompt's error is its own, and what helps one helps no other."""
     found = finished(tuning(profile(), 6), World(untuned_terms(), own=1.0))
     assert found.budgets[0].terms == {} and found.tuned
 
 
-def test_weights_that_help_no_prompt_but_those_that_gave_them_are_not_taken() -> None:
+def test_weights_that_turn_out_farther_away_are_not_taken() -> None:
+    """As where a small shift says nothing of a large one."""
+
     class Fickle(World):
         def run(self, trial: Trial) -> Away:
             plan = trial.plan(SCHEDULE) if trial.plan else None
-            if trial.picture:  # compared on other prompts: the tuned one is farther
+            if trial.picture:
                 assert plan is not None
                 return Away(2.0 if plan.tuned else 1.0, 1.0)
             return super().run(trial)
@@ -105,25 +107,29 @@ def test_weights_that_help_no_prompt_but_those_that_gave_them_are_not_taken() ->
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 6])
-def test_prompts_that_give_weights_do_not_compare_them(prompts: int) -> None:
-    measurement = tuning(profile(), prompts, first=3)
+def test_prompts_are_compared_with_weights_that_they_have_not_given(prompts: int) -> None:
+    measurement, world = tuning(profile(), prompts, first=3), World(untuned_terms(), own=1.0)
     giving = {trial.prompt for trial in measurement.trials}
     assert all(trial.kept and not trial.picture for trial in measurement.trials)
-    found: Any = measurement.read([World({}).run(trial) for trial in measurement.trials])
+    assert giving == set(range(3, 3 + min(prompts, 4)) if prompts > 1 else ())  # a single prompt's are its own
+    found: Any = measurement.read([world.run(trial) for trial in measurement.trials])
     if prompts == 1:
-        assert not giving  # a single prompt's weights are its own
-    comparing = set(range(3, 3 + prompts)) - giving
-    assert comparing and all(trial.prompt in comparing for trial in found.trials)
-    assert [trial.prompt for trial in measurement.trials] == sorted(trial.prompt for trial in measurement.trials)
+        assert not found.trials and found.read([]).tuned and not found.read([]).budgets[0].terms
+        return
+    plans = {trial.prompt: trial.plan(SCHEDULE).terms for trial in found.trials[1::2]}
+    untuned = {str(trial.plan(SCHEDULE).terms) for trial in found.trials[::2]}
+    assert [trial.prompt for trial in found.trials[1::2]] == list(range(3, 3 + prompts)) and len(untuned) == 1
+    assert len({str(terms) for terms in plans.values()}) == (2 if prompts == 2 else 5)  # one for all that gave none
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
 def test_runs_that_end_in_no_numbers_give_no_weights(value: float | None) -> None:
     good = Away(1.0, 1.0, np.ones(3))
     bad = good._replace(moved=None if value is None else np.array([1.0, value, 1.0]))
-    assert amounts_of([[good, bad], [good, good]], [4]) is None
-    assert amounts_of([[good], [good]], []) is None  # and neither do plans with nothing to choose
-    assert amounts_of([[good._replace(moved=np.zeros(3))] * 2] * 2, [4]) is None  # nor those that are exact already
+    assert amounts_of([[good, bad], [good, good]], [4]) == []
+    assert amounts_of([[good], [good]], []) == []  # and neither do plans with nothing to choose
+    exact = good._replace(moved=np.zeros(3))
+    assert [float(one[0]) for one in amounts_of([[exact] * 2] * 2, [4])] == [0.0, 0.0, 0.0]
 
 
 def test_weight_moves_between_the_anchors_of_one_denoiser() -> None:
