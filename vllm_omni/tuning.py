@@ -27,7 +27,6 @@ ORDER = 3  # computed steps that a forecast is made of
 MOVED = 0.1  # by how much a trial moves a weight
 RIDGES = (0.1, 0.3, 1.0, 3.0)  # of each step's own part of the normal equations
 MOST_PROMPTS = 4  # that give weights; six gave little more (docs/log.md)
-LEAST_DB = 0.1  # by which they must be nearer, on average
 ROUNDS = 4  # of weighing prompts by what is left of their error
 
 
@@ -42,8 +41,9 @@ class Shift(NamedTuple):
 def tuning(profile: CacheProfile, prompts: int, first: int = 0, switches: Switches = ()) -> Measurement[CacheProfile]:
     """`profile` with the terms of each budget that end nearer than its predictor's own; see `MeasuredBudget`.
 
-    Of the prompts from `first` on the first four give the weights, and all say whether they are nearer, by the mean of
-    decibels, each with weights that it has not given. One prompt alone is fitted, not measured: it gives none.
+    Of the prompts from `first` on the first four give the weights, and all say what they are worth, each with weights
+    that it has not given: they are left if decibels fall by more than a standard error, for they rarely do and eight
+    prompts say little (docs/log.md). One prompt alone is fitted, not measured: it gives none.
     """
     assert profile.sigmas is not None
     schedule = Schedule(len(profile.ratios), profile.sigmas, switches)
@@ -82,7 +82,7 @@ def _compared(
     tuned: Sequence[Sequence[MeasuredBudget]],
     prompts: Sequence[int],
 ) -> Measurement[CacheProfile]:
-    """`profile` with the budgets of `tuned` that end nearer than those of `untuned`; nothing of its figures holds.
+    """`profile` with the budgets of `tuned` that are not farther than those of `untuned`; none of its figures holds.
 
     `tuned`: for each budget those without each of the first prompts, then that of all of them; empty if there is none.
     """
@@ -90,8 +90,8 @@ def _compared(
 
     def read(results: Sequence[Away]) -> CacheProfile:
         table = np.array([result.decibels for result in results]).reshape(len(prompts), len(tried), 2)
-        nearer = dict(zip(tried, np.diff(table.mean(axis=0))[:, 0] > LEAST_DB, strict=True))
-        budgets = [tuned[index][-1] if nearer.get(index) else budget for index, budget in enumerate(untuned)]
+        gained = dict(zip(tried, np.diff(table)[..., 0].T, strict=True))
+        budgets = [budget if _lost(gained.get(i)) else tuned[i][-1] for i, budget in enumerate(untuned)]
         return profile.model_copy(update={"budgets": tuple(budget.without_figures() for budget in budgets)})
 
     trials = tuple(
@@ -101,6 +101,11 @@ def _compared(
         for one in (untuned[index], tuned[index][min(number, len(tuned[index]) - 1)])
     )
     return Measurement("weights, compared", trials, read)
+
+
+def _lost(decibels: np.ndarray | None) -> bool:
+    """Whether prompts lost by more than a standard error, or there were none."""
+    return decibels is None or bool(decibels.mean() < -decibels.std(ddof=1) / np.sqrt(len(decibels)))
 
 
 def _widened(plan: CachePlan, switches: Switches) -> dict[int, Terms]:
