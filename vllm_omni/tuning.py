@@ -26,7 +26,7 @@ from vllm_omni.trials import Away, Measurement, Trial, plan_of
 ORDER = 3  # computed steps that a forecast is made of
 MOVED = 0.1  # by how much a trial moves a weight
 RIDGES = (0.1, 0.3, 1.0, 3.0)  # of each step's own part of the normal equations
-MOST_PROMPTS = 4  # that give weights; six gave little more (docs/log.md)
+MOST_PROMPTS = 8  # that give weights; with four the mean is as good, and single pictures are not (docs/log.md)
 ROUNDS = 4  # of weighing prompts by what is left of their error
 
 
@@ -41,9 +41,9 @@ class Shift(NamedTuple):
 def tuning(profile: CacheProfile, prompts: int, first: int = 0, switches: Switches = ()) -> Measurement[CacheProfile]:
     """`profile` with the terms of each budget that end nearer than its predictor's own; see `MeasuredBudget`.
 
-    Of the prompts from `first` on the first four give the weights, and all say what they are worth, each with weights
-    that it has not given: they are left if decibels fall by more than a standard error, for they rarely do and eight
-    prompts say little (docs/log.md). One prompt alone is fitted, not measured: it gives none.
+    The prompts from `first` on give the weights, up to eight of them, and all say what they are worth, each with
+    weights that it has not given: they are left if decibels fall by more than a standard error, for they rarely do and
+    so few prompts say little (docs/log.md). One prompt alone is fitted, not measured: it gives none.
     """
     assert profile.sigmas is not None
     schedule = Schedule(len(profile.ratios), profile.sigmas, switches)

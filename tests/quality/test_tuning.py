@@ -88,8 +88,8 @@ def _mask() -> tuple[bool, ...]:
 def test_weights_that_are_right_already_stay_about_what_they_are() -> None:
     """What is left of each prompt's error is its own, and what helps one helps no other."""
     terms = finished(tuning(profile(), 6), World(untuned_terms(), own=1.0)).budgets[0].terms or untuned_terms()
-    for step, own in untuned_terms().items():
-        assert dict(terms[step]) == pytest.approx(dict(own), abs=0.1)
+    moved = [abs(dict(terms[step]).get(anchor, 0.0) - w) for step, own in untuned_terms().items() for anchor, w in own]
+    assert max(moved) < 0.3
 
 
 def test_weights_that_turn_out_farther_away_are_not_taken() -> None:
@@ -107,12 +107,12 @@ def test_weights_that_turn_out_farther_away_are_not_taken() -> None:
     assert finished(tuning(profile(), 6), Fickle(best)).budgets[0].terms == {}
 
 
-@pytest.mark.parametrize("prompts", [1, 2, 6])
+@pytest.mark.parametrize("prompts", [1, 2, 6, 10])
 def test_prompts_are_compared_with_weights_that_they_have_not_given(prompts: int) -> None:
     measurement, world = tuning(profile(), prompts, first=3), World(untuned_terms(), own=1.0)
     giving = {trial.prompt for trial in measurement.trials}
     assert all(trial.kept and not trial.picture for trial in measurement.trials)
-    assert giving == set(range(3, 3 + min(prompts, 4)) if prompts > 1 else ())  # a single prompt's are its own
+    assert giving == set(range(3, 3 + min(prompts, 8)) if prompts > 1 else ())  # a single prompt's are its own
     found: Any = measurement.read([world.run(trial) for trial in measurement.trials])
     if prompts == 1:
         assert not found.trials and found.read([]).tuned and not found.read([]).budgets[0].terms
@@ -120,7 +120,7 @@ def test_prompts_are_compared_with_weights_that_they_have_not_given(prompts: int
     plans = {trial.prompt: trial.plan(SCHEDULE).terms for trial in found.trials[1::2]}
     untuned = {str(trial.plan(SCHEDULE).terms) for trial in found.trials[::2]}
     assert [trial.prompt for trial in found.trials[1::2]] == list(range(3, 3 + prompts)) and len(untuned) == 1
-    assert len({str(terms) for terms in plans.values()}) == (2 if prompts == 2 else 5)  # one for all that gave none
+    assert len({str(terms) for terms in plans.values()}) == min(prompts, 9)  # one for all that gave none
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])
