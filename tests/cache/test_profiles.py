@@ -272,7 +272,9 @@ def test_an_engine_with_a_hostile_profile_does_not_start(tmp_path: Path) -> None
 
 def test_tuned_weights_are_for_the_schedule_and_the_forwards_that_they_were_tuned_for() -> None:
     terms = {2: ((0, 0.25), (1, 0.75)), 3: ((0, -0.5), (1, 1.5)), 4: ((1, 1.0),)}
-    profile = CacheProfile.from_dict(content() | {"budgets": [tuned(terms), {"speedup": 3, "predictor": "affine"}]})
+    more = {"speedup": 1.2, "predictor": "affine", "terms": {}}
+    budgets = [more, tuned(terms), {"speedup": 3, "predictor": "affine"}]
+    profile = CacheProfile.from_dict(content() | {"budgets": budgets})
     assert CacheProfile.from_dict(json.loads(profile.model_dump_json())) == profile
     sigmas = profile.sigmas or ()
 
@@ -282,10 +284,13 @@ def test_tuned_weights_are_for_the_schedule_and_the_forwards_that_they_were_tune
     for settings in ({"nfe": 3}, {"speedup": 2.0}):
         found = plan(**settings)
         assert found.tuned and found.terms == terms and found.compute == (True, True, False, False, False, True)
+    between = plan(nfe=4)
+    assert between.tuned and between.full_forwards == 4 and between.terms.items() < terms.items()
     closer = tuple(0.99 * sigma for sigma in sigmas)
     ours = tuple(0.99 * ratio for ratio in profile.ratios)
     for other in (
-        plan(nfe=4),
+        plan(nfe=5),
+        plan(nfe=6),
         plan(nfe=2),
         plan(closer, nfe=3),
         plan((*sigmas, 0.01), nfe=3),

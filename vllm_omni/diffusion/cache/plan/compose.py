@@ -10,7 +10,7 @@ from math import ceil
 import numpy as np
 
 from vllm_omni.diffusion.cache.plan.curve import resample
-from vllm_omni.diffusion.cache.plan.planner import best_plan, confine, gram_costs
+from vllm_omni.diffusion.cache.plan.planner import best_plan, confine, forecast_error, gram_costs, step_weights
 from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, Terms, forecasts, resample_gains, resample_gram
 from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan, mask_plan, rule_with
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches, forced_steps
@@ -77,14 +77,30 @@ def compose(
 def _tuned(
     settings: CacheSettings, ratios: tuple[float, ...] | None, profile: CacheProfile | None, schedule: Schedule
 ) -> CachePlan | None:
-    """The plan that calibration has tuned for this very schedule and number of full forwards, if it has."""
+    """The plan that calibration has tuned for this very schedule and number of full forwards, if it has.
+
+    Between two numbers it is that of the lower one, with the steps computed as well that are forecast best: what the
+    other forecasts cancel out stays so, and more forwards are never farther away than fewer.
+    """
     if profile is None or ratios != profile.ratios or not settings.config.as_measured or not profile.is_of(schedule):
         return None
-    nfe = full_forwards(settings, profile, schedule.steps, schedule.switches)
-    best = profile.budget_at(nfe) if nfe is not None else None
-    if best is None or not best.terms or schedule.steps - len(best.terms) != nfe:
+    nfe, steps = full_forwards(settings, profile, schedule.steps, schedule.switches), schedule.steps
+    forwards = [round(steps / budget.speedup) for budget in profile.budgets]
+    if nfe is None or not forwards or nfe > forwards[0]:
         return None
-    return CachePlan.of(tuple(t not in best.terms for t in range(schedule.steps)), best.terms, best.forecasts, True)
+    best = next((budget for budget, least in zip(profile.budgets, forwards, strict=True) if least <= nfe), None)
+    gram = _gram_at(profile, schedule.sigmas, best.forecasts) if best is not None else None
+    if best is None or not (terms := best.terms) or gram is None:
+        return None
+    weights = step_weights(schedule.sigmas, _gains_at(profile, schedule.sigmas, best.forecasts))
+
+    def error(step: int) -> float:
+        anchors, factors = (np.array(column) for column in zip(*terms[step], strict=True))
+        return float(forecast_error(gram, [*anchors], np.array(step), factors) * weights[step])
+
+    skipped = sorted(terms, key=error)[nfe - steps + len(terms) :]
+    compute = tuple(step not in skipped for step in range(steps))
+    return CachePlan.of(compute, {step: terms[step] for step in sorted(skipped)}, best.forecasts, True)
 
 
 def _compute_steps(
