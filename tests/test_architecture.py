@@ -19,7 +19,7 @@ CORE = "vllm_omni.diffusion"  # what must stay readable in an afternoon; serving
 
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 60
-MAX_CORE_LINES = 8490  # 6000 until 2026-11-28; CHANGELOG.md says what came in
+MAX_CORE_LINES = 8505  # 6000 until 2026-11-28; CHANGELOG.md says what came in
 
 # Top to bottom; a module may import its own layer and every layer below. A name covers all that is under it and the
 # longest name wins. A layer is one tuple per sibling; siblings never import each other.

@@ -189,7 +189,8 @@ def keep(profile: CacheProfile) -> None:
     path = profile_folder() / f"{profile.name}-{profile.fingerprint}-{len(profile.ratios)}.json"
     try:
         with suppress(InvalidValueError):
-            if path.exists() and len(load_profile(path).lacks) < len(profile.lacks):
+            there = load_profile(path) if path.exists() else profile
+            if len(there.lacks) < len(profile.lacks) or (there.has_figures and not profile.has_figures):
                 return
         profile.save(path)
     except OSError as error:

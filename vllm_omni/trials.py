@@ -79,6 +79,11 @@ class Away(NamedTuple):
         return away._replace(moved=sketch(difference.float()).cpu().numpy()) if kept else away
 
     @property
+    def gone(self) -> bool:
+        """Whether it holds no numbers, or might as well."""
+        return self.squared >= FAR_OFF * max(self.energy, 1.0)
+
+    @property
     def same(self) -> bool:
         """Whether a run that was made twice ended in the same place, up to rounding."""
         return self.squared <= SAME * self.energy
@@ -251,24 +256,37 @@ def _clearly_better(less: np.ndarray) -> bool:
 def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
     """`profile` with the decibels of each of its budgets, on prompts that decided nothing: see `MeasuredBudget`."""
     curve_only = profile.curve_alone()
-    forwards = [forwards_of(profile, budget) for budget in profile.budgets]
+
+    def of(prompt: int, budget: MeasuredBudget) -> dict[str, Trial]:
+        nfe = forwards_of(profile, budget)
+        trials = {"psnr": Trial(prompt, planned(profile, nfe), picture=True)}
+        if budget.terms:
+            trials["untuned_psnr"] = Trial(
+                prompt, plan_of(profile, budget.model_copy(update={"terms": {}})), picture=True
+            )
+        trials["rule_psnr"] = Trial(prompt, planned(curve_only, nfe), picture=True)
+        return trials | {"fewer_steps_psnr": Trial(prompt, None, nfe, picture=True)}
+
+    every = [
+        (budget.speedup, name, trial)
+        for prompt in range(first, first + prompts)
+        for budget in profile.budgets
+        for name, trial in of(prompt, budget).items()
+    ]
 
     def read(results: Sequence[Away]) -> CacheProfile:
-        table = np.array([result.decibels for result in results]).reshape(prompts, len(forwards), 3)
+        values: dict[float, dict[str, list[float]]] = {}
+        for (speedup, name, _), result in zip(every, results, strict=True):
+            values.setdefault(speedup, {}).setdefault(name, []).append(result.decibels)
         measured = []
-        for budget, (cached, by_rule, fewer) in zip(profile.budgets, table.transpose(1, 2, 0), strict=True):
-            values = {"psnr": cached.min(), "psnr_mean": cached.mean(), "rule_psnr": by_rule.min()}
-            values |= {"fewer_steps_psnr": fewer.min()}
-            shown = {name: round(float(value), 2) for name, value in values.items()}
-            measured.append(budget.model_copy(update=shown | {"pairs": prompts}))
+        for budget in profile.budgets:
+            own = values[budget.speedup]
+            lowest = {name: round(min(decibels), 2) for name, decibels in own.items()}
+            mean = round(float(np.mean(own["psnr"])), 2)
+            measured.append(budget.model_copy(update=lowest | {"psnr_mean": mean, "pairs": prompts}))
         return profile.model_copy(update={"budgets": tuple(measured)})
 
-    def of(prompt: int, nfe: int) -> tuple[Trial, ...]:
-        cached = Trial(prompt, planned(profile, nfe), picture=True)
-        return cached, Trial(prompt, planned(curve_only, nfe), picture=True), Trial(prompt, None, nfe, picture=True)
-
-    trials = tuple(trial for prompt in range(prompts) for nfe in forwards for trial in of(first + prompt, nfe))
-    return Measurement("held-out prompts", trials, read)
+    return Measurement("held-out prompts", tuple(trial for *_, trial in every), read)
 
 
 def _forwards(steps: int, switches: tuple[int, ...]) -> list[int]:

@@ -17,10 +17,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.plan.compose import CachePlan
+from vllm_omni.diffusion.cache.plan.compose import MAX_PAIR_STEPS, CachePlan
 from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
-from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
+from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.trials import Away, Measurement, Trial, plan_of
 
 ORDER = 3  # computed steps that a forecast is made of
@@ -43,46 +43,41 @@ def tuning(profile: CacheProfile, prompts: int, first: int = 0, switches: Switch
 
     The prompts from `first` on give the weights, up to eight of them, and all say what they are worth, each with
     weights that it has not given: they are left if decibels fall by more than a standard error, for they rarely do and
-    so few prompts say little (docs/log.md). One prompt alone is fitted, not measured: it gives none.
+    so few prompts say little (docs/log.md). One prompt alone is fitted, not measured: it gives none. Nor are runs of
+    more steps tuned than are planned by pairs.
     """
     assert profile.sigmas is not None
     schedule = Schedule(len(profile.ratios), profile.sigmas, switches)
-    untuned = [budget.model_copy(update={"terms": {}}) for budget in profile.budgets]
-    plans = [plan_of(profile, budget) for budget in untuned]
-    shifts = [_shifts(_widened(plan(schedule), switches)) for plan in plans]
-    giving = min(MOST_PROMPTS, prompts) if prompts > 1 else 0
-
-    def with_shift(plan: Callable[[Schedule], CachePlan], shift: Shift | None) -> Callable[[Schedule], CachePlan]:
-        own = {} if shift is None else {shift: MOVED}
-        return lambda real: _shifted(plan(real), switches, own)
+    untuned = [plan_of(profile, budget.model_copy(update={"terms": {}}))(schedule) for budget in profile.budgets]
+    shifts = [_shifts(_widened(plan, switches)) for plan in untuned]
+    giving = min(MOST_PROMPTS, prompts) if prompts > 1 and schedule.steps <= MAX_PAIR_STEPS else 0
 
     def read(results: Sequence[Away]) -> Measurement[CacheProfile]:
         rows = iter(results)
         runs = [[[next(rows) for _ in range(1 + len(own))] for own in shifts] for _ in range(giving)]
         tuned = []
-        for index, (budget, own) in enumerate(zip(untuned, shifts, strict=True)):
+        for index, (plan, own) in enumerate(zip(untuned, shifts, strict=True)):
             found = amounts_of([prompt[index] for prompt in runs], [shift.step for shift in own])
-            plan = plans[index](schedule)
-            terms = [_shifted(plan, switches, dict(zip(own, amounts, strict=True))).terms for amounts in found]
-            tuned.append([budget.model_copy(update={"terms": one}) for one in terms])
+            tuned.append([_shifted(plan, switches, dict(zip(own, amounts, strict=True))) for amounts in found])
         return _compared(profile, untuned, tuned, range(first, first + prompts))
 
     trials = tuple(
-        Trial(first + prompt, with_shift(plan, shift), kept=True)
+        Trial(first + prompt, _always(_shifted(plan, switches, {} if shift is None else {shift: MOVED})), kept=True)
         for prompt in range(giving)
-        for plan, own in zip(plans, shifts, strict=True)
+        for plan, own in zip(untuned, shifts, strict=True)
         for shift in (None, *own)
     )
     return Measurement("weights", trials, read)
 
 
+def _always(plan: CachePlan) -> Callable[[Schedule], CachePlan]:
+    return lambda schedule: plan
+
+
 def _compared(
-    profile: CacheProfile,
-    untuned: Sequence[MeasuredBudget],
-    tuned: Sequence[Sequence[MeasuredBudget]],
-    prompts: Sequence[int],
+    profile: CacheProfile, untuned: Sequence[CachePlan], tuned: Sequence[Sequence[CachePlan]], prompts: Sequence[int]
 ) -> Measurement[CacheProfile]:
-    """`profile` with the budgets of `tuned` that are not farther than those of `untuned`; none of its figures holds.
+    """`profile` with the terms of `tuned` that are not farther than those of `untuned`; none of its figures holds.
 
     `tuned`: for each budget those without each of the first prompts, then that of all of them; empty if there is none.
     """
@@ -90,22 +85,26 @@ def _compared(
 
     def read(results: Sequence[Away]) -> CacheProfile:
         table = np.array([result.decibels for result in results]).reshape(len(prompts), len(tried), 2)
-        gained = dict(zip(tried, np.diff(table)[..., 0].T, strict=True))
-        budgets = [budget if _lost(gained.get(i)) else tuned[i][-1] for i, budget in enumerate(untuned)]
-        return profile.model_copy(update={"budgets": tuple(budget.without_figures() for budget in budgets)})
+        gone = np.array([result.gone for result in results]).reshape(table.shape)[..., 1].any(axis=0)
+        kept = {
+            i for i, away, lost in zip(tried, gone, np.diff(table)[..., 0].T, strict=True) if not away | _lost(lost)
+        }
+        terms = [tuned[index][-1].terms if index in kept else {} for index in range(len(untuned))]
+        budgets = [one.without_figures(own) for one, own in zip(profile.budgets, terms, strict=True)]
+        return profile.model_copy(update={"budgets": tuple(budgets)})
 
     trials = tuple(
-        Trial(prompt, plan_of(profile, one), picture=True)
+        Trial(prompt, _always(plan), picture=True)
         for number, prompt in enumerate(prompts)
         for index in tried
-        for one in (untuned[index], tuned[index][min(number, len(tuned[index]) - 1)])
+        for plan in (untuned[index], tuned[index][min(number, len(tuned[index]) - 1)])
     )
     return Measurement("weights, compared", trials, read)
 
 
-def _lost(decibels: np.ndarray | None) -> bool:
-    """Whether prompts lost by more than a standard error, or there were none."""
-    return decibels is None or bool(decibels.mean() < -decibels.std(ddof=1) / np.sqrt(len(decibels)))
+def _lost(decibels: np.ndarray) -> bool:
+    """Whether prompts, two at least, lost by more than a standard error; `decibels` by how much each is nearer."""
+    return bool(decibels.mean() < -decibels.std(ddof=1) / np.sqrt(len(decibels)))
 
 
 def _widened(plan: CachePlan, switches: Switches) -> dict[int, Terms]:
@@ -134,10 +133,10 @@ def _shifted(plan: CachePlan, switches: Switches, amounts: Mapping[Shift, float]
     for shift, amount in amounts.items():
         weights[shift.step][shift.source] -= amount
         weights[shift.step][shift.target] += amount
-    terms = {
-        step: tuple((anchor, float(f"{weight:.6g}")) for anchor, weight in own.items() if weight)
-        for step, own in weights.items()
-    }
+    terms: dict[int, Terms] = {}
+    for step, own in weights.items():
+        rounded = [(anchor, float(f"{weight:.6g}")) for anchor, weight in own.items()]
+        terms[step] = tuple(term for term in rounded if term[1]) or (rounded[-1],)
     return CachePlan.of(plan.compute, terms, plan.forecasts)
 
 
@@ -152,36 +151,38 @@ def amounts_of(runs: Sequence[Sequence[Away]], steps: Sequence[int]) -> list[np.
     if len(runs) < 2 or not steps or any(one is None or not np.isfinite(one).all() for one in moved):
         return []
     ends = np.asarray(moved, dtype=np.float64).reshape(len(runs), 1 + len(steps), -1)
-    away, by = ends[:, 0], (ends[:, 1:] - ends[:, :1]) / MOVED
+    ends[:, 1:] = (ends[:, 1:] - ends[:, :1]) / MOVED
+    products = ends @ ends.transpose(0, 2, 1)
     others = [np.arange(len(runs)) != out for out in range(len(runs))]
-    left_out = {ridge: [solve(away[rest], by[rest], steps, ridge) for rest in others] for ridge in RIDGES}
+    left_out = {ridge: [solve(products[rest], steps, ridge) for rest in others] for ridge in RIDGES}
 
     def left(ridge: float) -> float:
-        ends = away + np.einsum("pk,pkn->pn", left_out[ridge], by)
-        return float(np.mean(np.log(np.maximum(_sizes(ends), 1e-30))))
+        sizes = [_sizes(products[out : out + 1], amounts)[0] for out, amounts in enumerate(left_out[ridge])]
+        return float(np.mean(np.log(sizes)))
 
     best = min(RIDGES, key=left)
-    return [*left_out[best], solve(away, by, steps, best)]
+    return [*left_out[best], solve(products, steps, best)]
 
 
-def solve(away: np.ndarray, by: np.ndarray, steps: Sequence[int], ridge: float) -> np.ndarray:
-    """The amounts x (shifts,) with the least mean over prompts of log ||away + x by||^2, up to the ridge.
+def solve(products: np.ndarray, steps: Sequence[int], ridge: float) -> np.ndarray:
+    """The amounts x (shifts,) with the least mean over prompts of log ||d + sum_i x_i d_i||^2, up to the ridge.
 
-    `away` (prompts, numbers) is where the plan ends, `by` (prompts, shifts, numbers) where each shift moves that.
-    Reweighted least squares: a prompt counts by one over what is left of its error.
+    `products` (prompts, 1 + shifts, 1 + shifts) are the inner products of d, where the plan ends, and of the d_i, what
+    each shift adds to that. Reweighted least squares: a prompt counts by one over what is left of its error.
     """
     of_step = np.asarray(steps)
     same = of_step[:, None] == of_step
-    products, cross = by @ by.transpose(0, 2, 1), np.einsum("pkn,pn->pk", by, away)
     amounts = np.zeros(len(of_step))
     for _ in range(ROUNDS):
-        counts = 1 / np.maximum(_sizes(away + amounts @ by), 1e-30)
-        counts /= counts.sum()
-        normal = np.tensordot(counts, products, axes=1)
+        counts = 1 / _sizes(products, amounts)
+        mean = np.tensordot(counts / counts.sum(), products, axes=1)
+        normal, cross = mean[1:, 1:], mean[1:, 0]
         floor = 1e-9 * max(np.trace(normal) / len(normal), np.finfo(float).tiny / 1e-9) * np.eye(len(normal))
-        amounts = -np.linalg.solve(normal * (1 + ridge * same) + floor, counts @ cross)
+        amounts = -np.linalg.solve(normal * (1 + ridge * same) + floor, cross)
     return amounts
 
 
-def _sizes(rows: np.ndarray) -> np.ndarray:
-    return np.einsum("pn,pn->p", rows, rows)
+def _sizes(products: np.ndarray, amounts: np.ndarray) -> np.ndarray:
+    """||d + sum_i x_i d_i||^2 of each prompt."""
+    x = np.concatenate([[1.0], amounts])
+    return np.maximum(np.einsum("i,pij,j->p", x, products, x), 1e-30)

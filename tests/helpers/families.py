@@ -304,8 +304,12 @@ FAMILIES = [
         roundings=256,  # random layers in the place of its zeros amplify each rounding a hundredfold at guidance 5
     ),
     Family(
-        "Kandinsky 5 video", partial(kandinsky5, d.Kandinsky5T2VPipeline, True), KANDINSKY,
-        settings=VIDEO, more=_lengths, roundings=256,
+        "Kandinsky 5 video",
+        partial(kandinsky5, d.Kandinsky5T2VPipeline, True),
+        KANDINSKY,
+        settings=VIDEO,
+        more=_lengths,
+        roundings=256,
     ),
     Family("Wan 2.1 I2V", wan_i2v, TOKENS, settings=VIDEO, more=edited),
     Family("Wan 2.2 (two experts)", wan22, TOKENS, settings=VIDEO),

@@ -30,7 +30,7 @@ def budgeted(
     config: DiffusionCacheConfig, steps: int, profile: CacheProfile | None = None, switches: tuple[int, ...] = ()
 ) -> int | None:
     """The full forwards that the budget of `config` buys."""
-    return full_forwards(parse("magcache", config), profile, steps, switches)
+    return full_forwards(parse("magcache", config), profile, Schedule(steps, (), switches))
 
 
 def planned_cost(costs: np.ndarray, plan: Sequence[bool]) -> float:

@@ -228,9 +228,14 @@ class IdleLearning:
             self._read(self._results)
 
     def _read(self, results: Sequence[Away]) -> None:
-        """Take in what the results say: more of the profile, or what else is to be tried."""
+        """Take in what the results say: more of the profile, or what else is to be tried.
+
+        A profile that has decibels keeps them until there are others.
+        """
         assert self._measurement is not None and self._profile is not None
         found = self._measurement.read(results)
+        if isinstance(found, CacheProfile) and self._profile.has_figures and not found.has_figures:
+            found = figures(found, JUDGED_ON, GAIN_PROMPTS + CHOSEN_ON)
         if isinstance(found, Measurement):
             self._measurement, self._results = found, []
         elif found == self._profile:

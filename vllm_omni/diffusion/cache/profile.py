@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from vllm_omni.diffusion.cache.plan.predictors import Terms
-from vllm_omni.diffusion.cache.plan.schedule import Schedule
+from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches, forced_steps
 from vllm_omni.diffusion.cache.settings import PredictorName, as_curve
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
@@ -50,8 +50,8 @@ class MeasuredBudget(Settings):
     skipped ones forecast: what the blocks add, or the denoiser's whole output. `terms` are the (anchor, weight) of each
     skipped step, tuned to where runs of this very schedule end (`vllm_omni.tuning`); empty: the predictor's own were
     nearer, None: not tried. Decibels are PSNR to the uncached output, the lowest of `pairs` prompts and seeds that
-    calibration had not seen: of this choice, of the published rule with reuse, and of an uncached run of as many steps.
-    None: not measured.
+    calibration had not seen: of this choice, of it with the predictor's own weights, of the published rule with reuse,
+    and of an uncached run of as many steps. None: not measured.
     """
 
     speedup: float = Field(ge=1, lt=LARGEST, allow_inf_nan=False)  # steps per full forward
@@ -62,13 +62,18 @@ class MeasuredBudget(Settings):
     pairs: int = Field(default=0, ge=0)
     psnr: float | None = Field(default=None, allow_inf_nan=False)
     psnr_mean: float | None = Field(default=None, allow_inf_nan=False)
+    untuned_psnr: float | None = Field(default=None, allow_inf_nan=False)
     rule_psnr: float | None = Field(default=None, allow_inf_nan=False)
     fewer_steps_psnr: float | None = Field(default=None, allow_inf_nan=False)
 
-    def without_figures(self) -> MeasuredBudget:
-        """The choice alone: what was measured of another says nothing of it."""
-        kept = ("speedup", "mask", "forecasts", "predictor", "terms")
-        return MeasuredBudget(**{name: getattr(self, name) for name in kept})
+    def without_figures(self, terms: dict[int, Terms] | None = None) -> MeasuredBudget:
+        """The choice with these terms: what was measured of others says nothing of it."""
+        kept = {name: getattr(self, name) for name in ("speedup", "mask", "forecasts", "predictor")}
+        return MeasuredBudget(**kept, terms=terms)
+
+    def kept(self, tuned: bool) -> float | None:
+        """The decibels that it keeps, where its tuned weights are used or where they are not."""
+        return self.psnr if tuned or not self.terms else self.untuned_psnr
 
 
 class CacheProfile(Settings):
@@ -154,7 +159,7 @@ class CacheProfile(Settings):
             if rows is not None:
                 _check_gram(field, rows, steps)
         for budget in self.budgets:
-            _check_terms(budget, steps)
+            _check_terms(budget, steps, self.switches)
         if self.sigmas is None and any(values is not None for values in (*grams.values(), *by_step.values())):
             raise InvalidValueError("sigmas", None, "must be given with gram or gains")
         return self
@@ -175,10 +180,16 @@ class CacheProfile(Settings):
 
     def is_of(self, schedule: Schedule) -> bool:
         """Whether it was measured on this very schedule."""
-        sigmas, switches = self.sigmas or (), self.provenance.get("switches", [])
-        if not len(sigmas) == len(schedule.sigmas) == schedule.steps or list(switches) != list(schedule.switches):
+        sigmas = self.sigmas or ()
+        if not len(sigmas) == len(schedule.sigmas) == schedule.steps or self.switches != schedule.switches:
             return False
         return np.allclose(sigmas, schedule.sigmas, rtol=1e-4, atol=1e-5)
+
+    @property
+    def switches(self) -> Switches:
+        """The steps at which another denoiser takes over, as its provenance has them."""
+        said = self.provenance.get("switches")
+        return tuple(said) if isinstance(said, list | tuple) else ()
 
     @property
     def tuned(self) -> bool:
@@ -190,10 +201,10 @@ class CacheProfile(Settings):
         """Whether a quality budget can be asked for."""
         return any(budget.psnr is not None for budget in self.budgets)
 
-    def speedup_for(self, psnr: float) -> float | None:
+    def speedup_for(self, psnr: float, tuned: bool = True) -> float | None:
         """The largest measured speed-up that kept so many decibels on every pair; None if none did, or is known."""
-        kept = [budget.speedup for budget in self.budgets if budget.psnr is not None and budget.psnr >= psnr]
-        return max(kept, default=None)
+        measured = ((budget.speedup, budget.kept(tuned)) for budget in self.budgets)
+        return max((speedup for speedup, kept in measured if kept is not None and kept >= psnr), default=None)
 
     @property
     def lacks(self) -> list[str]:
@@ -220,15 +231,17 @@ def _check_gram(field: str, rows: tuple[tuple[float, ...], ...], steps: int) -> 
         raise InvalidValueError(field, matrix.shape, "must be symmetric and positive semi-definite")
 
 
-def _check_terms(budget: MeasuredBudget, steps: int) -> None:
-    """A skipped step is made of steps before it that compute, and as many compute as the speed-up says."""
+def _check_terms(budget: MeasuredBudget, steps: int, switches: Switches) -> None:
+    """A skipped step is made of computed ones of its denoiser before it; as many compute as the speed-up says."""
     if not (terms := budget.terms):
         return
-    forwards = round(steps / budget.speedup)
+    skipped = steps - round(steps / budget.speedup)
+    begins = {step: max((switch for switch in switches if switch <= step), default=0) for step in terms}
     anchors = [(step, *term) for step, own in terms.items() for term in own]
-    fits = all(0 <= a < t and a not in terms and abs(weight) < LARGEST for t, a, weight in anchors)
-    if not fits or 0 in terms or max(terms) >= steps or len(terms) != steps - forwards or not all(terms.values()):
-        fix = f"must make each of {steps - forwards} skipped steps of {steps} from computed ones before it"
+    fits = all(begins[t] <= a < t and a not in terms and abs(weight) < LARGEST for t, a, weight in anchors)
+    forced = forced_steps(steps, True, switches) & terms.keys()
+    if not fits or forced or max(terms) >= steps or len(terms) != skipped or not all(terms.values()):
+        fix = f"must make each of {skipped} skipped steps of {steps} from computed ones before it"
         raise InvalidValueError("budgets.terms", terms, fix)
 
 

@@ -66,7 +66,7 @@ class MagCacheBackend(StackBackend):
         if ratios is None and not isinstance(settings.plan, Mask):
             raise self._no_curve(model_name_of(self._pipeline))
         if steps is not None and not (isinstance(settings.plan, Budget) and settings.plan.seconds):
-            full_forwards(settings, profile, steps)
+            full_forwards(settings, profile, Schedule(steps, ()))
         choose_forecast(settings, profile)
 
     def state(self, schedule: Schedule, settings: CacheSettings | None = None) -> CacheState:
@@ -81,17 +81,18 @@ class MagCacheBackend(StackBackend):
         if all(plan.compute) and not self._reported_no_gain:
             self._reported_no_gain = True
             logger.info("magcache: nothing to gain in %d steps, every one of them computes", schedule.steps)
-        predictor, forecasts = choose_forecast(settings, profile, plan.full_forwards)
+        predictor, _ = choose_forecast(settings, profile, plan.full_forwards)
         facts: dict[str, object] = {
             "backend": "magcache",
             **_plan_facts(settings, profile, schedule),
             "planned_forwards": plan.full_forwards,
             "predictor": "tuned" if plan.tuned else predictor,
-            "forecasts": forecasts,
+            "forecasts": plan.forecasts,
             "profile": profile.name if profile is not None else None,
         }
         best = profile.budget_at(plan.full_forwards) if profile is not None else None
-        if best is not None and best.psnr is not None and best.psnr < (best.fewer_steps_psnr or 0.0):
+        kept = best.kept(plan.tuned) if best is not None else None
+        if best is not None and kept is not None and kept < (best.fewer_steps_psnr or 0.0):
             facts["fewer_steps_are_nearer"] = True  # on held-out prompts, an uncached run of as many steps
         if schedule.switches:
             facts["switches"] = schedule.switches
@@ -214,7 +215,7 @@ class MagCacheBackend(StackBackend):
         choose_forecast(self.settings, next(iter(self.profiles), None))
         decibels = isinstance(self.settings.plan, Budget) and self.settings.plan.psnr is not None
         if decibels and not self._bare and not any(profile.has_figures for profile in self.profiles):
-            full_forwards(self.settings, None, 1)
+            full_forwards(self.settings, None, Schedule(1, ()))
 
     def _no_curve(self, model_name: str = "") -> InvalidValueError:
         return InvalidValueError(
@@ -243,6 +244,6 @@ def _plan_facts(settings: CacheSettings, profile: CacheProfile | None, schedule:
     if isinstance(plan, Mask):
         return {"steps_mask": plan.flags}
     preset: dict[str, object] = {"preset": plan.name} if isinstance(plan, Preset) else {}
-    if full_forwards(settings, profile, schedule.steps, schedule.switches) is not None:
+    if full_forwards(settings, profile, schedule) is not None:
         return preset
     return preset | vars(rule_of(settings))

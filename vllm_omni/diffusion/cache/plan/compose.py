@@ -13,7 +13,7 @@ from vllm_omni.diffusion.cache.plan.curve import resample
 from vllm_omni.diffusion.cache.plan.planner import best_plan, confine, forecast_error, gram_costs, step_weights
 from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, Terms, forecasts, resample_gains, resample_gram
 from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan, mask_plan, rule_with
-from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches, forced_steps
+from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
 from vllm_omni.diffusion.cache.profile import CacheProfile, Forecasted
 from vllm_omni.diffusion.cache.settings import BUDGETS, Budget, CacheSettings, Mask, Preset, Rule
 from vllm_omni.errors import InvalidValueError
@@ -79,18 +79,17 @@ def _tuned(
 ) -> CachePlan | None:
     """The plan that calibration has tuned for this very schedule and number of full forwards, if it has.
 
-    Between two numbers it is that of the lower one, with the steps computed as well that are forecast best: what the
-    other forecasts cancel out stays so, and more forwards are never farther away than fewer.
+    With some more forwards than that it is the same, with the steps computed as well that are forecast best: what the
+    other forecasts cancel out stays so. With half of its skips gone the planner's is as near.
     """
     if profile is None or ratios != profile.ratios or not settings.config.as_measured or not profile.is_of(schedule):
         return None
-    nfe, steps = full_forwards(settings, profile, schedule.steps, schedule.switches), schedule.steps
-    forwards = [round(steps / budget.speedup) for budget in profile.budgets]
-    if nfe is None or not forwards or nfe > forwards[0]:
+    nfe, steps = full_forwards(settings, profile, schedule), schedule.steps
+    if nfe is None:
         return None
-    best = next((budget for budget, least in zip(profile.budgets, forwards, strict=True) if least <= nfe), None)
+    best = next((budget for budget in profile.budgets if round(steps / budget.speedup) <= nfe), None)
     gram = _gram_at(profile, schedule.sigmas, best.forecasts) if best is not None else None
-    if best is None or not (terms := best.terms) or gram is None:
+    if best is None or not (terms := best.terms) or gram is None or 2 * (steps - nfe) < len(terms):
         return None
     weights = step_weights(schedule.sigmas, _gains_at(profile, schedule.sigmas, best.forecasts))
 
@@ -123,7 +122,7 @@ def _compute_steps(
     def plan_at(threshold: float, max_skip_steps: int, retention_ratio: float) -> Plan:
         return _by_rule(curves, Rule(threshold, max_skip_steps, retention_ratio), schedule, guarded)
 
-    if (nfe := full_forwards(settings, profile, schedule.steps, schedule.switches)) is None:
+    if (nfe := full_forwards(settings, profile, schedule)) is None:
         return _by_rule(curves, rule_of(settings), schedule, guarded)
     # Measured with the same share of the steps computed: the rule's mask may have been nearer than the planner's.
     best = profile.budget_at(max(1, round(nfe / schedule.steps * len(profile.ratios)))) if profile is not None else None
@@ -186,16 +185,14 @@ def choose_forecast(
     return asked, "residual"
 
 
-def full_forwards(
-    settings: CacheSettings, profile: CacheProfile | None, steps: int, switches: Switches = ()
-) -> int | None:
+def full_forwards(settings: CacheSettings, profile: CacheProfile | None, schedule: Schedule) -> int | None:
     """How many full forwards the plan is to have; None if the threshold rule or a mask says which steps compute.
 
     A budget buys `nfe`, round(steps / speedup), or what keeps `psnr`. It is kept or refused, never clamped:
     InvalidValueError names the nearest that can be kept, or what the profile lacks. A preset is the rule, too, if the
     profile has no Gram matrix to plan with.
     """
-    budget = settings.plan
+    budget, steps, switches = settings.plan, schedule.steps, schedule.switches
     if not isinstance(budget, Budget | Preset):
         return None
     least = len(forced_steps(steps, settings.config.compute_last_step, switches))
@@ -203,7 +200,7 @@ def full_forwards(
         if not budget.planned or profile is None or profile.gram is None or steps > MAX_PLANNED_STEPS:
             return None
         if profile.has_figures and settings.config.as_measured:
-            return _forwards_keeping(budget.psnr, profile, steps, least)
+            return _forwards_keeping(budget.psnr, profile, schedule, least)
         return min(max(round(steps / budget.speedup), least), steps)
     if steps > MAX_PLANNED_STEPS:
         names = ", ".join(BUDGETS)
@@ -219,7 +216,7 @@ def full_forwards(
         if profile is None or not profile.has_figures:
             fix = "needs a profile with figures of this checkpoint: vllm-omni calibrate MODEL --prompts FILE"
             raise InvalidValueError("psnr", budget.psnr, fix)
-        return _forwards_keeping(budget.psnr, profile, steps, least)
+        return _forwards_keeping(budget.psnr, profile, schedule, least)
     if budget.speedup is None:
         raise InvalidValueError("seconds", budget.seconds, "needs the engine, which measures how long a forward takes")
     if (nfe := round(steps / budget.speedup)) < least:
@@ -228,12 +225,13 @@ def full_forwards(
     return nfe
 
 
-def _forwards_keeping(psnr: float, profile: CacheProfile, steps: int, least: int) -> int:
+def _forwards_keeping(psnr: float, profile: CacheProfile, schedule: Schedule, least: int) -> int:
     """The fewest full forwards that kept `psnr` dB on every held-out pair; all `steps` if none of those measured did.
 
-    Measured on the profile's own steps; in proportion if a run has more, but never fewer than those.
+    Measured on the profile's own steps, tuned weights there alone; in proportion if a run has more, but never fewer.
     """
-    if (speedup := profile.speedup_for(psnr)) is None:
+    steps = schedule.steps
+    if (speedup := profile.speedup_for(psnr, tuned=profile.is_of(schedule))) is None:
         return steps
     wanted = max(round(len(profile.ratios) / speedup), ceil(steps / speedup - 1e-6))
     return min(max(wanted, least), steps)
