@@ -85,11 +85,10 @@ def _compared(
 
     def read(results: Sequence[Away]) -> CacheProfile:
         table = np.array([result.decibels for result in results]).reshape(len(prompts), len(tried), 2)
-        gone = np.array([result.gone for result in results]).reshape(table.shape)[..., 1].any(axis=0)
-        kept = {
-            i for i, away, lost in zip(tried, gone, np.diff(table)[..., 0].T, strict=True) if not away | _lost(lost)
-        }
-        terms = [tuned[index][-1].terms if index in kept else {} for index in range(len(untuned))]
+        gone = np.array([result.gone for result in results]).reshape(table.shape)[..., 1].any(axis=0).tolist()
+        nearer = table[..., 1] - table[..., 0]
+        left = {index for at, index in enumerate(tried) if gone[at] or _lost(nearer[:, at])}
+        terms = [ways[-1].terms if ways and index not in left else {} for index, ways in enumerate(tuned)]
         budgets = [one.without_figures(own) for one, own in zip(profile.budgets, terms, strict=True)]
         return profile.model_copy(update={"budgets": tuple(budgets)})
 
