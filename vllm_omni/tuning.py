@@ -85,9 +85,9 @@ def _compared(
 
     def read(results: Sequence[Away]) -> CacheProfile:
         table = np.array([result.decibels for result in results]).reshape(len(prompts), len(tried), 2)
-        gone = np.array([result.gone for result in results]).reshape(table.shape)[..., 1].any(axis=0).tolist()
+        gone = np.array([result.gone for result in results]).reshape(table.shape)[..., 1]
         nearer = table[..., 1] - table[..., 0]
-        left = {index for at, index in enumerate(tried) if gone[at] or _lost(nearer[:, at])}
+        left = {index for at, index in enumerate(tried) if gone[:, at].any() or _lost(nearer[:, at])}
         terms = [ways[-1].terms if ways and index not in left else {} for index, ways in enumerate(tuned)]
         budgets = [one.without_figures(own) for one, own in zip(profile.budgets, terms, strict=True)]
         return profile.model_copy(update={"budgets": tuple(budgets)})
