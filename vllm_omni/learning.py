@@ -229,7 +229,7 @@ def covers(profile: CacheProfile, schedule: Schedule) -> bool:
         return False
     if profile.sigmas is None or not schedule.sigmas:
         return profile.sigmas is not None
-    if profile.provenance.get("switches", []) != list(schedule.switches):
+    if profile.schedule.switches != schedule.switches:
         return False
     if profile.is_of(schedule):
         return True

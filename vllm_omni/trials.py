@@ -117,7 +117,7 @@ def anchor_of(step: int, gap: int, schedule: Schedule) -> int | None:
     return max(begin, step - gap) if step > begin else None
 
 
-def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -> Measurement[CacheProfile]:
+def gains(profile: CacheProfile, prompts: int) -> Measurement[CacheProfile]:
     """`profile` with the gain of each step and its standard error over prompts: see `CacheProfile`.
 
     A run is disturbed at one step, by what was made a tenth of the run earlier, and finished; how far it ends from
@@ -127,7 +127,7 @@ def gains(profile: CacheProfile, prompts: int, switches: tuple[int, ...] = ()) -
     The first trial is an undisturbed run once more: what that shows, no disturbance has done (see `refuse_noise`).
     """
     assert profile.sigmas is not None and profile.gram is not None
-    schedule = Schedule(len(profile.sigmas), profile.sigmas, switches)
+    schedule = profile.schedule
     gap = max(1, round(schedule.steps / GAINS))
     kinds: tuple[Forecasted, ...] = ("residual",) if profile.output_gram is None else ("residual", "output")
     expected = {kind: _stale_errors(profile, kind, gap, schedule) for kind in kinds}
@@ -207,9 +207,7 @@ def _local_line(places: np.ndarray, values: np.ndarray, at: int, width: float) -
     return float(np.linalg.lstsq(design, root * values, rcond=None)[0][0])
 
 
-def choices(
-    profile: CacheProfile, prompts: int, first: int = 0, switches: tuple[int, ...] = ()
-) -> Measurement[CacheProfile]:
+def choices(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
     """`profile` with, for each of some speed-ups, the mask and the forecast whose output stays nearest to uncached.
 
     Nearest by the mean logarithm over `prompts` from `first` on: in decibels each counts as much as the other. A few
@@ -218,7 +216,7 @@ def choices(
     steps = len(profile.ratios)
     budgets = [
         MeasuredBudget(speedup=steps / nfe, mask=mask, forecasts=what, predictor=predictor)
-        for nfe in _forwards(steps, switches)
+        for nfe in _forwards(profile.schedule)
         for (mask, what), predictors in FORECASTS.items()
         for predictor in predictors
         if profile.gram_of(what) is not None
@@ -258,7 +256,7 @@ def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[
     curve_only = profile.curve_alone()
 
     def of(prompt: int, budget: MeasuredBudget) -> dict[str, Trial]:
-        nfe = forwards_of(profile, budget)
+        nfe = budget.forwards(len(profile.ratios))
         trials = {"psnr": Trial(prompt, planned(profile, nfe), picture=True)}
         if budget.terms:
             trials["untuned_psnr"] = Trial(
@@ -289,20 +287,15 @@ def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[
     return Measurement("held-out prompts", tuple(trial for *_, trial in every), read)
 
 
-def _forwards(steps: int, switches: tuple[int, ...]) -> list[int]:
+def _forwards(schedule: Schedule) -> list[int]:
     """The numbers of full forwards that are measured, by ascending speed-up."""
-    least = len(forced_steps(steps, True, switches))
+    steps, least = schedule.steps, len(forced_steps(schedule.steps, True, schedule.switches))
     return sorted({max(least, round(steps / speedup)) for speedup in SPEEDUPS} - {steps}, reverse=True)
-
-
-def forwards_of(profile: CacheProfile, budget: MeasuredBudget) -> int:
-    """The full forwards of a budget, on the schedule that it was measured on."""
-    return round(len(profile.ratios) / budget.speedup)
 
 
 def plan_of(profile: CacheProfile, budget: MeasuredBudget) -> Callable[[Schedule], CachePlan]:
     """What a request would do by this choice alone."""
-    return planned(profile.model_copy(update={"budgets": (budget,)}), forwards_of(profile, budget))
+    return planned(profile.model_copy(update={"budgets": (budget,)}), budget.forwards(len(profile.ratios)))
 
 
 def planned(profile: CacheProfile, nfe: int) -> Callable[[Schedule], CachePlan]:

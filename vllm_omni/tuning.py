@@ -38,7 +38,7 @@ class Shift(NamedTuple):
     target: int
 
 
-def tuning(profile: CacheProfile, prompts: int, first: int = 0, switches: Switches = ()) -> Measurement[CacheProfile]:
+def tuned_weights(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
     """`profile` with the terms of each budget that end nearer than its predictor's own; see `MeasuredBudget`.
 
     The prompts from `first` on give the weights, up to eight of them, and all say what they are worth, each with
@@ -46,8 +46,7 @@ def tuning(profile: CacheProfile, prompts: int, first: int = 0, switches: Switch
     so few prompts say little (docs/log.md). One prompt alone is fitted, not measured: it gives none. Nor are runs of
     more steps tuned than are planned by pairs.
     """
-    assert profile.sigmas is not None
-    schedule = Schedule(len(profile.ratios), profile.sigmas, switches)
+    schedule, switches = profile.schedule, profile.schedule.switches
     untuned = [plan_of(profile, budget.model_copy(update={"terms": {}}))(schedule) for budget in profile.budgets]
     shifts = [_shifts(_widened(plan, switches)) for plan in untuned]
     giving = min(MOST_PROMPTS, prompts) if prompts > 1 and schedule.steps <= MAX_PAIR_STEPS else 0

@@ -31,7 +31,7 @@ from vllm_omni.modular import whole
 from vllm_omni.quality.calibrate import cache_of, calibrate, enabled, judge, latents, measured, sha256_of
 from vllm_omni.quality.pairs import read_prompts
 from vllm_omni.trials import FORECASTS, Away, Measurement, Trial, planned
-from vllm_omni.tuning import tuning
+from vllm_omni.tuning import tuned_weights
 
 CAPTIONS = ["red apple", "penguin", "rocket", "banana", "guitar", "octopus", "teapot", "whale"]
 
@@ -101,7 +101,7 @@ def test_tuned_weights_end_nearer_on_prompts_that_did_not_give_them() -> None:
     profile = named_profile("demo").model_copy(update={"budgets": (untuned,)})
     pipeline = load_pipeline(OmniDiffusionConfig(model="demo", dtype="float32"))
     arguments = profile.provenance["arguments"]
-    tuned = measured(tuning(profile, 3), pipeline, ("rocket", "strawberry", "snail"), 11, arguments)
+    tuned = measured(tuned_weights(profile, 3), pipeline, ("rocket", "strawberry", "snail"), 11, arguments)
     assert tuned.tuned and tuned.budgets[0].terms and len(tuned.budgets[0].terms) == 19
     unseen = ("violin", "tiger", "castle", "honeybee")
     trials = [Trial(i, planned(one, 9), picture=True) for i in range(len(unseen)) for one in (profile, tuned)]

@@ -12,7 +12,7 @@ from vllm_omni.diffusion.cache.plan.compose import CachePlan
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
 from vllm_omni.trials import FAR_OFF, Away, Measurement, Trial
-from vllm_omni.tuning import MOVED, Shift, _lost, _shifted, _shifts, _widened, amounts_of, solve, tuning
+from vllm_omni.tuning import MOVED, Shift, _lost, _shifted, _shifts, _widened, amounts_of, solve, tuned_weights
 
 STEPS, NUMBERS = 8, 300
 SIGMAS = tuple(np.linspace(1, 0.1, STEPS).tolist())
@@ -57,7 +57,7 @@ def finished(measurement: Any, world: World) -> CacheProfile:
 
 
 def untuned_terms() -> dict[int, Any]:
-    measurement = tuning(profile(), 3)
+    measurement = tuned_weights(profile(), 3)
     plan = measurement.trials[0].plan
     assert plan is not None
     return plan(SCHEDULE).terms
@@ -70,7 +70,7 @@ def test_the_weights_under_which_runs_end_where_they_should_are_found() -> None:
     for step, own in widened.items():
         shares = np.linspace(-0.4, 1.0, len(own)) if len(own) > 1 else np.ones(1)
         best[step] = [(anchor, share) for (anchor, _), share in zip(own, shares / shares.sum(), strict=True)]
-    found = finished(tuning(profile(), 6), World(best))
+    found = finished(tuned_weights(profile(), 6), World(best))
     (budget,) = found.budgets
     assert found.tuned and budget.terms and budget.psnr is None and budget.pairs == 0 and budget.predictor == "affine"
     before, after = (
@@ -81,14 +81,14 @@ def test_the_weights_under_which_runs_end_where_they_should_are_found() -> None:
 
 
 def _mask() -> tuple[bool, ...]:
-    plan = tuning(profile(), 3).trials[0].plan
+    plan = tuned_weights(profile(), 3).trials[0].plan
     assert plan is not None
     return plan(SCHEDULE).compute
 
 
 def test_weights_that_are_right_already_stay_about_what_they_are() -> None:
     """What is left of each prompt's error is its own, and what helps one helps no other."""
-    terms = finished(tuning(profile(), 6), World(untuned_terms(), own=1.0)).budgets[0].terms or untuned_terms()
+    terms = finished(tuned_weights(profile(), 6), World(untuned_terms(), own=1.0)).budgets[0].terms or untuned_terms()
     moved = [abs(dict(terms[step]).get(anchor, 0.0) - w) for step, own in untuned_terms().items() for anchor, w in own]
     assert max(moved) < 0.3
 
@@ -103,12 +103,12 @@ def test_weights_that_turn_out_farther_away_are_not_taken(worse: float) -> None:
             return Away(next(turns), 1.0) if trial.picture else super().run(trial)
 
     best = {step: ((own[-1][0], 1.0),) for step, own in untuned_terms().items()}
-    assert finished(tuning(profile(), 6), Fickle(best)).budgets[0].terms == {}
+    assert finished(tuned_weights(profile(), 6), Fickle(best)).budgets[0].terms == {}
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 6, 10])
 def test_prompts_are_compared_with_weights_that_they_have_not_given(prompts: int) -> None:
-    measurement, world = tuning(profile(), prompts, first=3), World(untuned_terms(), own=1.0)
+    measurement, world = tuned_weights(profile(), prompts, first=3), World(untuned_terms(), own=1.0)
     giving = {trial.prompt for trial in measurement.trials}
     assert all(trial.kept and not trial.picture for trial in measurement.trials)
     assert giving == set(range(3, 3 + min(prompts, 8)) if prompts > 1 else ())  # a single prompt's are its own

@@ -31,7 +31,7 @@ from vllm_omni.logger import init_logger
 from vllm_omni.model_folder import captions
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.trials import MANY, Away, Measurement, Trial, asked_steps, choices, figures, gains, refuse_noise
-from vllm_omni.tuning import tuning
+from vllm_omni.tuning import tuned_weights
 
 logger = init_logger(__name__)
 
@@ -152,7 +152,7 @@ class IdleLearning:
         if self._profile != profile:
             self._profile, self._measurement = profile, None
         if self._measurement is None:
-            self._measurement, self._results, self._exact = _next(profile, _schedule_of(profile).switches), [], {}
+            self._measurement, self._results, self._exact = _next(profile), [], {}
             logger.info("magcache: %s of %s, when nobody waits", self._measurement.name, profile.name)
         if not self._measurement.trials:
             self._read([])
@@ -303,25 +303,21 @@ def _as_measured(profile: CacheProfile, plan_of: PlanOf) -> PlanOf:
 
     def plan(schedule: Schedule) -> Any:
         if not profile.is_of(schedule):
-            ours, theirs = (f"{one.steps} steps, switches {one.switches}" for one in (schedule, _schedule_of(profile)))
+            ours, theirs = (f"{one.steps} steps, switches {one.switches}" for one in (schedule, profile.schedule))
             raise InvalidValueError("schedule", ours, f"of a run of its own is another than the profile's ({theirs})")
         return plan_of(schedule)
 
     return plan
 
 
-def _schedule_of(profile: CacheProfile) -> Schedule:
-    return Schedule(len(profile.ratios), profile.sigmas or (), tuple(profile.provenance.get("switches", ())))
-
-
-def _next(profile: CacheProfile, switches: tuple[int, ...]) -> Measurement[CacheProfile]:
+def _next(profile: CacheProfile) -> Measurement[CacheProfile]:
     """What a learnt profile lacks first."""
     if profile.gains is None:
-        return gains(profile, GAIN_PROMPTS, switches)
+        return gains(profile, GAIN_PROMPTS)
     if not profile.budgets:
-        return choices(profile, CHOSEN_ON, GAIN_PROMPTS, switches)
+        return choices(profile, CHOSEN_ON, GAIN_PROMPTS)
     if not profile.tuned:
-        return tuning(profile, CHOSEN_ON, GAIN_PROMPTS, switches)
+        return tuned_weights(profile, CHOSEN_ON, GAIN_PROMPTS)
     return figures(profile, JUDGED_ON, GAIN_PROMPTS + CHOSEN_ON)
 
 

@@ -28,7 +28,7 @@ from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.made import fill
 from vllm_omni.trials import Away, Measurement, Trial, asked_steps, choices, figures, gains, refuse_noise
-from vllm_omni.tuning import tuning
+from vllm_omni.tuning import tuned_weights
 
 logger = init_logger(__name__)
 T = TypeVar("T")
@@ -64,7 +64,7 @@ def calibrate(
         switches=list(backend.calibration.switches),
     )
     few = prompts[:GAIN_PROMPTS]
-    measurement = gains(profile, len(few), backend.calibration.switches)
+    measurement = gains(profile, len(few))
     try:
         return measured(measurement, pipeline, few, seed + len(prompts), arguments)
     except InvalidValueError as error:
@@ -89,10 +89,8 @@ def judge(
     """
     if profile.gains is None:
         return profile
-    by = choices(profile, len(prompts), switches=tuple(profile.provenance.get("switches", ())))
-    profile = measured(by, pipeline, prompts, seed + len(held_out), arguments)
-    weights = tuning(profile, len(prompts), switches=tuple(profile.provenance.get("switches", ())))
-    profile = measured(weights, pipeline, prompts, seed + len(held_out), arguments)
+    for measurement in (choices, tuned_weights):
+        profile = measured(measurement(profile, len(prompts)), pipeline, prompts, seed + len(held_out), arguments)
     profile = measured(figures(profile, len(held_out)), pipeline, held_out, seed, arguments)
     said = {"prompts": len(held_out), "prompts_sha256": sha256_of(held_out), "seed": seed}
     return profile.model_copy(update={"provenance": profile.provenance | {"held_out": said}})

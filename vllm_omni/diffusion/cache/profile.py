@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from vllm_omni.diffusion.cache.plan.predictors import Terms
-from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches, forced_steps
+from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
 from vllm_omni.diffusion.cache.settings import PredictorName, as_curve
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
@@ -65,6 +65,10 @@ class MeasuredBudget(Settings):
     untuned_psnr: float | None = Field(default=None, allow_inf_nan=False)
     rule_psnr: float | None = Field(default=None, allow_inf_nan=False)
     fewer_steps_psnr: float | None = Field(default=None, allow_inf_nan=False)
+
+    def forwards(self, steps: int) -> int:
+        """The full forwards of a run of so many steps."""
+        return round(steps / self.speedup)
 
     def without_figures(self, terms: dict[int, Terms] | None = None) -> MeasuredBudget:
         """The choice with these terms: what was measured of others says nothing of it."""
@@ -159,7 +163,7 @@ class CacheProfile(Settings):
             if rows is not None:
                 _check_gram(field, rows, steps)
         for budget in self.budgets:
-            _check_terms(budget, steps, self.switches)
+            _check_terms(budget, self.schedule)
         if self.sigmas is None and any(values is not None for values in (*grams.values(), *by_step.values())):
             raise InvalidValueError("sigmas", None, "must be given with gram or gains")
         return self
@@ -180,16 +184,16 @@ class CacheProfile(Settings):
 
     def is_of(self, schedule: Schedule) -> bool:
         """Whether it was measured on this very schedule."""
-        sigmas = self.sigmas or ()
-        if not len(sigmas) == len(schedule.sigmas) == schedule.steps or self.switches != schedule.switches:
+        own = self.schedule
+        if not len(own.sigmas) == len(schedule.sigmas) == schedule.steps or own.switches != schedule.switches:
             return False
-        return np.allclose(sigmas, schedule.sigmas, rtol=1e-4, atol=1e-5)
+        return np.allclose(own.sigmas, schedule.sigmas, rtol=1e-4, atol=1e-5)
 
     @property
-    def switches(self) -> Switches:
-        """The steps at which another denoiser takes over, as its provenance has them."""
-        said = self.provenance.get("switches")
-        return tuple(said) if isinstance(said, list | tuple) else ()
+    def schedule(self) -> Schedule:
+        """What it was measured on; its provenance knows the switches between denoisers."""
+        switches = self.provenance.get("switches")
+        return Schedule(len(self.ratios), self.sigmas or (), tuple(switches) if isinstance(switches, list) else ())
 
     @property
     def tuned(self) -> bool:
@@ -231,16 +235,16 @@ def _check_gram(field: str, rows: tuple[tuple[float, ...], ...], steps: int) -> 
         raise InvalidValueError(field, matrix.shape, "must be symmetric and positive semi-definite")
 
 
-def _check_terms(budget: MeasuredBudget, steps: int, switches: Switches) -> None:
+def _check_terms(budget: MeasuredBudget, schedule: Schedule) -> None:
     """A skipped step is made of computed ones of its denoiser before it; as many compute as the speed-up says."""
     if not (terms := budget.terms):
         return
-    skipped = steps - round(steps / budget.speedup)
-    begins = {step: max((switch for switch in switches if switch <= step), default=0) for step in terms}
+    steps, skipped = schedule.steps, schedule.steps - budget.forwards(schedule.steps)
+    begins = {step: part.start for part in schedule.segments for step in terms if part.start <= step < part.stop}
     anchors = [(step, *term) for step, own in terms.items() for term in own]
-    fits = all(begins[t] <= a < t and a not in terms and abs(weight) < LARGEST for t, a, weight in anchors)
-    forced = forced_steps(steps, True, switches) & terms.keys()
-    if not fits or forced or max(terms) >= steps or len(terms) != skipped or not all(terms.values()):
+    fits = all(begins.get(t, t) <= a < t and a not in terms and abs(weight) < LARGEST for t, a, weight in anchors)
+    forced = forced_steps(steps, True, schedule.switches) & terms.keys()
+    if not fits or forced or len(terms) != skipped or not all(terms.values()):
         fix = f"must make each of {skipped} skipped steps of {steps} from computed ones before it"
         raise InvalidValueError("budgets.terms", terms, fix)
 

@@ -30,8 +30,9 @@ of the residuals, and the gains, which say how far an error at each step moves
 the end. A third of them, 8 at most, is left out of that: on these, plans are
 compared at seven speed-ups, and the weights of the nearest of each are tuned to
 where runs end. It is then measured on the other half of the prompts, beside the
-published rule and fewer steps. All of it is written with its provenance, and a chart beside it. The engine finds the
-profile by the model's weights; with it, a request can ask for decibels."""
+published rule and fewer steps. All of it is written with its provenance, and a
+chart beside it. The engine finds the profile by the model's weights; with it, a
+request can ask for decibels."""
 EXAMPLES = """
   vllm-omni calibrate MODEL --prompts prompts.txt                 at the model's own size and number of steps
   vllm-omni calibrate MODEL --prompts prompts.txt --steps 20      a profile for each number of steps you serve
@@ -111,7 +112,7 @@ def _report(profile: CacheProfile) -> None:
     print("\nPSNR to the uncached output in dB, held-out prompts:")
     print(f"{'forwards':>8} {'mean':>6} {'lowest':>6} {'rule':>6} {'fewer':>6}  choice")
     for budget in profile.budgets:
-        nfe, nearer = round(len(profile.ratios) / budget.speedup), (budget.fewer_steps_psnr or 0) > (budget.psnr or 0)
+        nfe, nearer = budget.forwards(len(profile.ratios)), (budget.fewer_steps_psnr or 0) > (budget.psnr or 0)
         figures = (budget.psnr_mean, budget.psnr, budget.rule_psnr, budget.fewer_steps_psnr)
         shown = " ".join("     -" if value is None else f"{value:6.1f}" for value in figures)
         choice = f"{budget.mask}, {budget.predictor}{' of outputs' if budget.forecasts == 'output' else ''}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import ceil
 
@@ -36,15 +36,13 @@ class CachePlan:
     tuned: bool = False  # the weights are a calibration's own for this schedule, and no predictor's
 
     @classmethod
-    def of(
-        cls, compute: Plan, terms: dict[int, Terms], forecasts: Forecasted = "residual", tuned: bool = False
-    ) -> CachePlan:
+    def of(cls, compute: Plan, terms: dict[int, Terms], forecasts: Forecasted = "residual") -> CachePlan:
         needed: list[frozenset[int]] = []
         later: frozenset[int] = frozenset()
         for step in range(len(compute) - 1, -1, -1):
             needed.append(later)
             later |= {anchor for anchor, _ in terms.get(step, ())}
-        return cls(compute, terms, tuple(reversed(needed)), forecasts, tuned)
+        return cls(compute, terms, tuple(reversed(needed)), forecasts)
 
     @property
     def full_forwards(self) -> int:
@@ -87,7 +85,7 @@ def _tuned(
     nfe, steps = full_forwards(settings, profile, schedule), schedule.steps
     if nfe is None:
         return None
-    best = next((budget for budget in profile.budgets if round(steps / budget.speedup) <= nfe), None)
+    best = next((budget for budget in profile.budgets if budget.forwards(steps) <= nfe), None)
     gram = _gram_at(profile, schedule.sigmas, best.forecasts) if best is not None else None
     if best is None or not (terms := best.terms) or gram is None or 2 * (steps - nfe) < len(terms):
         return None
@@ -99,7 +97,8 @@ def _tuned(
 
     skipped = sorted(terms, key=error)[nfe - steps + len(terms) :]
     compute = tuple(step not in skipped for step in range(steps))
-    return CachePlan.of(compute, {step: terms[step] for step in sorted(skipped)}, best.forecasts, True)
+    plan = CachePlan.of(compute, {step: terms[step] for step in sorted(skipped)}, best.forecasts)
+    return replace(plan, tuned=True)
 
 
 def _compute_steps(
