@@ -14,7 +14,7 @@ from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import shipped_profile
 from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, parse
 
-LONG = ("affine3", 1000, 300)
+LONG = ("affine", 1000, 300)
 
 
 def main() -> None:

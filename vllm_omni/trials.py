@@ -1,4 +1,4 @@
-"""What is measured of a checkpoint by trying: gains, and the best choice for each budget with what it is worth.
+"""What is measured of a checkpoint by trying: gains, and what the plan of each budget is worth.
 
 A measurement is a list of trials, and a function that reads their results. It is pure: whoever can run the model makes
 the trials, `vllm-omni calibrate` one after another, an engine whenever nobody else needs it.
@@ -7,7 +7,7 @@ the trials, `vllm-omni calibrate` one after another, an engine whenever nobody e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -19,20 +19,12 @@ from vllm_omni.diffusion.cache.plan.compose import CachePlan, compose
 from vllm_omni.diffusion.cache.plan.planner import forecast_error, step_weights
 from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
-from vllm_omni.diffusion.cache.profile import CacheProfile, Forecasted, MaskName, MeasuredBudget
-from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, PredictorName, parse
+from vllm_omni.diffusion.cache.profile import CacheProfile, Forecasted, MeasuredBudget
+from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, parse
 from vllm_omni.errors import InvalidValueError
 
 T = TypeVar("T")
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5)
-FORECASTS: dict[tuple[MaskName, Forecasted], tuple[PredictorName, ...]] = {
-    ("planned", "output"): ("linear", "gram", "affine", "affine3"),
-    ("planned", "residual"): ("linear", "gram", "affine", "affine3"),
-    ("rule", "residual"): ("reuse", "linear", "gram", "affine", "affine3"),  # the published method is one of these
-}
-USUAL = ("planned", "residual", "affine3")  # what another must beat clearly (docs/log.md):
-CLEARLY = 6.0  # on every prompt by so many dB, over their number: of two, 3 dB each
-MANY, ERRORS = 6, 2.0  # or, of so many prompts, on average by so many standard errors
 SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
 GAINS = 10  # steps of a run at which gains are measured
 SAME = 1e-4  # of the mean square, within which a run that is made twice has ended in the same place
@@ -207,61 +199,15 @@ def _local_line(places: np.ndarray, values: np.ndarray, at: int, width: float) -
     return float(np.linalg.lstsq(design, root * values, rcond=None)[0][0])
 
 
-def choices(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
-    """`profile` with, for each of some speed-ups, the mask and the forecast whose output stays nearest to uncached.
-
-    Nearest by the mean logarithm over `prompts` from `first` on: in decibels each counts as much as the other. A few
-    say little of prompts that they are not, so that the usual choice stays unless all of them are clearly against it.
-    """
-    steps = len(profile.ratios)
-    budgets = [
-        MeasuredBudget(speedup=steps / nfe, mask=mask, forecasts=what, predictor=predictor)
-        for nfe in _forwards(profile.schedule)
-        for (mask, what), predictors in FORECASTS.items()
-        for predictor in predictors
-        if profile.gram_of(what) is not None
-    ]
-
-    def read(results: Sequence[Away]) -> CacheProfile:
-        relative = [max(result.squared, 1e-30) / max(result.energy, 1e-30) for result in results]
-        errors = np.log(relative).reshape(prompts, len(budgets))
-        return profile.model_copy(update={"budgets": tuple(_best(budgets, errors))})
-
-    plans = [plan_of(profile, budget) for budget in budgets]
-    trials = tuple(Trial(first + prompt, plan, picture=True) for prompt in range(prompts) for plan in plans)
-    return Measurement("choices", trials, read)
-
-
-def _best(budgets: Sequence[MeasuredBudget], errors: np.ndarray) -> list[MeasuredBudget]:
-    """For each speed-up the best by the logarithms of the `errors` (prompts, budgets)."""
-    best = {}
-    for speedup in dict.fromkeys(budget.speedup for budget in budgets):
-        own = [i for i, budget in enumerate(budgets) if budget.speedup == speedup]
-        usual = next(i for i in own if (budgets[i].mask, budgets[i].forecasts, budgets[i].predictor) == USUAL)
-        better = [i for i in own if _clearly_better(errors[:, usual] - errors[:, i])]
-        best[speedup] = budgets[min(better or [usual], key=lambda i: errors[:, i].mean())]
-    return [*best.values()]
-
-
-def _clearly_better(less: np.ndarray) -> bool:
-    """Whether an error is less beyond what a few prompts show by chance; `less` by how much, in logarithms, of each."""
-    count, decibels = len(less), less * 10 / np.log(10)
-    if (decibels > CLEARLY / count).all():
-        return True
-    return count >= MANY and bool(decibels.mean() > ERRORS * decibels.std(ddof=1) / np.sqrt(count))
-
-
 def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
     """`profile` with the decibels of each of its budgets, on prompts that decided nothing: see `MeasuredBudget`."""
-    curve_only = profile.curve_alone()
+    steps, curve_only, bare = len(profile.ratios), profile.curve_alone(), profile.model_copy(update={"budgets": ()})
 
     def of(prompt: int, budget: MeasuredBudget) -> dict[str, Trial]:
-        nfe = budget.forwards(len(profile.ratios))
+        nfe = budget.forwards(steps)
         trials = {"psnr": Trial(prompt, planned(profile, nfe), picture=True)}
         if budget.terms:
-            trials["untuned_psnr"] = Trial(
-                prompt, plan_of(profile, budget.model_copy(update={"terms": {}})), picture=True
-            )
+            trials["untuned_psnr"] = Trial(prompt, planned(bare, nfe), picture=True)
         trials["rule_psnr"] = Trial(prompt, planned(curve_only, nfe), picture=True)
         return trials | {"fewer_steps_psnr": Trial(prompt, None, nfe, picture=True)}
 
@@ -276,26 +222,26 @@ def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[
         values: dict[float, dict[str, list[float]]] = {}
         for (speedup, name, _), result in zip(every, results, strict=True):
             values.setdefault(speedup, {}).setdefault(name, []).append(result.decibels)
-        measured = []
-        for budget in profile.budgets:
-            own = values[budget.speedup]
-            lowest = {name: round(min(decibels), 2) for name, decibels in own.items()}
-            mean = round(float(np.mean(own["psnr"])), 2)
-            measured.append(budget.model_copy(update=lowest | {"psnr_mean": mean, "pairs": prompts}))
-        return profile.model_copy(update={"budgets": tuple(measured)})
+        budgets = tuple(_with_figures(budget, values[budget.speedup]) for budget in profile.budgets)
+        return profile.model_copy(update={"budgets": budgets})
 
     return Measurement("held-out prompts", tuple(trial for *_, trial in every), read)
 
 
-def _forwards(schedule: Schedule) -> list[int]:
+def _with_figures(budget: MeasuredBudget, decibels: Mapping[str, Sequence[float]]) -> MeasuredBudget:
+    """The budget with what each prompt has shown of it, or of the published rule where that is nearer."""
+    lowest = {name: round(min(own), 2) for name, own in decibels.items()}
+    by_rule = lowest["rule_psnr"] > lowest["psnr"]
+    taken = decibels["rule_psnr" if by_rule else "psnr"]
+    figures = lowest | {"psnr": round(min(taken), 2), "psnr_mean": round(float(np.mean(taken)), 2), "pairs": len(taken)}
+    dropped = {"by_rule": True, "terms": {}, "untuned_psnr": None} if by_rule else {}
+    return budget.model_copy(update=figures | dropped)
+
+
+def measured_forwards(schedule: Schedule) -> list[int]:
     """The numbers of full forwards that are measured, by ascending speed-up."""
     steps, least = schedule.steps, len(forced_steps(schedule.steps, True, schedule.switches))
     return sorted({max(least, round(steps / speedup)) for speedup in SPEEDUPS} - {steps}, reverse=True)
-
-
-def plan_of(profile: CacheProfile, budget: MeasuredBudget) -> Callable[[Schedule], CachePlan]:
-    """What a request would do by this choice alone."""
-    return planned(profile.model_copy(update={"budgets": (budget,)}), budget.forwards(len(profile.ratios)))
 
 
 def planned(profile: CacheProfile, nfe: int) -> Callable[[Schedule], CachePlan]:

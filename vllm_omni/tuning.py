@@ -20,8 +20,8 @@ import numpy as np
 from vllm_omni.diffusion.cache.plan.compose import MAX_PAIR_STEPS, CachePlan
 from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
-from vllm_omni.diffusion.cache.profile import CacheProfile
-from vllm_omni.trials import Away, Measurement, Trial, plan_of
+from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
+from vllm_omni.trials import Away, Measurement, Trial, measured_forwards, planned
 
 ORDER = 3  # computed steps that a forecast is made of
 MOVED = 0.1  # by how much a trial moves a weight
@@ -39,15 +39,15 @@ class Shift(NamedTuple):
 
 
 def tuned_weights(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
-    """`profile` with the terms of each budget that end nearer than its predictor's own; see `MeasuredBudget`.
+    """`profile` with budgets, each with the terms that end nearer than the planner's own; see `MeasuredBudget`.
 
     The prompts from `first` on give the weights, up to eight of them, and all say what they are worth, each with
     weights that it has not given: they are left if decibels fall by more than a standard error, for they rarely do and
     so few prompts say little (docs/log.md). One prompt alone is fitted, not measured: it gives none. Nor are runs of
     more steps tuned than are planned by pairs.
     """
-    schedule, switches = profile.schedule, profile.schedule.switches
-    untuned = [plan_of(profile, budget.model_copy(update={"terms": {}}))(schedule) for budget in profile.budgets]
+    schedule, switches, bare = profile.schedule, profile.schedule.switches, profile.model_copy(update={"budgets": ()})
+    untuned = [planned(bare, nfe)(schedule) for nfe in measured_forwards(schedule)]
     shifts = [_shifts(_widened(plan, switches)) for plan in untuned]
     giving = min(MOST_PROMPTS, prompts) if prompts > 1 and schedule.steps <= MAX_PAIR_STEPS else 0
 
@@ -88,7 +88,8 @@ def _compared(
         nearer = table[..., 1] - table[..., 0]
         left = {index for at, index in enumerate(tried) if gone[:, at].any() or _lost(nearer[:, at])}
         terms = [ways[-1].terms if ways and index not in left else {} for index, ways in enumerate(tuned)]
-        budgets = [one.without_figures(own) for one, own in zip(profile.budgets, terms, strict=True)]
+        speedups = [len(profile.ratios) / plan.full_forwards for plan in untuned]
+        budgets = [MeasuredBudget(speedup=one, terms=own) for one, own in zip(speedups, terms, strict=True)]
         return profile.model_copy(update={"budgets": tuple(budgets)})
 
     trials = tuple(

@@ -101,7 +101,7 @@ def test_budgets_are_kept_on_the_demo_model(demo: Omni) -> None:
         ({"nfe": 14}, 28, 14),
         ({"nfe": 7, "predictor": "affine"}, 28, 7),
         ({"speedup": 3.0}, 28, 9),
-        ({"speedup": 2.0, "predictor": "gram"}, 50, 25),
+        ({"speedup": 2.0, "predictor": "affine"}, 50, 25),
         ({"nfe": 5}, 10, 5),
         ("balanced", 28, None),
         ("off", 6, None),
@@ -169,9 +169,9 @@ def test_a_curve_alone_suffices_for_a_budget() -> None:
     with Omni.from_pipe(
         tiny_flux(), cache_backend="magcache", cache_config={"mag_ratios": [1.0] + [0.97] * 27}, defaults=DEFAULTS
     ) as omni:
-        names = ("auto", "reuse", "gamma", "linear", "damped")
+        names = ("auto", "reuse", "linear")
         asked = [params({"nfe": 5, "predictor": name}) for name in names]
-        assert [o.computed_steps for o in generate(omni, [embeds(0)] * 5, asked)] == [5] * 5
+        assert [o.computed_steps for o in generate(omni, [embeds(0)] * 3, asked)] == [5] * 3
         refused = generate(omni, [embeds(0)] * 2, [params({"nfe": 5, "predictor": "affine"}), params("off")])[0]
         assert isinstance(refused.error, InvalidValueError)
 

@@ -36,7 +36,7 @@ def test_cache_dit_works_on_a_plain_pipeline_but_not_in_the_engine() -> None:
         Omni.from_pipe(tiny_flux(), cache_backend="cache_dit")
 
 
-@pytest.mark.parametrize("settings", [{"nfe": 4}, {"predictor": "damped"}, {"memory_budget_mb": 1}])
+@pytest.mark.parametrize("settings", [{"nfe": 4}, {"predictor": "affine"}, {"memory_budget_mb": 1}])
 def test_cache_dit_refuses_unsupported_settings(settings: dict[str, Any]) -> None:
     pytest.importorskip("cache_dit")
     with pytest.raises(InvalidValueError):

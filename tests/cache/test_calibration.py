@@ -69,10 +69,10 @@ def test_a_profile_file_serves_any_step_count(
     _, path = calibrated
     exact = run_latents(pipe, num_inference_steps=steps)
     blocks = count_blocks(pipe)
-    with cached(pipe, profile=str(path), predictor="gram", mag_threshold=0.5) as backend:
+    with cached(pipe, profile=str(path), predictor="affine", mag_threshold=0.5) as backend:
         latents = run_latents(pipe, num_inference_steps=steps)
         plan = backend.plan(steps, sigmas_of(pipe))
-        assert backend.last_request is not None and backend.last_request.settings["predictor"] == "gram"
+        assert backend.last_request is not None and backend.last_request.settings["predictor"] == "affine"
         assert blocks.count == plan.full_forwards and backend.store.used == 0
         assert backend.store.peak <= 2 * RESIDUAL_BYTES
     assert (latents - exact).norm() < 0.2 * exact.norm()
@@ -82,12 +82,12 @@ def test_a_profile_file_serves_any_step_count(
 def test_a_request_may_bring_its_own_profile(pipe: FluxPipeline, calibrated: tuple[CacheProfile, Path]) -> None:
     """As the engine does: `refresh` with a request's settings over an engine that has only a curve."""
     _, path = calibrated
-    own = DiffusionCacheConfig(profile=str(path), predictor="gram")
+    own = DiffusionCacheConfig(profile=str(path), predictor="affine")
     with cached(pipe) as backend:
         run_latents(pipe, num_inference_steps=10)
         record = backend.refresh(pipe, 10, request_id="r", settings=parse("magcache", own))
         assert record is not None
-        assert record.settings["predictor"] == "gram" and record.settings["profile"] == "tiny"
+        assert record.settings["predictor"] == "affine" and record.settings["profile"] == "tiny"
 
 
 def broken(path: Path, profile: CacheProfile, how: str) -> str:
@@ -176,7 +176,7 @@ def test_a_missing_profile_lists_the_shipped_ones(pipe: FluxPipeline) -> None:
 def test_the_gram_predictor_without_a_matrix_is_refused_at_start_up() -> None:
     """Point 14: bad combinations are refused at start-up, not at the first request."""
     pipe = tiny_flux()
-    backend = MagCacheBackend(DiffusionCacheConfig(mag_ratios=CURVE, predictor="gram"))
+    backend = MagCacheBackend(DiffusionCacheConfig(mag_ratios=CURVE, predictor="affine"))
     with pytest.raises(InvalidValueError, match=r"predictor.*calibrate"):
         backend.enable(pipe)
     assert not backend.is_enabled() and not pipe.transformer._forward_hooks

@@ -157,7 +157,7 @@ def with_gram(steps: int) -> CacheProfile:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("predictor", ["reuse", "gram", "linear", "affine3"])
+@pytest.mark.parametrize("predictor", ["reuse", "linear", "affine"])
 def test_no_forecast_crosses_the_switch_and_the_plan_is_optimal(predictor: str) -> None:
     from itertools import combinations
 

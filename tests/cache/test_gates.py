@@ -185,7 +185,7 @@ def test_abort_and_budget_leave_no_bytes(tiny: Omni) -> None:
         ("easycache", {"mag_threshold": 0.1}, "mag_threshold belongs to a plan, easycache decides from data"),
         ("seacache", {"nfe": 5}, "nfe belongs to a plan"),
         ("fbcache", {"steps_mask": [1, 0]}, "steps_mask belongs to a plan"),
-        ("fbcache", {"predictor": "gram"}, "predictor must be one of 'reuse', 'linear', 'damped' with fbcache"),
+        ("fbcache", {"predictor": "affine"}, "predictor must be 'reuse' or 'linear' with fbcache"),
         ("easycache", {"coefficients": [1.0]}, "coefficients is a TeaCache setting"),
         ("easycache", {"rel_l1_thresh": 0}, "rel_l1_thresh should be greater than 0, got 0"),
         ("easycache", {"rel_l1_thresh": float("nan")}, "rel_l1_thresh"),

@@ -75,12 +75,14 @@ class Trap:
             handle.remove()
 
 
-@pytest.mark.parametrize("predictor", ["reuse", "linear", "gram"])
+@pytest.mark.parametrize("predictor", ["reuse", "linear", "affine", "auto"])
 @pytest.mark.parametrize("branches", [1, 2])
 def test_no_host_sync_on_any_planned_step(
     pipe: FluxPipeline, calibrated: tuple[CacheProfile, Path], predictor: str, branches: int
 ) -> None:
-    source: dict[str, Any] = {"profile": str(calibrated[1])} if predictor == "gram" else {"mag_ratios": CURVE}
+    source: dict[str, Any] = (
+        {"profile": str(calibrated[1])} if predictor in ("affine", "auto") else {"mag_ratios": CURVE}
+    )
     with cached(pipe, predictor=predictor, mag_threshold=0.5, **source) as backend:
         trap = Trap(pipe.transformer, calls_of_first_step=branches)
         try:

@@ -167,7 +167,7 @@ def indefinite(matrix: np.ndarray) -> None:
 
 def tuned(terms: dict[Any, Any]) -> dict[str, Any]:
     """A budget of three of six steps with weights of its own."""
-    return {"speedup": 2, "predictor": "linear", "terms": terms}
+    return {"speedup": 2, "terms": terms}
 
 
 HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
@@ -190,10 +190,9 @@ HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
     "too few gains": (text_of(gains=[1.0]), "gains must be 6 numbers"),
     "a nan gain": (text_of(gains=[1, 1, float("nan"), 1, 1, 1]), "gains"),
     "gains without sigmas": (text_of(gains=[1.0] * 6, sigmas=None, gram=None), "sigmas must be given with"),
-    "infinite decibels": (text_of(budgets=[{"speedup": 2, "predictor": "linear", "psnr": float("inf")}]), "psnr"),
-    "an unknown mask": (text_of(budgets=[{"speedup": 2, "predictor": "linear", "mask": "best"}]), "mask"),
+    "infinite decibels": (text_of(budgets=[{"speedup": 2, "psnr": float("inf")}]), "psnr"),
+    "an unknown field of a budget": (text_of(budgets=[{"speedup": 2, "mask": "best"}]), "mask"),
     "no budgets": (text_of(budgets=None), "valid profile"),
-    "old budgets of another kind": (text_of(format=2, predictors=5), "profile"),
     "a ratio of four hundred digits": (lambda: '{"format": 2, "ratios": [1, ' + "9" * 400 + "]}", "profile"),
     "budgets of text": (text_of(budgets="fast"), "MeasuredBudget is made from a dict"),
     "nan sigma": (text_of(sigmas=[1, 0.9, float("nan"), 0.5, 0.3, 0.1]), "sigmas"),
@@ -212,10 +211,9 @@ HOSTILE: dict[str, tuple[Callable[[], str], str]] = {
     "terms of nothing": (text_of(budgets=[tuned({1: [[0, 1.0]], 3: [[2, 1.0]], 4: []})]), "terms"),
     "a nan weight": (text_of(budgets=[tuned({1: [[0, float("nan")]], 3: [[2, 1.0]], 4: [[2, 1.0]]})]), "terms"),
     "terms of text": (text_of(budgets=[tuned({"one": [[0, 1.0]]})]), "terms"),
-    "unknown predictor": (text_of(predictors=[[2.0, "oracle"]]), "predictor"),
-    "a predictor for no speed-up": (text_of(predictors=[[0.5, "linear"]]), "speedup"),
-    "a nan speed-up": (text_of(predictors=[[float("nan"), "linear"]]), "speedup"),
-    "speed-ups out of order": (text_of(predictors=[[3, "linear"], [2, "reuse"]]), "each above the one before"),
+    "a budget of no speed-up": (text_of(budgets=[{"speedup": 0.5}]), "speedup"),
+    "a nan speed-up": (text_of(budgets=[{"speedup": float("nan")}]), "speedup"),
+    "speed-ups out of order": (text_of(budgets=[{"speedup": 3}, {"speedup": 2}]), "each above the one before"),
     "unknown key": (text_of(ratioes=[1]), "did you mean 'ratios'"),
 }
 
@@ -272,8 +270,7 @@ def test_an_engine_with_a_hostile_profile_does_not_start(tmp_path: Path) -> None
 
 def test_tuned_weights_are_for_the_schedule_and_the_forwards_that_they_were_tuned_for() -> None:
     terms = {2: ((0, 0.25), (1, 0.75)), 3: ((0, -0.5), (1, 1.5)), 4: ((1, 1.0),)}
-    more = {"speedup": 1.2, "predictor": "affine", "terms": {}}
-    budgets = [more, tuned(terms), {"speedup": 3, "predictor": "affine"}]
+    budgets = [{"speedup": 1.2, "terms": {}}, tuned(terms), {"speedup": 3}]
     profile = CacheProfile.from_dict(content() | {"budgets": budgets})
     assert CacheProfile.from_dict(json.loads(profile.model_dump_json())) == profile
     sigmas = profile.sigmas or ()
@@ -284,11 +281,10 @@ def test_tuned_weights_are_for_the_schedule_and_the_forwards_that_they_were_tune
     for settings in ({"nfe": 3}, {"speedup": 2.0}):
         found = plan(**settings)
         assert found.tuned and found.terms == terms and found.compute == (True, True, False, False, False, True)
-    between = plan(nfe=4)
-    assert between.tuned and between.full_forwards == 4 and between.terms.items() < terms.items()
     closer = tuple(0.99 * sigma for sigma in sigmas)
     ours = tuple(0.99 * ratio for ratio in profile.ratios)
     for other in (
+        plan(nfe=4),
         plan(nfe=5),
         plan(nfe=6),
         plan(nfe=2),
@@ -303,28 +299,14 @@ def test_tuned_weights_are_for_the_schedule_and_the_forwards_that_they_were_tune
         assert not other.tuned and other.terms != terms
 
 
-def test_auto_takes_the_predictor_calibrated_for_the_nearest_speedup() -> None:
-    """Whatever plans the request, and for the planner's costs as for the forecasts."""
-    predictors = [[1.5, "affine"], [2.0, "linear"], [3.0, "affine3"]]  # as older profiles say it
-    profile = CacheProfile.from_dict(content() | {"predictors": predictors})
-    sigmas = profile.sigmas or ()
-    wanted = {None: "affine", 40: "affine", 6: "affine", 4: "affine", 3: "linear", 2: "affine3", 1: "affine3"}
-    assert {nfe: best.predictor for nfe in wanted if (best := profile.budget_at(nfe))} == wanted
-    config = DiffusionCacheConfig(nfe=3)
-    longer = (*sigmas[:1], *np.linspace(sigmas[0], sigmas[-1], 10)[1:].tolist())  # as many forwards, as far apart
-    named = config.model_copy(update={"predictor": "linear"})
-    at_ten = [planned(c, profile.ratios, profile, 10, longer) for c in (config, named)]
-    assert at_ten[0] == at_ten[1]
-    mask = (True, True, False, True, False, True)
-    for settings, name in [({"nfe": 4}, "affine"), ({"nfe": 3}, "linear"), ({"steps_mask": mask}, "affine")]:
-        auto = planned(DiffusionCacheConfig(**settings), profile.ratios, profile, STEPS, sigmas)
-        named = DiffusionCacheConfig(**settings, predictor=name)
-        assert auto == planned(named, profile.ratios, profile, STEPS, sigmas)
-        others = {"affine", "linear"} - {name}
-        assert auto != planned(
-            named.model_copy(update={"predictor": others.pop()}), profile.ratios, profile, STEPS, sigmas
-        )
-    assert CacheProfile.from_dict(content()).budget_at(2) is None
+@pytest.mark.parametrize(
+    "older",
+    [
+        {"predictors": [[2.0, "chebyshev"]], "forwards": 4, "branch_grams": {}},
+        {"budgets": [{"speedup": 2, "mask": "rule", "predictor": "affine3", "psnr": 40.0, "terms": {"1": [[0, 1]]}}]},
+    ],
+)
+def test_older_profiles_load_without_what_was_measured_of_other_plans(older: dict[str, Any]) -> None:
+    profile = CacheProfile.from_dict(content() | older)
+    assert not profile.budgets and profile.gram is not None
     assert profile.lacks == ["gains", "tuned weights", "figures"]
-    older = CacheProfile.from_dict(content() | {"predictors": [[2.0, "chebyshev"]], "forwards": 4, "branch_grams": {}})
-    assert [budget.predictor for budget in older.budgets] == ["affine"]

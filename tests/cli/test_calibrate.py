@@ -21,7 +21,7 @@ from zoo_prompts import flux3
 
 from vllm_omni.diffusion.cache.calibration import sketch
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.profile import MeasuredBudget, fingerprint, load_profile, named_profile
+from vllm_omni.diffusion.cache.profile import fingerprint, load_profile, named_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig, OmniDiffusionConfig
 from vllm_omni.diffusion.loader import load_pipeline
 from vllm_omni.entrypoints.cli.calibrate import split
@@ -30,7 +30,7 @@ from vllm_omni.errors import InvalidValueError
 from vllm_omni.modular import whole
 from vllm_omni.quality.calibrate import cache_of, calibrate, enabled, judge, latents, measured, sha256_of
 from vllm_omni.quality.pairs import read_prompts
-from vllm_omni.trials import FORECASTS, Away, Measurement, Trial, planned
+from vllm_omni.trials import Away, Measurement, Trial, planned
 from vllm_omni.tuning import tuned_weights
 
 CAPTIONS = ["red apple", "penguin", "rocket", "banana", "guitar", "octopus", "teapot", "whale"]
@@ -72,7 +72,7 @@ def test_the_calibrated_profile_records_its_provenance(made: Path) -> None:
     said = profile.provenance
     assert len(profile.ratios) == 8 and profile.gram is not None
     assert said["steps"] == 8 and said["arguments"]["height"] == said["arguments"]["width"] == 64
-    assert said["prompts"] == 3 and said["prompts_sha256"] == sha256_of(CAPTIONS[0::2][:3])  # the last is to choose by
+    assert said["prompts"] == 3 and said["prompts_sha256"] == sha256_of(CAPTIONS[0::2][:3])  # the last is to tune on
     assert said["scheduler"] == "FlowMatchEulerDiscreteScheduler" and said["scheduler_config"]["shift"] == 3.0
     assert {"vllm_omni", "torch", "diffusers", "python"} <= said["versions"].keys()
     assert [len(spread) for spread in said["ratio_std"].values()] == [8]
@@ -88,17 +88,17 @@ def test_budgets_are_measured_on_held_out_prompts(made: Path) -> None:
     assert judged["prompts"] == 4 and judged["prompts_sha256"] == sha256_of(CAPTIONS[1::2])
     assert [round(8 / budget.speedup) for budget in profile.budgets] == [6, 5, 4, 3, 2]
     for budget in profile.budgets:
-        assert budget.pairs == 4 and budget.predictor in FORECASTS[budget.mask, budget.forecasts]
+        assert budget.pairs == 4 and budget.terms is not None
         assert budget.psnr is not None and budget.psnr_mean is not None and budget.rule_psnr is not None
-        assert budget.rule_psnr - 1 < budget.psnr <= budget.psnr_mean
+        assert budget.rule_psnr <= budget.psnr <= budget.psnr_mean
     assert profile.lacks == []
 
 
 @pytest.mark.slow
-def test_tuned_weights_end_nearer_on_prompts_that_did_not_give_them() -> None:
+def test_tuned_weights_end_nearer_on_prompts_that_did_not_give_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """By decibels, in the mean, where two thirds of the steps are skipped; two prompts give the weights."""
-    untuned = MeasuredBudget(speedup=28 / 9, predictor="affine3", terms={})
-    profile = named_profile("demo").model_copy(update={"budgets": (untuned,)})
+    monkeypatch.setattr("vllm_omni.trials.SPEEDUPS", (28 / 9,))
+    profile = named_profile("demo").model_copy(update={"budgets": ()})
     pipeline = load_pipeline(OmniDiffusionConfig(model="demo", dtype="float32"))
     arguments = profile.provenance["arguments"]
     tuned = measured(tuned_weights(profile, 3), pipeline, ("rocket", "strawberry", "snail"), 11, arguments)

@@ -145,7 +145,7 @@ def sigterm_under_load(
         load = [pool.submit(answer, url, steps) for _ in range(24)]
         for _ in range(1000):
             gauges = httpx.get(url + "/metrics", headers=AUTH).text
-            if all(f'num_requests_{gauge}.0' in gauges for gauge in IN_FLIGHT):
+            if all(f"num_requests_{gauge}.0" in gauges for gauge in IN_FLIGHT):
                 break
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)

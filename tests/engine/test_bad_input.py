@@ -159,7 +159,7 @@ def test_bad_sampling_params_are_refused(omni: Omni, params: dict[str, Any], mes
         ({"profile": "a" * 300}, "profile cannot be read .*give another file.*got 'aaa"),
         ({"profile": "a/" * 4000}, "profile cannot be read .*give another file.*got 'a/a"),
         ({"predictor": "taylor"}, "predictor.*'reuse'.*got 'taylor'"),
-        ({"predictor": "gram"}, "predictor needs a calibrated profile.*got 'gram'"),
+        ({"predictor": "affine"}, "predictor needs a calibrated profile.*got 'affine'"),
         ({"profile": "/no/such/profile.json"}, "profile must be a profile file, or a name such as 'demo'"),
         ({"memory_budget_mb": 1}, "memory_budget_mb"),
         ({"mag_calibrate": True}, "mag_calibrate"),
@@ -313,8 +313,8 @@ def test_a_checkpoint_without_a_curve_is_refused_at_start_up() -> None:
 
 
 def test_a_predictor_without_its_data_is_refused_at_start_up() -> None:
-    config = {"mag_ratios": CURVE, "predictor": "gram"}
-    with pytest.raises(InvalidValueError, match=r"predictor needs a calibrated profile.*got 'gram'"):
+    config = {"mag_ratios": CURVE, "predictor": "affine"}
+    with pytest.raises(InvalidValueError, match=r"predictor needs a calibrated profile.*got 'affine'"):
         Omni.from_pipe(tiny_flux(), cache_backend="magcache", cache_config=config)
 
 

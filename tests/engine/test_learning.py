@@ -150,7 +150,7 @@ def finish(idle: IdleLearning, engine: DiffusionEngine, disturb: Any = lambda n:
 def test_idle_time_brings_gains_and_decibels_whoever_comes_between(
     folder: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("GAIN_PROMPTS", "CHOSEN_ON", "JUDGED_ON"):
+    for name in ("GAIN_PROMPTS", "TUNED_ON", "JUDGED_ON"):
         monkeypatch.setattr(f"vllm_omni.engine.learning.{name}", 1)
 
     def complete(busy: bool) -> CacheProfile:

@@ -11,20 +11,16 @@ from teaching import SIZE, learning, teach
 
 from vllm_omni import AsyncOmni
 from vllm_omni import OmniDiffusionSamplingParams as Params
-from vllm_omni.diffusion.cache.profile import CacheProfile, load_profile
-from vllm_omni.engine.learning import IdleLearning
 from vllm_omni.learning import REQUESTS
 
 STEPS = 4
-TRIED = {("planned", "residual"): ("affine3",), ("rule", "residual"): ("reuse",)}
 
 
 @pytest.fixture(autouse=True)
 def few_runs(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("GAIN_PROMPTS", "CHOSEN_ON", "JUDGED_ON"):
+    for name in ("GAIN_PROMPTS", "TUNED_ON", "JUDGED_ON"):
         monkeypatch.setattr(f"vllm_omni.engine.learning.{name}", 1)
     monkeypatch.setattr("vllm_omni.trials.SPEEDUPS", (2.0,))
-    monkeypatch.setattr("vllm_omni.trials.FORECASTS", TRIED)
 
 
 @pytest.mark.slow
@@ -41,28 +37,6 @@ def test_a_call_makes_the_runs_that_a_server_makes_in_idle_time(folder: Path, ca
         lowest = min(budget.psnr or 0.0 for budget in profile.budgets)
         asked = Params(num_inference_steps=STEPS, cache={"psnr": lowest}, **SIZE)
         assert omni.generate("x", asked, use_tqdm=False)[0].skipped_steps > 0
-
-
-@pytest.mark.slow
-def test_a_profile_from_before_keeps_its_decibels_while_its_weights_are_tuned(
-    folder: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vllm_omni.engine.learning.CHOSEN_ON", 2)
-    with learning(folder) as omni:
-        teach(omni, STEPS)
-        omni.learn()
-    (file,) = profiles.glob("*.json")
-    made = load_profile(file)
-    budgets = tuple(budget.model_copy(update={"terms": None}) for budget in made.budgets)
-    made.model_copy(update={"budgets": budgets}).save(file)
-    finished: list[CacheProfile] = []
-    finish = IdleLearning._finish
-    monkeypatch.setattr(
-        IdleLearning, "_finish", lambda self, profile: finished.append(profile) or finish(self, profile)
-    )
-    with learning(folder) as omni:
-        omni.learn()
-    assert [profile.has_figures for profile in finished] == [True] and load_profile(file) == made
 
 
 @pytest.mark.asyncio

@@ -50,9 +50,8 @@ def whole_outputs(omni: Any) -> dict[str, Any]:
 
     steps = len(MASK)
     near = tuple(tuple(0.9 ** abs(i - j) for j in range(steps)) for i in range(steps))
-    chosen = ({"speedup": 2.0, "predictor": "affine", "forecasts": "output"},)
     kind = type(omni.engine.worker.pipeline.transformer).__name__
-    facts = {"gram": near, "output_gram": near, "budgets": chosen, "ratios": (1.0,) * steps}
+    facts = {"gram": near, "output_gram": near, "ratios": (1.0,) * steps}
     profile = CacheProfile(
         name="whole", transformer_class=kind, sigmas=tuple(1 - i / steps for i in range(steps)), **facts
     )

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
-from vllm_omni.diffusion.cache.profile import CacheProfile
+from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
 from vllm_omni.errors import InvalidValueError
-from vllm_omni.trials import FORECASTS, Away, Trial, _clearly_better, choices, refuse_noise
+from vllm_omni.trials import Away, Trial, figures, refuse_noise
 
 STEPS = 8
-CHOICES = [
-    (mask, predictor)
-    for (mask, what), predictors in FORECASTS.items()
-    for predictor in predictors
-    if what == "residual"  # the profile below has no matrix of outputs
-]
 
 
 def profile() -> CacheProfile:
@@ -27,42 +19,21 @@ def profile() -> CacheProfile:
     return CacheProfile(name="x", transformer_class="X", ratios=(1.0,) * STEPS, sigmas=sigmas, gram=gram)
 
 
-@pytest.mark.parametrize(
-    ("linear", "gram", "chosen"),
-    [
-        ((1, 1), (1, 1), "affine3"),
-        ((-4, -4), (1, 1), "linear"),
-        ((-4, -2), (1, 1), "affine3"),  # not clearly
-        ((-40, 1), (1, 1), "affine3"),  # of one prompt alone
-        ((-9, -4), (-5, -5), "linear"),  # by the mean of decibels
-    ],
-)
-def test_a_few_prompts_must_be_clearly_against_the_usual_choice(linear: Any, gram: Any, chosen: str) -> None:
-    """Of two prompts, the second ten times as hard: by how many dB two other choices end farther than the usual one."""
-    away = {("planned", "linear"): linear, ("planned", "gram"): gram, ("planned", "affine3"): (0, 0)}
-    measurement = choices(profile(), 2)
-    results = []
-    for trial, (mask, predictor) in zip(
-        measurement.trials, len(measurement.trials) // len(CHOICES) * CHOICES, strict=True
-    ):
-        decibels = away.get((mask, predictor), (9, 9))[trial.prompt]
-        results.append(Away(0.01 * 10 ** (trial.prompt + decibels / 10), 1.0))
-    budgets = measurement.read(results).budgets
-    assert budgets and {(budget.mask, budget.predictor) for budget in budgets} == {("planned", chosen)}
-
-
-@pytest.mark.parametrize(
-    ("decibels", "clear"),
-    [
-        ((3, 4, 5, 3, 4, -1), True),  # 3.0 on average, standard error 0.9
-        ((9, 1, -4, 8, -3, 7), False),  # as much on average, standard error 2.3
-        ((3, 4, 5, 3, -1), False),  # too few to say
-        ((1.3,) * 5, True),
-        ((0.0,) * 8, False),
-    ],
-)
-def test_many_prompts_may_disagree_if_the_average_is_clear(decibels: tuple[float, ...], clear: bool) -> None:
-    assert _clearly_better(np.array(decibels) * np.log(10) / 10) is clear
+@pytest.mark.parametrize(("plan", "rule", "by_rule"), [(30.0, 20.0, False), (20.0, 30.0, True), (20.0, 20.0, False)])
+def test_the_published_rule_takes_the_place_of_a_plan_that_it_is_nearer_than(
+    plan: float, rule: float, by_rule: bool
+) -> None:
+    """By the lowest of the held-out pairs; another budget keeps its plan."""
+    terms = {step: ((0, 1.0),) for step in (2, 3, 4, 5)}
+    budgets = (MeasuredBudget(speedup=8 / 6, terms={}), MeasuredBudget(speedup=2.0, terms=terms))
+    measurement = figures(profile().model_copy(update={"budgets": budgets}), 2)
+    both = [40.0, 25.0, 10.0, plan, plan - 1, rule, 15.0]  # plan, rule, fewer; tuned, untuned, rule, fewer
+    results = [Away(10 ** (-(decibels + prompt) / 10), 1.0) for prompt in (0, 1) for decibels in both]
+    other, judged = measurement.read(results).budgets
+    assert judged.by_rule is by_rule and judged.pairs == 2 and judged.rule_psnr == rule
+    assert (judged.psnr, judged.psnr_mean) == (max(plan, rule), max(plan, rule) + 0.5)
+    assert judged.terms == ({} if by_rule else terms) and (judged.untuned_psnr is None) == by_rule
+    assert not other.by_rule and (other.psnr, other.fewer_steps_psnr, other.untuned_psnr) == (40.0, 10.0, None)
 
 
 def test_what_holds_no_numbers_is_far_away_and_still_a_number() -> None:

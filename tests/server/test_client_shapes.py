@@ -264,9 +264,7 @@ def test_the_nodes_that_ask_for_the_model_and_set_an_adapter(drawer: Running) ->
         assert drawn() == inked != bare == drawn(lora=[]) and drawn(lora="own") == own
         listed = http.get("/v1/list_loras").json()
         assert {"nickname": "ink", "path": "ink"} in listed["loaded_adapters"] and len(listed["loaded_adapters"]) == 2
-        assert listed["active"]["transformer"] == [
-            {"nickname": "ink", "path": "ink", "merged": True, "strength": 1.0}
-        ]
+        assert listed["active"]["transformer"] == [{"nickname": "ink", "path": "ink", "merged": True, "strength": 1.0}]
         assert http.post("/v1/unmerge_lora_weights", json={"target": "all"}).json()["active"] == []
         assert drawn() == bare and http.get("/v1/list_loras").json()["active"] == {}
         assert http.post("/v1/merge_lora_weights", json={"strength": 0.5}).status_code == 200

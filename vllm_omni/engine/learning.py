@@ -30,14 +30,14 @@ from vllm_omni.learning import MOST_RUNS, Course
 from vllm_omni.logger import init_logger
 from vllm_omni.model_folder import captions
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.trials import MANY, Away, Measurement, Trial, asked_steps, choices, figures, gains, refuse_noise
+from vllm_omni.trials import Away, Measurement, Trial, asked_steps, figures, gains, refuse_noise
 from vllm_omni.tuning import tuned_weights
 
 logger = init_logger(__name__)
 
 MOST_REPEATS = 3  # of a trial that had no room
 IDLE_S = 1.0  # without a request, before trials begin
-GAIN_PROMPTS, CHOSEN_ON, JUDGED_ON = 2, MANY, 8
+GAIN_PROMPTS, TUNED_ON, JUDGED_ON = 2, 6, 8
 FIRST_SEED = 31_000
 PROMPTS = (
     "a red bicycle leaning against a brick wall",
@@ -228,14 +228,9 @@ class IdleLearning:
             self._read(self._results)
 
     def _read(self, results: Sequence[Away]) -> None:
-        """Take in what the results say: more of the profile, or what else is to be tried.
-
-        A profile that has decibels keeps them until there are others.
-        """
+        """Take in what the results say: more of the profile, or what else is to be tried."""
         assert self._measurement is not None and self._profile is not None
         found = self._measurement.read(results)
-        if isinstance(found, CacheProfile) and self._profile.has_figures and not found.has_figures:
-            found = figures(found, JUDGED_ON, GAIN_PROMPTS + CHOSEN_ON)
         if isinstance(found, Measurement):
             self._measurement, self._results = found, []
         elif found == self._profile:
@@ -314,11 +309,9 @@ def _next(profile: CacheProfile) -> Measurement[CacheProfile]:
     """What a learnt profile lacks first."""
     if profile.gains is None:
         return gains(profile, GAIN_PROMPTS)
-    if not profile.budgets:
-        return choices(profile, CHOSEN_ON, GAIN_PROMPTS)
     if not profile.tuned:
-        return tuned_weights(profile, CHOSEN_ON, GAIN_PROMPTS)
-    return figures(profile, JUDGED_ON, GAIN_PROMPTS + CHOSEN_ON)
+        return tuned_weights(profile, TUNED_ON, GAIN_PROMPTS)
+    return figures(profile, JUDGED_ON, GAIN_PROMPTS + TUNED_ON)
 
 
 def _values(output: OmniRequestOutput) -> torch.Tensor:

@@ -27,8 +27,6 @@ class CacheDitBackend(CacheBackend):
                 "cache_backend", self.name, "needs a package: pip install 'vllm-omni-magcache[cache-dit]'"
             )
         check_gate_config(self.name, config)
-        if config.predictor == "damped":
-            raise InvalidValueError("predictor", "damped", "must be 'reuse' or 'linear' with cache_dit")
         if config.memory_budget_mb is not None:
             raise InvalidValueError(
                 "memory_budget_mb", config.memory_budget_mb, "cannot be kept by cache_dit; leave it out"

@@ -27,12 +27,12 @@ from vllm_omni.kernels.device import tried
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.made import fill
-from vllm_omni.trials import Away, Measurement, Trial, asked_steps, choices, figures, gains, refuse_noise
+from vllm_omni.trials import Away, Measurement, Trial, asked_steps, figures, gains, refuse_noise
 from vllm_omni.tuning import tuned_weights
 
 logger = init_logger(__name__)
 T = TypeVar("T")
-MOST_CHOSEN_ON = 8  # prompts on which a budget's mask and predictor are chosen
+MOST_TUNED_ON = 8  # prompts on which weights are tuned
 GAIN_PROMPTS = 4
 
 
@@ -82,23 +82,22 @@ def judge(
     seed: int,
     **arguments: Any,
 ) -> CacheProfile:
-    """`profile` with `budgets`: chosen and tuned on `prompts`, and measured on `held_out`, which decided nothing.
+    """`profile` with `budgets`: tuned on `prompts`, and measured on `held_out`, which decided nothing.
 
     Of prompts that the profile's matrix has seen, a plan looks better than it is: give others, if there are any.
     A profile without gains stays as it is: its runs do not repeat themselves.
     """
     if profile.gains is None:
         return profile
-    for measurement in (choices, tuned_weights):
-        profile = measured(measurement(profile, len(prompts)), pipeline, prompts, seed + len(held_out), arguments)
+    profile = measured(tuned_weights(profile, len(prompts)), pipeline, prompts, seed + len(held_out), arguments)
     profile = measured(figures(profile, len(held_out)), pipeline, held_out, seed, arguments)
     said = {"prompts": len(held_out), "prompts_sha256": sha256_of(held_out), "seed": seed}
     return profile.model_copy(update={"provenance": profile.provenance | {"held_out": said}})
 
 
 def unseen(prompts: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """(to measure, to choose by): the last third or 8 of `prompts`; with fewer than three, all for both."""
-    count = min(len(prompts) // 3, MOST_CHOSEN_ON)
+    """(to measure, to tune on): the last third or 8 of `prompts`; with fewer than three, all for both."""
+    count = min(len(prompts) // 3, MOST_TUNED_ON)
     return (prompts[:-count], prompts[-count:]) if count else (prompts, prompts)
 
 

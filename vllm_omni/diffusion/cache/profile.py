@@ -19,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
-from vllm_omni.diffusion.cache.settings import PredictorName, as_curve
+from vllm_omni.diffusion.cache.settings import as_curve
 from vllm_omni.envs import profile_folder
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.files import write_whole
@@ -36,28 +36,23 @@ MAX_PROFILE_BYTES = 64 * 2**20
 FORMAT = 2
 MAX_STEPS = 1000
 _LEFT_OUT = ("predictors", "forwards", "branch_grams")  # what older profiles have, too
-_GONE = ("mean", "newton", "chebyshev", "normed")  # predictors that older profiles name
-MaskName = Literal["planned", "rule"]
 Forecasted = Literal["residual", "output"]  # what the blocks add, or what the denoiser returns
 LARGEST = 1e12  # of any measured number: beyond it, squares and products overflow where nobody looks
 LEARNT = "learnt"  # the kind, in its provenance, of a profile that an engine has made of its own requests
 
 
 class MeasuredBudget(Settings):
-    """What was nearest to the uncached output at one number of full forwards, among all that may be cached.
+    """What a plan of one number of full forwards is worth, and the weights that were tuned for it.
 
-    `mask` says where its computed steps come from: the planner, or the published threshold rule; `forecasts` what its
-    skipped ones forecast: what the blocks add, or the denoiser's whole output. `terms` are the (anchor, weight) of each
-    skipped step, tuned to where runs of this very schedule end (`vllm_omni.tuning`); empty: the predictor's own were
-    nearer, None: not tried. Decibels are PSNR to the uncached output, the lowest of `pairs` prompts and seeds that
-    calibration had not seen: of this choice, of it with the predictor's own weights, of the published rule with reuse,
-    and of an uncached run of as many steps. None: not measured.
+    `terms` are the (anchor, weight) of each skipped step, tuned to where runs of this very schedule end
+    (`vllm_omni.tuning`); empty: the planner's own were nearer, None: not tried. Decibels are PSNR to the uncached
+    output, the lowest of `pairs` prompts and seeds that calibration had not seen: of this plan, of it with the
+    planner's own mask and weights, of the published rule with reuse, and of an uncached run of as many steps. None: not
+    measured. `by_rule`: the published rule was nearest of what is cached, and takes the plan's place.
     """
 
     speedup: float = Field(ge=1, lt=LARGEST, allow_inf_nan=False)  # steps per full forward
-    mask: MaskName = "planned"
-    forecasts: Forecasted = "residual"
-    predictor: PredictorName
+    by_rule: bool = False
     terms: dict[int, Terms] | None = None
     pairs: int = Field(default=0, ge=0)
     psnr: float | None = Field(default=None, allow_inf_nan=False)
@@ -70,11 +65,6 @@ class MeasuredBudget(Settings):
         """The full forwards of a run of so many steps."""
         return round(steps / self.speedup)
 
-    def without_figures(self, terms: dict[int, Terms] | None = None) -> MeasuredBudget:
-        """The choice with these terms: what was measured of others says nothing of it."""
-        kept = {name: getattr(self, name) for name in ("speedup", "mask", "forecasts", "predictor")}
-        return MeasuredBudget(**kept, terms=terms)
-
     def kept(self, tuned: bool) -> float | None:
         """The decibels that it keeps, where its tuned weights are used or where they are not."""
         return self.psnr if tuned or not self.terms else self.untuned_psnr
@@ -86,7 +76,7 @@ class CacheProfile(Settings):
     `gains[t]` is how far the final latents end from the uncached run's per error of one in step t's residual and per
     unit of sigma that the step covers, `gain_errors` its standard error over prompts; both are joint over guidance
     branches. `output_gram` and `output_gains` are the same of the output that the scheduler gets, which guidance has
-    made of all branches. `budgets` are the choices measured, by ascending speed-up. `branches` holds the curve of each
+    made of all branches. `budgets` are what plans are worth, by ascending speed-up. `branches` holds the curve of each
     guidance branch.
     """
 
@@ -115,12 +105,13 @@ class CacheProfile(Settings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CacheProfile:
-        """The profile of a mapping. Before 2026-11-28 a budget was a pair, of `predictors`, and had no figures."""
-        if not isinstance(values, Mapping) or not set(_LEFT_OUT) & values.keys():
-            return super().from_dict(values)
-        newer = {name: value for name, value in values.items() if name not in _LEFT_OUT}
-        pairs = [(speedup, "affine" if name in _GONE else name) for speedup, name in values.get("predictors") or ()]
-        return super().from_dict({"budgets": [{"speedup": s, "predictor": p} for s, p in pairs]} | newer)
+        """The profile of a mapping; budgets from before 2026-11-30 say nothing of the plans of today, and are left."""
+        if isinstance(values, Mapping):
+            budgets = values.get("budgets")
+            older = isinstance(budgets, list) and any("predictor" in one for one in budgets if isinstance(one, Mapping))
+            left = (*_LEFT_OUT, "budgets") if older else _LEFT_OUT
+            values = {name: value for name, value in values.items() if name not in left}
+        return super().from_dict(values)
 
     @field_validator("ratios", mode="before")
     @classmethod
@@ -168,6 +159,11 @@ class CacheProfile(Settings):
             raise InvalidValueError("sigmas", None, "must be given with gram or gains")
         return self
 
+    @property
+    def forecasts(self) -> Forecasted:
+        """What plans forecast: outputs if their matrix is known, for they need no forward and keep least."""
+        return "residual" if self.output_gram is None else "output"
+
     def gram_of(self, what: Forecasted) -> tuple[tuple[float, ...], ...] | None:
         """The matrix for planning forecasts of residuals, or of outputs."""
         return self.gram if what == "residual" else self.output_gram
@@ -198,7 +194,7 @@ class CacheProfile(Settings):
     @property
     def tuned(self) -> bool:
         """Whether every budget's weights have been tuned, or tried."""
-        return all(budget.terms is not None for budget in self.budgets)
+        return bool(self.budgets) and all(budget.terms is not None for budget in self.budgets)
 
     @property
     def has_figures(self) -> bool:
@@ -214,7 +210,7 @@ class CacheProfile(Settings):
     def lacks(self) -> list[str]:
         """What a profile made today has and this one has not."""
         has = {"matrix": self.gram is not None, "gains": self.gains is not None}
-        has |= {"tuned weights": bool(self.budgets) and self.tuned, "figures": self.has_figures}
+        has |= {"tuned weights": self.tuned, "figures": self.has_figures}
         return [name for name, found in has.items() if not found]
 
     def __hash__(self) -> int:

@@ -19,7 +19,7 @@ from vllm_omni.cache_names import OTHER_NAMES, OURS, differ, in_our_names, in_th
 from vllm_omni.errors import InvalidValueError, UnknownChoiceError, check_keys
 from vllm_omni.settings import Settings
 
-PredictorName = Literal["reuse", "gamma", "linear", "damped", "gram", "affine", "affine3"]
+PredictorName = Literal["reuse", "linear", "affine"]
 ENGINE_BACKENDS = ("magcache", "easycache", "seacache", "teacache", "fbcache")  # those with a state per request
 BACKENDS = (*ENGINE_BACKENDS, "cachedit")
 BUDGETS = ("nfe", "speedup", "seconds", "psnr")

@@ -110,11 +110,14 @@ def _report(profile: CacheProfile) -> None:
     for step, row in enumerate(zip(profile.sigmas or (), profile.ratios, gains, strict=True)):
         print("{:4} {:7.4f} {:8.5f} {:8.4f}".format(step, *row))
     print("\nPSNR to the uncached output in dB, held-out prompts:")
-    print(f"{'forwards':>8} {'mean':>6} {'lowest':>6} {'rule':>6} {'fewer':>6}  choice")
+    print(f"{'forwards':>8} {'mean':>6} {'lowest':>6} {'rule':>6} {'fewer':>6}")
     for budget in profile.budgets:
         nfe, nearer = budget.forwards(len(profile.ratios)), (budget.fewer_steps_psnr or 0) > (budget.psnr or 0)
         figures = (budget.psnr_mean, budget.psnr, budget.rule_psnr, budget.fewer_steps_psnr)
         shown = " ".join("     -" if value is None else f"{value:6.1f}" for value in figures)
-        choice = f"{budget.mask}, {budget.predictor}{' of outputs' if budget.forecasts == 'output' else ''}"
-        choice += ", tuned" if budget.terms else ""
-        print(f"{nfe:8} {shown}  {choice}{'; fewer steps are nearer' if nearer else ''}")
+        notes = {
+            "tuned": budget.terms,
+            "the published rule is nearest": budget.by_rule,
+            "fewer steps are nearer": nearer,
+        }
+        print(f"{nfe:8} {shown}  {'; '.join(note for note, holds in notes.items() if holds)}".rstrip())

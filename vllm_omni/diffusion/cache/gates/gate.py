@@ -243,8 +243,7 @@ def check_gate_config(name: str, config: DiffusionCacheConfig) -> None:
     for field, value in config.given(*_PLANNED_ONLY).items():
         if field in config.model_fields_set and value not in (False, "auto"):
             raise InvalidValueError(field, value, f"belongs to a plan, {name} decides from data; leave it out")
-    if config.predictor in (*NEED_GRAM, "gamma"):
-        allowed = ", ".join(map(repr, ("reuse", "linear", "damped")))
-        raise InvalidValueError("predictor", config.predictor, f"must be one of {allowed} with {name}")
+    if config.predictor in NEED_GRAM:
+        raise InvalidValueError("predictor", config.predictor, f"must be 'reuse' or 'linear' with {name}")
     if config.coefficients is not None and name != "teacache":
         raise InvalidValueError("coefficients", config.coefficients, "is a TeaCache setting; leave it out")

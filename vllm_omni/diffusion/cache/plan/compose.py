@@ -9,8 +9,9 @@ from math import ceil
 
 import numpy as np
 
+from vllm_omni.diffusion.cache.plan.coherent import COHERENT, coherence, coherent_terms, searched
 from vllm_omni.diffusion.cache.plan.curve import resample
-from vllm_omni.diffusion.cache.plan.planner import best_plan, confine, forecast_error, gram_costs, step_weights
+from vllm_omni.diffusion.cache.plan.planner import best_plan, confine, gram_costs, step_weights
 from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, Terms, forecasts, resample_gains, resample_gram
 from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan, mask_plan, rule_with
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
@@ -63,8 +64,11 @@ def compose(
     compute = _compute_steps(settings, curve, profile, ratios, schedule)
     predictor, what = choose_forecast(settings, profile, sum(compute))
     gram = _gram_at(profile, schedule.sigmas, what)
-    if gram is None and curve is not None and predictor == "gamma":  # it looks at magnitudes alone
-        gram = np.diag(np.cumprod(curve) ** 2)
+    if predictor == COHERENT and schedule.steps > MAX_PAIR_STEPS:
+        predictor = "affine"  # step by step: least squares over all of them takes the cube of their number
+    if predictor == COHERENT and gram is not None:
+        weights = step_weights(schedule.sigmas, _gains_at(profile, schedule.sigmas, what))
+        return CachePlan.of(compute, coherent_terms(compute, gram, weights, schedule.switches), what)
     terms: dict[int, Terms] = {}
     for part in schedule.segments:
         own = forecasts(compute[part], schedule.sigmas[part], predictor, None if gram is None else gram[part, part])
@@ -75,30 +79,15 @@ def compose(
 def _tuned(
     settings: CacheSettings, ratios: tuple[float, ...] | None, profile: CacheProfile | None, schedule: Schedule
 ) -> CachePlan | None:
-    """The plan that calibration has tuned for this very schedule and number of full forwards, if it has.
-
-    With some more forwards than that it is the same, with the steps computed as well that are forecast best: what the
-    other forecasts cancel out stays so. With half of its skips gone the planner's is as near.
-    """
+    """The plan that calibration has tuned for this very schedule and number of full forwards, if it has."""
     if profile is None or ratios != profile.ratios or not settings.config.as_measured or not profile.is_of(schedule):
         return None
     nfe, steps = full_forwards(settings, profile, schedule), schedule.steps
-    if nfe is None:
+    terms = next((budget.terms for budget in profile.budgets if budget.forwards(steps) == nfe), None)
+    if not terms:
         return None
-    best = next((budget for budget in profile.budgets if budget.forwards(steps) <= nfe), None)
-    gram = _gram_at(profile, schedule.sigmas, best.forecasts) if best is not None else None
-    if best is None or not (terms := best.terms) or gram is None or 2 * (steps - nfe) < len(terms):
-        return None
-    weights = step_weights(schedule.sigmas, _gains_at(profile, schedule.sigmas, best.forecasts))
-
-    def error(step: int) -> float:
-        anchors, factors = (np.array(column) for column in zip(*terms[step], strict=True))
-        return float(forecast_error(gram, [*anchors], np.array(step), factors) * weights[step])
-
-    skipped = sorted(terms, key=error)[nfe - steps + len(terms) :]
-    compute = tuple(step not in skipped for step in range(steps))
-    plan = CachePlan.of(compute, {step: terms[step] for step in sorted(skipped)}, best.forecasts)
-    return replace(plan, tuned=True)
+    compute = tuple(step not in terms for step in range(steps))
+    return replace(CachePlan.of(compute, terms, profile.forecasts), tuned=True)
 
 
 def _compute_steps(
@@ -123,14 +112,17 @@ def _compute_steps(
 
     if (nfe := full_forwards(settings, profile, schedule)) is None:
         return _by_rule(curves, rule_of(settings), schedule, guarded)
-    # Measured with the same share of the steps computed: the rule's mask may have been nearer than the planner's.
-    best = profile.budget_at(max(1, round(nfe / schedule.steps * len(profile.ratios)))) if profile is not None else None
     predictor, what = choose_forecast(settings, profile, nfe)
     gram = _gram_at(profile, schedule.sigmas, what)
-    by_rule = best is not None and best.mask == "rule" and what == "residual"
+    by_rule = settings.config.predictor == "auto" and predictor == "reuse"
     if gram is None or schedule.steps > MAX_PAIR_STEPS or by_rule:
         return rule_with(plan_at, schedule.steps, nfe)
-    return best_plan(_costs(gram, _gains_at(profile, schedule.sigmas, what), schedule, predictor), nfe, guarded)
+    gains, coherent = _gains_at(profile, schedule.sigmas, what), predictor == COHERENT
+    plan = best_plan(_costs(gram, gains, schedule, "affine" if coherent else predictor), nfe, guarded)
+    if not coherent:
+        return plan
+    forced = forced_steps(schedule.steps, guarded, schedule.switches)
+    return searched(plan, gram, coherence(step_weights(schedule.sigmas, gains)), forced, schedule.switches)
 
 
 def _curve(settings: CacheSettings, ratios: tuple[float, ...], schedule: Schedule) -> tuple[float, ...]:
@@ -165,18 +157,16 @@ def _costs(gram: np.ndarray, gains: np.ndarray, schedule: Schedule, predictor: s
 def choose_forecast(
     settings: CacheSettings, profile: CacheProfile | None, forwards: int | None = None
 ) -> tuple[str, Forecasted]:
-    """The predictor that is named, of residuals, or for `auto` what calibration found best with so many full forwards.
+    """The predictor that is named, of residuals; `auto` is the weights of all steps at once, for a profile's matrix.
 
-    Without a measurement that is least squares with weights that sum to one, or, without a matrix, reuse.
-
-    Forwards, not steps per forward, set how far apart in sigma the anchors are, whatever the step count.
+    Without one, or where the published rule was measured to be nearer, it is reuse.
     """
     asked = settings.config.predictor
     if asked == "auto":
-        best = profile.budget_at(forwards) if profile is not None else None
-        if best is not None:
-            return best.predictor, best.forecasts
-        return "affine" if profile is not None and profile.gram is not None else "reuse", "residual"
+        if profile is None or profile.gram_of(profile.forecasts) is None:
+            return "reuse", "residual"
+        best = profile.budget_at(forwards)
+        return ("reuse", "residual") if best is not None and best.by_rule else (COHERENT, profile.forecasts)
     if asked in NEED_GRAM and (profile is None or profile.gram is None):
         raise InvalidValueError(
             "predictor", asked, "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"

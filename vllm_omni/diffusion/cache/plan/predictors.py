@@ -27,41 +27,17 @@ def reuse(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np
     return weights
 
 
-def gamma(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
-    """The last residual at the magnitude of the target: prod gamma = sqrt(G_tt / G_ss). Without a matrix, reuse.
-
-    MagCache's own evaluation code has it commented out (Zehong-Ma/MagCache, `cur_scale * residual_cache`).
-    """
-    weights = reuse(anchors, target, sigmas, gram)
-    if gram is not None:
-        energy = np.diag(gram)
-        weights[..., -1] = np.sqrt(energy[target] / np.maximum(energy[anchors[-1]], np.finfo(float).tiny))
-    return weights
-
-
 def linear(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
     """The line through the last two residuals over sigma (first-order TaylorSeer, arXiv 2503.06923, in sigma)."""
-    return _line(anchors, target, sigmas, 1.0)
-
-
-def damped(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
-    """Half-linear: the line with half its slope, the mean of `reuse` and `linear`.
-
-    To first order the mean velocity over the gap (MeanCache, arXiv 2601.19961, with its span at the anchor's own).
-    """
-    return _line(anchors, target, sigmas, 0.5)
-
-
-def least_squares(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
-    """w = (G_AA + ridge)^-1 G_At: the weights with the least expected squared error under the calibrated Gram matrix.
-
-    Linear forecasts of cached features with calibrated weights: L2P (arXiv 2604.26365) learns them by gradient descent
-    for one schedule; the matrix gives them in closed form for any anchors.
-    """
-    if gram is None:
-        return reuse(anchors, target, sigmas, gram)
-    corner, cross = _normal_equations(anchors, target, gram)
-    return np.linalg.solve(corner, cross[..., None])[..., 0]
+    weights = reuse(anchors, target, sigmas, None)
+    if len(anchors) > 1:
+        level = np.asarray(sigmas, dtype=np.float64)
+        before, last = anchors[-2:]
+        span = level[last] - level[before]
+        ahead = np.where(span == 0, 0.0, (level[target] - level[last]) / np.where(span == 0, 1.0, span))
+        weights[..., -2] = -ahead
+        weights[..., -1] += ahead
+    return weights
 
 
 def affine(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
@@ -71,44 +47,22 @@ def affine(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: n
     """
     if gram is None:
         return reuse(anchors, target, sigmas, gram)
-    corner, cross = _normal_equations(anchors, target, gram)
+    index = np.stack(np.broadcast_arrays(*anchors), axis=-1)
+    corner, cross = gram[index[..., :, None], index[..., None, :]], gram[index, np.asarray(target)[..., None]]
+    energy = np.trace(corner, axis1=-2, axis2=-1)[..., None, None] / len(anchors)
+    corner = corner + RIDGE * np.maximum(energy, np.finfo(float).tiny / RIDGE) * np.eye(len(anchors))
     solved = np.linalg.solve(corner, np.stack([cross, np.ones_like(cross)], axis=-1))
     free, ones = solved[..., 0], solved[..., 1]
     multiplier = (1 - free.sum(axis=-1, keepdims=True)) / ones.sum(axis=-1, keepdims=True)
     return free + multiplier * ones
 
 
-def _line(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], slope: float) -> np.ndarray:
-    weights = reuse(anchors, target, sigmas, None)
-    if len(anchors) > 1:
-        level = np.asarray(sigmas, dtype=np.float64)
-        before, last = anchors[-2:]
-        span = level[last] - level[before]
-        ahead = np.where(span == 0, 0.0, slope * (level[target] - level[last]) / np.where(span == 0, 1.0, span))
-        weights[..., -2] = -ahead
-        weights[..., -1] += ahead
-    return weights
-
-
-def _normal_equations(anchors: Sequence[Any], target: Any, gram: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """G_AA with a little ridge, and G_At."""
-    index = np.stack(np.broadcast_arrays(*anchors), axis=-1)
-    corner = gram[index[..., :, None], index[..., None, :]]
-    energy = np.trace(corner, axis1=-2, axis2=-1)[..., None, None] / len(anchors)
-    ridge = RIDGE * np.maximum(energy, np.finfo(float).tiny / RIDGE)
-    return corner + ridge * np.eye(len(anchors)), gram[index, np.asarray(target)[..., None]]
-
-
 PREDICTORS: dict[str, tuple[Predictor, int]] = {  # function, how many anchors it looks at
     "reuse": (reuse, 1),
-    "gamma": (gamma, 1),
     "linear": (linear, 2),
-    "damped": (damped, 2),
-    "gram": (least_squares, 2),
     "affine": (affine, 2),
-    "affine3": (affine, 3),
 }
-NEED_GRAM = ("gram", "affine", "affine3")
+NEED_GRAM = ("affine",)
 
 
 def forecasts(plan: Plan, sigmas: Sequence[float], predictor: str, gram: np.ndarray | None) -> dict[int, Terms]:
