@@ -1,8 +1,8 @@
-"""How near any mask comes: a search over masks at equal full forwards, beside what calibration chose and fewer steps.
+"""How near any mask comes: a search over masks at equal full forwards, beside the planner's and fewer steps.
 
-It starts at the profile's choice, with its predictor's own weights, since tuned ones are of one mask. In each round one
+It starts at the planner's, with its own weights, since tuned ones are of one mask. In each round one
 or two computed steps are moved, in several ways; the nearest of those is kept if it is nearer than all before. What was
-found is then run on other prompts. This says what a better planner could still gain with the profile's own forecasts;
+found is then run on other prompts. This says what a better search could still gain with the profile's matrix;
 some dozens of masks are tried, so that the best of all masks may be nearer still.
 
     python benchmarks/bound.py MODEL --profile FILE      MODEL: demo, or a folder with a captions.txt
@@ -20,7 +20,7 @@ import numpy as np
 from common import begin, last_line, table
 
 FIRST_SEED = 980_000
-SIDES = ("chosen", "searched", "fewer steps")
+SIDES = ("planned", "searched", "fewer steps")
 Mask = tuple[bool, ...]
 
 
@@ -62,30 +62,22 @@ class Runs:
         steps = self.arguments["num_inference_steps"]
         found = find_profiles(options.model, fingerprint(self.pipeline.transformer))
         profile = named_profile(options.profile) if options.profile else nearest(found, steps)
-        if profile is None or profile.gram is None or not profile.budgets:
-            raise SystemExit("needs a profile with choices: vllm-omni calibrate MODEL --prompts FILE")
-        untuned = tuple(budget.model_copy(update={"terms": {}}) for budget in profile.budgets)
-        self.profile: Any = profile.model_copy(update={"budgets": untuned})
+        if profile is None or profile.gram is None:
+            raise SystemExit("needs a profile with a matrix: vllm-omni calibrate MODEL --prompts FILE")
+        self.profile: Any = profile.model_copy(update={"budgets": ()})
         captions = (Path(resolve_model(options.model)) / "captions.txt").read_text().splitlines()
         self.seen, self.unseen = captions[::2][-options.prompts :], captions[1::2][-options.held_out :]
 
-    def chosen(self, nfe: int) -> Any:
-        """The plan of the profile's choice, with its predictor's weights."""
+    def plan(self, cache: dict[str, Any], schedule: Any) -> Any:
+        """What a request with these settings would do, by the planner's own weights."""
         from vllm_omni.diffusion.cache.plan.compose import compose
-        from vllm_omni.diffusion.cache.plan.schedule import Schedule
         from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, parse
 
-        settings = parse("magcache", DiffusionCacheConfig(nfe=nfe))
-        schedule = Schedule(len(self.profile.sigmas), self.profile.sigmas)
-        return compose(settings, self.profile.ratios, self.profile, schedule)
+        return compose(parse("magcache", DiffusionCacheConfig(**cache)), self.profile.ratios, self.profile, schedule)
 
-    def plan(self, mask: Mask, predictor: str, what: Any, schedule: Any) -> Any:
-        """The profile's forecasts of the steps that `mask` skips."""
-        from vllm_omni.diffusion.cache.plan.compose import CachePlan
-        from vllm_omni.diffusion.cache.plan.predictors import forecasts, resample_gram
-
-        gram = resample_gram(np.asarray(self.profile.gram_of(what)), self.profile.sigmas, schedule.sigmas)
-        return CachePlan.of(mask, forecasts(mask, schedule.sigmas, predictor, gram), what)
+    def of(self, mask: Mask) -> Any:
+        """The plan, for a trial, that computes these steps."""
+        return partial(self.plan, {"steps_mask": mask})
 
     def decibels(self, plans: Sequence[Any], unseen: bool = False) -> np.ndarray:
         """(prompts, plans) PSNR of the picture; a plan that is a number is as many steps without a cache."""
@@ -108,26 +100,22 @@ def search(runs: Runs, nfe: int, options: argparse.Namespace) -> dict[str, Any]:
     """Each side's PSNR (mean, lowest) on other prompts than the search's, and what the search gained on its own."""
     from tqdm import tqdm
 
-    from vllm_omni.diffusion.cache.plan.compose import choose_forecast
-    from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, parse
-
-    predictor, what = choose_forecast(parse("magcache", DiffusionCacheConfig(nfe=nfe)), runs.profile, nfe)
-    start = best = runs.chosen(nfe).compute
+    start = best = runs.plan({"nfe": nfe}, runs.profile.schedule).compute
     rng, tried = np.random.default_rng(nfe), {start}
-    first = level = float(runs.decibels([partial(runs.plan, start, predictor, what)]).mean())
+    first = level = float(runs.decibels([runs.of(start)]).mean())
     for _ in tqdm(range(options.rounds), desc=f"{nfe} full forwards", unit="round"):
         if not (masks := neighbours(best, options.variations, tried, rng)):
             break
-        means = runs.decibels([partial(runs.plan, mask, predictor, what) for mask in masks]).mean(axis=0)
+        means = runs.decibels([runs.of(mask) for mask in masks]).mean(axis=0)
         if means.max() > level:
             level, best = float(means.max()), masks[int(means.argmax())]
-    sides = [*(partial(runs.plan, mask, predictor, what) for mask in (start, best)), nfe]
+    sides = [runs.of(start), runs.of(best), nfe]
     last = runs.decibels(sides, unseen=True)
     figures: dict[str, Any] = {
         side: [round(float(column.mean()), 2), round(float(column.min()), 2)]
         for side, column in zip(SIDES, last.T, strict=True)
     }
-    figures |= {"gain_seen": round(level - first, 2), "masks": len(tried), "forecasts": what, "predictor": predictor}
+    figures |= {"gain_seen": round(level - first, 2), "masks": len(tried)}
     return figures | {"mask": "".join("x" if flag else "." for flag in best)}
 
 

@@ -1,10 +1,10 @@
 """Does the planner know which plan is better? Rank correlation of predicted cost and measured error, per budget.
 
-For each number of full forwards, variations of good plans: the planner's own, for each objective and predictor, and
-some of their computed steps moved. Each is run on prompts that calibration has not seen, and its error is the root mean
-square of the distances to the uncached latents, or their mean in decibels. Spearman's rank correlation then says what a
-cost is worth: with the profile's gains, with equal gains, and with the weight by 1 / sigma that was in use until
-2026-11-28. The ceiling is what the true error would have, for so few prompts show it with noise.
+For each number of full forwards, variations of the planner's own plan, in which some computed steps are moved. Each is
+run on prompts that calibration has not seen, and its error is the root mean square of the distances to the uncached
+latents, or their mean in decibels. Spearman's rank correlation then says what a cost is worth: the planner's, the same
+with equal gains, and with errors of steps that do not cancel one another, as it was until 2026-11-30. The ceiling is
+what the true error would have, for so few prompts show it with noise.
 
     python benchmarks/plan_cost.py MODEL --profile FILE      MODEL: demo, or a folder with a captions.txt
 """
@@ -31,7 +31,6 @@ def main() -> None:
     parser.add_argument("--forwards", type=int, nargs="+", default=[19, 14, 11, 9, 7, 5])
     parser.add_argument("--variations", type=int, default=24)
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--predictor", default="affine")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: torch's own choice)")
     parser.set_defaults(clock="wall")
     options = parser.parse_args()
@@ -39,8 +38,8 @@ def main() -> None:
     figures = measure(options)
     names = list(next(iter(figures.values())))
     table(["full forwards", *names], [[nfe, *(f"{row[name]:.2f}" for name in names)] for nfe, row in figures.items()])
-    lowest = min(row["gains, squared"] for row in figures.values())
-    verdict = {"benchmark": "plan_cost", **machine, "model": options.model, "predictor": options.predictor}
+    lowest = min(row["of mean dB"] for row in figures.values())
+    verdict = {"benchmark": "plan_cost", **machine, "model": options.model}
     last_line(verdict | {"spearman": figures, "lowest": lowest, "bar": BAR, "holds": lowest >= BAR})
 
 
@@ -48,8 +47,7 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
     """Rank correlations by number of forwards and objective."""
     from tqdm import tqdm
 
-    from vllm_omni.diffusion.cache.plan.predictors import resample_gains, resample_gram
-    from vllm_omni.diffusion.cache.plan.schedule import Schedule
+    from vllm_omni.diffusion.cache.plan.planner import coherence, coherent_cost, step_weights
     from vllm_omni.diffusion.cache.profile import find_profiles, fingerprint, named_profile
     from vllm_omni.diffusion.data import OmniDiffusionConfig
     from vllm_omni.diffusion.loader import load_pipeline
@@ -66,26 +64,27 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
     captions = (Path(resolve_model(options.model)) / "captions.txt").read_text().splitlines()[1::2]
     captions = captions[-options.prompts :]
     exact = latents(pipeline, captions, arguments)
-    sigmas = Schedule(len(profile.sigmas), profile.sigmas).sigmas
-    gram = resample_gram(np.asarray(profile.gram), profile.sigmas, sigmas)
-    gains = resample_gains(profile.gains, profile.sigmas, sigmas)
+    what = profile.forecasts
+    gram, gains = profile.gram_of(what), profile.gains if what == "residual" else profile.output_gains
+    weights, even = (step_weights(profile.sigmas, g) for g in (np.asarray(gains), None))
     figures: dict[int, dict[str, float]] = {}
     for nfe in tqdm(options.forwards, desc="budgets"):
-        plans = variations(nfe, options.variations, options.predictor, gram, gains, sigmas)
+        plans = variations(nfe, options.variations, np.asarray(gram), weights)
         squares = []  # by plan and prompt
         for plan in plans:
-            with enabled(cache_of(profile, steps_mask=plan, predictor=options.predictor), pipeline, profile):
+            with enabled(cache_of(profile, steps_mask=plan), pipeline, profile):
                 difference = latents(pipeline, captions, arguments) - exact
             squares.append(difference.pow(2).flatten(1).mean(dim=1).tolist())
         measured = np.array(squares)
         predicted = {
-            name: [cost(plan, options.predictor, gram, weight, sigmas, power) for plan in plans]
-            for name, (weight, power) in objectives(gains, sigmas).items()
+            "planner's": [coherent_cost(plan, np.asarray(gram), coherence(weights)) for plan in plans],
+            "equal gains": [coherent_cost(plan, np.asarray(gram), coherence(even)) for plan in plans],
+            "nothing cancels": [cost_of_each(plan, np.asarray(gram), weights) for plan in plans],
         }
         mean, decibels = measured.mean(axis=1), np.log(measured).mean(axis=1)
         row = {name: spearman(costs, mean) for name, costs in predicted.items()}
         row["ceiling"] = ceiling(measured)
-        row["of mean dB"] = spearman(predicted["gains, squared"], decibels)
+        row["of mean dB"] = spearman(predicted["planner's"], decibels)
         row["its ceiling"] = ceiling(np.log(measured))
         figures[nfe] = {name: round(value, 3) for name, value in row.items()}
     return figures
@@ -109,48 +108,32 @@ def ceiling(squares: np.ndarray) -> float:
     return float(np.sqrt(max(0.0, 2 * halves / (1 + halves))))
 
 
-def objectives(gains: np.ndarray, sigmas: Sequence[float]) -> dict[str, tuple[np.ndarray, int]]:
-    """The weight of each step's expected error, and the power in which errors add up."""
-    moved = np.abs(np.diff([*sigmas, 0.0]))
-    after = np.maximum([*sigmas[1:], 0.0], np.asarray(sigmas) / 4)
-    return {
-        "gains, squared": (moved * gains, 2),
-        "gains, sum": (moved * gains, 1),
-        "equal gains, squared": (moved, 2),
-        "by 1 / sigma, sum": (moved / after, 1),
-    }
-
-
-def cost(
-    plan: Sequence[bool], predictor: str, gram: np.ndarray, weight: np.ndarray, sigmas: Sequence[float], power: int
-) -> float:
-    """Sum of the weighted expected errors of the plan's forecasts, each to `power`."""
-    from vllm_omni.diffusion.cache.plan.predictors import forecasts
+def cost_of_each(plan: Sequence[bool], gram: np.ndarray, weights: np.ndarray) -> float:
+    """The sum of what each skipped step's error is expected to move the end by, squared."""
+    from vllm_omni.diffusion.cache.plan.planner import coherent_terms
 
     total = 0.0
-    for step, terms in forecasts(tuple(plan), sigmas, predictor, gram).items():
+    for step, terms in coherent_terms(tuple(plan), gram, weights).items():
         mix = np.zeros(len(plan))
         mix[step] = -1.0
         for anchor, factor in terms:
             mix[anchor] = factor
-        total += (weight[step] * np.sqrt(max(mix @ gram @ mix, 0.0))) ** power
+        total += weights[step] ** 2 * max(mix @ gram @ mix, 0.0)
     return float(total)
 
 
-def variations(
-    nfe: int, count: int, predictor: str, gram: np.ndarray, gains: np.ndarray, sigmas: Sequence[float]
-) -> list[tuple[bool, ...]]:
-    """`count` different plans of `nfe` full forwards: the planner's for two objectives, and neighbours of these."""
-    from vllm_omni.diffusion.cache.plan.planner import best_plan, gram_costs
+def variations(nfe: int, count: int, gram: np.ndarray, weights: np.ndarray) -> list[tuple[bool, ...]]:
+    """`count` different plans of `nfe` full forwards: the planner's, and some with one to three of its steps moved."""
+    from vllm_omni.diffusion.cache.plan.planner import best_plan
 
     rng = np.random.default_rng(nfe)
-    steps = len(sigmas)
-    good = [best_plan(gram_costs(gram, sigmas, predictor, g), nfe) for g in (gains, None)]
-    plans = dict.fromkeys(good)
+    steps = len(weights)
+    good = best_plan(nfe, gram, weights, {0, steps - 1})
+    plans = {good: None}
     for _ in range(10_000):
         if len(plans) >= count:
             break
-        computed = set(np.flatnonzero(good[rng.integers(len(good))]).tolist())
+        computed = set(np.flatnonzero(good).tolist())
         for _ in range(rng.integers(1, 4)):
             inner = sorted(computed - {0, steps - 1})
             if not inner:

@@ -16,7 +16,7 @@ import torch
 
 from vllm_omni.diffusion.cache.calibration import sketch
 from vllm_omni.diffusion.cache.plan.compose import CachePlan, compose
-from vllm_omni.diffusion.cache.plan.planner import forecast_error, step_weights
+from vllm_omni.diffusion.cache.plan.planner import step_weights
 from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
 from vllm_omni.diffusion.cache.profile import CacheProfile, Forecasted, MeasuredBudget
@@ -168,7 +168,8 @@ def _stale_errors(profile: CacheProfile, what: Forecasted, gap: int, schedule: S
     expected: dict[int, float] = {}
     for step in sorted({*range(1, schedule.steps, gap), schedule.steps - 1} - {0}):
         if (anchor := anchor_of(step, gap, schedule)) is not None:
-            error = float(forecast_error(gram, [np.array(anchor)], np.array(step), np.ones(1))) * weights[step]
+            squared = gram[anchor, anchor] + gram[step, step] - 2 * gram[anchor, step]
+            error = float(np.sqrt(max(squared, 0.0))) * weights[step]
             expected |= {step: error} if error > 0 else {}
     return expected
 

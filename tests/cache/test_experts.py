@@ -15,8 +15,7 @@ from planning import planned
 from vllm_omni import Omni
 from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.magcache import MagCacheBackend
-from vllm_omni.diffusion.cache.plan.planner import forecast_error
-from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
+from vllm_omni.diffusion.cache.plan.planner import coherence, coherent_cost, step_weights
 from vllm_omni.diffusion.cache.profile import CacheProfile, shipped_profile
 from vllm_omni.diffusion.data import DiffusionCacheConfig
 from vllm_omni.diffusion.denoiser.step_tracker import schedule_of
@@ -157,37 +156,29 @@ def with_gram(steps: int) -> CacheProfile:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("predictor", ["reuse", "linear", "affine"])
-def test_no_forecast_crosses_the_switch_and_the_plan_is_optimal(predictor: str) -> None:
+@pytest.mark.parametrize("predictor", ["reuse", "linear", "affine", "auto"])
+def test_no_forecast_crosses_the_switch_and_no_plan_is_better(predictor: str) -> None:
     from itertools import combinations
 
     steps, nfe = 9, 5
     profile = with_gram(steps)
     assert profile.sigmas is not None
-    sigmas, gram = profile.sigmas, np.asarray(profile.gram)
-    weigh, order = PREDICTORS[predictor]
-    weight = np.abs(np.diff([*sigmas, 0.0]))
-
-    def cost(computed: tuple[int, ...], switches: tuple[int, ...]) -> float:
-        total = 0.0
-        for t in set(range(steps)) - set(computed):
-            begin = max(s for s in (0, *switches) if s <= t)
-            anchors = [np.array(a) for a in computed if begin <= a < t][-min(order, 2) :]
-            error = forecast_error(gram, anchors, np.array(t), weigh(anchors, t, sigmas, gram))
-            total += float(weight[t] * error) ** 2
-        return total
-
+    gram, weights = np.asarray(profile.gram), step_weights(profile.sigmas)
     for switches in [(4,), (3, 6), (8,), ()]:
         config = DiffusionCacheConfig(nfe=nfe, predictor=predictor)
-        plan = planned(config, profile.ratios, profile, steps, tuple(sigmas), switches)
+        plan = planned(config, profile.ratios, profile, steps, profile.sigmas, switches)
         ends = (0, *switches, steps)
         for step, terms in plan.terms.items():
             begin = max(s for s in ends if s <= step)
             assert terms and all(begin <= anchor < step for anchor, _ in terms)
-        computed = tuple(np.flatnonzero(plan.compute).tolist())
-        others = (c for c in combinations(range(steps), nfe) if {0, steps - 1, *switches} <= set(c))
-        assert len(computed) == nfe
-        assert cost(computed, switches) == pytest.approx(min(cost(c, switches) for c in others))
+        assert plan.full_forwards == nfe
+
+        def cost(computed: tuple[bool, ...], switches: tuple[int, ...] = switches) -> float:
+            return coherent_cost(computed, gram, coherence(weights), switches)
+
+        every = [{0, steps - 1, *switches} | set(some) for some in combinations(range(steps), nfe)]
+        others = [tuple(step in one for step in range(steps)) for one in every if len(one) == nfe]
+        assert cost(plan.compute) == pytest.approx(min(map(cost, others)), rel=1e-3)
 
 
 def test_a_late_start_moves_the_switch() -> None:

@@ -1,26 +1,34 @@
-"""The exact planner against exhaustive search, and the predictors it plans for."""
+"""The planner against exhaustive search, the weights of all steps at once, and predictors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import combinations, pairwise
+from itertools import combinations
 from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchHeunDiscreteScheduler
-from planning import budgeted, planned, planned_cost
+from planning import budgeted, planned
 
-from vllm_omni.diffusion.cache.plan.planner import best_plan, gram_costs, step_weights
+from vllm_omni.diffusion.cache.plan.planner import (
+    MOST,
+    OWN,
+    best_plan,
+    coherence,
+    coherent_cost,
+    coherent_terms,
+    step_weights,
+)
 from vllm_omni.diffusion.cache.plan.predictors import (
     NEED_GRAM,
     PREDICTORS,
     affine,
     forecasts,
-    resample_gram,
 )
-from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan
+from vllm_omni.diffusion.cache.plan.rule import magcache_plan
+from vllm_omni.diffusion.cache.plan.schedule import forced_steps
 from vllm_omni.diffusion.cache.profile import CacheProfile, shipped_profile
 from vllm_omni.diffusion.cache.settings import PRESETS, DiffusionCacheConfig, PredictorName
 from vllm_omni.errors import InvalidValueError
@@ -37,70 +45,113 @@ def random_sigmas(rng: np.random.Generator, steps: int) -> tuple[float, ...]:
     return tuple(np.sort(rng.random(steps) + 0.01)[::-1].tolist())
 
 
-def all_plans(steps: int, nfe: int, compute_last_step: bool) -> list[Plan]:
-    fixed = {0, steps - 1} if compute_last_step else {0}
-    free = [step for step in range(steps) if step not in fixed]
-    return [
-        tuple(step in fixed or step in chosen for step in range(steps))
-        for chosen in combinations(free, nfe - len(fixed))
-    ]
+STEPS = 10
+MASK = (True, False, True, False, False, True, False, False, True, True)
 
 
-def stated_cost(
-    plan: Plan, sigmas: tuple[float, ...], gram: np.ndarray, predictor: str, gains: np.ndarray | None = None
-) -> float:
-    """The objective written out step by step, from the forecasts the request would really use."""
-    total = 0.0
-    levels = [*sigmas, 0.0]
-    for target, terms in forecasts(plan, sigmas, predictor, gram).items():
-        mix = np.zeros(len(plan))
-        mix[target] = -1.0
-        for anchor, weight in terms:
-            mix[anchor] = weight
-        moved = (levels[target] - levels[target + 1]) ** 2 * max(mix @ gram @ mix, 0.0)
-        total += moved * (1.0 if gains is None else gains[target] ** 2)
-    return float(total)
+def smooth_run(steps: int = STEPS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(outputs of every step, weights): a drifting sum of a few slow waves."""
+    rng = np.random.default_rng(seed)
+    time = np.linspace(0, 1, steps)[:, None]
+    waves = np.concatenate([np.cos(k * time + rng.uniform(0, 6, 30)) / (1 + k) for k in range(1, 5)], axis=1)
+    return waves + 0.01 * rng.standard_normal(waves.shape), rng.uniform(0.5, 2.0, steps) / steps
 
 
-# ----------------------------------------------------------------------------------------------------------- optimality
+def end_of(terms: dict[int, tuple[tuple[int, float], ...]], outputs: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Each skipped step's error, weighted: (skipped steps, numbers)."""
+    errors = [sum(w * outputs[a] for a, w in own) - outputs[step] for step, own in terms.items()]
+    return np.array([weights[step] for step in terms])[:, None] * np.array(errors)
 
 
-@pytest.mark.parametrize("compute_last_step", [True, False])
-@pytest.mark.parametrize("predictor", list(PREDICTORS))
-def test_no_plan_is_better_under_gram_costs(predictor: str, compute_last_step: bool) -> None:
-    rng = np.random.default_rng(0)
-    for steps in (2, 3, 6, 9, 14 if predictor in ("reuse", "affine") else 10):
-        gram, sigmas = random_gram(rng, steps), random_sigmas(rng, steps)
-        gains = rng.uniform(0.02, 10, steps) if steps % 2 else None
-        costs = gram_costs(gram, sigmas, predictor, gains)
-        for nfe in range(2, steps + 1) if steps < 14 else (4, 7):
-            plan, possible = best_plan(costs, nfe, compute_last_step), all_plans(steps, nfe, compute_last_step)
-            cheapest = min(stated_cost(p, sigmas, gram, predictor, gains) for p in possible)
-            assert plan in possible
-            assert stated_cost(plan, sigmas, gram, predictor, gains) == pytest.approx(cheapest, rel=1e-9, abs=1e-9)
-            assert planned_cost(costs, plan) == pytest.approx(cheapest, rel=1e-6, abs=1e-6)
+def stated_cost(outputs: np.ndarray, weights: np.ndarray, terms: dict[int, tuple[tuple[int, float], ...]]) -> float:
+    moved, steps = end_of(terms, outputs, weights), list(terms)
+    alike = (coherence(np.ones(len(weights))))[np.ix_(steps, steps)]
+    return float(np.sum(alike * (moved @ moved.T)))
 
 
-def test_one_forward_suffices_if_the_last_step_may_be_skipped() -> None:
-    costs = gram_costs(np.eye(5), np.linspace(1, 0.2, 5).tolist(), "reuse")
-    assert best_plan(costs, 1, compute_last_step=False) == (True, False, False, False, False)
-    assert best_plan(gram_costs(np.eye(1), [1.0], "reuse"), 1) == (True,)
+def test_the_weights_are_the_best_that_sum_to_one() -> None:
+    """Whichever weight is moved, what is minimised grows; and the cost is what the formula says."""
+    outputs, weights = smooth_run()
+    gram = outputs @ outputs.T
+    terms = coherent_terms(MASK, gram, weights)
+    least = stated_cost(outputs, weights, terms)
+    assert coherent_cost(MASK, gram, coherence(weights)) == pytest.approx(least, rel=1e-6)
+    for step, own in terms.items():
+        assert sum(weight for _, weight in own) == pytest.approx(1.0) and len(own) <= 3
+        assert all(anchor < step and MASK[anchor] for anchor, _ in own)
+        for (first, a), (second, b) in combinations(own, 2):
+            for shift in (-0.05, 0.05):
+                moved = tuple({**dict(own), first: a + shift, second: b - shift}.items())
+                assert stated_cost(outputs, weights, terms | {step: moved}) > least
 
 
-@pytest.mark.parametrize("nfe", [-1, 0, 1, 11])
-def test_an_impossible_number_of_forwards_is_refused(nfe: int) -> None:
-    with pytest.raises(ValueError, match="from 2 to 10"):
-        best_plan(gram_costs(np.eye(10), np.linspace(1, 0.1, 10).tolist(), "reuse"), nfe)
+def test_errors_cancel_where_the_run_ends() -> None:
+    """Step by step each error is smaller; all of them together are smaller here."""
+    for seed in range(5):
+        outputs, weights = smooth_run(seed=seed)
+        gram = outputs @ outputs.T
+        ours = end_of(coherent_terms(MASK, gram, weights), outputs, weights)
+        alone = end_of(forecasts(MASK, np.linspace(1, 0.1, STEPS).tolist(), "affine", gram), outputs, weights)
+        assert np.linalg.norm(ours.sum(axis=0)) < 0.5 * np.linalg.norm(alone.sum(axis=0)), seed
 
 
-def test_more_forwards_never_cost_more() -> None:
-    gram, sigmas = np.asarray(DEMO.gram), DEMO.sigmas or ()
-    for predictor in PREDICTORS:
-        costs = gram_costs(gram, sigmas, predictor)
-        totals = [planned_cost(costs, best_plan(costs, nfe)) for nfe in range(2, 29)]
-        if predictor == "reuse":
-            assert all(b <= a + 1e-12 for a, b in pairwise(totals))
-        assert totals[-1] == 0.0 and totals[0] > totals[10] > 0
+def test_steps_far_apart_do_not_cancel_one_another() -> None:
+    alike = coherence(np.ones(40))
+    assert np.allclose(np.diag(alike), 1 + OWN) and alike[0, 3] > 0.95 and alike[0, 39] < 0.1
+    assert np.linalg.eigvalsh(alike)[0] > 0  # no plan costs less than nothing
+
+
+def test_no_forecast_crosses_a_switch_of_denoisers() -> None:
+    outputs, weights = smooth_run()
+    terms = coherent_terms(MASK, outputs @ outputs.T, weights, switches=(5,))
+    assert all(anchor >= 5 for step, own in terms.items() if step > 5 for anchor, _ in own)
+    assert terms[6] == ((5, 1.0),) and len(terms[4]) == 2
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_a_search_finds_the_best_mask_there_is(guarded: bool) -> None:
+    """Of ten steps all masks can be tried."""
+    for seed in range(4):
+        outputs, weights = smooth_run(seed=seed)
+        gram, covariance = outputs @ outputs.T, coherence(weights)
+        forced = forced_steps(STEPS, guarded)
+        for nfe in (3, 5, 7):
+            found = best_plan(nfe, gram, weights, forced)
+            masks = [
+                tuple(step in chosen for step in range(STEPS))
+                for chosen in map(set, combinations(range(STEPS), nfe))
+                if forced <= chosen
+            ]
+            least = min(coherent_cost(mask, gram, covariance) for mask in masks)
+            assert found in masks and coherent_cost(found, gram, covariance) == pytest.approx(least, rel=1e-3)
+
+
+def test_a_search_is_repeatable_and_no_slower_for_longer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = [0]
+
+    def counted(*arguments: object) -> float:
+        calls[0] += 1
+        return coherent_cost(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("vllm_omni.diffusion.cache.plan.planner.coherent_cost", counted)
+    outputs, weights = smooth_run(100)
+    gram, forced = outputs @ outputs.T, forced_steps(100)
+    found = best_plan(34, gram, weights, forced)
+    assert calls[0] < 500 and found == best_plan(34, gram, weights, forced)
+    assert sum(found) == 34 and found[0] and found[-1]
+    calls[0] = 0
+    assert best_plan(100, gram, weights, forced) == (True,) * 100 and calls[0] <= MOST
+
+
+@pytest.mark.parametrize(("nfe", "steps", "forced"), [(1, 1, {0}), (1, 5, {0}), (2, 2, {0, 1}), (3, 6, {0, 2, 5})])
+def test_the_least_plans_are_the_forced_steps(nfe: int, steps: int, forced: set[int]) -> None:
+    assert best_plan(nfe, np.eye(steps), np.ones(steps), forced) == tuple(step in forced for step in range(steps))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-200, 1e6])
+def test_a_matrix_of_any_size_gives_finite_weights(value: float) -> None:
+    terms = coherent_terms(MASK, np.full((STEPS, STEPS), value), np.ones(STEPS))
+    assert np.isfinite([weight for own in terms.values() for _, weight in own]).all()
 
 
 def test_a_call_that_corrects_the_step_before_shares_its_weight() -> None:
@@ -115,15 +166,14 @@ def test_a_call_that_corrects_the_step_before_shares_its_weight() -> None:
     assert step_weights(sigmas, np.arange(7.0)) == pytest.approx(np.arange(7) * step_weights(sigmas))
 
 
-def test_long_schedules_are_planned_exactly_too() -> None:
+def test_long_schedules_are_planned_too() -> None:
     """`benchmarks/planning.py` has the milliseconds."""
-    sigmas = tuple(np.linspace(1, 0.02, 50).tolist())
-    gram = resample_gram(np.asarray(DEMO.gram), DEMO.sigmas or (), sigmas)
-    for predictor in PREDICTORS:
-        assert sum(best_plan(gram_costs(gram, sigmas, predictor), 25)) == 25, predictor
-    long = tuple(np.linspace(1, 0.001, 1000).tolist())
-    config = DiffusionCacheConfig(nfe=300, predictor="affine")
-    assert planned(config, DEMO.ratios, DEMO, 1000, long).full_forwards == 300
+    for steps, nfe in ((50, 25), (100, 30), (1000, 300)):
+        sigmas = tuple(np.linspace(1, 1 / steps, steps).tolist())
+        for predictor in ("auto", "affine"):
+            config = DiffusionCacheConfig(nfe=nfe, predictor=predictor)
+            made = planned(config, DEMO.ratios, DEMO, steps, sigmas)
+            assert made.full_forwards == nfe and np.isfinite([w for t in made.terms.values() for _, w in t]).all()
 
 
 # ----------------------------------------------------------------------------------------------------------- predictors
@@ -203,8 +253,6 @@ def test_a_budget_is_planned_with_a_matrix_and_is_the_published_rule_with_a_curv
     bare = DEMO.model_copy(update={"gram": None, "output_gram": None})
     with_curve = planned(config, DEMO.ratios, bare, 28, sigmas).compute
     assert sum(with_gram) == sum(with_curve) == 9 and with_gram != with_curve
-    gains = None if DEMO.gains is None else np.asarray(DEMO.gains)
-    assert with_gram == best_plan(gram_costs(np.asarray(DEMO.gram), sigmas, "linear", gains), 9)
     rules = (magcache_plan(DEMO.ratios, threshold, 5, 0.1) for threshold in np.geomspace(1e-3, 1, 4000))
     assert with_curve == next(plan for plan in rules if sum(plan) <= 9)
 

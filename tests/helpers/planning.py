@@ -33,13 +33,6 @@ def budgeted(
     return full_forwards(parse("magcache", config), profile, Schedule(steps, (), switches))
 
 
-def planned_cost(costs: np.ndarray, plan: Sequence[bool]) -> float:
-    """What `best_plan` minimises, of any plan that computes step 0."""
-    computed = [step for step, compute in enumerate(plan) if compute]
-    onward = [*computed[1:], len(plan)]
-    return float(costs[[0, *computed[:-1]], computed, onward].sum())
-
-
 def plan_cost(
     plan: Sequence[bool], sigmas: Sequence[float], predictor: str, gram: np.ndarray, gains: np.ndarray
 ) -> float:

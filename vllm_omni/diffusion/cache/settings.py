@@ -127,9 +127,9 @@ class DiffusionCacheConfig(Settings):
     """Settings of the activation cache, of the engine or (as overrides) of one request.
 
     The ``mag_*`` names are the published ones. `predictor` is what stands in for a skipped step's residual:
-    ``reuse`` (the published method), ``linear`` in sigma, ``gram`` (least squares, needs a calibrated profile), or
-    ``auto`` (what calibration found best for this checkpoint, otherwise ``affine`` or, without a matrix, reuse);
-    the others are described in `cache/plan/predictors.py`. The plan is one of: a budget (`nfe`, exactly that many
+    ``reuse`` (the published method), ``linear`` in sigma, ``affine`` (least squares, needs a calibrated profile), or
+    ``auto``: weights of all steps at once from the profile's matrix (`cache/plan/planner.py`), of whole outputs if it
+    has theirs, and without a matrix reuse. The plan is one of: a budget (`nfe`, exactly that many
     full forwards; `speedup`, that many times less block work; `seconds` from start to picture on an idle machine;
     `psnr`, the fewest full forwards that kept so many decibels to the uncached output on every held-out pair when
     the profile was made), a `steps_mask` (flags, or {"compute": [...], "skip": [...]} in alternating runs), the

@@ -9,9 +9,8 @@ from math import ceil
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.plan.coherent import COHERENT, coherence, coherent_terms, searched
 from vllm_omni.diffusion.cache.plan.curve import resample
-from vllm_omni.diffusion.cache.plan.planner import best_plan, confine, gram_costs, step_weights
+from vllm_omni.diffusion.cache.plan.planner import COHERENT, best_plan, coherent_terms, step_weights
 from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, Terms, forecasts, resample_gains, resample_gram
 from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan, mask_plan, rule_with
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
@@ -117,12 +116,9 @@ def _compute_steps(
     by_rule = settings.config.predictor == "auto" and predictor == "reuse"
     if gram is None or schedule.steps > MAX_PAIR_STEPS or by_rule:
         return rule_with(plan_at, schedule.steps, nfe)
-    gains, coherent = _gains_at(profile, schedule.sigmas, what), predictor == COHERENT
-    plan = best_plan(_costs(gram, gains, schedule, "affine" if coherent else predictor), nfe, guarded)
-    if not coherent:
-        return plan
+    weights = step_weights(schedule.sigmas, _gains_at(profile, schedule.sigmas, what))
     forced = forced_steps(schedule.steps, guarded, schedule.switches)
-    return searched(plan, gram, coherence(step_weights(schedule.sigmas, gains)), forced, schedule.switches)
+    return best_plan(nfe, gram, weights, forced, schedule.switches)
 
 
 def _curve(settings: CacheSettings, ratios: tuple[float, ...], schedule: Schedule) -> tuple[float, ...]:
@@ -145,13 +141,6 @@ def _by_rule(curves: Sequence[tuple[float, ...]], rule: Rule, schedule: Schedule
         last = guarded and part.stop == schedule.steps
         plan += magcache_plan(first, rule.threshold, rule.max_skip_steps, rule.retention_ratio, last, others)
     return plan
-
-
-def _costs(gram: np.ndarray, gains: np.ndarray, schedule: Schedule, predictor: str) -> np.ndarray:
-    def from_step(step: int) -> np.ndarray:
-        return gram_costs(gram[step:, step:], schedule.sigmas[step:], predictor, gains[step:])
-
-    return confine(from_step(0), schedule.switches, from_step)
 
 
 def choose_forecast(

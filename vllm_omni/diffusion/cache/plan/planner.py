@@ -1,92 +1,46 @@
-"""The best plan for a number of full forwards: exact dynamic programming over expected errors. Pure.
+"""Which steps compute, and the weights of all others at once, so that their errors cancel where the run ends. Pure.
 
-A cost table C[p, s, j] says what it costs to skip every step between the computed steps s and j, with p the computed
-step before s (p = s = 0 while there is but one); j = steps is the end of the run. Planning takes forwards x steps^3.
-Every skipped step t pays the square of e_t |sigma_t - sigma_(t+1)| g_t: the expected error of its forecast, times how
-far a wrong velocity moves the latents, times the gain, which says what has become of that displacement at the end of
-the run. A model that has learnt its pictures by heart forgets early errors (its gains rise from 0.02 to 0.4), one that
-makes pictures it has not seen lets them grow; so gains are measured, once per checkpoint, and never assumed.
+A skipped step t gets sum_j w_j o_j of computed ones before it, and errs by e_t. What is seen is where all of them end:
+e_t moves the final latents by c_t J_t e_t. c_t = g_t |sigma_t - sigma_(t+1)| is how far a wrong velocity moves the
+latents, times the gain, which says what has become of that at the end. A model that has learnt its pictures by heart
+forgets early errors, one that makes pictures it has not seen lets them grow; so gains are measured, never assumed. J_t
+is what the rest of the run makes of a direction. Of steps near one another it makes the same: displacements of steps up
+to a seventh of the run apart are as parallel as the errors themselves, of steps more than a third apart they are not
+(measured on the judges, docs/log.md). So the expected square of where the run ends is taken to be
 
-Prior art: shortest paths over cached steps (LeMiCa, NeurIPS 2025; DPCache's path-dependent costs, arXiv 2602.22654)
-with costs measured by running the model along every edge; SenCache's local output sensitivity (arXiv 2602.24208). Here
-a closed-form expected error meets a measured gain, hence costs for any step count, predictor and request's budget.
+    sum over t, u of k(t - u) c_t c_u <e_t, e_u>,    k(d) = exp(-d^2 / 2 l^2), and a little more at d = 0,
+
+with every inner product from the Gram matrix. It is a square in the weights, each step's of which sum to one: one least
+squares problem gives them all. Where k is 1 everywhere this is numerical quadrature of the run from its computed steps.
+
+Prior art: shortest paths over cached steps (LeMiCa, NeurIPS 2025; DPCache, arXiv 2602.22654) with costs measured by
+running the model along every edge; SenCache's local output sensitivity (arXiv 2602.24208); weights learnt by gradient
+descent for one schedule (L2P, arXiv 2604.26365). There each step's error is paid for on its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.plan.predictors import PREDICTORS
+from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.rule import Plan
-from vllm_omni.diffusion.cache.plan.schedule import Switches, forced_steps
+from vllm_omni.diffusion.cache.plan.schedule import Switches
 
-
-def gram_costs(
-    gram: np.ndarray, sigmas: Sequence[float], predictor: str, gains: np.ndarray | None = None
-) -> np.ndarray:
-    """Costs from the residuals' Gram matrix: root of the expected squared error of this predictor's own forecasts.
-
-    E||r_t - sum_j w_j r_j||^2 = w'G_AA w - 2 w'G_At + G_tt, exactly, for any weights w. Least squares attain the Schur
-    complement (L2P, arXiv 2604.26365, learns such weights); other predictors pay more. Predictors of
-    more are planned as if they had the last two. `gains`: one per step, None for equal ones.
-    """
-    weigh, order = PREDICTORS[predictor]
-    steps = len(sigmas)
-    step = np.arange(steps)
-    errors = np.zeros((steps, steps, steps))
-    first, later = np.zeros(steps - 1, dtype=int), step[1:]
-    errors[0, 0, 1:] = forecast_error(gram, [first], later, weigh([first], later, sigmas, gram))
-    before, last, target = np.nonzero((step[:, None, None] < step[:, None]) & (step[:, None] < step))
-    anchors = [before, last][-order:]
-    errors[before, last, target] = forecast_error(gram, anchors, target, weigh(anchors, target, sigmas, gram))
-    # C[..., s, j] from the error E[..., s, t] of each skipped step: the sum of weighted squares over t between
-    paid = np.where(step[:, None] < step, (errors * step_weights(sigmas, gains)) ** 2, 0.0)
-    return np.concatenate([np.zeros((*paid.shape[:-1], 1)), np.cumsum(paid, axis=-1)], axis=-1)
-
-
-def forecast_error(
-    gram: np.ndarray, anchors: Sequence[np.ndarray], target: np.ndarray, weights: np.ndarray
-) -> np.ndarray:
-    """Root of the expected squared error of a forecast; arrays of anchors and targets broadcast."""
-    index = np.stack(np.broadcast_arrays(*anchors), axis=-1)
-    corner = gram[index[..., :, None], index[..., None, :]]
-    cross = gram[index, np.asarray(target)[..., None]]
-    squared = np.einsum("...i,...ij,...j->...", weights, corner, weights) - 2 * np.sum(weights * cross, axis=-1)
-    return np.sqrt(np.maximum(squared + gram[target, target], 0.0))
-
-
-def best_plan(costs: np.ndarray, nfe: int, compute_last_step: bool = True) -> Plan:
-    """The plan with exactly `nfe` computed steps and the least total cost; the first of equals, on every rank alike.
-
-    The first step computes, and with `compute_last_step` the last. ValueError where no such plan exists. Bellman over
-    (number of computed steps, the last two): D_n+1[s, j] = min_p D_n[p, s] + C[p, s, j].
-    """
-    steps = len(costs)
-    least = len(forced_steps(steps, compute_last_step))
-    if not least <= nfe <= steps:
-        raise ValueError(f"no plan of {steps} steps has {nfe} full forwards: from {least} to {steps}")
-    costs, step = np.where(np.isnan(costs), np.inf, costs), np.arange(steps)
-    onward = np.where(step[:, None] < step, costs[..., :steps], np.inf)
-    tables = [np.full((steps, steps), np.inf)]
-    tables[0][0, 0] = 0.0
-    for _ in range(nfe - 1):
-        tables.append(np.min(tables[-1][:, :, None] + onward, axis=0))
-    ends = tables[-1] + costs[..., steps]
-    if compute_last_step:
-        ends[:, :-1] = np.inf
-    before, last = np.unravel_index(np.argmin(ends), ends.shape)
-    computed = [int(last)]
-    for table in reversed(tables[:-1]):
-        earlier = np.argmin(table[:, before] + onward[:, before, last])
-        computed.append(int(before))
-        before, last = earlier, before
-    return tuple(bool(flag) for flag in np.isin(step, computed))
+COHERENT = "coherent"
+ORDER = 3  # computed steps that a forecast is made of
+LENGTH = 0.4  # of the run: l
+OWN = 0.1  # what k(0) has more than 1: each step's error has a part that no other's cancels
+FARTHEST = 4  # steps that a search moves a computed one by
+AWAY = 3  # moves from the best so far, to search on from there
+MOST, WORK = 2_000, 10_000_000  # evaluations of a search; times the square of their unknowns: two tenths of a second
 
 
 def step_weights(sigmas: Sequence[float], gains: np.ndarray | None = None) -> np.ndarray:
-    """g_t |sigma_t - sigma_(t+1)|: what an error of one in step t's residual moves the final latents by.
+    """g_t |sigma_t - sigma_(t+1)|: what an error of one in step t's output moves the final latents by.
 
     A scheduler of second order (Heun's) stands still at every other call, with which it corrects the step before: the
     final latents move by the mean of both, so that each has half.
@@ -97,12 +51,116 @@ def step_weights(sigmas: Sequence[float], gains: np.ndarray | None = None) -> np
     return moved if gains is None else moved * gains
 
 
-def confine(costs: np.ndarray, switches: Switches, anew: Callable[[int], np.ndarray]) -> np.ndarray:
-    """A cost table with every run of skips over a switch at infinite cost.
+def coherence(weights: np.ndarray) -> np.ndarray:
+    """k(t - u) c_t c_u, of shape (steps, steps); `weights` are c_t of every step."""
+    step = np.arange(len(weights))
+    alike = np.exp(-(((step[:, None] - step) / (LENGTH * len(step))) ** 2) / 2) + OWN * np.eye(len(step))
+    return alike * np.outer(weights, weights)
 
-    `anew(step)` is the table of the schedule from `step` on: the step at a switch has no other before it.
+
+def coherent_terms(compute: Plan, gram: np.ndarray, weights: np.ndarray, switches: Switches = ()) -> dict[int, Terms]:
+    """The terms (anchor, weight) of every skipped step."""
+    problem = _Problem(compute, switches)
+    shifts = problem.solved(gram, coherence(weights))[0].tolist()
+    terms = {step: {anchor: 0.0 for anchor in anchors} | {anchors[-1]: 1.0} for step, anchors in problem.anchors}
+    for step, source, target, shift in zip(problem.steps, problem.sources, problem.targets, shifts, strict=False):
+        terms[step][source] -= shift
+        terms[step][target] += shift
+    return {step: tuple((anchor, weight) for anchor, weight in own.items() if weight) for step, own in terms.items()}
+
+
+def coherent_cost(compute: Plan, gram: np.ndarray, covariance: np.ndarray, switches: Switches = ()) -> float:
+    """The expected square of where a run ends with these computed steps; `covariance` is that of `coherence`."""
+    return _Problem(compute, switches).solved(gram, covariance)[1]
+
+
+def best_plan(
+    nfe: int, gram: np.ndarray, weights: np.ndarray, forced: Collection[int], switches: Switches = ()
+) -> Plan:
+    """The cheapest plan found with `nfe` computed steps, `forced` ones among them. No slower for longer runs.
+
+    Iterated local search (Lourenco, Martin and Stuetzle 2003): the first move of one computed step that costs less is
+    made until none does, then on from some moves away from the best so far. The same arguments give the same plan.
     """
-    for switch in switches:
-        costs[:switch, switch, switch:] = anew(switch)[0, 0]
-        costs[..., :switch, switch + 1 :] = np.inf
-    return costs
+    covariance = coherence(weights)
+
+    def cost(plan: Plan) -> float:
+        return coherent_cost(plan, gram, covariance, switches)
+
+    draw = random.Random(nfe)
+    plan = _spread(nfe, gram, weights, forced)
+    best = least = plan, cost(plan)
+    evaluations = min(MOST, WORK // (ORDER * (len(weights) - nfe) + 1) ** 2)
+    while evaluations > 0 and (moves := _moves(least[0], forced)):
+        draw.shuffle(moves)
+        for moved in moves[:evaluations]:
+            evaluations -= 1
+            if (costs := cost(moved)) < least[1] * (1 - 1e-6):
+                least = moved, costs
+                break
+        else:
+            best = min(best, least, key=lambda found: found[1])
+            plan = best[0]
+            for _ in range(AWAY):
+                plan = draw.choice(_moves(plan, forced))
+            least = plan, cost(plan)
+    return min(best, least, key=lambda found: found[1])[0]
+
+
+def _spread(nfe: int, gram: np.ndarray, weights: np.ndarray, forced: Collection[int]) -> Plan:
+    """The forced steps, and others where equal shares of the run have passed, by the root of how far it has moved."""
+    own = np.diag(gram)
+    apart = np.sqrt(np.maximum(own[1:] + own[:-1] - 2 * np.diag(gram, 1), 0.0))
+    passed = np.cumsum([0.0, *np.sqrt(weights[1:] * apart)])
+    computed = set(forced)
+    for share in np.linspace(0.0, passed[-1], nfe - len(forced) + 2)[1:-1]:
+        free = [step for step in range(len(weights)) if step not in computed]
+        computed.add(min(free, key=lambda step: abs(passed[step] - share)))
+    return tuple(step in computed for step in range(len(weights)))
+
+
+def _moves(plan: Plan, forced: Collection[int]) -> list[Plan]:
+    """The plans in which one computed step is another, up to four away."""
+    moved = []
+    for step, compute in enumerate(plan):
+        if compute and step not in forced:
+            for other in range(max(step - FARTHEST, 1), min(step + FARTHEST + 1, len(plan))):
+                if not plan[other]:
+                    flags = list(plan)
+                    flags[step], flags[other] = False, True
+                    moved.append(tuple(flags))
+    return moved
+
+
+class _Problem:
+    """The least squares problem of one mask: which weight may go from which anchor to which, at which step.
+
+    Columns are differences of two steps' outputs: o_target - o_source of each shift, then each step's error with its
+    last anchor alone, o_last - o_t.
+    """
+
+    def __init__(self, compute: Plan, switches: Switches) -> None:
+        self.anchors: list[tuple[int, list[int]]] = []
+        for begin, end in pairwise((0, *switches, len(compute))):
+            computed: list[int] = []
+            for step in range(begin, end):
+                if compute[step]:
+                    computed.append(step)
+                else:
+                    self.anchors.append((step, computed[-ORDER:]))
+        shifts = [(step, own[-1], anchor) for step, own in self.anchors for anchor in own[:-1]]
+        self.shifts = len(shifts)
+        errors = [(step, step, own[-1]) for step, own in self.anchors]
+        self.steps, self.sources, self.targets = np.array(shifts + errors, dtype=int).reshape(-1, 3).T
+
+    def solved(self, gram: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, float]:
+        """(how much weight goes along each shift, the cost then)."""
+        from_target, from_source = gram[self.targets], gram[self.sources]
+        products = from_target[:, self.targets] - from_target[:, self.sources]
+        products += from_source[:, self.sources] - from_source[:, self.targets]
+        products *= covariance[np.ix_(self.steps, self.steps)]
+        normal, cross = products[: self.shifts, : self.shifts], products[: self.shifts, self.shifts :].sum(axis=1)
+        alone = float(products[self.shifts :, self.shifts :].sum())
+        floor = max(1e-9 * np.trace(normal) / max(self.shifts, 1), np.finfo(float).tiny)
+        amounts = -np.linalg.solve(normal + floor * np.eye(self.shifts), cross)
+        return amounts, max(alone + float(amounts @ cross), 0.0)
