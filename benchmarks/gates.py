@@ -57,7 +57,7 @@ def measure(options: Any) -> tuple[list[list[str]], dict[str, list[tuple[float, 
             note("fewer steps", "off", steps=nfe)
             for predictor in ("reuse", "linear"):
                 note(f"MagCache rule, {predictor}", rule(nfe) | {"predictor": predictor})
-            for predictor in ("linear",):
+            for predictor in ("linear", "auto"):
                 note(f"planned, {predictor}", {"nfe": nfe, "predictor": predictor})
             for gate in ("easycache", "seacache", "teacache", "fbcache"):
                 cache = {"backend": gate} | ({"coefficients": coefficients} if gate == "teacache" else {})

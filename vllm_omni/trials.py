@@ -7,7 +7,7 @@ the trials, `vllm-omni calibrate` one after another, an engine whenever nobody e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -239,10 +239,15 @@ def _with_figures(budget: MeasuredBudget, decibels: Mapping[str, Sequence[float]
     return budget.model_copy(update=figures | dropped)
 
 
-def measured_forwards(schedule: Schedule) -> list[int]:
-    """The numbers of full forwards that are measured, by ascending speed-up."""
-    steps, least = schedule.steps, len(forced_steps(schedule.steps, True, schedule.switches))
-    return sorted({max(least, round(steps / speedup)) for speedup in SPEEDUPS} - {steps}, reverse=True)
+def plans(profile: CacheProfile) -> Iterator[CachePlan]:
+    """The planner's own plan of each number of full forwards that is measured, by ascending speed-up.
+
+    One after another: each takes a moment to find, and is remembered.
+    """
+    schedule, bare = profile.schedule, profile.model_copy(update={"budgets": ()})
+    least = len(forced_steps(schedule.steps, True, schedule.switches))
+    numbers = {max(least, round(schedule.steps / speedup)) for speedup in SPEEDUPS} - {schedule.steps}
+    return (planned(bare, nfe)(schedule) for nfe in sorted(numbers, reverse=True))
 
 
 def planned(profile: CacheProfile, nfe: int) -> Callable[[Schedule], CachePlan]:

@@ -1,10 +1,9 @@
 """Weights of a budget's forecasts by where they lead: how far the end of the run is from the uncached one.
 
-Least squares lets each forecast err least at its own step. What a user sees is the end of the run, where the errors of
-all skipped steps add up, each as the steps after it have changed it, and where they can cancel. To first order that end
-moves by a sum over the weights. So for each weight a run is made in which it is moved a little, with all other skips as
-they are, and one least squares problem gives all of them at once: a Gauss-Newton step from the weights that the budget
-has. The weights of a step go on to sum to what they did.
+The planner lets the errors of all skipped steps cancel where the run ends, by what it expects the rest of the run to
+make of each. Here that is measured, with all other skips as they are. To first order the end moves by a sum over the
+weights: for each of them a run is made in which it is moved a little, and one least squares problem gives all of them
+at once, a Gauss-Newton step from the planner's own. The weights of a step go on to sum to what they did.
 
 Solvers whose weights are fitted to the end of a run are known for whole steps (bespoke non-stationary solvers, Shaul et
 al., ICML 2024); here they are those of cached forecasts, and a few prompts and no gradient are enough.
@@ -17,11 +16,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vllm_omni.diffusion.cache.plan.compose import MAX_PAIR_STEPS, CachePlan
+from vllm_omni.diffusion.cache.plan.compose import MAX_COHERENT_STEPS, CachePlan
 from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
 from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
-from vllm_omni.trials import Away, Measurement, Trial, measured_forwards, planned
+from vllm_omni.trials import Away, Measurement, Trial, plans
 
 ORDER = 3  # computed steps that a forecast is made of
 MOVED = 0.1  # by how much a trial moves a weight
@@ -43,13 +42,12 @@ def tuned_weights(profile: CacheProfile, prompts: int, first: int = 0) -> Measur
 
     The prompts from `first` on give the weights, up to eight of them, and all say what they are worth, each with
     weights that it has not given: they are left if decibels fall by more than a standard error, for they rarely do and
-    so few prompts say little (docs/log.md). One prompt alone is fitted, not measured: it gives none. Nor are runs of
-    more steps tuned than are planned by pairs.
+    so few prompts say little (docs/log.md). One prompt alone is fitted, not measured: it gives none. Nor are runs
+    tuned that have more steps than are planned at once.
     """
-    schedule, switches, bare = profile.schedule, profile.schedule.switches, profile.model_copy(update={"budgets": ()})
-    untuned = [planned(bare, nfe)(schedule) for nfe in measured_forwards(schedule)]
+    schedule, switches, untuned = profile.schedule, profile.schedule.switches, [*plans(profile)]
     shifts = [_shifts(_widened(plan, switches)) for plan in untuned]
-    giving = min(MOST_PROMPTS, prompts) if prompts > 1 and schedule.steps <= MAX_PAIR_STEPS else 0
+    giving = min(MOST_PROMPTS, prompts) if prompts > 1 and schedule.steps <= MAX_COHERENT_STEPS else 0
 
     def read(results: Sequence[Away]) -> Measurement[CacheProfile]:
         rows = iter(results)

@@ -63,7 +63,7 @@ def test_a_published_curve_serves_until_idle_time_has_brought_a_matrix(
     assert omni.engine.worker.runner.forwards == computed and not omni.engine.reports()
     output = draw(omni, 9)
     assert output.skipped_steps > 0 and output.cache_settings["profile"].startswith(f"mine-{STEPS}-")
-    assert output.cache_settings["predictor"] == "affine"
+    assert output.cache_settings["predictor"] == "coherent"
     kept = load_profile(next(profiles.glob("mine-*.json")))
     assert kept.provenance["asked"] == {"num_inference_steps": STEPS, "height": 32, "width": 32}
     assert kept.gains is None
@@ -114,7 +114,7 @@ def test_steps_that_a_learnt_profile_says_nothing_of_are_cached_by_its_curve_and
     with learning(folder) as omni:
         for seed in range(REQUESTS):
             assert draw(omni, seed, steps=4).skipped_steps == 0
-        assert draw(omni, 7, steps=4).cache_settings["predictor"] == "affine"
+        assert draw(omni, 7, steps=4).cache_settings["predictor"] == "coherent"
         for seed in range(REQUESTS):
             output = draw(omni, seed, steps=16)
             assert output.skipped_steps > 0 and output.cache_settings["predictor"] == "reuse"

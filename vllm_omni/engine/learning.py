@@ -9,7 +9,7 @@ ever kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from vllm_omni.diffusion.cache.plan.compose import CachePlan
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import CacheProfile
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
@@ -30,7 +31,7 @@ from vllm_omni.learning import MOST_RUNS, Course
 from vllm_omni.logger import init_logger
 from vllm_omni.model_folder import captions
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.trials import Away, Measurement, Trial, asked_steps, figures, gains, refuse_noise
+from vllm_omni.trials import Away, Measurement, Trial, asked_steps, figures, gains, plans, refuse_noise
 from vllm_omni.tuning import tuned_weights
 
 logger = init_logger(__name__)
@@ -105,6 +106,7 @@ class IdleLearning:
         self._numbers = count()
         self._profile: CacheProfile | None = None
         self._measurement: Measurement[CacheProfile] | None = None
+        self._plans: Iterator[CachePlan] = iter(())
         self._results: list[Away] = []
         self._exact: dict[bool, tuple[int, torch.Tensor]] = {}  # of the last prompt: latents, and what is decoded
         self._run: _UnderWay | None = None
@@ -151,6 +153,9 @@ class IdleLearning:
             return
         if self._profile != profile:
             self._profile, self._measurement = profile, None
+            self._plans = plans(profile) if profile.gains is not None else iter(())
+        if next(self._plans, None) is not None:  # a moment for each, between which somebody may come
+            return
         if self._measurement is None:
             self._measurement, self._results, self._exact = _next(profile), [], {}
             logger.info("magcache: %s of %s, when nobody waits", self._measurement.name, profile.name)

@@ -12,7 +12,7 @@ from vllm_omni.diffusion.cache.base import StackBackend, model_name_of
 from vllm_omni.diffusion.cache.calibration import Calibration
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.plan.compose import (
-    MAX_PAIR_STEPS,
+    MAX_COHERENT_STEPS,
     CachePlan,
     choose_forecast,
     compose,
@@ -109,7 +109,7 @@ class MagCacheBackend(StackBackend):
             return state
         if state.plan is None:  # it computes every step anyway
             return self.learning.state(schedule, asked) or state
-        if schedule.steps <= MAX_PAIR_STEPS:  # more are planned by the rule, whatever is known
+        if schedule.steps <= MAX_COHERENT_STEPS:  # more are planned by the rule, whatever is known
             self.learning.note(schedule, asked)
         return state
 

@@ -18,7 +18,9 @@ from vllm_omni.diffusion.cache.profile import CacheProfile, Forecasted
 from vllm_omni.diffusion.cache.settings import BUDGETS, Budget, CacheSettings, Mask, Preset, Rule
 from vllm_omni.errors import InvalidValueError
 
-MAX_PAIR_STEPS = 100  # beyond, plans are the rule's: planning by pairs takes steps^3 time, in the engine's loop
+MAX_COHERENT_STEPS = (
+    100  # beyond, plans are the rule's: least squares over a whole run takes steps^3 time, in the engine's loop
+)
 MAX_PLANNED_STEPS = 1000
 
 
@@ -63,7 +65,7 @@ def compose(
     compute = _compute_steps(settings, curve, profile, ratios, schedule)
     predictor, what = choose_forecast(settings, profile, sum(compute))
     gram = _gram_at(profile, schedule.sigmas, what)
-    if predictor == COHERENT and schedule.steps > MAX_PAIR_STEPS:
+    if predictor == COHERENT and schedule.steps > MAX_COHERENT_STEPS:
         predictor = "affine"  # step by step: least squares over all of them takes the cube of their number
     if predictor == COHERENT and gram is not None:
         weights = step_weights(schedule.sigmas, _gains_at(profile, schedule.sigmas, what))
@@ -114,7 +116,7 @@ def _compute_steps(
     predictor, what = choose_forecast(settings, profile, nfe)
     gram = _gram_at(profile, schedule.sigmas, what)
     by_rule = settings.config.predictor == "auto" and predictor == "reuse"
-    if gram is None or schedule.steps > MAX_PAIR_STEPS or by_rule:
+    if gram is None or schedule.steps > MAX_COHERENT_STEPS or by_rule:
         return rule_with(plan_at, schedule.steps, nfe)
     weights = step_weights(schedule.sigmas, _gains_at(profile, schedule.sigmas, what))
     forced = forced_steps(schedule.steps, guarded, schedule.switches)
