@@ -7,7 +7,7 @@ the trials, `vllm-omni calibrate` one after another, an engine whenever nobody e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -223,20 +223,15 @@ def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[
         values: dict[float, dict[str, list[float]]] = {}
         for (speedup, name, _), result in zip(every, results, strict=True):
             values.setdefault(speedup, {}).setdefault(name, []).append(result.decibels)
-        budgets = tuple(_with_figures(budget, values[budget.speedup]) for budget in profile.budgets)
-        return profile.model_copy(update={"budgets": budgets})
+        measured = []
+        for budget in profile.budgets:
+            own = values[budget.speedup]
+            lowest = {name: round(min(decibels), 2) for name, decibels in own.items()}
+            mean = round(float(np.mean(own["psnr"])), 2)
+            measured.append(budget.model_copy(update=lowest | {"psnr_mean": mean, "pairs": prompts}))
+        return profile.model_copy(update={"budgets": tuple(measured)})
 
     return Measurement("held-out prompts", tuple(trial for *_, trial in every), read)
-
-
-def _with_figures(budget: MeasuredBudget, decibels: Mapping[str, Sequence[float]]) -> MeasuredBudget:
-    """The budget with what each prompt has shown of it, or of the published rule where that is nearer."""
-    lowest = {name: round(min(own), 2) for name, own in decibels.items()}
-    by_rule = lowest["rule_psnr"] > lowest["psnr"]
-    taken = decibels["rule_psnr" if by_rule else "psnr"]
-    figures = lowest | {"psnr": round(min(taken), 2), "psnr_mean": round(float(np.mean(taken)), 2), "pairs": len(taken)}
-    dropped = {"by_rule": True, "terms": {}, "untuned_psnr": None} if by_rule else {}
-    return budget.model_copy(update=figures | dropped)
 
 
 def plans(profile: CacheProfile) -> Iterator[CachePlan]:

@@ -20,7 +20,7 @@ from vllm_omni.diffusion.cache.plan.compose import MAX_COHERENT_STEPS, CachePlan
 from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
 from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
-from vllm_omni.trials import Away, Measurement, Trial, plans
+from vllm_omni.trials import Away, Measurement, Trial, planned, plans
 
 ORDER = 3  # computed steps that a forecast is made of
 MOVED = 0.1  # by how much a trial moves a weight
@@ -42,8 +42,8 @@ def tuned_weights(profile: CacheProfile, prompts: int, first: int = 0) -> Measur
 
     The prompts from `first` on give the weights, up to eight of them, and all say what they are worth, each with
     weights that it has not given: they are left if decibels fall by more than a standard error, for they rarely do and
-    so few prompts say little (docs/log.md). One prompt alone is fitted, not measured: it gives none. Nor are runs
-    tuned that have more steps than are planned at once.
+    so few prompts say little (docs/log.md), and the published rule is taken if it is nearer by as much. One prompt
+    alone is fitted, not measured: it gives none. Nor are runs tuned that have more steps than are planned at once.
     """
     schedule, switches, untuned = profile.schedule, profile.schedule.switches, [*plans(profile)]
     shifts = [_shifts(_widened(plan, switches)) for plan in untuned]
@@ -74,27 +74,30 @@ def _always(plan: CachePlan) -> Callable[[Schedule], CachePlan]:
 def _compared(
     profile: CacheProfile, untuned: Sequence[CachePlan], tuned: Sequence[Sequence[CachePlan]], prompts: Sequence[int]
 ) -> Measurement[CacheProfile]:
-    """`profile` with the terms of `tuned` that are not farther than those of `untuned`; none of its figures holds.
+    """`profile` with the nearest for each budget: `tuned`, unless it is farther than `untuned`, or the published rule.
 
     `tuned`: for each budget those without each of the first prompts, then that of all of them; empty if there is none.
     """
     tried = [index for index, ways in enumerate(tuned) if ways]
+    by_rule = [planned(profile.curve_alone(), plan.full_forwards)(profile.schedule) for plan in untuned]
 
     def read(results: Sequence[Away]) -> CacheProfile:
-        table = np.array([result.decibels for result in results]).reshape(len(prompts), len(tried), 2)
+        table = np.array([result.decibels for result in results]).reshape(len(prompts), len(tried), 3)
         gone = np.array([result.gone for result in results]).reshape(table.shape)[..., 1]
-        nearer = table[..., 1] - table[..., 0]
-        left = {index for at, index in enumerate(tried) if gone[:, at].any() or _lost(nearer[:, at])}
-        terms = [ways[-1].terms if ways and index not in left else {} for index, ways in enumerate(tuned)]
-        speedups = [len(profile.ratios) / plan.full_forwards for plan in untuned]
-        budgets = [MeasuredBudget(speedup=one, terms=own) for one, own in zip(speedups, terms, strict=True)]
+        budgets = [MeasuredBudget(speedup=len(profile.ratios) / plan.full_forwards, terms={}) for plan in untuned]
+        for at, index in enumerate(tried):
+            own, moved, rule = table[:, at].T
+            left = gone[:, at].any() or _lost(moved - own)
+            ruled = _lost((own if left else moved) - rule)
+            terms = {} if left or ruled else tuned[index][-1].terms
+            budgets[index] = budgets[index].model_copy(update={"terms": terms, "by_rule": ruled})
         return profile.model_copy(update={"budgets": tuple(budgets)})
 
     trials = tuple(
         Trial(prompt, _always(plan), picture=True)
         for number, prompt in enumerate(prompts)
         for index in tried
-        for plan in (untuned[index], tuned[index][min(number, len(tuned[index]) - 1)])
+        for plan in (untuned[index], tuned[index][min(number, len(tuned[index]) - 1)], by_rule[index])
     )
     return Measurement("weights, compared", trials, read)
 

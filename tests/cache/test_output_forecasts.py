@@ -204,12 +204,14 @@ def test_outputs_are_forecast_wherever_their_matrix_is_known() -> None:
     pipeline = tiny_flux()
     auto, own = (parse("magcache", DiffusionCacheConfig(nfe=6, predictor=name)) for name in ("auto", "linear"))
     both = profile_of(pipeline)
-    assert choose_forecast(auto, both, 6) == ("coherent", "output")
-    assert choose_forecast(auto, both.model_copy(update={"output_gram": None}), 6) == ("coherent", "residual")
-    assert choose_forecast(auto, both.curve_alone(), 6) == ("reuse", "residual")
-    assert choose_forecast(own, both, 6) == ("linear", "residual")
+    assert choose_forecast(auto, both, 12, 6) == ("coherent", "output")
+    assert choose_forecast(auto, both.model_copy(update={"output_gram": None}), 12, 6) == ("coherent", "residual")
+    assert choose_forecast(auto, both.curve_alone(), 12, 6) == ("reuse", "residual")
+    assert choose_forecast(own, both, 12, 6) == ("linear", "residual")
+    assert choose_forecast(auto, both, 101, 6) == ("affine", "output")
     nearer = both.model_copy(update={"budgets": (MeasuredBudget(speedup=2.0, by_rule=True),)})
-    assert choose_forecast(auto, nearer, 6) == ("reuse", "residual")
+    assert choose_forecast(auto, nearer, 12, 6) == ("rule", "residual")
+    assert choose_forecast(auto, nearer, 12) == ("coherent", "output")  # no budget
 
 
 def test_trials_measure_the_gains_of_both() -> None:

@@ -280,7 +280,11 @@ def test_tuned_weights_are_for_the_schedule_and_the_forwards_that_they_were_tune
 
     for settings in ({"nfe": 3}, {"speedup": 2.0}):
         found = plan(**settings)
-        assert found.tuned and found.terms == terms and found.compute == (True, True, False, False, False, True)
+        assert (
+            found.predictor == "tuned"
+            and found.terms == terms
+            and found.compute == (True, True, False, False, False, True)
+        )
     closer = tuple(0.99 * sigma for sigma in sigmas)
     ours = tuple(0.99 * ratio for ratio in profile.ratios)
     for other in (
@@ -296,7 +300,7 @@ def test_tuned_weights_are_for_the_schedule_and_the_forwards_that_they_were_tune
         plan(mag_threshold=0.3),
         plan(steps_mask=found.compute),
     ):
-        assert not other.tuned and other.terms != terms
+        assert other.predictor != "tuned" and other.terms != terms
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,9 @@ def test_steps_that_a_learnt_profile_says_nothing_of_are_cached_by_its_curve_and
             assert learning_of(omni).to_run() is not None
             run_once(idle, omni)
         output = draw(omni, 9, steps=16)
-        assert output.cache_settings["predictor"] == "affine" and output.cache_settings["profile"].startswith("mine-16")
+        assert output.cache_settings["predictor"] == "coherent" and output.cache_settings["profile"].startswith(
+            "mine-16"
+        )
 
 
 def test_a_run_that_does_not_meet_the_schedule_is_not_repeated(omni: Omni) -> None:

@@ -96,17 +96,19 @@ def test_weights_that_are_right_already_stay_about_what_they_are() -> None:
     assert max(moved) < 0.3
 
 
-@pytest.mark.parametrize("worse", [2.0, FAR_OFF])
-def test_weights_that_turn_out_farther_away_are_not_taken(worse: float) -> None:
-    """As where a small shift says nothing of a large one; one run that ends in no numbers is enough."""
-    turns = cycle((1.0, worse))  # as planned, then tuned
+@pytest.mark.parametrize(("worse", "rule"), [(2.0, 3.0), (FAR_OFF, 3.0), (0.5, 0.1), (2.0, 0.1)])
+def test_the_nearest_is_taken(worse: float, rule: float) -> None:
+    """Tuned weights may turn out farther away, as where a small shift says nothing of a large one; one run that ends in
+    no numbers is enough. The published rule may be nearer than either."""
+    turns = cycle((1.0, worse, rule))  # as planned, tuned, by the rule
 
     class Fickle(World):
         def run(self, trial: Trial) -> Away:
             return Away(next(turns), 1.0) if trial.picture else super().run(trial)
 
     best = {step: ((own[-1][0], 1.0),) for step, own in untuned_terms().items()}
-    assert finished(tuned_weights(profile(), 6), Fickle(best)).budgets[0].terms == {}
+    (budget,) = finished(tuned_weights(profile(), 6), Fickle(best)).budgets
+    assert budget.terms == {} and budget.by_rule == (rule < 1)
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 6, 10])
@@ -119,9 +121,9 @@ def test_prompts_are_compared_with_weights_that_they_have_not_given(prompts: int
     if prompts == 1:
         assert not found.trials and found.read([]).tuned and not found.read([]).budgets[0].terms
         return
-    plans = {trial.prompt: trial.plan(SCHEDULE).terms for trial in found.trials[1::2]}
-    untuned = {str(trial.plan(SCHEDULE).terms) for trial in found.trials[::2]}
-    assert [trial.prompt for trial in found.trials[1::2]] == list(range(3, 3 + prompts)) and len(untuned) == 1
+    plans = {trial.prompt: trial.plan(SCHEDULE).terms for trial in found.trials[1::3]}
+    untuned = {str(trial.plan(SCHEDULE).terms) for trial in found.trials[::3]}
+    assert [trial.prompt for trial in found.trials[1::3]] == list(range(3, 3 + prompts)) and len(untuned) == 1
     assert len({str(terms) for terms in plans.values()}) == min(prompts, 9)  # one for all that gave none
 
 

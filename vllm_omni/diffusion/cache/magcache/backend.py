@@ -13,6 +13,7 @@ from vllm_omni.diffusion.cache.calibration import Calibration
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.plan.compose import (
     MAX_COHERENT_STEPS,
+    TUNED,
     CachePlan,
     choose_forecast,
     compose,
@@ -81,17 +82,16 @@ class MagCacheBackend(StackBackend):
         if all(plan.compute) and not self._reported_no_gain:
             self._reported_no_gain = True
             logger.info("magcache: nothing to gain in %d steps, every one of them computes", schedule.steps)
-        predictor, _ = choose_forecast(settings, profile, plan.full_forwards)
         facts: dict[str, object] = {
             "backend": "magcache",
             **_plan_facts(settings, profile, schedule),
             "planned_forwards": plan.full_forwards,
-            "predictor": "tuned" if plan.tuned else predictor,
+            "predictor": plan.predictor,
             "forecasts": plan.forecasts,
             "profile": profile.name if profile is not None else None,
         }
         best = profile.budget_at(plan.full_forwards) if profile is not None else None
-        kept = best.kept(plan.tuned) if best is not None else None
+        kept = best.kept(plan.predictor == TUNED) if best is not None else None
         if best is not None and kept is not None and kept < (best.fewer_steps_psnr or 0.0):
             facts["fewer_steps_are_nearer"] = True  # on held-out prompts, an uncached run of as many steps
         if schedule.switches:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
@@ -18,9 +18,9 @@ from vllm_omni.diffusion.cache.profile import CacheProfile, Forecasted
 from vllm_omni.diffusion.cache.settings import BUDGETS, Budget, CacheSettings, Mask, Preset, Rule
 from vllm_omni.errors import InvalidValueError
 
-MAX_COHERENT_STEPS = (
-    100  # beyond, plans are the rule's: least squares over a whole run takes steps^3 time, in the engine's loop
-)
+RULE = "rule"  # the published one, mask and reuse
+TUNED = "tuned"  # weights that a calibration has fitted for this very schedule
+MAX_COHERENT_STEPS = 100  # beyond, plans are the rule's: least squares over a whole run takes steps^3 time
 MAX_PLANNED_STEPS = 1000
 
 
@@ -35,16 +35,18 @@ class CachePlan:
     terms: dict[int, Terms]
     needed_after: tuple[frozenset[int], ...]
     forecasts: Forecasted
-    tuned: bool = False  # the weights are a calibration's own for this schedule, and no predictor's
+    predictor: str = ""  # whose weights these are
 
     @classmethod
-    def of(cls, compute: Plan, terms: dict[int, Terms], forecasts: Forecasted = "residual") -> CachePlan:
+    def of(
+        cls, compute: Plan, terms: dict[int, Terms], forecasts: Forecasted = "residual", predictor: str = ""
+    ) -> CachePlan:
         needed: list[frozenset[int]] = []
         later: frozenset[int] = frozenset()
         for step in range(len(compute) - 1, -1, -1):
             needed.append(later)
             later |= {anchor for anchor, _ in terms.get(step, ())}
-        return cls(compute, terms, tuple(reversed(needed)), forecasts)
+        return cls(compute, terms, tuple(reversed(needed)), forecasts, predictor)
 
     @property
     def full_forwards(self) -> int:
@@ -57,24 +59,24 @@ def compose(
 ) -> CachePlan:
     """The whole run, decided before its first step; InvalidValueError for a budget that cannot be kept.
 
-    Each denoiser's segment is planned as a run of its own; a budget is for all of them together.
+    No forecast crosses a switch of denoisers; a budget is for all of them together.
     """
     if (tuned := _tuned(settings, ratios, profile, schedule)) is not None:
         return tuned
-    curve = _curve(settings, ratios, schedule) if ratios is not None else None
-    compute = _compute_steps(settings, curve, profile, ratios, schedule)
-    predictor, what = choose_forecast(settings, profile, sum(compute))
-    gram = _gram_at(profile, schedule.sigmas, what)
-    if predictor == COHERENT and schedule.steps > MAX_COHERENT_STEPS:
-        predictor = "affine"  # step by step: least squares over all of them takes the cube of their number
+    if ratios is None and not isinstance(settings.plan, Mask):
+        raise InvalidValueError("mag_ratios", None, "must be given unless steps_mask is or a curve is known")
+    nfe = full_forwards(settings, profile, schedule)
+    predictor, what = choose_forecast(settings, profile, schedule.steps, nfe)
+    compute = _compute_steps(settings, ratios, profile, schedule, nfe, what if predictor != RULE else None)
+    gram = _gram_at(profile, schedule, what)
     if predictor == COHERENT and gram is not None:
-        weights = step_weights(schedule.sigmas, _gains_at(profile, schedule.sigmas, what))
-        return CachePlan.of(compute, coherent_terms(compute, gram, weights, schedule.switches), what)
-    terms: dict[int, Terms] = {}
+        terms = coherent_terms(compute, gram, _weights_at(profile, schedule, what), schedule.switches)
+        return CachePlan.of(compute, terms, what, predictor)
+    predictor, terms = "reuse" if predictor == RULE else predictor, {}
     for part in schedule.segments:
         own = forecasts(compute[part], schedule.sigmas[part], predictor, None if gram is None else gram[part, part])
         terms |= {part.start + t: tuple((part.start + anchor, w) for anchor, w in own[t]) for t in own}
-    return CachePlan.of(compute, terms, what)
+    return CachePlan.of(compute, terms, what, predictor)
 
 
 def _tuned(
@@ -88,39 +90,43 @@ def _tuned(
     if not terms:
         return None
     compute = tuple(step not in terms for step in range(steps))
-    return replace(CachePlan.of(compute, terms, profile.forecasts), tuned=True)
+    return CachePlan.of(compute, terms, profile.forecasts, TUNED)
 
 
 def _compute_steps(
     settings: CacheSettings,
-    curve: tuple[float, ...] | None,
-    profile: CacheProfile | None,
     ratios: tuple[float, ...] | None,
+    profile: CacheProfile | None,
     schedule: Schedule,
+    nfe: int | None,
+    planned: Forecasted | None,
 ) -> Plan:
-    """The computed steps, by the kind of plan."""
+    """The computed steps, by the kind of plan; `planned`: forecasts of what, None if a budget is the rule's."""
     guarded = settings.config.compute_last_step
     if isinstance(settings.plan, Mask):
         masked = mask_plan(settings.plan.flags, schedule.steps, guarded)
         return tuple(flag or step in schedule.switches for step, flag in enumerate(masked))
-    if curve is None:
-        raise InvalidValueError("mag_ratios", None, "must be given unless steps_mask is or a curve is known")
+    assert ratios is not None
     measured = profile.branches.values() if profile is not None and ratios == profile.ratios else ()
-    curves = [_curve(settings, branch, schedule) for branch in measured] or [curve]
+    curves = [_curve(settings, branch, schedule) for branch in measured or [ratios]]
 
     def plan_at(threshold: float, max_skip_steps: int, retention_ratio: float) -> Plan:
         return _by_rule(curves, Rule(threshold, max_skip_steps, retention_ratio), schedule, guarded)
 
-    if (nfe := full_forwards(settings, profile, schedule)) is None:
+    if nfe is None:
         return _by_rule(curves, rule_of(settings), schedule, guarded)
-    predictor, what = choose_forecast(settings, profile, nfe)
-    gram = _gram_at(profile, schedule.sigmas, what)
-    by_rule = settings.config.predictor == "auto" and predictor == "reuse"
-    if gram is None or schedule.steps > MAX_COHERENT_STEPS or by_rule:
+    if planned is None or profile is None or schedule.steps > MAX_COHERENT_STEPS or profile.gram_of(planned) is None:
         return rule_with(plan_at, schedule.steps, nfe)
-    weights = step_weights(schedule.sigmas, _gains_at(profile, schedule.sigmas, what))
+    return _best_plan(nfe, profile, planned, schedule, guarded)
+
+
+@lru_cache(maxsize=256)
+def _best_plan(nfe: int, profile: CacheProfile, what: Forecasted, schedule: Schedule, guarded: bool) -> Plan:
+    """Whatever words a budget was asked for in, one search finds its plan."""
+    gram = _gram_at(profile, schedule, what)
+    assert gram is not None
     forced = forced_steps(schedule.steps, guarded, schedule.switches)
-    return best_plan(nfe, gram, weights, forced, schedule.switches)
+    return best_plan(nfe, gram, _weights_at(profile, schedule, what), forced, schedule.switches)
 
 
 def _curve(settings: CacheSettings, ratios: tuple[float, ...], schedule: Schedule) -> tuple[float, ...]:
@@ -146,22 +152,24 @@ def _by_rule(curves: Sequence[tuple[float, ...]], rule: Rule, schedule: Schedule
 
 
 def choose_forecast(
-    settings: CacheSettings, profile: CacheProfile | None, forwards: int | None = None
+    settings: CacheSettings, profile: CacheProfile | None, steps: int = 1, nfe: int | None = None
 ) -> tuple[str, Forecasted]:
     """The predictor that is named, of residuals; `auto` is the weights of all steps at once, for a profile's matrix.
 
-    Without one, or where the published rule was measured to be nearer, it is reuse.
+    Without one it is reuse, and the whole published rule for a budget of which that was measured to be nearer; beyond
+    `MAX_COHERENT_STEPS` weights are found step by step.
     """
     asked = settings.config.predictor
     if asked == "auto":
         if profile is None or profile.gram_of(profile.forecasts) is None:
             return "reuse", "residual"
-        best = profile.budget_at(forwards)
-        return ("reuse", "residual") if best is not None and best.by_rule else (COHERENT, profile.forecasts)
+        best = None if nfe is None else profile.budget_at(max(1, round(nfe / steps * len(profile.ratios))))
+        if best is not None and best.by_rule:
+            return RULE, "residual"
+        return COHERENT if steps <= MAX_COHERENT_STEPS else "affine", profile.forecasts
     if asked in NEED_GRAM and (profile is None or profile.gram is None):
-        raise InvalidValueError(
-            "predictor", asked, "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"
-        )
+        fix = "needs a calibrated profile of this checkpoint (vllm-omni calibrate)"
+        raise InvalidValueError("predictor", asked, fix)
     return asked, "residual"
 
 
@@ -226,14 +234,18 @@ def expected_forwards(settings: CacheSettings, steps: int) -> int:
     return round(steps * min(1.0, share))
 
 
-def _gram_at(profile: CacheProfile | None, sigmas: Sequence[float], what: Forecasted) -> np.ndarray | None:
+def _gram_at(profile: CacheProfile | None, schedule: Schedule, what: Forecasted) -> np.ndarray | None:
     if profile is None or profile.sigmas is None or (gram := profile.gram_of(what)) is None:
         return None
-    return resample_gram(np.asarray(gram), profile.sigmas, sigmas)
+    measured = np.asarray(gram)
+    return measured if profile.is_of(schedule) else resample_gram(measured, profile.sigmas, schedule.sigmas)
 
 
-def _gains_at(profile: CacheProfile | None, sigmas: Sequence[float], what: Forecasted) -> np.ndarray:
+def _weights_at(profile: CacheProfile | None, schedule: Schedule, what: Forecasted) -> np.ndarray:
+    """c_t of the planner; gains are equal where none were measured."""
     gains = None if profile is None else profile.gains if what == "residual" else profile.output_gains
     if profile is None or profile.sigmas is None or gains is None:
-        return np.ones(len(sigmas))
-    return resample_gains(gains, profile.sigmas, sigmas)
+        return step_weights(schedule.sigmas)
+    if not profile.is_of(schedule):
+        return step_weights(schedule.sigmas, resample_gains(gains, profile.sigmas, schedule.sigmas))
+    return step_weights(schedule.sigmas, np.asarray(gains))

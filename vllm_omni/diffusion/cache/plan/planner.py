@@ -35,8 +35,9 @@ ORDER = 3  # computed steps that a forecast is made of
 LENGTH = 0.4  # of the run: l
 OWN = 0.1  # what k(0) has more than 1: each step's error has a part that no other's cancels
 FARTHEST = 4  # steps that a search moves a computed one by
-AWAY = 3  # moves from the best so far, to search on from there
-MOST, WORK = 2_000, 10_000_000  # evaluations of a search; times the square of their unknowns: two tenths of a second
+RESTARTS, AWAY = 20, 3  # of a search, each so many moves away from the best so far
+MOST, WORK = 1_000, 5_000_000  # plans that it tries; times the square of their unknowns: a tenth of a second
+NOISE = 1e-5  # of each step's energy: what no other step shares, or is an error of the matrix
 
 
 def step_weights(sigmas: Sequence[float], gains: np.ndarray | None = None) -> np.ndarray:
@@ -82,29 +83,32 @@ def best_plan(
     Iterated local search (Lourenco, Martin and Stuetzle 2003): the first move of one computed step that costs less is
     made until none does, then on from some moves away from the best so far. The same arguments give the same plan.
     """
-    covariance = coherence(weights)
+    covariance, draw = coherence(weights), random.Random(nfe)
+    most = min(MOST, WORK // (ORDER * (len(weights) - nfe) + 1) ** 2)
+    known: dict[Plan, float] = {}
 
     def cost(plan: Plan) -> float:
-        return coherent_cost(plan, gram, covariance, switches)
+        if plan not in known:
+            known[plan] = coherent_cost(plan, gram, covariance, switches)
+        return known[plan]
 
-    draw = random.Random(nfe)
-    plan = _spread(nfe, gram, weights, forced)
-    best = least = plan, cost(plan)
-    evaluations = min(MOST, WORK // (ORDER * (len(weights) - nfe) + 1) ** 2)
-    while evaluations > 0 and (moves := _moves(least[0], forced)):
-        draw.shuffle(moves)
-        for moved in moves[:evaluations]:
-            evaluations -= 1
-            if (costs := cost(moved)) < least[1] * (1 - 1e-6):
-                least = moved, costs
+    def descended(plan: Plan) -> Plan:
+        while len(known) < most:
+            moves = _moves(plan, forced)
+            draw.shuffle(moves)
+            cheaper = (moved for moved in moves if len(known) < most and cost(moved) < cost(plan) * (1 - 1e-6))
+            if (moved := next(cheaper, None)) is None:
                 break
-        else:
-            best = min(best, least, key=lambda found: found[1])
-            plan = best[0]
-            for _ in range(AWAY):
-                plan = draw.choice(_moves(plan, forced))
-            least = plan, cost(plan)
-    return min(best, least, key=lambda found: found[1])[0]
+            plan = moved
+        return plan
+
+    best = descended(_spread(nfe, gram, weights, forced))
+    for _ in range(RESTARTS):
+        plan = best
+        for _ in range(AWAY):
+            plan = draw.choice(_moves(plan, forced) or [plan])
+        best = min(best, descended(plan), key=cost)
+    return best
 
 
 def _spread(nfe: int, gram: np.ndarray, weights: np.ndarray, forced: Collection[int]) -> Plan:
@@ -155,6 +159,7 @@ class _Problem:
 
     def solved(self, gram: np.ndarray, covariance: np.ndarray) -> tuple[np.ndarray, float]:
         """(how much weight goes along each shift, the cost then)."""
+        gram = gram + NOISE * np.diag(np.diag(gram))
         from_target, from_source = gram[self.targets], gram[self.sources]
         products = from_target[:, self.targets] - from_target[:, self.sources]
         products += from_source[:, self.sources] - from_source[:, self.targets]

@@ -1,60 +1,48 @@
-"""What stands in for a skipped step's residual: scalar weights over the residuals of earlier computed steps.
+"""What stands in for a skipped step's residual, one step at a time: weights over those of earlier computed steps.
 
-Every function has one calling convention: (anchors, target, sigmas, gram) -> one weight per anchor, on the last axis,
-where `anchors` are the computed steps to build on in ascending order, `sigmas` the noise level of every step, and
-`gram` the residuals' Gram matrix of this schedule (or None). Steps may be arrays, which broadcast: the planner asks for
-all at once. The forecast is sum_j w_j r_j. No tensors.
+Every function has one calling convention: (anchors, target, sigmas, gram) -> one weight per anchor, where `anchors` are
+the computed steps to build on in ascending order, `sigmas` the noise level of every step, and `gram` the residuals'
+Gram matrix of this schedule (or None). The forecast is sum_j w_j r_j. No tensors.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 
 from vllm_omni.diffusion.cache.plan.rule import Plan
 
 Terms = tuple[tuple[int, float], ...]
-Predictor = Callable[[Sequence[Any], Any, Sequence[float], np.ndarray | None], np.ndarray]
+Predictor = Callable[[Sequence[int], int, Sequence[float], np.ndarray | None], np.ndarray]
 RIDGE = 1e-6
 
 
-def reuse(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+def reuse(anchors: Sequence[int], target: int, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
     """The last residual as it is (MagCache, arXiv 2506.09045)."""
-    weights = np.zeros((*np.broadcast_shapes(np.shape(target), *map(np.shape, anchors)), len(anchors)))
-    weights[..., -1] = 1.0
-    return weights
+    return np.array([0.0] * (len(anchors) - 1) + [1.0])
 
 
-def linear(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+def linear(anchors: Sequence[int], target: int, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
     """The line through the last two residuals over sigma (first-order TaylorSeer, arXiv 2503.06923, in sigma)."""
     weights = reuse(anchors, target, sigmas, None)
-    if len(anchors) > 1:
-        level = np.asarray(sigmas, dtype=np.float64)
-        before, last = anchors[-2:]
-        span = level[last] - level[before]
-        ahead = np.where(span == 0, 0.0, (level[target] - level[last]) / np.where(span == 0, 1.0, span))
-        weights[..., -2] = -ahead
-        weights[..., -1] += ahead
+    if len(anchors) > 1 and (span := sigmas[anchors[-1]] - sigmas[anchors[-2]]):
+        ahead = (sigmas[target] - sigmas[anchors[-1]]) / span
+        weights[-2:] = -ahead, 1 + ahead
     return weights
 
 
-def affine(anchors: Sequence[Any], target: Any, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
+def affine(anchors: Sequence[int], target: int, sigmas: Sequence[float], gram: np.ndarray | None) -> np.ndarray:
     """Least squares among weights that sum to one: w = G_AA^-1 (G_At + m 1), m the Lagrange multiplier of 1'w = 1.
 
     Ordinary kriging (Matheron 1963) over residuals: what all prompts share, a common part, passes through unscaled.
     """
     if gram is None:
         return reuse(anchors, target, sigmas, gram)
-    index = np.stack(np.broadcast_arrays(*anchors), axis=-1)
-    corner, cross = gram[index[..., :, None], index[..., None, :]], gram[index, np.asarray(target)[..., None]]
-    energy = np.trace(corner, axis1=-2, axis2=-1)[..., None, None] / len(anchors)
-    corner = corner + RIDGE * np.maximum(energy, np.finfo(float).tiny / RIDGE) * np.eye(len(anchors))
-    solved = np.linalg.solve(corner, np.stack([cross, np.ones_like(cross)], axis=-1))
-    free, ones = solved[..., 0], solved[..., 1]
-    multiplier = (1 - free.sum(axis=-1, keepdims=True)) / ones.sum(axis=-1, keepdims=True)
-    return free + multiplier * ones
+    corner, count = gram[np.ix_(anchors, anchors)], len(anchors)
+    ridge = max(RIDGE * np.trace(corner) / count, np.finfo(float).tiny)
+    free, ones = np.linalg.solve(corner + ridge * np.eye(count), np.stack([gram[anchors, target], np.ones(count)]).T).T
+    return free + (1 - free.sum()) / ones.sum() * ones
 
 
 PREDICTORS: dict[str, tuple[Predictor, int]] = {  # function, how many anchors it looks at
