@@ -59,13 +59,13 @@ def measure(options: argparse.Namespace) -> dict[int, dict[str, float]]:
     found = find_profiles(options.model, fingerprint(pipeline.transformer))
     arguments = generation_defaults(options.model)
     profile = named_profile(options.profile) if options.profile else nearest(found, arguments["num_inference_steps"])
-    if profile is None or profile.gains is None or profile.gram is None or profile.sigmas is None:
+    what = "residual" if profile is None else profile.forecasts
+    gram, gains = (None, None) if profile is None else (profile.gram_of(what), profile.gains_of(what))
+    if profile is None or gains is None or gram is None or profile.sigmas is None:
         raise SystemExit("needs a profile with gains: vllm-omni calibrate MODEL --prompts FILE")
     captions = (Path(resolve_model(options.model)) / "captions.txt").read_text().splitlines()[1::2]
     captions = captions[-options.prompts :]
     exact = latents(pipeline, captions, arguments)
-    what = profile.forecasts
-    gram, gains = profile.gram_of(what), profile.gains if what == "residual" else profile.output_gains
     weights, even = (step_weights(profile.sigmas, g) for g in (np.asarray(gains), None))
     figures: dict[int, dict[str, float]] = {}
     for nfe in tqdm(options.forwards, desc="budgets"):

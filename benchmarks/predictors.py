@@ -1,7 +1,7 @@
 """Plans and predictors at equal full forwards: PSNR in dB to the uncached picture, on the demo model.
 
-Rows: the same number of steps instead of a cache, MagCache's own plan (threshold tuned to that number), and the exact
-planner's plan made for each predictor. Captions are the held-out ones (`vllm_omni/quality/pairs.py`), seeds away from
+Rows: the same number of steps instead of a cache, MagCache's own plan (threshold tuned to that number), and the
+planner's, with its own weights ("auto") and with each predictor's. Captions are the held-out ones (`vllm_omni/quality/pairs.py`), seeds away from
 calibration, pictures in floats (8-bit rounding would cap the figure); "worst" is the worst caption.
 """
 
@@ -53,7 +53,7 @@ def measure(options: Any) -> tuple[list[list[str]], dict[str, dict[int, tuple[fl
             rule = tuned_rule(nfe)
             for predictor in PREDICTORS:
                 note(f"MagCache plan, {predictor}", nfe, rule | {"predictor": predictor})
-            for predictor in PREDICTORS:
+            for predictor in ("auto", *PREDICTORS):
                 note(f"planned, {predictor}", nfe, {"nfe": nfe, "predictor": predictor})
     rows = [[n, *(f"{mean:.1f} / {worst:.1f}" for mean, worst in row.values())] for n, row in figures.items()]
     return rows, figures

@@ -3,7 +3,7 @@
 Where nothing is known, the first requests run uncached, and are measured. Where a curve is known they are cached by it;
 what a few of them had in common, steps and size, is noted, and a few runs of that kind are measured when nobody waits.
 Nothing of a request is kept but these numbers, and sums of products of its residuals' sketches. What needs more runs
-(gains, the choice for each budget and its decibels) is for whoever has time to spare: `unfinished` says which profiles
+(gains, tuned weights and decibels) is for whoever has time to spare: `unfinished` says which profiles
 lack it; `chosen` which of them holds for a schedule. Makes no run itself.
 """
 

@@ -168,6 +168,10 @@ class CacheProfile(Settings):
         """The matrix for planning forecasts of residuals, or of outputs."""
         return self.gram if what == "residual" else self.output_gram
 
+    def gains_of(self, what: Forecasted) -> tuple[float, ...] | None:
+        """The gains that go with `gram_of`."""
+        return self.gains if what == "residual" else self.output_gains
+
     def curve_alone(self) -> CacheProfile:
         """The same without all that was measured beside the curve."""
         measured = ("gram", "gains", "gain_errors", "output_gram", "output_gains")

@@ -69,7 +69,7 @@ def compose(
     predictor, what = choose_forecast(settings, profile, schedule.steps, nfe)
     compute = _compute_steps(settings, ratios, profile, schedule, nfe, what if predictor != RULE else None)
     gram = _gram_at(profile, schedule, what)
-    if predictor == COHERENT and gram is not None:
+    if predictor == COHERENT and profile is not None and gram is not None:
         terms = coherent_terms(compute, gram, _weights_at(profile, schedule, what), schedule.switches)
         return CachePlan.of(compute, terms, what, predictor)
     predictor, terms = "reuse" if predictor == RULE else predictor, {}
@@ -241,11 +241,9 @@ def _gram_at(profile: CacheProfile | None, schedule: Schedule, what: Forecasted)
     return measured if profile.is_of(schedule) else resample_gram(measured, profile.sigmas, schedule.sigmas)
 
 
-def _weights_at(profile: CacheProfile | None, schedule: Schedule, what: Forecasted) -> np.ndarray:
+def _weights_at(profile: CacheProfile, schedule: Schedule, what: Forecasted) -> np.ndarray:
     """c_t of the planner; gains are equal where none were measured."""
-    gains = None if profile is None else profile.gains if what == "residual" else profile.output_gains
-    if profile is None or profile.sigmas is None or gains is None:
+    if profile.sigmas is None or (gains := profile.gains_of(what)) is None:
         return step_weights(schedule.sigmas)
-    if not profile.is_of(schedule):
-        return step_weights(schedule.sigmas, resample_gains(gains, profile.sigmas, schedule.sigmas))
-    return step_weights(schedule.sigmas, np.asarray(gains))
+    own = np.asarray(gains) if profile.is_of(schedule) else resample_gains(gains, profile.sigmas, schedule.sigmas)
+    return step_weights(schedule.sigmas, own)

@@ -1,6 +1,6 @@
 """A run's schedule, and the segments in which one denoiser takes over from another. Pure.
 
-Nothing is forecast across a switch: each segment is planned as if the run began there.
+Nothing is forecast across a switch: a denoiser's first step computes, and its others are made of its own.
 """
 
 from __future__ import annotations
