@@ -1,8 +1,9 @@
 """Plans and predictors at equal full forwards: PSNR in dB to the uncached picture, on the demo model.
 
 Rows: the same number of steps instead of a cache, MagCache's own plan (threshold tuned to that number), and the
-planner's, with its own weights ("auto") and with each predictor's. Captions are the held-out ones (`vllm_omni/quality/pairs.py`), seeds away from
-calibration, pictures in floats (8-bit rounding would cap the figure); "worst" is the worst caption.
+planner's, with its own weights ("auto") and with each predictor's. Captions are the held-out ones
+(`vllm_omni/quality/pairs.py`), seeds away from calibration, pictures in floats (8-bit rounding would cap the figure);
+"worst" is the worst caption.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def setting(group: str, name: str, steps: int, cache: Any) -> Row:
 
 
 def default_rows(steps: int, ratios: Sequence[float]) -> list[Row]:
-    """Ours: promises with the planner's own weights and with a named predictor's, their controls, and the published rule.
+    """Ours: promises with the planner's weights and a named predictor's, their controls, and the published rule.
 
     `ratios`: the checkpoint's magnitude curve at `steps`.
     """
