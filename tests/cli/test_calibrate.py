@@ -90,15 +90,16 @@ def test_budgets_are_measured_on_held_out_prompts(made: Path) -> None:
     for budget in profile.budgets:
         assert budget.pairs == 4 and budget.terms is not None
         assert budget.psnr is not None and budget.psnr_mean is not None and budget.rule_psnr is not None
-        assert budget.rule_psnr - 1 < budget.psnr <= budget.psnr_mean and not budget.by_rule
+        assert budget.rule_psnr - 3 < budget.psnr <= budget.psnr_mean and not budget.by_rule
     assert profile.lacks == []
 
 
 @pytest.mark.slow
 def test_tuned_weights_end_nearer_on_prompts_that_did_not_give_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By decibels, in the mean, where two thirds of the steps are skipped; two prompts give the weights."""
+    """By decibels, in the mean, where two thirds of the steps are skipped, and the planner was told what is not so."""
     monkeypatch.setattr("vllm_omni.trials.SPEEDUPS", (28 / 9,))
-    profile = named_profile("demo").model_copy(update={"budgets": ()})
+    wrong = tuple(tuple(0.9 ** abs(i - j) for j in range(28)) for i in range(28))
+    profile = named_profile("demo").model_copy(update={"budgets": (), "output_gram": wrong})
     pipeline = load_pipeline(OmniDiffusionConfig(model="demo", dtype="float32"))
     arguments = profile.provenance["arguments"]
     tuned = measured(tuned_weights(profile, 3), pipeline, ("rocket", "strawberry", "snail"), 11, arguments)
@@ -107,7 +108,7 @@ def test_tuned_weights_end_nearer_on_prompts_that_did_not_give_them(monkeypatch:
     trials = [Trial(i, planned(one, 9), picture=True) for i in range(len(unseen)) for one in (profile, tuned)]
     compared = Measurement("runs", tuple(trials), lambda away: [one.decibels for one in away])
     before, after = np.array(measured(compared, pipeline, unseen, 77, arguments)).reshape(-1, 2).mean(axis=0)
-    assert after > before + 1
+    assert after > before + 2
 
 
 @pytest.mark.slow
