@@ -38,7 +38,7 @@ logger = init_logger(__name__)
 
 MOST_REPEATS = 3  # of a trial that had no room
 IDLE_S = 1.0  # without a request, before trials begin
-GAIN_PROMPTS, TUNED_ON, JUDGED_ON = 2, 6, 8
+GAIN_PROMPTS, TUNED_ON, JUDGED_ON = 2, 8, 8
 FIRST_SEED = 31_000
 PROMPTS = (
     "a red bicycle leaning against a brick wall",
