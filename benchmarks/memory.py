@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from common import DEVICE, arguments, begin, build_flux, last_line, table
 
-PREDICTORS = ("reuse", "linear", "auto")
+PREDICTORS = ("reuse", "linear")
 KEPT = ("model", "bfloat16")
 _PROCESS = (
     "import sys; sys.path.insert(0, {folder!r}); import memory; memory.child({size!r}, {requests}, {steps}, {cached})"

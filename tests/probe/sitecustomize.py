@@ -68,13 +68,16 @@ def trace(path: str) -> None:
 def count_cache(path: str) -> None:
     from vllm_omni.diffusion.cache.store import Buffer
     from vllm_omni.engine.loop import EngineLoop
+    from vllm_omni.nested import tensors_in
 
     file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the process
 
     def count(loop: Any) -> None:
         buffers = [thing for thing in gc.get_objects() if type(thing) is Buffer]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
-                    for buffer in buffers for t in buffer._tensors.values()}  # fmt: skip
+        kept = [
+            getattr(one, "value", one) for buffer in buffers for one in buffer._tensors.values()
+        ]  # or whole outputs
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(kept)}
         file.write(f"{loop.engine.worker.cache_bytes} {sum(storages.values())}\n")
 
     around(EngineLoop, "_report", count)
