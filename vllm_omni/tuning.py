@@ -17,12 +17,12 @@ from typing import NamedTuple
 import numpy as np
 
 from vllm_omni.diffusion.cache.plan.compose import MAX_COHERENT_STEPS, CachePlan
+from vllm_omni.diffusion.cache.plan.planner import ORDER
 from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, Switches
 from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
 from vllm_omni.trials import Away, Measurement, Trial, planned, plans
 
-ORDER = 3  # computed steps that a forecast is made of
 MOVED = 0.1  # by how much a trial moves a weight
 RIDGES = (0.1, 0.3, 1.0, 3.0)  # of each step's own part of the normal equations
 MOST_PROMPTS = 8  # that give weights; with four the mean is as good, and single pictures are not (docs/log.md)
@@ -78,33 +78,35 @@ def _compared(
 
     `tuned`: for each budget those without each of the first prompts, then that of all of them; empty if there is none.
     """
-    tried = [index for index, ways in enumerate(tuned) if ways]
+    ways = [own or [plan] for plan, own in zip(untuned, tuned, strict=True)]
     by_rule = [planned(profile.curve_alone(), plan.full_forwards)(profile.schedule) for plan in untuned]
 
     def read(results: Sequence[Away]) -> CacheProfile:
-        table = np.array([result.decibels for result in results]).reshape(len(prompts), len(tried), 3)
+        table = np.array([result.decibels for result in results]).reshape(len(prompts), len(untuned), 3)
         gone = np.array([result.gone for result in results]).reshape(table.shape)[..., 1]
-        budgets = [MeasuredBudget(speedup=len(profile.ratios) / plan.full_forwards, terms={}) for plan in untuned]
-        for at, index in enumerate(tried):
-            own, moved, rule = table[:, at].T
-            left = gone[:, at].any() or _lost(moved - own)
+        budgets = []
+        for index, plan in enumerate(untuned):
+            own, moved, rule = table[:, index].T
+            left = not tuned[index] or gone[:, index].any() or _lost(moved - own)
             ruled = _lost((own if left else moved) - rule)
             terms = {} if left or ruled else tuned[index][-1].terms
-            budgets[index] = budgets[index].model_copy(update={"terms": terms, "by_rule": ruled})
+            speedup = len(profile.ratios) / plan.full_forwards
+            budgets.append(MeasuredBudget(speedup=speedup, terms=terms, by_rule=ruled))
         return profile.model_copy(update={"budgets": tuple(budgets)})
 
     trials = tuple(
         Trial(prompt, _always(plan), picture=True)
         for number, prompt in enumerate(prompts)
-        for index in tried
-        for plan in (untuned[index], tuned[index][min(number, len(tuned[index]) - 1)], by_rule[index])
+        for own, moved, rule in zip(untuned, ways, by_rule, strict=True)
+        for plan in (own, moved[min(number, len(moved) - 1)], rule)
     )
     return Measurement("weights, compared", trials, read)
 
 
 def _lost(decibels: np.ndarray) -> bool:
-    """Whether prompts, two at least, lost by more than a standard error; `decibels` by how much each is nearer."""
-    return bool(decibels.mean() < -decibels.std(ddof=1) / np.sqrt(len(decibels)))
+    """Whether prompts lost by more than a standard error, one alone at all; `decibels` by how much each is nearer."""
+    spread = decibels.std(ddof=1) if len(decibels) > 1 else 0.0
+    return bool(decibels.mean() < -spread / np.sqrt(len(decibels)))
 
 
 def _widened(plan: CachePlan, switches: Switches) -> dict[int, Terms]:

@@ -90,7 +90,7 @@ def test_budgets_are_measured_on_held_out_prompts(made: Path) -> None:
     for budget in profile.budgets:
         assert budget.pairs == 4 and budget.terms is not None
         assert budget.psnr is not None and budget.psnr_mean is not None and budget.rule_psnr is not None
-        assert budget.rule_psnr - 3 < budget.psnr <= budget.psnr_mean and not budget.by_rule
+        assert budget.rule_psnr - 1 < budget.psnr <= budget.psnr_mean
     assert profile.lacks == []
 
 

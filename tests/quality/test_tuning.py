@@ -119,7 +119,8 @@ def test_prompts_are_compared_with_weights_that_they_have_not_given(prompts: int
     assert giving == set(range(3, 3 + min(prompts, 8)) if prompts > 1 else ())  # a single prompt's are its own
     found: Any = measurement.read([world.run(trial) for trial in measurement.trials])
     if prompts == 1:
-        assert not found.trials and found.read([]).tuned and not found.read([]).budgets[0].terms
+        (budget,) = found.read([Away(one, 1.0) for one in (1.0, 1.0, 0.9)]).budgets  # as planned, twice, and the rule
+        assert budget.terms == {} and budget.by_rule
         return
     plans = {trial.prompt: trial.plan(SCHEDULE).terms for trial in found.trials[1::3]}
     untuned = {str(trial.plan(SCHEDULE).terms) for trial in found.trials[::3]}
