@@ -124,11 +124,11 @@ def cost_of_each(plan: Sequence[bool], gram: np.ndarray, weights: np.ndarray) ->
 
 def variations(nfe: int, count: int, gram: np.ndarray, weights: np.ndarray) -> list[tuple[bool, ...]]:
     """`count` different plans of `nfe` full forwards: the planner's, and some with one to three of its steps moved."""
-    from vllm_omni.diffusion.cache.plan.planner import best_plan
+    from vllm_omni.diffusion.cache.plan.planner import best_plans
 
     rng = np.random.default_rng(nfe)
     steps = len(weights)
-    good = best_plan(nfe, gram, weights, {0, steps - 1})
+    good = best_plans(nfe, gram, weights, {0, steps - 1})[0]
     plans = {good: None}
     for _ in range(10_000):
         if len(plans) >= count:

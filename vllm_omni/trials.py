@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from vllm_omni.diffusion.cache.calibration import sketch
-from vllm_omni.diffusion.cache.plan.compose import CachePlan, compose
-from vllm_omni.diffusion.cache.plan.planner import step_weights
+from vllm_omni.diffusion.cache.plan.compose import CachePlan, compose, good_plans
+from vllm_omni.diffusion.cache.plan.planner import COHERENT, step_weights
 from vllm_omni.diffusion.cache.plan.predictors import Terms
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
 from vllm_omni.diffusion.cache.profile import CacheProfile, Forecasted, MeasuredBudget
@@ -234,15 +234,19 @@ def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[
     return Measurement("held-out prompts", tuple(trial for *_, trial in every), read)
 
 
-def plans(profile: CacheProfile) -> Iterator[CachePlan]:
-    """The planner's own plan of each number of full forwards that is measured, by ascending speed-up.
+def plans(profile: CacheProfile) -> Iterator[list[CachePlan]]:
+    """The planner's own plan of each number of full forwards that is measured, and what may be as good.
 
-    One after another: each takes a moment to find, and is remembered.
+    By ascending speed-up, one number after another: each takes a moment to find, and is remembered.
     """
     schedule, bare = profile.schedule, profile.model_copy(update={"budgets": ()})
     least = len(forced_steps(schedule.steps, True, schedule.switches))
     numbers = {max(least, round(schedule.steps / speedup)) for speedup in SPEEDUPS} - {schedule.steps}
-    return (planned(bare, nfe)(schedule) for nfe in sorted(numbers, reverse=True))
+    for nfe in sorted(numbers, reverse=True):
+        own = planned(bare, nfe)(schedule)
+        masks = good_plans(nfe, bare, profile.forecasts, schedule, True)[1:] if own.predictor == COHERENT else ()
+        settings = (parse("magcache", DiffusionCacheConfig(steps_mask=mask)) for mask in masks)
+        yield [own, *(compose(one, bare.ratios, bare, schedule) for one in settings)]
 
 
 def planned(profile: CacheProfile, nfe: int) -> Callable[[Schedule], CachePlan]:

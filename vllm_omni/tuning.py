@@ -40,27 +40,45 @@ class Shift(NamedTuple):
 def tuned_weights(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
     """`profile` with budgets, each with the terms that end nearer than the planner's own; see `MeasuredBudget`.
 
-    The prompts from `first` on give the weights, up to eight of them, and all say what they are worth, each with
-    weights that it has not given: they are left if decibels fall by more than a standard error, for they rarely do and
-    so few prompts say little (docs/log.md), and the published rule is taken if it is nearer by as much. One prompt
-    alone is fitted, not measured: it gives none. Nor are runs tuned that have more steps than are planned at once.
+    Of plans that the planner expects to be about as good, the one is tuned that ends nearest in the mean of the prompts
+    from `first` on. Up to eight of them give the weights, and all say what they are worth, each with weights that it
+    has not given: they are left if decibels fall by more than a standard error, for they rarely do and so few prompts
+    say little (docs/log.md), and the published rule is taken if it is nearer by as much. One prompt alone is fitted,
+    not measured: it decides nothing. Nor are runs tuned that have more steps than are planned at once.
     """
-    schedule, switches, untuned = profile.schedule, profile.schedule.switches, [*plans(profile)]
+    good, those = [*plans(profile)], range(first, first + prompts)
+    if prompts < 2 or profile.schedule.steps > MAX_COHERENT_STEPS:
+        own = [own for own, *_ in good]
+        return _compared(profile, own, own, [[] for _ in own], those)
+
+    def read(results: Sequence[Away]) -> Measurement[CacheProfile]:
+        decibels = np.array([result.decibels for result in results]).reshape(prompts, -1).mean(axis=0)
+        each = np.split(decibels, np.cumsum([len(few) for few in good])[:-1])
+        return _tuned(profile, good, [few[int(own.argmax())] for few, own in zip(good, each, strict=True)], those)
+
+    trials = tuple(Trial(one, _always(plan), picture=True) for one in those for few in good for plan in few)
+    return Measurement("plans", trials, read)
+
+
+def _tuned(
+    profile: CacheProfile, good: Sequence[Sequence[CachePlan]], untuned: Sequence[CachePlan], prompts: Sequence[int]
+) -> Measurement[CacheProfile]:
+    """`profile` with budgets from the chosen plans, `untuned`; the planner's own are the first of each of `good`."""
+    switches, giving = profile.schedule.switches, prompts[:MOST_PROMPTS]
     shifts = [_shifts(_widened(plan, switches)) for plan in untuned]
-    giving = min(MOST_PROMPTS, prompts) if prompts > 1 and schedule.steps <= MAX_COHERENT_STEPS else 0
 
     def read(results: Sequence[Away]) -> Measurement[CacheProfile]:
         rows = iter(results)
-        runs = [[[next(rows) for _ in range(1 + len(own))] for own in shifts] for _ in range(giving)]
+        runs = [[[next(rows) for _ in range(1 + len(own))] for own in shifts] for _ in giving]
         tuned = []
         for index, (plan, own) in enumerate(zip(untuned, shifts, strict=True)):
             found = amounts_of([prompt[index] for prompt in runs], [shift.step for shift in own])
             tuned.append([_shifted(plan, switches, dict(zip(own, amounts, strict=True))) for amounts in found])
-        return _compared(profile, untuned, tuned, range(first, first + prompts))
+        return _compared(profile, [own for own, *_ in good], untuned, tuned, prompts)
 
     trials = tuple(
-        Trial(first + prompt, _always(_shifted(plan, switches, {} if shift is None else {shift: MOVED})), kept=True)
-        for prompt in range(giving)
+        Trial(prompt, _always(_shifted(plan, switches, {} if shift is None else {shift: MOVED})), kept=True)
+        for prompt in giving
         for plan, own in zip(untuned, shifts, strict=True)
         for shift in (None, *own)
     )
@@ -72,11 +90,16 @@ def _always(plan: CachePlan) -> Callable[[Schedule], CachePlan]:
 
 
 def _compared(
-    profile: CacheProfile, untuned: Sequence[CachePlan], tuned: Sequence[Sequence[CachePlan]], prompts: Sequence[int]
+    profile: CacheProfile,
+    planners: Sequence[CachePlan],
+    untuned: Sequence[CachePlan],
+    tuned: Sequence[Sequence[CachePlan]],
+    prompts: Sequence[int],
 ) -> Measurement[CacheProfile]:
     """`profile` with the nearest for each budget: `tuned`, unless it is farther than `untuned`, or the published rule.
 
     `tuned`: for each budget those without each of the first prompts, then that of all of them; empty if there is none.
+    Of what is one of the `planners` own, a budget holds nothing: every profile finds it again.
     """
     ways = [own or [plan] for plan, own in zip(untuned, tuned, strict=True)]
     by_rule = [planned(profile.curve_alone(), plan.full_forwards)(profile.schedule) for plan in untuned]
@@ -89,7 +112,8 @@ def _compared(
             own, moved, rule = table[:, index].T
             left = not tuned[index] or gone[:, index].any() or _lost(moved - own)
             ruled = _lost((own if left else moved) - rule)
-            terms = {} if left or ruled else tuned[index][-1].terms
+            taken = plan if left else tuned[index][-1]
+            terms = {} if ruled or taken is planners[index] else taken.terms
             speedup = len(profile.ratios) / plan.full_forwards
             budgets.append(MeasuredBudget(speedup=speedup, terms=terms, by_rule=ruled))
         return profile.model_copy(update={"budgets": tuple(budgets)})

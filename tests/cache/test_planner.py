@@ -15,7 +15,7 @@ from planning import budgeted, planned
 from vllm_omni.diffusion.cache.plan.planner import (
     NOISE,
     OWN,
-    best_plan,
+    best_plans,
     coherence,
     coherent_cost,
     coherent_terms,
@@ -118,7 +118,7 @@ def test_a_search_finds_the_best_mask_there_is(guarded: bool) -> None:
         gram, covariance = outputs @ outputs.T, coherence(weights)
         forced = forced_steps(STEPS, guarded)
         for nfe in (3, 5, 7):
-            found = best_plan(nfe, gram, weights, forced)
+            found, *others = best_plans(nfe, gram, weights, forced, count=4)
             masks = [
                 tuple(step in chosen for step in range(STEPS))
                 for chosen in map(set, combinations(range(STEPS), nfe))
@@ -126,6 +126,8 @@ def test_a_search_finds_the_best_mask_there_is(guarded: bool) -> None:
             ]
             least = min(coherent_cost(mask, gram, covariance) for mask in masks)
             assert found in masks and coherent_cost(found, gram, covariance) == pytest.approx(least, rel=1e-3)
+            costs = [coherent_cost(plan, gram, covariance) for plan in (found, *others)]
+            assert costs == sorted(costs) and len({found, *others}) == len(costs) > 1 and {*others} < {*masks}
 
 
 def test_a_search_is_repeatable_and_no_slower_for_longer_runs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,19 +140,20 @@ def test_a_search_is_repeatable_and_no_slower_for_longer_runs(monkeypatch: pytes
     monkeypatch.setattr("vllm_omni.diffusion.cache.plan.planner.coherent_cost", counted)
     outputs, weights = smooth_run(100)
     gram, forced = outputs @ outputs.T, forced_steps(100)
-    found = best_plan(34, gram, weights, forced)
-    assert calls[0] < 200 and found == best_plan(34, gram, weights, forced)
+    (found,) = best_plans(34, gram, weights, forced)
+    assert calls[0] < 200 and [found] == best_plans(34, gram, weights, forced)
     assert sum(found) == 34 and found[0] and found[-1]
     calls[0] = 0
-    assert best_plan(100, gram, weights, forced) == (True,) * 100 and calls[0] == 1
+    assert best_plans(100, gram, weights, forced, count=4) == [(True,) * 100] and calls[0] == 1
     calls[0] = 0
-    best_plan(3, gram[:5, :5], weights[:5], forced_steps(5))
+    best_plans(3, gram[:5, :5], weights[:5], forced_steps(5))
     assert calls[0] <= 3  # there are no more masks
 
 
 @pytest.mark.parametrize(("nfe", "steps", "forced"), [(1, 1, {0}), (1, 5, {0}), (2, 2, {0, 1}), (3, 6, {0, 2, 5})])
 def test_the_least_plans_are_the_forced_steps(nfe: int, steps: int, forced: set[int]) -> None:
-    assert best_plan(nfe, np.eye(steps), np.ones(steps), forced) == tuple(step in forced for step in range(steps))
+    only = [tuple(step in forced for step in range(steps))]
+    assert best_plans(nfe, np.eye(steps), np.ones(steps), forced, count=4) == only
 
 
 @pytest.mark.parametrize("name", ["demo", "demo-video"])
@@ -169,9 +172,9 @@ def test_one_search_serves_every_way_to_ask_for_as_many_forwards(monkeypatch: py
 
     def counted(*arguments: Any) -> Any:
         calls.append(arguments)
-        return best_plan(*arguments)
+        return best_plans(*arguments)
 
-    monkeypatch.setattr("vllm_omni.diffusion.cache.plan.compose.best_plan", counted)
+    monkeypatch.setattr("vllm_omni.diffusion.cache.plan.compose.best_plans", counted)
     sigmas = tuple(np.linspace(1, 0.031, 28).tolist())
     made = [
         planned(DiffusionCacheConfig(**settings), DEMO.ratios, DEMO, 28, sigmas).compute

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vllm_omni.diffusion.cache.plan.compose import CachePlan
+from vllm_omni.diffusion.cache.plan import compose
+from vllm_omni.diffusion.cache.plan.compose import CachePlan, good_plans
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
 from vllm_omni.trials import FAR_OFF, Away, Measurement, Trial
@@ -20,8 +22,13 @@ SCHEDULE = Schedule(STEPS, SIGMAS)
 
 
 @pytest.fixture(autouse=True)
-def one_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def one_budget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """With one plan of its own."""
     monkeypatch.setattr("vllm_omni.trials.SPEEDUPS", (2.0,))
+    monkeypatch.setattr(compose, "GOOD_PLANS", 1)
+    good_plans.cache_clear()
+    yield
+    good_plans.cache_clear()
 
 
 def profile() -> CacheProfile:
@@ -113,19 +120,44 @@ def test_the_nearest_is_taken(worse: float, rule: float) -> None:
 
 @pytest.mark.parametrize("prompts", [1, 2, 6, 10])
 def test_prompts_are_compared_with_weights_that_they_have_not_given(prompts: int) -> None:
-    measurement, world = tuned_weights(profile(), prompts, first=3), World(untuned_terms(), own=1.0)
+    measurement: Any = tuned_weights(profile(), prompts, first=3)
+    world = World(untuned_terms(), own=1.0)
+    if prompts > 1:
+        assert measurement.name == "plans" and len(measurement.trials) == prompts  # there is one plan alone
+        measurement = measurement.read([world.run(trial) for trial in measurement.trials])
     giving = {trial.prompt for trial in measurement.trials}
-    assert all(trial.kept and not trial.picture for trial in measurement.trials)
-    assert giving == set(range(3, 3 + min(prompts, 8)) if prompts > 1 else ())  # a single prompt's are its own
-    found: Any = measurement.read([world.run(trial) for trial in measurement.trials])
-    if prompts == 1:
-        (budget,) = found.read([Away(one, 1.0) for one in (1.0, 1.0, 0.9)]).budgets  # as planned, twice, and the rule
+    if prompts == 1:  # one alone gives no weights
+        (budget,) = measurement.read([Away(one, 1.0) for one in (1.0, 1.0, 0.9)]).budgets  # as planned, twice; the rule
         assert budget.terms == {} and budget.by_rule
         return
+    assert all(trial.kept and not trial.picture for trial in measurement.trials)
+    assert giving == set(range(3, 3 + min(prompts, 8)))
+    found: Any = measurement.read([world.run(trial) for trial in measurement.trials])
     plans = {trial.prompt: trial.plan(SCHEDULE).terms for trial in found.trials[1::3]}
     untuned = {str(trial.plan(SCHEDULE).terms) for trial in found.trials[::3]}
     assert [trial.prompt for trial in found.trials[1::3]] == list(range(3, 3 + prompts)) and len(untuned) == 1
     assert len({str(terms) for terms in plans.values()}) == min(prompts, 9)  # one for all that gave none
+
+
+@pytest.mark.parametrize("tuned", [2.0, 0.5])
+def test_of_plans_about_as_good_the_one_that_ends_nearest_is_taken(
+    tuned: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether its weights are tuned then or stay as they are, a budget has them all: no profile would find it again."""
+    monkeypatch.setattr(compose, "GOOD_PLANS", 3)
+    good_plans.cache_clear()
+    rng = np.random.default_rng(0)
+    measurement: Any = tuned_weights(profile(), 3)
+    masks = [trial.plan(SCHEDULE).compute for trial in measurement.trials]
+    assert len(set(masks[:3])) == 3 and masks == masks[:3] * 3 and masks[0] == _mask()
+    chosen = masks[1]
+    weights = measurement.read([Away(0.5 if mask == chosen else 1.0, 1.0) for mask in masks])
+    assert {trial.plan(SCHEDULE).compute for trial in weights.trials} == {chosen}
+    compared = weights.read([Away(1.0, 1.0, rng.standard_normal(NUMBERS)) for _ in weights.trials])
+    (budget,) = compared.read([Away(one, 1.0) for one in (1.0, tuned, 3.0)] * 3).budgets
+    assert tuple(step not in budget.terms for step in range(STEPS)) == chosen and not budget.by_rule
+    untuned = compared.trials[0].plan(SCHEDULE).terms
+    assert (budget.terms == untuned) == (tuned > 1)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])

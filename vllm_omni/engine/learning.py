@@ -38,7 +38,7 @@ logger = init_logger(__name__)
 
 MOST_REPEATS = 3  # of a trial that had no room
 IDLE_S = 1.0  # without a request, before trials begin
-GAIN_PROMPTS, TUNED_ON, JUDGED_ON = 2, 8, 8
+GAIN_PROMPTS, TUNED_ON, JUDGED_ON = 4, 8, 8
 FIRST_SEED = 31_000
 PROMPTS = (
     "a red bicycle leaning against a brick wall",
@@ -57,6 +57,10 @@ PROMPTS = (
     "terraced rice fields from above",
     "a violin on a velvet chair",
     "a comic panel of a cat that reads a newspaper",
+    "a steam locomotive crossing a stone viaduct",
+    "close-up of a blue butterfly on a thistle",
+    "a knight in armour on a misty field",
+    "a slice of cherry pie beside a cup of coffee",
 )
 
 
@@ -106,7 +110,7 @@ class IdleLearning:
         self._numbers = count()
         self._profile: CacheProfile | None = None
         self._measurement: Measurement[CacheProfile] | None = None
-        self._plans: Iterator[CachePlan] = iter(())
+        self._plans: Iterator[list[CachePlan]] = iter(())
         self._results: list[Away] = []
         self._exact: dict[bool, tuple[int, torch.Tensor]] = {}  # of the last prompt: latents, and what is decoded
         self._run: _UnderWay | None = None

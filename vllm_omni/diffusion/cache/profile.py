@@ -44,7 +44,7 @@ LEARNT = "learnt"  # the kind, in its provenance, of a profile that an engine ha
 class MeasuredBudget(Settings):
     """What a plan of one number of full forwards is worth, and the weights that were tuned for it.
 
-    `terms` are the (anchor, weight) of each skipped step, tuned to where runs of this very schedule end
+    `terms` are the (anchor, weight) of each skipped step, chosen by where runs of this very schedule end
     (`vllm_omni.tuning`); empty: the planner's own were nearer, None: not tried. Decibels are PSNR to the uncached
     output, the lowest of `pairs` prompts and seeds that calibration had not seen: of this plan, of it with the
     planner's own mask and weights, of the published rule with reuse, and of an uncached run of as many steps. None: not

@@ -10,7 +10,7 @@ from math import ceil
 import numpy as np
 
 from vllm_omni.diffusion.cache.plan.curve import resample
-from vllm_omni.diffusion.cache.plan.planner import COHERENT, best_plan, coherent_terms, step_weights
+from vllm_omni.diffusion.cache.plan.planner import COHERENT, best_plans, coherent_terms, step_weights
 from vllm_omni.diffusion.cache.plan.predictors import NEED_GRAM, Terms, forecasts, resample_gains, resample_gram
 from vllm_omni.diffusion.cache.plan.rule import Plan, magcache_plan, mask_plan, rule_with
 from vllm_omni.diffusion.cache.plan.schedule import Schedule, forced_steps
@@ -22,6 +22,7 @@ RULE = "rule"  # the published one, mask and reuse
 TUNED = "tuned"  # weights that a calibration has fitted for this very schedule
 MAX_COHERENT_STEPS = 100  # beyond, plans are the rule's: least squares over a whole run takes steps^3 time
 MAX_PLANNED_STEPS = 1000
+GOOD_PLANS = 6  # of a number of full forwards, that are compared where there is a model to run them
 
 
 @dataclass(frozen=True)
@@ -117,16 +118,16 @@ def _compute_steps(
         return _by_rule(curves, rule_of(settings), schedule, guarded)
     if planned is None or profile is None or schedule.steps > MAX_COHERENT_STEPS or profile.gram_of(planned) is None:
         return rule_with(plan_at, schedule.steps, nfe)
-    return _best_plan(nfe, profile, planned, schedule, guarded)
+    return good_plans(nfe, profile, planned, schedule, guarded)[0]
 
 
 @lru_cache(maxsize=256)
-def _best_plan(nfe: int, profile: CacheProfile, what: Forecasted, schedule: Schedule, guarded: bool) -> Plan:
-    """Whatever words a budget was asked for in, one search finds its plan."""
+def good_plans(nfe: int, profile: CacheProfile, what: Forecasted, schedule: Schedule, guarded: bool) -> list[Plan]:
+    """The planner's own, and some that it expects to be nearly as good; one search, whatever words asked for them."""
     gram = _gram_at(profile, schedule, what)
     assert gram is not None
     forced = forced_steps(schedule.steps, guarded, schedule.switches)
-    return best_plan(nfe, gram, _weights_at(profile, schedule, what), forced, schedule.switches)
+    return best_plans(nfe, gram, _weights_at(profile, schedule, what), forced, schedule.switches, GOOD_PLANS)
 
 
 def _curve(settings: CacheSettings, ratios: tuple[float, ...], schedule: Schedule) -> tuple[float, ...]:

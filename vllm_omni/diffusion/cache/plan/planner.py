@@ -75,13 +75,13 @@ def coherent_cost(compute: Plan, gram: np.ndarray, covariance: np.ndarray, switc
     return _Problem(compute, switches).solved(gram, covariance)[1]
 
 
-def best_plan(
-    nfe: int, gram: np.ndarray, weights: np.ndarray, forced: Collection[int], switches: Switches = ()
-) -> Plan:
-    """The cheapest plan found with `nfe` computed steps, `forced` ones among them. No slower for longer runs.
+def best_plans(
+    nfe: int, gram: np.ndarray, weights: np.ndarray, forced: Collection[int], switches: Switches = (), count: int = 1
+) -> list[Plan]:
+    """The cheapest plans found with `nfe` computed steps, `forced` ones among them, each more than a move by one apart.
 
     Iterated local search (Lourenco, Martin and Stuetzle 2003): the first move of one computed step that costs less is
-    made until none does, then on from some moves away from the best so far. The same arguments give the same plan.
+    made until none does, then on from some moves away from the best so far. No slower for longer runs.
     """
     covariance, draw = coherence(weights), random.Random(nfe)
     most = min(MOST, WORK // (ORDER * (len(weights) - nfe) + 1) ** 2)
@@ -108,7 +108,11 @@ def best_plan(
         for _ in range(AWAY):
             plan = draw.choice(_moves(plan, forced) or [plan])
         best = min(best, descended(plan), key=cost)
-    return best
+    plans = [best]
+    for plan in sorted(known, key=cost):
+        if len(plans) < count and min(np.abs(np.flatnonzero(plan) - np.flatnonzero(p)).sum() for p in plans) > 1:
+            plans.append(plan)
+    return plans
 
 
 def _spread(nfe: int, gram: np.ndarray, weights: np.ndarray, forced: Collection[int]) -> Plan:
