@@ -1,9 +1,11 @@
-"""Weights of a budget's forecasts by where they lead: how far the end of the run is from the uncached one.
+"""Steps and weights of a budget by where they lead: how far the end of the run is from the uncached one.
 
-The planner lets the errors of all skipped steps cancel where the run ends, by what it expects the rest of the run to
-make of each. Here that is measured, with all other skips as they are. To first order the end moves by a sum over the
-weights: for each of them a run is made in which it is moved a little, and one least squares problem gives all of them
-at once, a Gauss-Newton step from the planner's own. The weights of a step go on to sum to what they did.
+Plans that the planner holds for nearly as good end a decibel or two apart, so that a few of each number of full
+forwards are run, and the nearest is tuned. The planner lets the errors of all skipped steps cancel where the run ends,
+by what it expects the rest of the run to make of each; here that is measured, with all other skips as they are. To
+first order the end moves by a sum over the weights: for each of them a run is made in which it is moved a little, and
+one least squares problem gives all of them at once, a Gauss-Newton step from the planner's own. The weights of a step
+go on to sum to what they did.
 
 Solvers whose weights are fitted to the end of a run are known for whole steps (bespoke non-stationary solvers, Shaul et
 al., ICML 2024); here they are those of cached forecasts, and a few prompts and no gradient are enough.
@@ -12,6 +14,7 @@ al., ICML 2024); here they are those of cached forecasts, and a few prompts and 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -37,49 +40,65 @@ class Shift(NamedTuple):
     target: int
 
 
-def tuned_weights(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
-    """`profile` with budgets, each with the terms that end nearer than the planner's own; see `MeasuredBudget`.
+class Chosen(NamedTuple):
+    """The plan of one budget that ended nearest, and by prompt its decibels, and those of what the others choose."""
 
-    Of plans that the planner expects to be about as good, the one is tuned that ends nearest in the mean of the prompts
+    plan: CachePlan
+    planners: bool  # the planner's own, which it finds again
+    decibels: np.ndarray
+    by_others: np.ndarray
+
+    @classmethod
+    def of(cls, plans: Sequence[CachePlan], table: np.ndarray) -> Chosen:
+        """From the decibels (prompts, plans) of a budget's plans, the planner's own first."""
+        sums = table.sum(axis=0)
+        best = int(sums.argmax())
+        others = (sums - table).argmax(axis=1) if len(table) > 1 else [best]
+        return cls(plans[best], best == 0, table[:, best], table[np.arange(len(table)), others])
+
+
+def tuned_weights(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
+    """`profile` with budgets, each with the steps and weights that runs of it have chosen; see `MeasuredBudget`.
+
+    Of plans that the planner holds for nearly as good, the one is tuned that ends nearest in the mean of the prompts
     from `first` on. Up to eight of them give the weights, and all say what they are worth, each with weights that it
     has not given: they are left if decibels fall by more than a standard error, for they rarely do and so few prompts
-    say little (docs/log.md), and the published rule is taken if it is nearer by as much. One prompt alone is fitted,
-    not measured: it decides nothing. Nor are runs tuned that have more steps than are planned at once.
+    say little (docs/log.md), and the published rule is taken if it is nearer by as much than what each prompt has not
+    chosen. One prompt alone is fitted, not measured: it decides nothing. Nor are runs tuned that have more steps than
+    are planned at once.
     """
     good, those = [*plans(profile)], range(first, first + prompts)
-    if prompts < 2 or profile.schedule.steps > MAX_COHERENT_STEPS:
-        own = [own for own, *_ in good]
-        return _compared(profile, own, own, [[] for _ in own], those)
+    fitted = prompts > 1 and profile.schedule.steps <= MAX_COHERENT_STEPS
+    good = good if fitted else [own[:1] for own in good]
 
     def read(results: Sequence[Away]) -> Measurement[CacheProfile]:
-        decibels = np.array([result.decibels for result in results]).reshape(prompts, -1).mean(axis=0)
-        each = np.split(decibels, np.cumsum([len(few) for few in good])[:-1])
-        return _tuned(profile, good, [few[int(own.argmax())] for few, own in zip(good, each, strict=True)], those)
+        table = np.array([result.decibels for result in results]).reshape(prompts, -1)
+        ends = np.cumsum([0, *map(len, good)])
+        chosen = [Chosen.of(own, table[:, a:b]) for own, (a, b) in zip(good, pairwise(ends), strict=True)]
+        return _tuned(profile, chosen, those) if fitted else _compared(profile, chosen, [[] for _ in chosen], those)
 
-    trials = tuple(Trial(one, _always(plan), picture=True) for one in those for few in good for plan in few)
+    trials = tuple(Trial(prompt, _always(plan), picture=True) for prompt in those for own in good for plan in own)
     return Measurement("plans", trials, read)
 
 
-def _tuned(
-    profile: CacheProfile, good: Sequence[Sequence[CachePlan]], untuned: Sequence[CachePlan], prompts: Sequence[int]
-) -> Measurement[CacheProfile]:
-    """`profile` with budgets from the chosen plans, `untuned`; the planner's own are the first of each of `good`."""
+def _tuned(profile: CacheProfile, chosen: Sequence[Chosen], prompts: Sequence[int]) -> Measurement[CacheProfile]:
+    """`profile` with budgets of the chosen plans, their weights tuned."""
     switches, giving = profile.schedule.switches, prompts[:MOST_PROMPTS]
-    shifts = [_shifts(_widened(plan, switches)) for plan in untuned]
+    shifts = [_shifts(_widened(own.plan, switches)) for own in chosen]
 
     def read(results: Sequence[Away]) -> Measurement[CacheProfile]:
         rows = iter(results)
         runs = [[[next(rows) for _ in range(1 + len(own))] for own in shifts] for _ in giving]
         tuned = []
-        for index, (plan, own) in enumerate(zip(untuned, shifts, strict=True)):
+        for index, (before, own) in enumerate(zip(chosen, shifts, strict=True)):
             found = amounts_of([prompt[index] for prompt in runs], [shift.step for shift in own])
-            tuned.append([_shifted(plan, switches, dict(zip(own, amounts, strict=True))) for amounts in found])
-        return _compared(profile, [own for own, *_ in good], untuned, tuned, prompts)
+            tuned.append([_shifted(before.plan, switches, dict(zip(own, one, strict=True))) for one in found])
+        return _compared(profile, chosen, tuned, prompts)
 
     trials = tuple(
-        Trial(prompt, _always(_shifted(plan, switches, {} if shift is None else {shift: MOVED})), kept=True)
+        Trial(prompt, _always(_shifted(before.plan, switches, {} if shift is None else {shift: MOVED})), kept=True)
         for prompt in giving
-        for plan, own in zip(untuned, shifts, strict=True)
+        for before, own in zip(chosen, shifts, strict=True)
         for shift in (None, *own)
     )
     return Measurement("weights", trials, read)
@@ -90,30 +109,27 @@ def _always(plan: CachePlan) -> Callable[[Schedule], CachePlan]:
 
 
 def _compared(
-    profile: CacheProfile,
-    planners: Sequence[CachePlan],
-    untuned: Sequence[CachePlan],
-    tuned: Sequence[Sequence[CachePlan]],
-    prompts: Sequence[int],
+    profile: CacheProfile, chosen: Sequence[Chosen], tuned: Sequence[Sequence[CachePlan]], prompts: Sequence[int]
 ) -> Measurement[CacheProfile]:
-    """`profile` with the nearest for each budget: `tuned`, unless it is farther than `untuned`, or the published rule.
+    """`profile` with the nearest for each budget: tuned, unless that is farther than as chosen, or the published rule.
 
     `tuned`: for each budget those without each of the first prompts, then that of all of them; empty if there is none.
-    Of what is one of the `planners` own, a budget holds nothing: every profile finds it again.
+    Of what the planner finds by itself nothing is kept.
     """
-    ways = [own or [plan] for plan, own in zip(untuned, tuned, strict=True)]
-    by_rule = [planned(profile.curve_alone(), plan.full_forwards)(profile.schedule) for plan in untuned]
+    ways = [own or [before.plan] for before, own in zip(chosen, tuned, strict=True)]
+    by_rule = [planned(profile.curve_alone(), own.plan.full_forwards)(profile.schedule) for own in chosen]
 
     def read(results: Sequence[Away]) -> CacheProfile:
-        table = np.array([result.decibels for result in results]).reshape(len(prompts), len(untuned), 3)
-        gone = np.array([result.gone for result in results]).reshape(table.shape)[..., 1]
+        table = np.array([result.decibels for result in results]).reshape(len(prompts), len(chosen), 2)
+        gone = np.array([result.gone for result in results]).reshape(table.shape)[..., 0]
         budgets = []
-        for index, plan in enumerate(untuned):
-            own, moved, rule = table[:, index].T
-            left = not tuned[index] or gone[:, index].any() or _lost(moved - own)
-            ruled = _lost((own if left else moved) - rule)
-            taken = plan if left else tuned[index][-1]
-            terms = {} if ruled or taken is planners[index] else taken.terms
+        for index, own in enumerate(chosen):
+            moved, rule = table[:, index].T
+            gained = moved - own.decibels
+            left = not tuned[index] or gone[:, index].any() or _lost(gained)
+            ruled = _lost(own.by_others - rule + (0.0 if left else gained))
+            plan = own.plan if left else tuned[index][-1]
+            terms = {} if ruled or (left and own.planners) else plan.terms
             speedup = len(profile.ratios) / plan.full_forwards
             budgets.append(MeasuredBudget(speedup=speedup, terms=terms, by_rule=ruled))
         return profile.model_copy(update={"budgets": tuple(budgets)})
@@ -121,8 +137,8 @@ def _compared(
     trials = tuple(
         Trial(prompt, _always(plan), picture=True)
         for number, prompt in enumerate(prompts)
-        for own, moved, rule in zip(untuned, ways, by_rule, strict=True)
-        for plan in (own, moved[min(number, len(moved) - 1)], rule)
+        for moved, rule in zip(ways, by_rule, strict=True)
+        for plan in (moved[min(number, len(moved) - 1)], rule)
     )
     return Measurement("weights, compared", trials, read)
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import cycle
 from typing import Any
 
 import numpy as np
 import pytest
 
-from vllm_omni.diffusion.cache.plan import compose
+from vllm_omni.diffusion.cache.plan import planner
 from vllm_omni.diffusion.cache.plan.compose import CachePlan, good_plans
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
 from vllm_omni.trials import FAR_OFF, Away, Measurement, Trial
-from vllm_omni.tuning import MOVED, Shift, _lost, _shifted, _shifts, _widened, amounts_of, solve, tuned_weights
+from vllm_omni.tuning import MOVED, Chosen, Shift, _lost, _shifted, _shifts, _widened, amounts_of, solve, tuned_weights
 
 STEPS, NUMBERS = 8, 300
 SIGMAS = tuple(np.linspace(1, 0.1, STEPS).tolist())
@@ -23,9 +22,9 @@ SCHEDULE = Schedule(STEPS, SIGMAS)
 
 @pytest.fixture(autouse=True)
 def one_budget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """With one plan of its own."""
+    """And one plan for it."""
     monkeypatch.setattr("vllm_omni.trials.SPEEDUPS", (2.0,))
-    monkeypatch.setattr(compose, "GOOD_PLANS", 1)
+    monkeypatch.setattr(planner, "GOOD", 1)
     good_plans.cache_clear()
     yield
     good_plans.cache_clear()
@@ -107,57 +106,92 @@ def test_weights_that_are_right_already_stay_about_what_they_are() -> None:
 def test_the_nearest_is_taken(worse: float, rule: float) -> None:
     """Tuned weights may turn out farther away, as where a small shift says nothing of a large one; one run that ends in
     no numbers is enough. The published rule may be nearer than either."""
-    turns = cycle((1.0, worse, rule))  # as planned, tuned, by the rule
-
-    class Fickle(World):
-        def run(self, trial: Trial) -> Away:
-            return Away(next(turns), 1.0) if trial.picture else super().run(trial)
-
-    best = {step: ((own[-1][0], 1.0),) for step, own in untuned_terms().items()}
-    (budget,) = finished(tuned_weights(profile(), 6), Fickle(best)).budgets
+    world = World({step: ((own[-1][0], 1.0),) for step, own in untuned_terms().items()})
+    weights: Any = tuned_weights(profile(), 6).read([Away(1.0, 1.0)] * 6)
+    compared = weights.read([world.run(trial) for trial in weights.trials])
+    (budget,) = compared.read([Away(worse, 1.0), Away(rule, 1.0)] * 6).budgets
     assert budget.terms == {} and budget.by_rule == (rule < 1)
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 6, 10])
 def test_prompts_are_compared_with_weights_that_they_have_not_given(prompts: int) -> None:
-    measurement: Any = tuned_weights(profile(), prompts, first=3)
-    world = World(untuned_terms(), own=1.0)
-    if prompts > 1:
-        assert measurement.name == "plans" and len(measurement.trials) == prompts  # there is one plan alone
-        measurement = measurement.read([world.run(trial) for trial in measurement.trials])
-    giving = {trial.prompt for trial in measurement.trials}
-    if prompts == 1:  # one alone gives no weights
-        (budget,) = measurement.read([Away(one, 1.0) for one in (1.0, 1.0, 0.9)]).budgets  # as planned, twice; the rule
-        assert budget.terms == {} and budget.by_rule
+    stage, world = tuned_weights(profile(), prompts, first=3), World(untuned_terms(), own=1.0)
+    assert stage.name == "plans" and [trial.prompt for trial in stage.trials] == [*range(3, 3 + prompts)]
+    stage = stage.read([world.run(trial) for trial in stage.trials])  # type: ignore[assignment]
+    if prompts == 1:  # it would be compared with weights of its own
+        assert stage.name == "weights, compared"
+        untuned = stage.trials[0].plan
+        assert untuned and untuned(SCHEDULE).terms == untuned_terms()
         return
-    assert all(trial.kept and not trial.picture for trial in measurement.trials)
-    assert giving == set(range(3, 3 + min(prompts, 8)))
-    found: Any = measurement.read([world.run(trial) for trial in measurement.trials])
-    plans = {trial.prompt: trial.plan(SCHEDULE).terms for trial in found.trials[1::3]}
-    untuned = {str(trial.plan(SCHEDULE).terms) for trial in found.trials[::3]}
-    assert [trial.prompt for trial in found.trials[1::3]] == list(range(3, 3 + prompts)) and len(untuned) == 1
+    assert all(trial.kept and not trial.picture for trial in stage.trials)
+    assert {trial.prompt for trial in stage.trials} == set(range(3, 3 + min(prompts, 8)))
+    found: Any = stage.read([world.run(trial) for trial in stage.trials])
+    plans = {trial.prompt: trial.plan(SCHEDULE).terms for trial in found.trials[::2]}
+    assert [trial.prompt for trial in found.trials[::2]] == list(range(3, 3 + prompts))
     assert len({str(terms) for terms in plans.values()}) == min(prompts, 9)  # one for all that gave none
 
 
-@pytest.mark.parametrize("tuned", [2.0, 0.5])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_runs_without_anything_to_skip_have_no_budgets(steps: int) -> None:
+    gram = tuple(map(tuple, np.eye(steps).tolist()))
+    bare = CacheProfile(name="x", transformer_class="X", ratios=(1.0,) * steps, sigmas=SIGMAS[:steps], gram=gram)
+    assert finished(tuned_weights(bare, 3), World({})).budgets == ()
+
+
+def test_runs_of_many_steps_are_not_tuned() -> None:
+    gram = tuple(map(tuple, np.eye(102).tolist()))
+    sigmas = tuple(np.linspace(1, 0.01, 102).tolist())
+    bare = CacheProfile(name="x", transformer_class="X", ratios=(1.0,) * 102, sigmas=sigmas, gram=gram)
+    stage: Any = tuned_weights(bare, 3)
+    assert len(stage.trials) == 3  # one plan, the rule's
+    assert stage.read([Away(1.0, 1.0)] * 3).name == "weights, compared"
+
+
+def test_each_budget_takes_the_plan_that_ends_nearest_in_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several budgets, with different numbers of plans, whose prompts disagree."""
+    monkeypatch.setattr("vllm_omni.trials.SPEEDUPS", (1.25, 1.5, 2.0, 3.0, 5.5))
+    monkeypatch.setattr(planner, "GOOD", 6)
+    monkeypatch.setattr(planner, "NEARLY", 1e9)
+    good_plans.cache_clear()
+    stage: Any = tuned_weights(profile(), 3)
+    rng = np.random.default_rng(0)
+    decibels = rng.normal(40, 5, len(stage.trials))
+    expected: dict[int, dict[Any, float]] = {}
+    for trial, value in zip(stage.trials, decibels, strict=True):
+        mask = trial.plan(SCHEDULE).compute
+        own = expected.setdefault(sum(mask), {})
+        own[mask] = own.get(mask, 0.0) + value
+    assert len({len(own) for own in expected.values()}) > 2 and max(map(len, expected.values())) == 6
+    weights = stage.read([Away(10 ** (-value / 10), 1.0) for value in decibels])
+    found = {trial.plan(SCHEDULE).compute for trial in weights.trials}
+    assert found == {max(own, key=own.__getitem__) for own in expected.values()}
+
+
+def test_a_prompt_is_compared_with_the_rule_under_the_plan_that_the_others_choose() -> None:
+    plans = [CachePlan.of((True, False), {1: ((0, 1.0),)}) for _ in range(2)]
+    chosen = Chosen.of(plans, np.array([[40.0, 48.0], [40.0, 39.0], [40.0, 39.0]]))
+    assert chosen.plan is plans[1] and not chosen.planners
+    assert chosen.decibels.tolist() == [48.0, 39.0, 39.0] and chosen.by_others.tolist() == [40.0, 39.0, 39.0]
+
+
+@pytest.mark.parametrize("tuned", [2.0, 0.2])
 def test_of_plans_about_as_good_the_one_that_ends_nearest_is_taken(
     tuned: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whether its weights are tuned then or stay as they are, a budget has them all: no profile would find it again."""
-    monkeypatch.setattr(compose, "GOOD_PLANS", 3)
+    """The budget stores its terms, tuned or not: the planner alone would choose another mask."""
+    monkeypatch.setattr(planner, "GOOD", 3)
+    monkeypatch.setattr(planner, "NEARLY", 1e9)
     good_plans.cache_clear()
-    rng = np.random.default_rng(0)
-    measurement: Any = tuned_weights(profile(), 3)
-    masks = [trial.plan(SCHEDULE).compute for trial in measurement.trials]
+    stage: Any = tuned_weights(profile(), 3)
+    masks = [trial.plan(SCHEDULE).compute for trial in stage.trials]
     assert len(set(masks[:3])) == 3 and masks == masks[:3] * 3 and masks[0] == _mask()
-    chosen = masks[1]
-    weights = measurement.read([Away(0.5 if mask == chosen else 1.0, 1.0) for mask in masks])
-    assert {trial.plan(SCHEDULE).compute for trial in weights.trials} == {chosen}
+    untuned = stage.trials[1].plan(SCHEDULE).terms
+    weights = stage.read([Away(0.5 if mask == masks[1] else 1.0, 1.0) for mask in masks])
+    rng = np.random.default_rng(0)
     compared = weights.read([Away(1.0, 1.0, rng.standard_normal(NUMBERS)) for _ in weights.trials])
-    (budget,) = compared.read([Away(one, 1.0) for one in (1.0, tuned, 3.0)] * 3).budgets
-    assert tuple(step not in budget.terms for step in range(STEPS)) == chosen and not budget.by_rule
-    untuned = compared.trials[0].plan(SCHEDULE).terms
-    assert (budget.terms == untuned) == (tuned > 1)
+    (budget,) = compared.read([Away(one, 1.0) for one in (tuned, 3.0)] * 3).budgets
+    assert tuple(step not in budget.terms for step in range(STEPS)) == masks[1] and not budget.by_rule
+    assert (budget.terms == untuned) == (tuned > 0.5)
 
 
 @pytest.mark.parametrize("value", [None, float("nan"), float("inf")])

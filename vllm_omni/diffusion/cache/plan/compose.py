@@ -19,10 +19,9 @@ from vllm_omni.diffusion.cache.settings import BUDGETS, Budget, CacheSettings, M
 from vllm_omni.errors import InvalidValueError
 
 RULE = "rule"  # the published one, mask and reuse
-TUNED = "tuned"  # weights that a calibration has fitted for this very schedule
+TUNED = "tuned"  # what runs of this very schedule have chosen, steps and weights
 MAX_COHERENT_STEPS = 100  # beyond, plans are the rule's: least squares over a whole run takes steps^3 time
 MAX_PLANNED_STEPS = 1000
-GOOD_PLANS = 6  # of a number of full forwards, that are compared where there is a model to run them
 
 
 @dataclass(frozen=True)
@@ -122,12 +121,12 @@ def _compute_steps(
 
 
 @lru_cache(maxsize=256)
-def good_plans(nfe: int, profile: CacheProfile, what: Forecasted, schedule: Schedule, guarded: bool) -> list[Plan]:
-    """The planner's own, and some that it expects to be nearly as good; one search, whatever words asked for them."""
+def good_plans(nfe: int, profile: CacheProfile, what: Forecasted, schedule: Schedule, guarded: bool) -> Sequence[Plan]:
+    """The planner's own, and others that it expects to be nearly as good: one search for every way to ask for them."""
     gram = _gram_at(profile, schedule, what)
     assert gram is not None
     forced = forced_steps(schedule.steps, guarded, schedule.switches)
-    return best_plans(nfe, gram, _weights_at(profile, schedule, what), forced, schedule.switches, GOOD_PLANS)
+    return best_plans(nfe, gram, _weights_at(profile, schedule, what), forced, schedule.switches)
 
 
 def _curve(settings: CacheSettings, ratios: tuple[float, ...], schedule: Schedule) -> tuple[float, ...]:

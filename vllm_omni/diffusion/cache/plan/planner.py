@@ -11,7 +11,7 @@ to a seventh of the run apart are as parallel as the errors themselves, of steps
     sum over t, u of k(t - u) c_t c_u <e_t, e_u>,    k(d) = exp(-d^2 / 2 l^2), and a little more at d = 0,
 
 with every inner product from the Gram matrix. It is a square in the weights, each step's of which sum to one: one least
-squares problem gives them all. Where k is 1 everywhere this is numerical quadrature of the run from its computed steps.
+squares problem gives them all.
 
 Prior art: shortest paths over cached steps (LeMiCa, NeurIPS 2025; DPCache, arXiv 2602.22654) with costs measured by
 running the model along every edge; SenCache's local output sensitivity (arXiv 2602.24208); weights learnt by gradient
@@ -34,9 +34,9 @@ COHERENT = "coherent"
 ORDER = 3  # computed steps that a forecast is made of
 LENGTH = 0.4  # of the run: l
 OWN = 0.1  # what k(0) has more than 1: each step's error has a part that no other's cancels
-FARTHEST = 4  # steps that a search moves a computed one by
-RESTARTS, AWAY = 20, 3  # of a search, each so many moves away from the best so far
+RESTARTS, AWAY, FARTHEST = 20, 3, 4  # of a search; moves from the best so far to each; steps that a move goes
 MOST, WORK = 1_000, 5_000_000  # plans that it tries; times the square of their unknowns: a tenth of a second
+GOOD, NEARLY = 6, 1.5  # plans that a search gives at most; times the cheapest one's cost
 NOISE = 1e-5  # of each step's energy: what no other step shares, or is an error of the matrix
 
 
@@ -76,12 +76,13 @@ def coherent_cost(compute: Plan, gram: np.ndarray, covariance: np.ndarray, switc
 
 
 def best_plans(
-    nfe: int, gram: np.ndarray, weights: np.ndarray, forced: Collection[int], switches: Switches = (), count: int = 1
-) -> list[Plan]:
-    """The cheapest plans found with `nfe` computed steps, `forced` ones among them, each more than a move by one apart.
+    nfe: int, gram: np.ndarray, weights: np.ndarray, forced: Collection[int], switches: Switches = ()
+) -> tuple[Plan, ...]:
+    """The cheapest plan found with `nfe` computed steps, `forced` ones among them, and others nearly as cheap.
 
-    Iterated local search (Lourenco, Martin and Stuetzle 2003): the first move of one computed step that costs less is
-    made until none does, then on from some moves away from the best so far. No slower for longer runs.
+    No two differ by one step moved by one alone. Iterated local search (Lourenco, Martin and Stuetzle 2003): the first
+    move of one computed step that costs less is made until none does, then on from some moves away from the best so
+    far. No slower for longer runs; the same arguments give the same plans.
     """
     covariance, draw = coherence(weights), random.Random(nfe)
     most = min(MOST, WORK // (ORDER * (len(weights) - nfe) + 1) ** 2)
@@ -109,10 +110,11 @@ def best_plans(
             plan = draw.choice(_moves(plan, forced) or [plan])
         best = min(best, descended(plan), key=cost)
     plans = [best]
-    for plan in sorted(known, key=cost):
-        if len(plans) < count and min(np.abs(np.flatnonzero(plan) - np.flatnonzero(p)).sum() for p in plans) > 1:
+    for plan in sorted((near for near in known if cost(near) <= NEARLY * cost(best)), key=cost):
+        apart = (np.abs(np.flatnonzero(plan) - np.flatnonzero(other)).sum() for other in plans)
+        if len(plans) < GOOD and min(apart) > 1:
             plans.append(plan)
-    return plans
+    return tuple(plans)
 
 
 def _spread(nfe: int, gram: np.ndarray, weights: np.ndarray, forced: Collection[int]) -> Plan:
@@ -129,15 +131,14 @@ def _spread(nfe: int, gram: np.ndarray, weights: np.ndarray, forced: Collection[
 
 def _moves(plan: Plan, forced: Collection[int]) -> list[Plan]:
     """The plans in which one computed step is another, up to four away."""
-    moved = []
-    for step, compute in enumerate(plan):
-        if compute and step not in forced:
-            for other in range(max(step - FARTHEST, 1), min(step + FARTHEST + 1, len(plan))):
-                if not plan[other]:
-                    flags = list(plan)
-                    flags[step], flags[other] = False, True
-                    moved.append(tuple(flags))
-    return moved
+    moves = []
+    for step in np.flatnonzero(plan).tolist():
+        for other in range(max(step - FARTHEST, 1), min(step + FARTHEST + 1, len(plan))):
+            if step not in forced and not plan[other]:
+                flags = list(plan)
+                flags[step], flags[other] = False, True
+                moves.append(tuple(flags))
+    return moves
 
 
 class _Problem:
