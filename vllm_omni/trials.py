@@ -27,6 +27,7 @@ T = TypeVar("T")
 SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5)
 SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
 GAINS = 10  # steps of a run at which gains are measured
+GAIN_PROMPTS = 4  # on which
 SAME = 1e-4  # of the mean square, within which a run that is made twice has ended in the same place
 FAR_OFF = 1e6  # times the mean square: how far away something is that holds no numbers
 

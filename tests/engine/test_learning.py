@@ -16,7 +16,7 @@ from vllm_omni import OmniDiffusionSamplingParams as Params
 from vllm_omni.diffusion.cache.profile import CacheProfile, load_profile
 from vllm_omni.diffusion.diffusion_engine import DiffusionEngine
 from vllm_omni.engine.describe import describe
-from vllm_omni.engine.learning import IdleLearning
+from vllm_omni.engine.learning import GAIN_PROMPTS, JUDGED_ON, PROMPTS, TUNED_ON, IdleLearning
 from vllm_omni.errors import InvalidValueError
 from vllm_omni.learning import MOST_SCHEDULES, REQUESTS
 
@@ -146,12 +146,16 @@ def finish(idle: IdleLearning, engine: DiffusionEngine, disturb: Any = lambda n:
     return count
 
 
+def test_what_is_measured_has_prompts_of_its_own() -> None:
+    assert GAIN_PROMPTS + TUNED_ON + JUDGED_ON <= len(PROMPTS) == len(set(PROMPTS))
+
+
 @pytest.mark.slow
 def test_idle_time_brings_gains_and_decibels_whoever_comes_between(
     folder: Path, profiles: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("GAIN_PROMPTS", "TUNED_ON", "JUDGED_ON"):
-        monkeypatch.setattr(f"vllm_omni.engine.learning.{name}", 1)
+    for name, few in (("GAIN_PROMPTS", 1), ("TUNED_ON", 2), ("JUDGED_ON", 1)):
+        monkeypatch.setattr(f"vllm_omni.engine.learning.{name}", few)
 
     def complete(busy: bool) -> CacheProfile:
         with learning(folder) as omni:

@@ -31,14 +31,14 @@ from vllm_omni.learning import MOST_RUNS, Course
 from vllm_omni.logger import init_logger
 from vllm_omni.model_folder import captions
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.trials import Away, Measurement, Trial, asked_steps, figures, gains, plans, refuse_noise
-from vllm_omni.tuning import tuned_weights
+from vllm_omni.trials import GAIN_PROMPTS, Away, Measurement, Trial, asked_steps, figures, gains, plans, refuse_noise
+from vllm_omni.tuning import MOST_PROMPTS, tuned_weights
 
 logger = init_logger(__name__)
 
 MOST_REPEATS = 3  # of a trial that had no room
 IDLE_S = 1.0  # without a request, before trials begin
-GAIN_PROMPTS, TUNED_ON, JUDGED_ON = 4, 8, 8
+TUNED_ON, JUDGED_ON = MOST_PROMPTS, 8  # prompts, after those for gains
 FIRST_SEED = 31_000
 PROMPTS = (
     "a red bicycle leaning against a brick wall",

@@ -27,13 +27,11 @@ from vllm_omni.kernels.device import tried
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
 from vllm_omni.outputs.made import fill
-from vllm_omni.trials import Away, Measurement, Trial, asked_steps, figures, gains, refuse_noise
-from vllm_omni.tuning import tuned_weights
+from vllm_omni.trials import GAIN_PROMPTS, Away, Measurement, Trial, asked_steps, figures, gains, refuse_noise
+from vllm_omni.tuning import MOST_PROMPTS, tuned_weights
 
 logger = init_logger(__name__)
 T = TypeVar("T")
-MOST_TUNED_ON = 8  # prompts on which weights are tuned
-GAIN_PROMPTS = 4
 
 
 def calibrate(
@@ -97,7 +95,7 @@ def judge(
 
 def unseen(prompts: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     """(to measure, to tune on): the last third or 8 of `prompts`; with fewer than three, all for both."""
-    count = min(len(prompts) // 3, MOST_TUNED_ON)
+    count = min(len(prompts) // 3, MOST_PROMPTS)
     return (prompts[:-count], prompts[-count:]) if count else (prompts, prompts)
 
 
