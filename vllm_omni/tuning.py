@@ -44,7 +44,7 @@ class Chosen(NamedTuple):
     """The plan of one budget that ended nearest, and by prompt its decibels, and those of what the others choose."""
 
     plan: CachePlan
-    planners: bool  # the planner's own, which it finds again
+    is_planners_own: bool  # which it finds again
     decibels: np.ndarray
     by_others: np.ndarray
 
@@ -60,16 +60,18 @@ class Chosen(NamedTuple):
 def tuned_weights(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
     """`profile` with budgets, each with the steps and weights that runs of it have chosen; see `MeasuredBudget`.
 
-    Of plans that the planner holds for nearly as good, the one is tuned that ends nearest in the mean of the prompts
+    Of plans that the planner holds for nearly as good, the one that ends nearest is tuned, in the mean of the prompts
     from `first` on. Up to eight of them give the weights, and all say what they are worth, each with weights that it
     has not given: they are left if decibels fall by more than a standard error, for they rarely do and so few prompts
-    say little (docs/log.md), and the published rule is taken if it is nearer by as much than what each prompt has not
-    chosen. One prompt alone is fitted, not measured: it decides nothing. Nor are runs tuned that have more steps than
-    are planned at once.
+    say little (docs/log.md). The published rule is taken if it is nearer, by as much, than the plan that the other
+    prompts choose. One prompt alone is fitted, not measured: it chooses no plan and gives no weights. Nor are runs tuned
+    that have more steps than are planned at once.
     """
-    good, those = [*plans(profile)], range(first, first + prompts)
+    switches, those = profile.schedule.switches, range(first, first + prompts)
     fitted = prompts > 1 and profile.schedule.steps <= MAX_COHERENT_STEPS
-    good = good if fitted else [own[:1] for own in good]
+    good = [
+        [own, *(_shifted(other, switches, {}) for other in others if fitted)] for own, *others in plans(profile)
+    ]  # rounded, as budgets hold them
 
     def read(results: Sequence[Away]) -> Measurement[CacheProfile]:
         table = np.array([result.decibels for result in results]).reshape(prompts, -1)
@@ -129,7 +131,7 @@ def _compared(
             left = not tuned[index] or gone[:, index].any() or _lost(gained)
             ruled = _lost(own.by_others - rule + (0.0 if left else gained))
             plan = own.plan if left else tuned[index][-1]
-            terms = {} if ruled or (left and own.planners) else plan.terms
+            terms = {} if ruled or (left and own.is_planners_own) else plan.terms
             speedup = len(profile.ratios) / plan.full_forwards
             budgets.append(MeasuredBudget(speedup=speedup, terms=terms, by_rule=ruled))
         return profile.model_copy(update={"budgets": tuple(budgets)})

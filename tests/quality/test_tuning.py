@@ -13,7 +13,7 @@ from vllm_omni.diffusion.cache.plan.compose import CachePlan, good_plans
 from vllm_omni.diffusion.cache.plan.schedule import Schedule
 from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
 from vllm_omni.trials import FAR_OFF, Away, Measurement, Trial
-from vllm_omni.tuning import MOVED, Chosen, Shift, _lost, _shifted, _shifts, _widened, amounts_of, solve, tuned_weights
+from vllm_omni.tuning import MOVED, Shift, _lost, _shifted, _shifts, _widened, amounts_of, solve, tuned_weights
 
 STEPS, NUMBERS = 8, 300
 SIGMAS = tuple(np.linspace(1, 0.1, STEPS).tolist())
@@ -122,6 +122,8 @@ def test_prompts_are_compared_with_weights_that_they_have_not_given(prompts: int
         assert stage.name == "weights, compared"
         untuned = stage.trials[0].plan
         assert untuned and untuned(SCHEDULE).terms == untuned_terms()
+        (budget,) = stage.read([Away(1.0, 1.0), Away(0.5, 1.0)]).budgets  # type: ignore[union-attr]
+        assert budget.terms == {} and budget.by_rule  # of both, that much it can say
         return
     assert all(trial.kept and not trial.picture for trial in stage.trials)
     assert {trial.prompt for trial in stage.trials} == set(range(3, 3 + min(prompts, 8)))
@@ -167,11 +169,19 @@ def test_each_budget_takes_the_plan_that_ends_nearest_in_the_mean(monkeypatch: p
     assert found == {max(own, key=own.__getitem__) for own in expected.values()}
 
 
-def test_a_prompt_is_compared_with_the_rule_under_the_plan_that_the_others_choose() -> None:
-    plans = [CachePlan.of((True, False), {1: ((0, 1.0),)}) for _ in range(2)]
-    chosen = Chosen.of(plans, np.array([[40.0, 48.0], [40.0, 39.0], [40.0, 39.0]]))
-    assert chosen.plan is plans[1] and not chosen.planners
-    assert chosen.decibels.tolist() == [48.0, 39.0, 39.0] and chosen.by_others.tolist() == [40.0, 39.0, 39.0]
+def test_a_prompt_is_compared_with_the_rule_under_the_plan_that_the_others_choose(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else a plan that one prompt alone likes would win: the other two are nearer by the rule."""
+    monkeypatch.setattr(planner, "GOOD", 2)
+    monkeypatch.setattr(planner, "NEARLY", 1e9)
+    good_plans.cache_clear()
+    stage: Any = tuned_weights(profile(), 3)
+    rng = np.random.default_rng(0)
+    weights = stage.read([Away(10 ** (-dB / 10), 1.0) for dB in (40.0, 60.0, 40.0, 39.5, 40.0, 39.5)])
+    compared = weights.read([Away(1.0, 1.0, rng.standard_normal(NUMBERS)) for _ in weights.trials])
+    (budget,) = compared.read([Away(10 ** (-dB / 10), 1.0) for dB in (30.0, 41.0)] * 3).budgets
+    assert budget.by_rule and budget.terms == {}
 
 
 @pytest.mark.parametrize("tuned", [2.0, 0.2])

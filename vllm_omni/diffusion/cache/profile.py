@@ -42,10 +42,10 @@ LEARNT = "learnt"  # the kind, in its provenance, of a profile that an engine ha
 
 
 class MeasuredBudget(Settings):
-    """What a plan of one number of full forwards is worth, and the weights that were tuned for it.
+    """What a plan of one number of full forwards is worth, with the steps and weights that runs of it have chosen.
 
     `terms` are the (anchor, weight) of each skipped step, chosen by where runs of this very schedule end
-    (`vllm_omni.tuning`); empty: the planner's own were nearer, None: not tried. Decibels are PSNR to the uncached
+    (`vllm_omni.tuning`); empty: the planner's or the rule's, None: not tried. Decibels are PSNR to the uncached
     output, the lowest of `pairs` prompts and seeds that calibration had not seen: of this plan, of it with the
     planner's own mask and weights, of the published rule with reuse, and of an uncached run of as many steps. None: not
     measured. `by_rule`: the published rule was nearest of what is cached, and takes the plan's place.
@@ -66,7 +66,7 @@ class MeasuredBudget(Settings):
         return round(steps / self.speedup)
 
     def kept(self, tuned: bool) -> float | None:
-        """The decibels that it keeps, where its tuned weights are used or where they are not."""
+        """The decibels that it keeps, where its own `terms` are used or where they are not."""
         return self.psnr if tuned or not self.terms else self.untuned_psnr
 
 
