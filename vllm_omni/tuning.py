@@ -64,8 +64,8 @@ def tuned_weights(profile: CacheProfile, prompts: int, first: int = 0) -> Measur
     from `first` on. Up to eight of them give the weights, and all say what they are worth, each with weights that it
     has not given: they are left if decibels fall by more than a standard error, for they rarely do and so few prompts
     say little (docs/log.md). The published rule is taken if it is nearer, by as much, than the plan that the other
-    prompts choose. One prompt alone is fitted, not measured: it chooses no plan and gives no weights. Nor are runs tuned
-    that have more steps than are planned at once.
+    prompts choose. One prompt alone is fitted, not measured: it chooses no plan and gives no weights. Nor are runs
+    tuned that have more steps than are planned at once.
     """
     switches, those = profile.schedule.switches, range(first, first + prompts)
     fitted = prompts > 1 and profile.schedule.steps <= MAX_COHERENT_STEPS
