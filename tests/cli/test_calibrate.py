@@ -141,7 +141,7 @@ def test_a_calibrated_profile_is_found_and_used(tmp_path: Path, monkeypatch: pyt
     pipe.encode_prompt = lambda prompt, **_: (*embeds(len(prompt)).values(), torch.zeros(TEXT_TOKENS, 3))
     profile = calibrate(pipe, ["a", "bb"], "new", num_inference_steps=6, height=32, width=32)
     assert profile.fingerprint == fingerprint(pipe.transformer)
-    profile = judge(pipe, profile, ["a"], ["ccc"], 9, num_inference_steps=6, height=32, width=32)
+    profile = judge(pipe, profile, ["a"], ["c", "cc", "ccc"], 9, num_inference_steps=6, height=32, width=32)
     profile.save(tmp_path / "new.json")
     backend = MagCacheBackend(DiffusionCacheConfig())
     backend.enable(pipe)
@@ -198,7 +198,7 @@ def test_a_pipeline_whose_first_argument_is_no_prompt_is_measured() -> None:
     vars(pipe)["encode_prompt"] = encoded
     profile = calibrate(pipe, ["a", "bb"], "new", num_inference_steps=4, height=32, width=32)
     assert profile.transformer_class == "Flux2Transformer2DModel" and profile.gains is not None
-    profile = judge(pipe, profile, ["a"], ["ccc"], 9, num_inference_steps=4, height=32, width=32)
+    profile = judge(pipe, profile, ["a"], ["c", "cc", "ccc"], 9, num_inference_steps=4, height=32, width=32)
     assert profile.budgets and all(budget.psnr is not None for budget in profile.budgets)
 
 

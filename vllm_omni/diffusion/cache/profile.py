@@ -45,10 +45,10 @@ class MeasuredBudget(Settings):
     """What a plan of one number of full forwards is worth, with the steps and weights that runs of it have chosen.
 
     `terms` are the (anchor, weight) of each skipped step, chosen by where runs of this very schedule end
-    (`vllm_omni.tuning`); empty: the planner's or the rule's, None: not tried. Decibels are PSNR to the uncached
-    output, the lowest of `pairs` prompts and seeds that calibration had not seen: of this plan, of it with the
-    planner's own mask and weights, of the published rule with reuse, and of an uncached run of as many steps. None: not
-    measured. `by_rule`: the published rule was nearest of what is cached, and takes the plan's place.
+    (`vllm_omni.tuning`); empty: the planner's or the rule's, None: not tried. Decibels are PSNR to the uncached output
+    that nine of ten keep, by `pairs` prompts and seeds that calibration had not seen (`trials.kept_by_most`): of this
+    plan, of the planner's own mask and weights, of the published rule with reuse, and of an uncached run of as many
+    steps. None: not measured. `by_rule`: the rule was nearest of what is cached, and takes the plan's place.
     """
 
     speedup: float = Field(ge=1, lt=LARGEST, allow_inf_nan=False)  # steps per full forward
@@ -206,7 +206,7 @@ class CacheProfile(Settings):
         return any(budget.psnr is not None for budget in self.budgets)
 
     def speedup_for(self, psnr: float, tuned: bool = True) -> float | None:
-        """The largest measured speed-up that kept so many decibels on every pair; None if none did, or is known."""
+        """The largest measured speed-up that keeps so many decibels; None if none does, or is known."""
         measured = ((budget.speedup, budget.kept(tuned)) for budget in self.budgets)
         return max((speedup for speedup, kept in measured if kept is not None and kept >= psnr), default=None)
 

@@ -131,8 +131,8 @@ class DiffusionCacheConfig(Settings):
     ``auto``: weights of all steps at once from the profile's matrix (`cache/plan/planner.py`), of whole outputs if it
     has theirs, and without a matrix reuse. The plan is one of: a budget (`nfe`, exactly that many
     full forwards; `speedup`, that many times less block work; `seconds` from start to picture on an idle machine;
-    `psnr`, the fewest full forwards that kept so many decibels to the uncached output on every held-out pair when
-    the profile was made), a `steps_mask` (flags, or {"compute": [...], "skip": [...]} in alternating runs), the
+    `psnr`, the fewest full forwards with which nine of ten outputs keep so many decibels to the uncached one, by
+    what the profile measured), a `steps_mask` (flags, or {"compute": [...], "skip": [...]} in alternating runs), the
     threshold rule, or a `preset`. Nothing given is the preset "auto", 38 dB. A preset is a PSNR if the profile has
     figures, a speed-up if it has a matrix, and the threshold rule otherwise. `calibrate` "auto" is for an engine
     whose checkpoint has no matrix: it learns a profile while it serves, by the published curve, or uncached where

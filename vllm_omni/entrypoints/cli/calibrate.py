@@ -105,12 +105,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _report(profile: CacheProfile) -> None:
+    from vllm_omni.trials import LEAST_PAIRS
+
     print(f"{'step':>4} {'sigma':>7} {'gamma':>8} {'gain':>8}")
     gains = profile.gains or (float("nan"),) * len(profile.ratios)
     for step, row in enumerate(zip(profile.sigmas or (), profile.ratios, gains, strict=True)):
         print("{:4} {:7.4f} {:8.5f} {:8.4f}".format(step, *row))
-    print("\nPSNR to the uncached output in dB, held-out prompts:")
-    print(f"{'forwards':>8} {'mean':>6} {'lowest':>6} {'rule':>6} {'fewer':>6}")
+    if not profile.budgets:
+        return
+    print(f"\nPSNR to the uncached output in dB, {profile.budgets[0].pairs} held-out prompts: the mean, and what nine of")
+    print("ten outputs keep, as far as so many can say; the same by the published rule and with fewer steps:")
+    print(f"{'forwards':>8} {'mean':>6} {'kept':>6} {'rule':>6} {'fewer':>6}")
     for budget in profile.budgets:
         nfe, nearer = budget.forwards(len(profile.ratios)), (budget.fewer_steps_psnr or 0) > (budget.psnr or 0)
         figures = (budget.psnr_mean, budget.psnr, budget.rule_psnr, budget.fewer_steps_psnr)
@@ -121,3 +126,5 @@ def _report(profile: CacheProfile) -> None:
             "fewer steps are nearer": nearer,
         }
         print(f"{nfe:8} {shown}  {'; '.join(note for note, holds in notes.items() if holds)}".rstrip())
+    if not profile.has_figures:
+        print(f"No request can ask for decibels: give {2 * LEAST_PAIRS} prompts at least, 64 will do.")

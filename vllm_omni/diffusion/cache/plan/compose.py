@@ -214,7 +214,7 @@ def full_forwards(settings: CacheSettings, profile: CacheProfile | None, schedul
 
 
 def _forwards_keeping(psnr: float, profile: CacheProfile, schedule: Schedule, least: int) -> int:
-    """The fewest full forwards that kept `psnr` dB on every held-out pair; all `steps` if none of those measured did.
+    """The fewest full forwards with which nine of ten outputs keep `psnr` dB; every step if none does.
 
     Measured on the profile's own steps, tuned weights there alone; in proportion if a run has more, but never fewer.
     """
