@@ -25,7 +25,7 @@ from vllm_omni.diffusion.cache.settings import DiffusionCacheConfig, parse
 from vllm_omni.errors import InvalidValueError
 
 T = TypeVar("T")
-SPEEDUPS = (1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.5)
+SPEEDUPS = (1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 5.5)
 SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
 GAINS = 10  # steps of a run at which gains are measured
 GAIN_PROMPTS = 4  # on which

@@ -48,7 +48,7 @@ def test_nine_of_ten_keep_what_is_promised_nineteen_times_of_twenty(count: int, 
     pairs = draw.standard_normal((4000, count)) + 40
     tenth = 40 + NormalDist().inv_cdf(0.1)
     if skewed:  # a few are much worse than the rest
-        pairs, tenth = 40 - np.exp(0.5 * (pairs - 40)), 40 - np.exp(0.5 * NormalDist().inv_cdf(0.9))
+        pairs, tenth = 40 - np.exp(0.25 * (pairs - 40)), 40 - np.exp(0.25 * NormalDist().inv_cdf(0.9))
     kept = [kept_by_most(one) for one in pairs.tolist()]
     held = float(np.mean([one <= tenth for one in kept if one is not None]))
     assert held > (0.85 if skewed and count < 29 else 0.93)

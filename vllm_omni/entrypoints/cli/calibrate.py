@@ -28,7 +28,7 @@ MAX_NAME_BYTES = 200  # of a profile, whose file has fingerprint and steps in it
 DESCRIPTION = """Every second prompt runs uncached, and is measured: the magnitude curve, the matrix
 of the residuals, and the gains, which say how far an error at each step moves
 the end. A third of them, 8 at most, is left out of that: on these, plans are
-compared at seven speed-ups, and the weights of the nearest of each are tuned to
+compared at eight speed-ups, and the weights of the nearest of each are tuned to
 where runs end. It is then measured on the other half of the prompts, beside the
 published rule and fewer steps. All of it is written with its provenance, and a
 chart beside it. The engine finds the profile by the model's weights; with it, a
