@@ -247,12 +247,15 @@ def test_a_name_or_a_file_that_cannot_be_saved_is_refused_first(
         assert told in capsys.readouterr().err
 
 
-def test_a_profile_of_this_folder_has_the_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_profile_of_this_folder_has_the_folders_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(ROOT / "vllm_omni/assets/demo")
     for here in (".", "./"):
         out = tmp_path / "here.json"
         assert main(["calibrate", here, "--steps", "2", "--limit", "1", "--size", "32x32", "--out", str(out)]) == 0
-        assert load_profile(out).name == "demo"
+        assert load_profile(out).name == "demo" and load_profile(out).lacks == ["figures"]
+        assert "No request can ask for decibels: give 6 prompts at least" in capsys.readouterr().out
 
 
 def test_every_other_prompt_is_held_out(tmp_path: Path) -> None:

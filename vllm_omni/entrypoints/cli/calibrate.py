@@ -30,9 +30,9 @@ of the residuals, and the gains, which say how far an error at each step moves
 the end. A third of them, 8 at most, is left out of that: on these, plans are
 compared at eight speed-ups, and the weights of the nearest of each are tuned to
 where runs end. It is then measured on the other half of the prompts, beside the
-published rule and fewer steps. All of it is written with its provenance, and a
-chart beside it. The engine finds the profile by the model's weights; with it, a
-request can ask for decibels."""
+published rule and fewer steps: the more prompts, the more can be promised. All
+of it is written with its provenance, and a chart beside it. The engine finds
+the profile by the model's weights; with it, a request can ask for decibels."""
 EXAMPLES = """
   vllm-omni calibrate MODEL --prompts prompts.txt                 at the model's own size and number of steps
   vllm-omni calibrate MODEL --prompts prompts.txt --steps 20      a profile for each number of steps you serve
