@@ -207,12 +207,19 @@ def _local_line(places: np.ndarray, values: np.ndarray, at: int, width: float) -
 def kept_by_most(decibels: Sequence[float]) -> float | None:
     """The dB that nine of ten outputs like these keep, known with a confidence of 0.95; None if two say it, or one.
 
-    The one-sided tolerance limit of a normal distribution (Natrella, Experimental Statistics, 1963, 2-1.4), or the
-    lowest of these if that is less: from 29 on it is such a limit of any distribution (Wilks 1941).
+    From 29 on the r-th lowest of these, where r or more are of the worst tenth with that confidence (Wilks 1941, of any
+    distribution). Of fewer the tolerance limit of a normal distribution (Natrella, Experimental Statistics, 1963,
+    2-1.4), or the lowest if that is less.
     """
-    count, most, sure = len(decibels), NormalDist().inv_cdf(SHARE), NormalDist().inv_cdf(CONFIDENCE)
+    count, rank, exactly, at_most = len(decibels), 0, SHARE ** len(decibels), 0.0
+    while (at_most := at_most + exactly) <= 1 - CONFIDENCE:  # probability that `rank` or fewer are
+        exactly *= (count - rank) / (rank + 1) * (1 - SHARE) / SHARE
+        rank += 1
+    if rank:
+        return round(sorted(decibels)[rank - 1], 2)
     if count < LEAST_PAIRS:
         return None
+    most, sure = NormalDist().inv_cdf(SHARE), NormalDist().inv_cdf(CONFIDENCE)
     a, b = 1 - sure**2 / (2 * (count - 1)), most**2 - sure**2 / count
     factor = (most + math.sqrt(most**2 - a * b)) / a
     return round(min(*decibels, float(np.mean(decibels) - factor * np.std(decibels, ddof=1))), 2)
