@@ -254,7 +254,7 @@ def test_a_profile_of_this_folder_has_the_folders_name(
     for here in (".", "./"):
         out = tmp_path / "here.json"
         assert main(["calibrate", here, "--steps", "2", "--limit", "1", "--size", "32x32", "--out", str(out)]) == 0
-        assert load_profile(out).name == "demo" and load_profile(out).lacks == ["figures"]
+        assert load_profile(out).name == "demo" and "figures" in load_profile(out).lacks
         assert "No request can ask for decibels: give 6 prompts at least" in capsys.readouterr().out
 
 

@@ -113,7 +113,8 @@ def _report(profile: CacheProfile) -> None:
         print("{:4} {:7.4f} {:8.5f} {:8.4f}".format(step, *row))
     if not profile.budgets:
         return
-    print(f"\nPSNR to the uncached output in dB, by {profile.budgets[0].pairs} held-out prompts: the mean, and what nine")
+    pairs = profile.budgets[0].pairs
+    print(f"\nPSNR to the uncached output in dB, by {pairs} held-out prompts: the mean, and what nine")
     print("of ten outputs keep, as far as so many can say; that of the published rule and of fewer steps:")
     print(f"{'forwards':>8} {'mean':>6} {'kept':>6} {'rule':>6} {'fewer':>6}")
     for budget in profile.budgets:
