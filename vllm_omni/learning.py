@@ -36,6 +36,7 @@ LEAST_STEPS = 4  # of a schedule with something to leave out
 REQUESTS = 4  # that a profile is made from; how many more would change its plans is not measured
 MOST_RUNS = 2 * REQUESTS  # for one schedule: one that a run does not meet is left alone
 FAR = 1.5  # times as many steps as were measured
+LOUDER = 3.0  # times the highest noise level that was measured: a schedule of other units, 157 where that was 1
 RECENT_S = 600.0  # since a request had a schedule that is said to be learnt
 NUMBERS = (  # that a request and a run like it have in common; none of them is what a picture shows
     *("num_inference_steps", "height", "width", "strength", "frame_rate", "fps", "max_sequence_length"),
@@ -218,11 +219,14 @@ def replaced(profiles: Sequence[CacheProfile], profile: CacheProfile) -> tuple[C
 def covers(profile: CacheProfile, schedule: Schedule) -> bool:
     """Whether a profile says something of a schedule; one that was learnt does so of those like its own alone.
 
+    None does of noise far above all that was measured: those are levels of another kind of schedule.
     That is about as many steps, the same switches, and no three noise levels between two measured ones, or two beyond
     the last: their residuals would lie on one line, and forecasting one from the others would seem to cost nothing.
     A schedule without `sigmas` is judged by its steps.
     """
     measured, wanted = len(profile.ratios), schedule.steps
+    if profile.sigmas and schedule.sigmas and max(schedule.sigmas) > LOUDER * max(profile.sigmas):
+        return False
     if not is_learnt(profile):
         return True
     if max(measured, wanted) > FAR * min(measured, wanted):

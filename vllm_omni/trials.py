@@ -30,7 +30,9 @@ SMOOTH_OVER = 7  # a gain is what a seventh of the run shows
 GAINS = 10  # steps of a run at which gains are measured
 GAIN_PROMPTS = 4  # on which
 SHARE, CONFIDENCE = 0.9, 0.95  # of outputs that keep what a profile promises; with which that is known
-LEAST_PAIRS = 3  # that say anything of it
+LEAST_PAIRS = 5  # that say anything of it: by fewer, some ten decibels less than most keep could be promised
+MOST_PAIRS = 5000  # that are counted: 0.9 to their power is a number still
+IDENTICAL = 200.0  # dB, beyond what any two pictures differ by that do
 SAME = 1e-4  # of the mean square, within which a run that is made twice has ended in the same place
 FAR_OFF = 1e6  # times the mean square: how far away something is that holds no numbers
 
@@ -65,7 +67,7 @@ class Away(NamedTuple):
     @classmethod
     def of(cls, squared: float, energy: float) -> Away:
         """What holds NaN is far away, but not so far that there is no mean with others."""
-        return cls(squared if math.isfinite(squared) else FAR_OFF * max(energy, 1.0), energy)
+        return cls(squared if math.isfinite(squared) else FAR_OFF * max(1.0, energy), energy)  # which may be NaN, too
 
     @classmethod
     def between(cls, output: torch.Tensor, exact: torch.Tensor, kept: bool) -> Away:
@@ -77,7 +79,7 @@ class Away(NamedTuple):
     @property
     def gone(self) -> bool:
         """Whether it holds no numbers, or might as well."""
-        return self.squared >= FAR_OFF * max(self.energy, 1.0)
+        return self.squared >= FAR_OFF * max(1.0, self.energy)
 
     @property
     def same(self) -> bool:
@@ -205,13 +207,14 @@ def _local_line(places: np.ndarray, values: np.ndarray, at: int, width: float) -
 
 
 def kept_by_most(decibels: Sequence[float]) -> float | None:
-    """The dB that nine of ten outputs like these keep, known with a confidence of 0.95; None if two say it, or one.
+    """The dB that nine of ten outputs like these keep, known with a confidence of 0.95; None if fewer than five say it.
 
     From 29 on the r-th lowest of these, where r or more are of the worst tenth with that confidence (Wilks 1941, of any
     distribution). Of fewer the tolerance limit of a normal distribution (Natrella, Experimental Statistics, 1963,
-    2-1.4), or the lowest if that is less.
+    2-1.4) by those that differ at all, or the lowest if that is less.
     """
-    count, rank, exactly, at_most = len(decibels), 0, SHARE ** len(decibels), 0.0
+    count, rank, at_most = min(len(decibels), MOST_PAIRS), 0, 0.0
+    exactly = SHARE**count
     while (at_most := at_most + exactly) <= 1 - CONFIDENCE:  # probability that `rank` or fewer are
         exactly *= (count - rank) / (rank + 1) * (1 - SHARE) / SHARE
         rank += 1
@@ -219,10 +222,13 @@ def kept_by_most(decibels: Sequence[float]) -> float | None:
         return round(sorted(decibels)[rank - 1], 2)
     if count < LEAST_PAIRS:
         return None
+    differ = [value for value in decibels if value < IDENTICAL]
+    if (count := len(differ)) < 2:
+        return round(min(decibels), 2)
     most, sure = NormalDist().inv_cdf(SHARE), NormalDist().inv_cdf(CONFIDENCE)
     a, b = 1 - sure**2 / (2 * (count - 1)), most**2 - sure**2 / count
     factor = (most + math.sqrt(most**2 - a * b)) / a
-    return round(min(*decibels, float(np.mean(decibels) - factor * np.std(decibels, ddof=1))), 2)
+    return round(min(*decibels, float(np.mean(differ) - factor * np.std(differ, ddof=1))), 2)
 
 
 def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[CacheProfile]:
@@ -252,8 +258,9 @@ def figures(profile: CacheProfile, prompts: int, first: int = 0) -> Measurement[
         for budget in profile.budgets:
             own = values[budget.speedup]
             kept = {name: kept_by_most(decibels) for name, decibels in own.items()}
-            mean = round(float(np.mean(own["psnr"])), 2)
-            measured.append(budget.model_copy(update=kept | {"psnr_mean": mean, "pairs": prompts}))
+            mean, fewer = (round(float(np.mean(own[name])), 2) for name in ("psnr", "fewer_steps_psnr"))
+            said = {"psnr_mean": mean, "pairs": prompts, "fewer_steps_are_nearer": fewer > mean}
+            measured.append(budget.model_copy(update=kept | said))
         return profile.model_copy(update={"budgets": tuple(measured)})
 
     return Measurement("held-out prompts", tuple(trial for *_, trial in every), read)

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchHeunDiscreteScheduler
 from families import flux2, qwen_edit, wan_i2v
 from paths import ROOT
-from pipelines import TEXT_TOKENS, embeds, tiny_flux
+from pipelines import TEXT_TOKENS, embeds, tiny_flux, tiny_wan
 from planning import plan_cost
 from zoo_prompts import flux3
 
@@ -33,6 +33,7 @@ from vllm_omni.quality.pairs import read_prompts
 from vllm_omni.trials import Away, Measurement, Trial, planned
 from vllm_omni.tuning import tuned_weights
 
+HELD_OUT = ["c", "cc", "ccc", "cccc", "c c"]
 CAPTIONS = ["red apple", "penguin", "rocket", "banana", "guitar", "octopus", "teapot", "whale"]
 
 
@@ -141,7 +142,7 @@ def test_a_calibrated_profile_is_found_and_used(tmp_path: Path, monkeypatch: pyt
     pipe.encode_prompt = lambda prompt, **_: (*embeds(len(prompt)).values(), torch.zeros(TEXT_TOKENS, 3))
     profile = calibrate(pipe, ["a", "bb"], "new", num_inference_steps=6, height=32, width=32)
     assert profile.fingerprint == fingerprint(pipe.transformer)
-    profile = judge(pipe, profile, ["a"], ["c", "cc", "ccc"], 9, num_inference_steps=6, height=32, width=32)
+    profile = judge(pipe, profile, ["a"], HELD_OUT, 9, num_inference_steps=6, height=32, width=32)
     profile.save(tmp_path / "new.json")
     backend = MagCacheBackend(DiffusionCacheConfig())
     backend.enable(pipe)
@@ -157,6 +158,19 @@ def test_a_sampler_with_noise_of_its_own_gets_a_matrix_and_a_warning(caplog: pyt
     assert profile.gram is not None and profile.gains is None
     assert "FlowMatchEulerDiscreteScheduler" in caplog.text and "draws noise" in caplog.text
     assert judge(pipe, profile, ["a"], ["ccc"], 9, **arguments) == profile
+
+
+@pytest.mark.parametrize("steps", [None, 7])
+def test_fewer_steps_are_as_many_forwards_with_a_scheduler_of_second_order(steps: int | None) -> None:
+    pipe, counted = tiny_wan(), []
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.transformer.register_forward_pre_hook(lambda *_: counted.append(1))
+    arguments: dict[str, Any] = {"height": 32, "width": 32, "num_frames": 5, "guidance_scale": 1.0}
+    arguments |= {} if steps is None else {"num_inference_steps": steps}
+    whole = 2 * (steps or 50) - 1
+    trials = (Trial(0, None, whole // 3, picture=True),)
+    measured(Measurement("fewer", trials, len), pipe, ["a"], 0, arguments)
+    assert abs(len(counted) - whole - whole // 3) <= 1
 
 
 @pytest.mark.slow
@@ -198,7 +212,7 @@ def test_a_pipeline_whose_first_argument_is_no_prompt_is_measured() -> None:
     vars(pipe)["encode_prompt"] = encoded
     profile = calibrate(pipe, ["a", "bb"], "new", num_inference_steps=4, height=32, width=32)
     assert profile.transformer_class == "Flux2Transformer2DModel" and profile.gains is not None
-    profile = judge(pipe, profile, ["a"], ["c", "cc", "ccc"], 9, num_inference_steps=4, height=32, width=32)
+    profile = judge(pipe, profile, ["a"], HELD_OUT, 9, num_inference_steps=4, height=32, width=32)
     assert profile.budgets and all(budget.psnr is not None for budget in profile.budgets)
 
 
@@ -208,19 +222,21 @@ def test_a_modular_pipeline_is_measured() -> None:
     assert profile.transformer_class == "Flux3Transformer2DModel" and profile.gains is not None
 
 
+@pytest.mark.parametrize("component", ["transformer", "unet"])
 def test_a_pipeline_of_ones_own_is_measured_by_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], component: str
 ) -> None:
     """The one in the documentation, whose call has no `return_dict`."""
     code = re.findall(r"```python\n(.*?)```", (ROOT / "docs/any_model.md").read_text(), re.DOTALL)[0]
+    code, module = code.replace("transformer", component), f"ones_own_{component}"
     make = "return Pipeline(Denoiser().eval(), FlowMatchEulerDiscreteScheduler())"
-    (tmp_path / "ones_own.py").write_text(f"{code}\ndef make():\n    torch.manual_seed(0)\n    {make}\n")
+    (tmp_path / f"{module}.py").write_text(f"{code}\ndef make():\n    torch.manual_seed(0)\n    {make}\n")
     (tmp_path / "prompts.txt").write_text("bark\nmoss\nfern\nleaf\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    words = ["calibrate", "ones_own:make", "--prompts", str(tmp_path / "prompts.txt"), "--out", f"{tmp_path}/own.json"]
+    words = ["calibrate", f"{module}:make", "--prompts", str(tmp_path / "prompts.txt"), "--out", f"{tmp_path}/own.json"]
     assert main([*words, "--steps", "4"]) == 0
     profile = load_profile(tmp_path / "own.json")
-    assert profile.name == "ones_own:make" and len(profile.ratios) == 4 and profile.budgets
+    assert profile.name == f"{module}:make" and len(profile.ratios) == 4 and profile.budgets
     assert main([*words, "--extra", '{"num_inference_steps": 4}']) == 2
     assert main([*words, "--extra", '{"frames": 4}']) == 2
     first, second = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vllm-omni")]
@@ -255,7 +271,7 @@ def test_a_profile_of_this_folder_has_the_folders_name(
         out = tmp_path / "here.json"
         assert main(["calibrate", here, "--steps", "2", "--limit", "1", "--size", "32x32", "--out", str(out)]) == 0
         assert load_profile(out).name == "demo" and "figures" in load_profile(out).lacks
-        assert "No request can ask for decibels: give 6 prompts at least" in capsys.readouterr().out
+        assert "decibels: that needs 10 prompts at least, and --limit 5." in capsys.readouterr().out
 
 
 def test_every_other_prompt_is_held_out(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ STEPS = 4
 
 @pytest.fixture(autouse=True)
 def few_runs(profiles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, count in (("GAIN_PROMPTS", 1), ("TUNED_ON", 2), ("JUDGED_ON", 3)):
+    for name, count in (("GAIN_PROMPTS", 1), ("TUNED_ON", 2), ("JUDGED_ON", 5)):
         monkeypatch.setattr(f"vllm_omni.engine.learning.{name}", count)
     monkeypatch.setattr("vllm_omni.trials.SPEEDUPS", (2.0,))
 

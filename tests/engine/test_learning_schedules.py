@@ -181,6 +181,15 @@ def test_a_learnt_profile_holds_for_schedules_like_its_own(
     assert best is not None and (best.gram is not None) is held and best.ratios == profile.ratios
 
 
+@pytest.mark.parametrize("kind", ["calibrated", LEARNT])
+def test_no_profile_holds_for_noise_in_other_units(kind: str) -> None:
+    """Of t / T, from 1, and of a variance that explodes, from 157."""
+    profile = learnt(Schedule(28, levels(28)), kind=kind)
+    loud = Schedule(28, tuple(np.geomspace(157, 0.03, 28).tolist()))
+    best = chosen([profile], loud)
+    assert not covers(profile, loud) and best is not None and best.gram is None and best.ratios == profile.ratios
+
+
 def test_four_steps_make_no_step_of_fifty_look_free() -> None:
     assert not covers(learnt(Schedule(4, levels(4))), Schedule(50, levels(50)))
     assert not covers(learnt(Schedule(28, levels(28))), Schedule(28, (*levels(26), 0.01, 0.005)))

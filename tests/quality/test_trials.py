@@ -9,6 +9,8 @@ import pytest
 
 from vllm_omni.diffusion.cache.profile import CacheProfile, MeasuredBudget
 from vllm_omni.errors import InvalidValueError
+from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.outputs.made import values
 from vllm_omni.trials import Away, Trial, figures, kept_by_most, refuse_noise
 
 STEPS = 8
@@ -19,6 +21,21 @@ def profile() -> CacheProfile:
     gram = tuple(map(tuple, (vectors @ vectors.T).tolist()))
     sigmas = tuple(np.linspace(1, 0.1, STEPS).tolist())
     return CacheProfile(name="x", transformer_class="X", ratios=(1.0,) * STEPS, sigmas=sigmas, gram=gram)
+
+
+def test_a_sound_is_compared_as_loud_as_its_peak() -> None:
+    """A quiet one and a loud one of the same noise in proportion; silence is no number less."""
+    draw = np.random.default_rng(3)
+    sound, noise = draw.standard_normal((1, 400)), 0.01 * draw.standard_normal((1, 400))
+
+    def decibels(loud: float) -> float:
+        made = [values(OmniRequestOutput("", audio=[loud * each])) for each in (sound + noise, sound)]
+        return Away.between(*made, kept=False).decibels
+
+    assert decibels(1.0) == pytest.approx(decibels(0.02), abs=1e-3) == pytest.approx(40 + 20 * np.log10(3), abs=2)
+    assert values(OmniRequestOutput("", audio=[np.zeros((1, 4))])).abs().sum() == 0
+    picture = np.full((2, 2, 3), 0.25)
+    assert values(OmniRequestOutput("", images=[picture], audio=[sound])).eq(0.25).all()
 
 
 def test_figures_are_what_nine_of_ten_keep_of_each_way_and_decide_nothing() -> None:
@@ -38,10 +55,13 @@ def test_figures_are_what_nine_of_ten_keep_of_each_way_and_decide_nothing() -> N
     assert kept == pytest.approx([30 + left, 29 + left, 33 + left, 15 + left]) and judged.psnr_mean == 32.0
     assert judged.terms == terms and judged.pairs == 5 and not judged.by_rule
     assert (other.psnr, other.untuned_psnr) == (pytest.approx(40 + left), None)
-    assert [(one.psnr, one.psnr_mean) for one in measured(2)] == [(None, 40.5), (None, 30.5)]
+    assert [(one.psnr, one.psnr_mean) for one in measured(4)] == [(None, 41.5), (None, 31.5)]
+    assert not other.fewer_steps_are_nearer and not judged.fewer_steps_are_nearer
+    both[2] = 40.1
+    assert [one.fewer_steps_are_nearer for one in measured(5)] == [True, False]
 
 
-@pytest.mark.parametrize("count", [3, 4, 8, 16, 28, 29, 46, 64, 128])
+@pytest.mark.parametrize("count", [5, 6, 8, 16, 28, 29, 46, 64, 128])
 @pytest.mark.parametrize("skewed", [False, True])
 def test_nine_of_ten_keep_what_is_promised_nineteen_times_of_twenty(count: int, skewed: bool) -> None:
     pairs = np.random.default_rng(count).standard_normal((4000, count))
@@ -54,13 +74,20 @@ def test_nine_of_ten_keep_what_is_promised_nineteen_times_of_twenty(count: int, 
     assert lowest.all() if count < 46 else lowest.mean() < 0.1
 
 
-def test_one_or_two_promise_nothing() -> None:
-    assert kept_by_most([40.0]) is kept_by_most([40.0, 40.0]) is None and kept_by_most([40.0] * 3) == 40.0
+def test_few_promise_nothing_and_identical_outputs_take_nothing_away() -> None:
+    assert kept_by_most([40.0]) is kept_by_most([40.0] * 4) is None and kept_by_most([40.0] * 5) == 40.0
+    some = [44.0, 42.0, 45.0, 43.0, 44.5, 43.5]
+    assert kept_by_most([*some, 300.0, 300.0]) == kept_by_most(some)
+    assert kept_by_most([300.0] * 5) == 300.0 and kept_by_most([300.0] * 7 + [90.0]) == 90.0
+    many = np.random.default_rng(0).standard_normal(9000).tolist()
+    assert -2.0 < (kept_by_most(many) or 0.0) < NormalDist().inv_cdf(0.1)
 
 
 def test_what_holds_no_numbers_is_far_away_and_still_a_number() -> None:
     assert Away.of(float("nan"), 0.3).decibels < -50 and Away.of(float("inf"), 0.0).squared < float("inf")
     assert Away.of(0.5, 0.3) == Away(0.5, 0.3)
+    lost = Away.of(float("nan"), float("nan"))
+    assert lost.decibels < -50 and lost.gone
 
 
 def test_a_run_that_does_not_repeat_itself_ends_a_measurement_and_names_the_sampler() -> None:

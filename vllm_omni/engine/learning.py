@@ -14,7 +14,6 @@ from functools import partial
 from itertools import count
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from vllm_omni.diffusion.cache.plan.compose import CachePlan
@@ -31,6 +30,7 @@ from vllm_omni.learning import MOST_RUNS, Course
 from vllm_omni.logger import init_logger
 from vllm_omni.model_folder import captions
 from vllm_omni.outputs import OmniRequestOutput
+from vllm_omni.outputs.made import values
 from vllm_omni.trials import GAIN_PROMPTS, Away, Measurement, Trial, asked_steps, figures, gains, plans, refuse_noise
 from vllm_omni.tuning import MOST_PROMPTS, tuned_weights
 
@@ -172,7 +172,9 @@ class IdleLearning:
         steps = len(profile.ratios)
         asked = {"num_inference_steps": steps, **profile.provenance.get("asked", {})}
         if trial.steps is not None:
-            asked["num_inference_steps"] = asked_steps(trial.steps, asked["num_inference_steps"], steps)
+            asked["num_inference_steps"] = asked_steps(
+                trial.steps, asked["num_inference_steps"] or self._info.defaults.get("num_inference_steps"), steps
+            )
         plan_of = trial.plan or _uncached
         self._try(trial, trial.prompt, asked, plan_of if trial.steps is not None else _as_measured(profile, plan_of))
 
@@ -324,8 +326,5 @@ def _next(profile: CacheProfile) -> Measurement[CacheProfile]:
 
 
 def _values(output: OmniRequestOutput) -> torch.Tensor:
-    """The final latents, or the decoded picture, clip or sound from 0 to 1."""
-    if output.latents is not None:
-        return output.latents.float().cpu()
-    values: Sequence[Any] = output.images or output.videos or output.audio
-    return torch.as_tensor(np.asarray(values[0], dtype=np.float32))
+    """The final latents, or what they were decoded to."""
+    return values(output) if output.latents is None else output.latents.float().cpu()

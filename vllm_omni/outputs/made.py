@@ -5,7 +5,7 @@ A pipeline returns an ordered dict: of images, of frames, of one video, of sound
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy
@@ -36,6 +36,17 @@ def fill(output: OmniRequestOutput, made: Mapping[str, Any], latent: bool, fps: 
         output.videos, output.fps = list(first) if kind == "frames" else [first], fps
     elif kind not in _SOUNDS:  # a picture of layers is a list of its own
         output.images = [one for each in first for one in (each if isinstance(each, list) else [each])]
+
+
+def values(output: OmniRequestOutput) -> torch.Tensor:
+    """The first picture or clip, from 0 to 1, or the first sound over its own peak, for one may be quiet; in fp32.
+
+    So that decibels mean the same of each: a mean square that is to be compared with 1.
+    """
+    made: Sequence[Any] = output.images or output.videos or output.audio
+    shown = torch.as_tensor(numpy.asarray(made[0], dtype=numpy.float32))
+    quiet = not output.images and not output.videos
+    return shown / shown.abs().amax().clamp(min=1e-6) if quiet else shown
 
 
 def _channels(sound: Any) -> Any:

@@ -20,13 +20,14 @@ from vllm_omni.diffusion.cache.profile import CacheProfile, fingerprint
 from vllm_omni.diffusion.cache.settings import CacheSettings
 from vllm_omni.diffusion.cache.state import CacheState, PlannedState
 from vllm_omni.diffusion.data import DiffusionCacheConfig
+from vllm_omni.diffusion.denoiser.specs import denoisers_of
 from vllm_omni.diffusion.worker.arguments import arguments_of
 from vllm_omni.engine.describe import picture_inputs
 from vllm_omni.errors import InvalidValueError, NumericalError, OmniError
 from vllm_omni.kernels.device import tried
 from vllm_omni.logger import init_logger
 from vllm_omni.outputs import OmniRequestOutput
-from vllm_omni.outputs.made import fill
+from vllm_omni.outputs.made import fill, values
 from vllm_omni.trials import GAIN_PROMPTS, Away, Measurement, Trial, asked_steps, figures, gains, refuse_noise
 from vllm_omni.tuning import MOST_PROMPTS, tuned_weights
 
@@ -46,14 +47,14 @@ def calibrate(
     backend = MagCacheBackend(DiffusionCacheConfig(mag_calibrate=True))
     assert backend.calibration is not None
     backend.calibration.width = sketch
+    scheduler, denoiser = pipeline.scheduler, next(iter(denoisers_of(pipeline).values()))  # the first, of two experts
     with enabled(backend, pipeline):
         for index, prompt in enumerate(tqdm(prompts, desc="curve and matrix", unit="prompt")):
             latents(pipeline, prompt, seed + index, arguments)
-    scheduler = pipeline.scheduler
     profile = backend.calibration.profile(
         name,
-        type(pipeline.transformer).__name__,
-        fingerprint(pipeline.transformer),
+        type(denoiser).__name__,
+        fingerprint(denoiser),
         prompts_sha256=sha256_of(prompts),
         scheduler=type(scheduler).__name__,
         scheduler_config={k: v for k, v in scheduler.config.items() if "shift" in k},
@@ -129,7 +130,7 @@ def measured(
                 exact[trial.picture] = trial.prompt, run(pipeline, *prompt, arguments)
             backend.trial, own = trial, {}
             if trial.steps is not None:
-                asked = arguments.get("num_inference_steps")
+                asked = ({"num_inference_steps": usual_steps(type(pipeline))} | arguments)["num_inference_steps"]
                 own["num_inference_steps"] = asked_steps(trial.steps, asked, backend.steps)
             reference = exact[trial.picture][1]
             results.append(Away.between(run(pipeline, *prompt, arguments | own), reference, trial.kept))
@@ -167,16 +168,20 @@ def refuse_more_than_a_prompt(pipeline: type, arguments: Mapping[str, Any]) -> N
         raise InvalidValueError("MODEL", pipeline.__name__, f"needs {' and '.join(missing)} {fix}")
 
 
+def usual_steps(pipeline: type) -> int | None:
+    """How many steps a pipeline is asked for if nobody says."""
+    steps = arguments_of(pipeline).get("num_inference_steps")
+    return steps.default if steps is not None and isinstance(steps.default, int) else None
+
+
 def latents(pipeline: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> torch.Tensor:
     """The final latents of one run, in fp32."""
     return _made(pipeline, prompt, seed, arguments, "latent").latents.float()
 
 
 def picture(pipeline: Any, prompt: str, seed: int, arguments: dict[str, Any]) -> torch.Tensor:
-    """The decoded output of one run, from 0 to 1."""
-    made = _made(pipeline, prompt, seed, arguments, "np")
-    values: Sequence[Any] = made.images or made.videos or made.audio
-    return torch.as_tensor(np.asarray(values[0], dtype=np.float64))
+    """The decoded output of one run, see `outputs.made.values`."""
+    return values(_made(pipeline, prompt, seed, arguments, "np")).double()
 
 
 def _made(pipeline: Any, prompt: str, seed: int, arguments: dict[str, Any], output_type: str) -> OmniRequestOutput:

@@ -48,7 +48,7 @@ class MeasuredBudget(Settings):
     (`vllm_omni.tuning`); empty: the planner's or the rule's, None: not tried. Decibels are PSNR to the uncached output
     that nine of ten keep, by `pairs` prompts and seeds that calibration had not seen (`trials.kept_by_most`): of this
     plan, of the planner's own mask and weights, of the published rule with reuse, and of an uncached run of as many
-    steps. None: not measured. `by_rule`: the rule was nearest of what is cached, and takes the plan's place.
+    steps, which may be nearer in the mean. None: not measured. `by_rule`: the rule was nearest of what is cached.
     """
 
     speedup: float = Field(ge=1, lt=LARGEST, allow_inf_nan=False)  # steps per full forward
@@ -60,6 +60,7 @@ class MeasuredBudget(Settings):
     untuned_psnr: float | None = Field(default=None, allow_inf_nan=False)
     rule_psnr: float | None = Field(default=None, allow_inf_nan=False)
     fewer_steps_psnr: float | None = Field(default=None, allow_inf_nan=False)
+    fewer_steps_are_nearer: bool = False
 
     def forwards(self, steps: int) -> int:
         """The full forwards of a run of so many steps."""

@@ -30,8 +30,8 @@ of the residuals, and the gains, which say how far an error at each step moves
 the end. A third of them, 8 at most, is left out of that: on these, plans are
 compared at eight speed-ups, and the weights of the nearest of each are tuned to
 where runs end. It is then measured on the other half of the prompts, beside the
-published rule and fewer steps: the more prompts, the more can be promised. All
-of it is written with its provenance, and a chart beside it. The engine finds
+published rule and fewer steps: the more prompts, the more can be promised, best
+with 64 and --limit 32. All of it is written with its provenance, and a chart beside it. The engine finds
 the profile by the model's weights; with it, a request can ask for decibels."""
 EXAMPLES = """
   vllm-omni calibrate MODEL --prompts prompts.txt                 at the model's own size and number of steps
@@ -45,7 +45,7 @@ def add_parser(commands: Any, summary: str) -> argparse.ArgumentParser:
     add_model(parser)
     add_engine_flags(parser, "dtype", "device", "enable_cpu_offload")
     add = parser.add_argument
-    prompts = "text file, one prompt a line, 2 at least, 64 will do (default: captions.txt in the model's folder)"
+    prompts = "text file, one prompt a line, 2 at least, 10 for decibels, best 64 (default: the model's captions.txt)"
     add("--prompts", metavar="FILE", help=prompts)
     limit = "most prompts to measure, and most to test on (default: %(default)s)"
     add("--limit", type=int, default=16, metavar="N", help=limit)
@@ -118,14 +118,15 @@ def _report(profile: CacheProfile) -> None:
     print("of ten outputs keep, as far as so many can say; that of the published rule and of fewer steps:")
     print(f"{'forwards':>8} {'mean':>6} {'kept':>6} {'rule':>6} {'fewer':>6}")
     for budget in profile.budgets:
-        nfe, nearer = budget.forwards(len(profile.ratios)), (budget.fewer_steps_psnr or 0) > (budget.psnr or 0)
+        nfe = budget.forwards(len(profile.ratios))
         figures = (budget.psnr_mean, budget.psnr, budget.rule_psnr, budget.fewer_steps_psnr)
         shown = " ".join("     -" if value is None else f"{value:6.1f}" for value in figures)
         notes = {
             "tuned": budget.terms,
             "the published rule is nearest": budget.by_rule,
-            "fewer steps are nearer": nearer,
+            "fewer steps are nearer": budget.fewer_steps_are_nearer,
         }
         print(f"{nfe:8} {shown}  {'; '.join(note for note, holds in notes.items() if holds)}".rstrip())
     if not profile.has_figures:
-        print(f"No request can ask for decibels: give {2 * LEAST_PAIRS} prompts at least, 64 will do.")
+        least = f"{2 * LEAST_PAIRS} prompts at least, and --limit {LEAST_PAIRS}"
+        print(f"No request can ask for decibels: that needs {least}.")

@@ -13,7 +13,6 @@ from vllm_omni.diffusion.cache.calibration import Calibration
 from vllm_omni.diffusion.cache.magcache.strategy import MagCacheStrategyRegistry
 from vllm_omni.diffusion.cache.plan.compose import (
     MAX_COHERENT_STEPS,
-    TUNED,
     CachePlan,
     choose_forecast,
     compose,
@@ -91,8 +90,7 @@ class MagCacheBackend(StackBackend):
             "profile": profile.name if profile is not None else None,
         }
         best = profile.budget_at(plan.full_forwards) if profile is not None else None
-        kept = best.kept(plan.predictor == TUNED) if best is not None else None
-        if best is not None and kept is not None and kept < (best.fewer_steps_psnr or 0.0):
+        if best is not None and best.fewer_steps_are_nearer:
             facts["fewer_steps_are_nearer"] = True  # on held-out prompts, an uncached run of as many steps
         if schedule.switches:
             facts["switches"] = schedule.switches

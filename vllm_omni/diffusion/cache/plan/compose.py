@@ -202,7 +202,7 @@ def full_forwards(settings: CacheSettings, profile: CacheProfile | None, schedul
         return budget.nfe
     if budget.psnr is not None:
         if profile is None or not profile.has_figures:
-            fix = "needs a profile with figures of this checkpoint: vllm-omni calibrate MODEL --prompts FILE"
+            fix = "needs a profile with figures of this checkpoint: vllm-omni calibrate MODEL --prompts FILE (10 lines)"
             raise InvalidValueError("psnr", budget.psnr, fix)
         return _forwards_keeping(budget.psnr, profile, schedule, least)
     if budget.speedup is None:
