@@ -34,7 +34,7 @@ from vllm_omni.trials import Away, Measurement, Trial, planned
 from vllm_omni.tuning import tuned_weights
 
 HELD_OUT = ["c", "cc", "ccc", "cccc", "c c"]
-CAPTIONS = ["red apple", "penguin", "rocket", "banana", "guitar", "octopus", "teapot", "whale"]
+CAPTIONS = ["red apple", "penguin", "rocket", "banana", "guitar", "octopus", "teapot", "whale", "pizza", "snowman"]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_the_calibrated_profile_records_its_provenance(made: Path) -> None:
     said = profile.provenance
     assert len(profile.ratios) == 8 and profile.gram is not None
     assert said["steps"] == 8 and said["arguments"]["height"] == said["arguments"]["width"] == 64
-    assert said["prompts"] == 3 and said["prompts_sha256"] == sha256_of(CAPTIONS[0::2][:3])  # the last is to tune on
+    assert said["prompts"] == 4 and said["prompts_sha256"] == sha256_of(CAPTIONS[0::2][:4])  # the last is to tune on
     assert said["scheduler"] == "FlowMatchEulerDiscreteScheduler" and said["scheduler_config"]["shift"] == 3.0
     assert {"vllm_omni", "torch", "diffusers", "python"} <= said["versions"].keys()
     assert [len(spread) for spread in said["ratio_std"].values()] == [8]
@@ -86,10 +86,10 @@ def test_the_calibrated_profile_records_its_provenance(made: Path) -> None:
 def test_budgets_are_measured_on_held_out_prompts(made: Path) -> None:
     profile = load_profile(made)
     judged = profile.provenance["held_out"]
-    assert judged["prompts"] == 4 and judged["prompts_sha256"] == sha256_of(CAPTIONS[1::2])
+    assert judged["prompts"] == 5 and judged["prompts_sha256"] == sha256_of(CAPTIONS[1::2])
     assert [round(8 / budget.speedup) for budget in profile.budgets] == [6, 5, 4, 3, 2]
     for budget in profile.budgets:
-        assert budget.pairs == 4 and budget.terms is not None
+        assert budget.pairs == 5 and budget.terms is not None
         assert budget.psnr is not None and budget.psnr_mean is not None and budget.rule_psnr is not None
         assert budget.rule_psnr - 1 < budget.psnr <= budget.psnr_mean
     assert profile.lacks == []
@@ -239,7 +239,9 @@ def test_a_pipeline_of_ones_own_is_measured_by_the_command(
     assert profile.name == f"{module}:make" and len(profile.ratios) == 4 and profile.budgets
     assert main([*words, "--extra", '{"num_inference_steps": 4}']) == 2
     assert main([*words, "--extra", '{"frames": 4}']) == 2
-    first, second = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vllm-omni")]
+    told = capsys.readouterr()
+    first, second = [line for line in told.err.splitlines() if line.startswith("vllm-omni")]
+    assert "decibels: that needs 10 prompts at least, and --limit 5." in told.out
     assert "--extra holds what the command itself gives; leave that out, got 'num_inference_steps'" in first
     assert "the pipeline raised TypeError" in second and "'frames'" in second
 
@@ -263,15 +265,12 @@ def test_a_name_or_a_file_that_cannot_be_saved_is_refused_first(
         assert told in capsys.readouterr().err
 
 
-def test_a_profile_of_this_folder_has_the_folders_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_profile_of_this_folder_has_the_folders_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT / "vllm_omni/assets/demo")
     for here in (".", "./"):
         out = tmp_path / "here.json"
         assert main(["calibrate", here, "--steps", "2", "--limit", "1", "--size", "32x32", "--out", str(out)]) == 0
         assert load_profile(out).name == "demo" and "figures" in load_profile(out).lacks
-        assert "decibels: that needs 10 prompts at least, and --limit 5." in capsys.readouterr().out
 
 
 def test_every_other_prompt_is_held_out(tmp_path: Path) -> None:
