@@ -219,10 +219,10 @@ def replaced(profiles: Sequence[CacheProfile], profile: CacheProfile) -> tuple[C
 def covers(profile: CacheProfile, schedule: Schedule) -> bool:
     """Whether a profile says something of a schedule; one that was learnt does so of those like its own alone.
 
-    None does of noise far above all that was measured: those are levels of another kind of schedule.
     That is about as many steps, the same switches, and no three noise levels between two measured ones, or two beyond
     the last: their residuals would lie on one line, and forecasting one from the others would seem to cost nothing.
-    A schedule without `sigmas` is judged by its steps.
+    A schedule without `sigmas` is judged by its steps. None says anything of noise far above all that was measured:
+    those are levels of another kind of schedule.
     """
     measured, wanted = len(profile.ratios), schedule.steps
     if profile.sigmas and schedule.sigmas and max(schedule.sigmas) > LOUDER * max(profile.sigmas):
